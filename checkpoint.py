@@ -1,0 +1,111 @@
+"""Checkpoints: nanoGPT's ckpt.pt, written so that a crash at any moment leaves the previous one whole.
+
+Keys: nanoGPT's model, optimizer, model_args, iter_num, best_val_loss, config; ours beside them: tokenizer (its meta), scaler,
+seconds, metrics position. Files are read with weights_only=True: nothing in them executes.
+"""
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from configurator import ConfigError, require
+from model import GPT, GPTConfig
+
+
+def save(checkpoint, path):
+    """Write to a temporary file, flush it to the disk, rename: `path` is the old file or the new one, never a part.
+
+    A full or failing disk is a ConfigError that names the path and the free space; the old file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        remove_quietly(temporary)
+        raise ConfigError(f"{path} could not be written ({error}); {free_space(path.parent)} free there, the previous "
+                          "checkpoint is unchanged: make room or type --out_dir=ANOTHER_FOLDER") from error
+
+
+def sync_folder(folder):
+    """Make a rename durable; Windows has no handle on a folder."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_quietly(path):
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+def free_space(folder):
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
+    except OSError:
+        return "an unknown amount"
+
+
+def sweep(out_dir):
+    """Remove what an interrupted save left behind."""
+    for stray in Path(out_dir).glob("*.pt.tmp"):
+        remove_quietly(stray)
+
+
+def find(out_dir, resume=False):
+    """The checkpoint of a run. ckpt_last.pt is written on Ctrl-C where ckpt.pt keeps the best weights, and removed by the next
+    save of ckpt.pt: resuming prefers it, sampling takes it only where there is no ckpt.pt."""
+    best, last = Path(out_dir) / "ckpt.pt", Path(out_dir) / "ckpt_last.pt"
+    order = (last, best) if resume else (best, last)
+    path = next((path for path in order if path.is_file()), None)
+    require(path, f"{out_dir} holds no ckpt.pt: train first (python train.py --out_dir={out_dir}) or name another --out_dir")
+    return path
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint of ours or nanoGPT's -> dict; a damaged or foreign file is a ConfigError."""
+    path = Path(path)
+    require(path.is_file(), f"{path} does not exist: name an existing checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read as a checkpoint: damaged, or it holds more than tensors and plain values "
+                          f"({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})") from error
+    wanted = ("model", "model_args")
+    require(isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(key), dict) for key in wanted),
+            f"{path} is not a checkpoint: expected the keys model and model_args")
+    checkpoint["model"] = {key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()}
+    return checkpoint
+
+
+def build_model(checkpoint, path, **overrides):
+    """The model that a checkpoint holds; overrides replace model arguments that do not change shapes (dropout)."""
+    try:
+        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=False)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"{path}: model_args and weights do not fit this version ({str(error).splitlines()[-1].strip()})") from error
+    return model
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an optimizer's state; how this machine computes the update (fused or not) stays this machine's choice."""
+    groups = state.get("param_groups", []) if isinstance(state, dict) else []
+    for group, ours in zip(groups, optimizer.param_groups):
+        group.update({key: ours[key] for key in ("fused", "foreach", "capturable") if key in ours})
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: its optimizer state does not fit this optimizer ({error}): start anew from its weights with "
+                          f"--init_from={path}") from error

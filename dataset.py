@@ -1,0 +1,359 @@
+"""Token files: writing them, checking them before step 0, and drawing batches from them.
+
+A data set is a folder with train.bin and val.bin, flat arrays of token ids exactly as nanoGPT writes them
+(uint16; uint32 for vocabularies above 65,536), and meta.json with the tokenizer, the counts and the hashes.
+Folders made by nanoGPT, with meta.pkl or no meta file at all, work as they are.
+"""
+import hashlib
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from configurator import ConfigError, close_match, require
+from tokenizer import from_meta, meta_of
+
+DATA = Path(__file__).resolve().parent / "data"
+SPLITS = ("train", "val")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+SCAN_BYTES = 512 << 20      # a file up to this size is checked in full, a larger one in evenly spaced places
+SCAN_CHUNK = 1 << 20        # tokens in memory at a time while checking
+TEXT_CHUNK = 1 << 20        # characters in memory at a time while encoding
+AGAIN = "prepare the data set again"
+SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+                      "input.txt",
+               "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# finding and preparing
+
+def find(dataset):
+    """The folder of a data set: a name below data/ (this repository's, else ./data) or a path to a folder."""
+    places = [DATA / dataset, Path("data") / dataset, Path(dataset)]
+    folder = next((place for place in places if dataset and place.is_dir()), None)
+    near = close_match(dataset, [entry.name for entry in DATA.glob("*") if entry.is_dir()])
+    require(folder, f"data set '{dataset}' is neither a folder in {DATA} nor a path{near}; "
+                    f"{how_to_make(Path(dataset).stem)}")
+    return folder
+
+
+def how_to_make(name):
+    return ("type `python train.py config/train_pylib.py` for the built-in data, or "
+            f"`python data/prepare.py --input=FILE.txt --name={name or 'NAME'}` for a text of your own")
+
+
+def prepare_if_missing(dataset):
+    """find(dataset), once the folder's own prepare.py has made train.bin and val.bin if either is missing."""
+    folder = find(dataset)
+    lacks = f"{folder} has no {' and no '.join(missing_files(folder))}"
+    if not missing_files(folder):
+        return folder
+    script = folder / "prepare.py"
+    require(script.is_file(), f"{lacks} and no prepare.py to make it; {how_to_make(folder.name)}")
+    print(f"{lacks}: running {script}", flush=True)
+    child = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, errors="replace")
+    last = (child.stderr.strip().splitlines() or [f"status {child.returncode} and no message"])[-1]
+    require(child.returncode == 0, f"{script} failed: {last}")
+    require(not missing_files(folder), f"{script} ended and {lacks} still")
+    return folder
+
+
+def missing_files(folder):
+    return [f"{split}.bin" for split in SPLITS if not (folder / f"{split}.bin").is_file()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# writing
+
+def write_dataset(folder, splits, tokenizer, source):
+    """Write train.bin, val.bin and meta.json -> the meta dict.
+
+    splits: {"train": pieces, "val": pieces}, each an iterable of sequences of token ids, of which one is in
+    memory at a time; source: free text on where the data comes from. Nothing in `folder` changes before every
+    token is safely on disk. meta.json goes in place before the token files: without it they would be taken for
+    GPT-2's, whereas check() and prepare_if_missing() notice a new meta.json beside old or no token files.
+    """
+    folder, dtype = Path(folder), DTYPES[dtype_for(tokenizer.vocab_size)]
+    names = ["meta.json", *(f"{split}.bin" for split in splits)]
+    staged = {name: folder / f"{name}.{os.getpid()}.tmp" for name in names}
+    meta = {"format": 1, **tokenizer.meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
+            "tokens": {}, "sha256": {}, "source": source}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, pieces in splits.items():
+            size, sha256 = write_blocks(staged[f"{split}.bin"], as_bytes(pieces, tokenizer.vocab_size, dtype))
+            require(size, f"no tokens for {split}.bin from {source}: the text is too short to be split")
+            meta["tokens"][split], meta["sha256"][split] = size // dtype.itemsize, sha256
+        write_blocks(staged["meta.json"], [json.dumps(meta, indent=1).encode()])
+        for name, temporary in staged.items():
+            os.replace(temporary, folder / name)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder} could not be read or written: {error.strerror}") from error
+    finally:
+        for temporary in staged.values():
+            if temporary.exists():
+                temporary.unlink()
+    return meta
+
+
+def dtype_for(vocab_size):
+    """The name of the type that stores ids of this vocabulary."""
+    return "uint16" if vocab_size <= 65536 else "uint32"
+
+
+def as_bytes(pieces, vocab_size, dtype):
+    """Each sequence of ids as the bytes on disk; an id that the type could only store wrapped is an error."""
+    for ids in map(np.asarray, pieces):
+        if ids.size:
+            require(0 <= ids.min() and ids.max() < vocab_size,
+                    f"the tokenizer gave ids {ids.min()} to {ids.max()}, its vocabulary has {vocab_size}")
+            yield ids.astype(dtype).tobytes()
+
+
+def write_blocks(path, blocks):
+    """Write blocks of bytes and wait until they are on disk -> (number of bytes, sha256)."""
+    sha, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for block in blocks:
+            file.write(block)
+            sha.update(block)
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, sha.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a text file as a data set
+
+def write_text(folder, path, kind, val_fraction):
+    """Encode the text file `path` with a tokenizer of this kind -> the meta dict.
+
+    The last val_fraction of the characters is for validation and each part is encoded by itself, as in
+    nanoGPT. The file is read three times, so that memory does not grow with it.
+    """
+    length, chars = survey(path)
+    cut = int(length * (1 - val_fraction))
+    tokenizer = from_meta({"tokenizer": kind, "chars": sorted(chars)})
+    splits = {split: map(tokenizer.encode, whole_words(between(path, start, stop)))
+              for split, start, stop in (("train", 0, cut), ("val", cut, length))}
+    return write_dataset(folder, splits, tokenizer, f"text file {Path(path).name}")
+
+
+def report(folder, meta, seconds):
+    """Print one line on what was written."""
+    train, val = meta["tokens"]["train"], meta["tokens"]["val"]
+    megabytes = (train + val) * DTYPES[meta["dtype"]].itemsize / 1e6
+    print(f"{folder}: train {train:,} tokens, val {val:,}, vocabulary {meta['vocab_size']:,} "
+          f"({meta['tokenizer']}), {megabytes:.1f} MB, {seconds:.1f} s")
+
+
+def survey(path):
+    """(number of characters, set of the characters) of a text file."""
+    length, chars = 0, set()
+    for piece in text_pieces(path):
+        length += len(piece)
+        chars.update(piece)
+    require(length, f"{path} is empty: expected a text")
+    require("\0" not in chars, f"{path} holds NUL bytes and looks binary: expected a text in UTF-8")
+    return length, chars
+
+
+def text_pieces(path):
+    """The text of a UTF-8 file in pieces; every line end becomes a newline, a byte order mark is dropped."""
+    require(Path(path).is_file(), f"input file {path} does not exist")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while piece := file.read(TEXT_CHUNK):
+                yield piece
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{path} is not text in UTF-8 (it holds byte 0x{byte:02x} where none may be): convert it, "
+                          "with iconv for example") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def between(path, start, stop):
+    """Characters start to stop - 1 of a text file, in pieces."""
+    at = 0
+    for piece in text_pieces(path):
+        yield piece[max(0, start - at):max(0, stop - at)]
+        at += len(piece)
+
+
+def whole_words(pieces):
+    """The same text, cut only before a single space or line end that has other characters on both sides.
+
+    GPT-2 splits there in any case, so encoding the pieces gives the ids of the whole text.
+    """
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        last = re.match(r"(?s).*\S(?=[ \n]\S)", rest)
+        cut = last.end() if last else 0
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def text_file(given, folder, url, sha256):
+    """The text to prepare: the file the user gave, else input.txt in `folder`, downloaded if missing."""
+    path = Path(given or Path(folder) / "input.txt")
+    if not given and not path.is_file():
+        download(url, path, sha256)
+    return path
+
+
+def download(url, path, sha256):
+    """Fetch a small file whose hash is known; ConfigError when offline or when something else comes back."""
+    instead, temporary = "get the text another way and type --input=FILE", Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            body = answer.read()
+        found = hashlib.sha256(body).hexdigest()
+        require(found == sha256, f"{url} gave other content than expected (it starts with {body[:20]!r}): {instead}")
+        write_blocks(temporary, [body])
+        os.replace(temporary, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConfigError(f"{url} could not be downloaded to {path} ({error}): {instead}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checking
+
+def check(folder, block_size, vocab_size):
+    """Refuse data that would fail or mislead later -> {"train": number of tokens, "val": number of tokens}.
+
+    block_size: tokens of context; vocab_size: rows of the model's embedding, at least the data's vocabulary.
+    Raises ConfigError with the file, the position, what was found and what was expected. Reads SCAN_BYTES of a
+    file for the ids and, unless the file is larger, for the hash.
+    """
+    folder, meta = Path(folder), meta_of(folder)
+    dtype = stored_dtype(folder, meta, vocab_size)
+    check_vocabulary(folder, meta, vocab_size)
+    return {s: check_split(folder / f"{s}.bin", meta, dtype, block_size, vocab_size) for s in SPLITS}
+
+
+def stored_dtype(folder, meta, vocab_size):
+    """The numpy type of the token files: as meta says, else as nanoGPT would have chosen."""
+    name = meta.get("dtype", dtype_for(meta.get("vocab_size", vocab_size)))
+    require(name in DTYPES, f"{folder}/meta.json: dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def check_vocabulary(folder, meta, vocab_size):
+    """The tokenizer, the vocabulary that meta names and the model's must fit each other."""
+    size = meta.get("vocab_size", vocab_size)
+    require(size <= vocab_size, f"the data in {folder} has a vocabulary of {size}, the model one of {vocab_size}, "
+                                f"expected at least {size}: take the data that the model was made for")
+    if "tokenizer" in meta:
+        own = from_meta(meta).vocab_size
+        require(own == size, f"the meta file in {folder}: tokenizer '{meta['tokenizer']}' has {own} ids, "
+                             f"vocab_size is {size}, expected the same: {AGAIN}")
+
+
+def check_split(path, meta, dtype, block_size, vocab_size):
+    """check() for one file -> its number of tokens."""
+    tokens = count_tokens(path, dtype, block_size)
+    expected = meta.get("tokens", {}).get(path.stem, tokens)
+    require(tokens == expected, f"{path} holds {tokens} {dtype} tokens, meta.json says {expected}: {AGAIN}")
+    try:
+        check_ids(path, dtype, tokens, vocab_size)
+        check_hash(path, meta.get("sha256", {}).get(path.stem))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return tokens
+
+
+def count_tokens(path, dtype, block_size):
+    """The number of tokens in a file; ConfigError unless it is there, is whole and holds one window."""
+    require(path.is_file(), f"{path} is missing: {how_to_make(path.parent.name)}")
+    size, item = path.stat().st_size, dtype.itemsize
+    require(size, f"{path} is empty, expected at least {block_size + 1} tokens: {AGAIN}")
+    require(size % item == 0, f"{path} has {size} bytes, expected a multiple of {item} ({dtype}): it ends inside "
+                              f"token {size // item}; {AGAIN}")
+    tokens = size // item
+    require(tokens > block_size, f"{path} holds {tokens} tokens, expected block_size + 1 = {block_size + 1} or more: "
+                                 f"type --block_size={max(1, tokens - 1)} or prepare a longer text")
+    return tokens
+
+
+def check_ids(path, dtype, tokens, vocab_size):
+    """Every id (in a huge file: in evenly spaced chunks) is in the vocabulary and none is half a number."""
+    starts = np.arange(0, tokens, SCAN_CHUNK)
+    count = min(len(starts), max(1, SCAN_BYTES // (SCAN_CHUNK * dtype.itemsize)))
+    for start in starts[np.linspace(0, len(starts) - 1, count).astype(int)]:
+        ids = np.fromfile(path, dtype, SCAN_CHUNK, offset=int(start) * dtype.itemsize)
+        check_range(ids, start, path, vocab_size)
+        halves = len(ids) >= 32 and ids[::2].any() and not ids[1::2].any()
+        require(not halves, f"{path}: every second token from position {start + 1} is 0, as in a file of wider "
+                            f"numbers, expected {dtype}: {AGAIN}")
+
+
+def check_range(ids, start, path, vocab_size):
+    """ConfigError at the first of `ids`, read from position `start` of the file, outside the vocabulary."""
+    if ids.max() >= vocab_size:
+        bad = int(np.argmax(ids >= vocab_size))
+        raise ConfigError(f"{path}: token {ids[bad]} at position {start + bad} is outside the vocabulary, expected 0 "
+                          f"to {vocab_size - 1}: the file is damaged or from another tokenizer; {AGAIN}")
+
+
+def check_hash(path, expected):
+    """The content is what was written, if meta.json has its hash and the file is not too large to read."""
+    if expected is None or path.stat().st_size > SCAN_BYTES:
+        return
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    found = sha.hexdigest()
+    require(found == expected, f"{path} has changed since it was written: its sha256 starts with {found[:12]}, "
+                               f"meta.json says {str(expected)[:12]}: {AGAIN}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# batches
+
+class TokenStream:
+    """Batches of one split without a position to save: batch number `index` is always the same one.
+
+    The offsets are drawn uniformly with replacement over every window of the file, as in nanoGPT, by a
+    generator whose key is (seed, split) and whose counter is `index`. So a resumed run, each rank (ranks take
+    different indices) and an evaluation see the same data whatever happened before.
+    """
+
+    def __init__(self, folder, split, block_size, batch_size, seed, vocab_size=None):
+        """vocab_size: a batch with an id that is not below it raises ConfigError (None: no check)."""
+        meta = meta_of(folder)
+        self.path, self.dtype = Path(folder) / f"{split}.bin", stored_dtype(folder, meta, vocab_size or 0)
+        self.tokens = count_tokens(self.path, self.dtype, block_size)
+        self.key = [seed % 2**64, SPLITS.index(split)]
+        self.batch_size, self.window = batch_size, np.arange(block_size + 1)
+        self.vocab_size = vocab_size or 2**32
+
+    def offsets(self, index):
+        """Where the rows of a batch start: (batch_size,) integers in [0, tokens - block_size)."""
+        # Philox's raw bits, unlike Generator.integers, are promised to stay the same in every numpy. The index
+        # is the counter's top word, so no two batches share bits; the modulo's bias is below tokens / 2**64.
+        bits = np.random.Philox(key=self.key, counter=[0, 0, 0, index]).random_raw(self.batch_size)
+        return bits % np.uint64(self.tokens - len(self.window) + 1)
+
+    def batch(self, index):
+        """(x, y), each (batch_size, block_size) int64; y is x one token later."""
+        import torch                            # here, because preparing data needs no torch
+        # mapped anew for each batch: the pages that a map has touched count as our memory until it closes
+        file = np.memmap(self.path, self.dtype, "r", shape=(self.tokens,))
+        starts = self.offsets(index).astype(np.int64)
+        ids = file[starts[:, None] + self.window]
+        if ids.max() >= self.vocab_size:
+            row = int(np.argmax(ids.max(axis=1) >= self.vocab_size))
+            check_range(ids[row], int(starts[row]), self.path, self.vocab_size)
+        return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))

@@ -1,0 +1,145 @@
+"""Generation: one static KV cache, prompts of different lengths in one batch, the sampling filters.
+
+Prompts are aligned to the right, so every row writes the same cache column and a step is one slice; the columns before a
+shorter prompt are masked, and its positions start at its own first token: a row's output does not depend on its neighbours.
+"""
+import torch
+
+from configurator import require
+
+
+class CachedContext:
+    """model.Context with a cache behind it: T new columns that begin at column `start` of the cache.
+
+    cache: (n_layer, 2, B, H, S, D). pads: None, or the number of empty columns before each row's first token, (B,) int64.
+    """
+
+    def __init__(self, cache, start, T, pads=None):
+        self.cache, self.start, self.end, self.losses = cache, start, start + T, []
+        self.positions, self.mask = slice(start, self.end), None
+        if pads is not None:
+            columns = torch.arange(self.end, device=cache.device)
+            self.positions = (columns[start:] - pads[:, None]).clamp_(min=0)
+            self.mask = visible(columns[start:], columns, pads)
+        elif start > 0 and T > 1:
+            columns = torch.arange(self.end, device=cache.device)
+            self.mask = columns <= columns[start:, None]
+
+    def extend(self, layer, k, v):
+        """Write the new keys and values behind the old ones -> views of all of them, (B, H, end, D)."""
+        keys, values = self.cache[layer]
+        keys[:, :, self.start:self.end] = k
+        values[:, :, self.start:self.end] = v
+        return keys[:, :, :self.end], values[:, :, :self.end]
+
+
+def visible(queries, keys, pads):
+    """(B, 1, T, S) bool: causal, without the empty columns; an empty column sees itself, or its softmax would be 0/0."""
+    causal = keys <= queries[:, None]
+    filled = keys >= pads[:, None]
+    return (causal & filled[:, None] | (keys == queries[:, None]))[:, None]
+
+
+def new_cache(model, batch_size, length):
+    """The one tensor that holds every layer's keys and values, (n_layer, 2, B, H, length, D)."""
+    c, weight = model.config, model.lm_head.weight
+    shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
+    return torch.empty(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
+
+
+class Sampler:
+    """Chooses the next token of every row. Filters apply in this order:
+
+    repetition_penalty: logits of tokens already in the row are divided by it where positive, multiplied where negative
+    (CTRL, 1909.05858), before temperature; temperature: 0 is greedy; top_k: the k largest; top_p: the smallest set whose
+    probability reaches top_p (1904.09751); min_p: at least min_p times the largest probability (2407.01082).
+    """
+
+    def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+        require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
+        require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
+        require(0 <= min_p <= 1, f"min_p={min_p} must be in [0, 1]")
+        require(repetition_penalty > 0, f"repetition_penalty={repetition_penalty} must be above 0; 1.0 is off")
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.repetition_penalty = repetition_penalty
+
+    def __call__(self, logits, seen):
+        """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1)."""
+        if self.repetition_penalty != 1.0:
+            r = self.repetition_penalty
+            logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        return torch.multinomial(self.filtered(logits / self.temperature).softmax(-1), num_samples=1)
+
+    def filtered(self, logits):
+        """Logits with what top_k, top_p and min_p exclude at -inf."""
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, [-1]]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if self.top_p < 1:
+            ordered, order = logits.softmax(-1).sort(descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p          # the token that reaches top_p stays
+            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+        if self.min_p > 0:
+            probabilities = logits.softmax(-1)
+            logits = logits.masked_fill(probabilities < self.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+        return logits
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
+    """Yield the next token ids (B, 1), max_new_tokens times.
+
+    overflow decides what happens past block_size. "exact": nanoGPT's meaning, every token sees the last block_size tokens
+    at positions 0..block_size-1, so the window is recomputed for each one. "slide": keep the last half of the window and go
+    on with the cache, one recomputation every block_size/2 tokens: cheap, not identical.
+    """
+    block = model.config.block_size
+    keep = {"exact": block, "slide": max(1, block // 2)}.get(overflow)
+    require(keep is not None, f"overflow='{overflow}' must be exact or slide")
+    require(idx.size(1) > 0, "the prompt is empty: give at least one token, for example a newline")
+    T, V = idx.size(1), model.config.vocab_size
+    history, pads = align_right(idx, lengths, T + max_new_tokens)
+    empty = torch.arange(T, device=idx.device) < torch.tensor(pads, device=idx.device)[:, None]
+    seen = torch.zeros(len(idx), V + 1, dtype=torch.bool, device=idx.device)
+    seen.scatter_(1, history[:, :T].masked_fill(empty, V), True)
+    cache = new_cache(model, len(idx), min(block, T + max_new_tokens))
+    base = cached = 0                                            # the cache holds columns base .. base + cached
+    for n in range(T, T + max_new_tokens):
+        if n - base > block:
+            base, cached = n - keep, 0
+        ctx = CachedContext(cache, cached, n - base - cached, shifted(pads, base, idx.device))
+        states = model.trunk(history[:, base + cached:n], ctx)
+        cached = n - base
+        token = sampler(model.head(states[:, -1]), seen[:, :V])
+        history[:, n:n + 1] = token
+        seen.scatter_(1, token, True)
+        yield token
+
+
+def align_right(idx, lengths, width):
+    """Prompts at the left of (B, T) -> (history (B, width) with prompts ending at column T, empty columns before each)."""
+    B, T = idx.shape
+    lengths = [T] * B if lengths is None else [int(n) for n in lengths]
+    require(len(lengths) == B and all(1 <= n <= T for n in lengths), f"lengths={lengths} must be {B} numbers in 1..{T}")
+    history = torch.zeros(B, width, dtype=torch.long, device=idx.device)
+    for row, n in enumerate(lengths):
+        history[row, T - n:T] = idx[row, :n]
+    return history, [T - n for n in lengths]
+
+
+def shifted(pads, base, device):
+    """Empty columns that remain in a window that begins at column `base`; None when every row is full."""
+    left = [max(0, pad - base) for pad in pads]
+    return torch.tensor(left, device=device) if any(left) else None
+
+
+def join(idx, new, lengths):
+    """Prompts (B, T) and their new tokens (B, N) -> (B, T + N), new tokens right behind each row's own prompt."""
+    if lengths is None:
+        return torch.cat((idx, new), dim=1)
+    out = torch.zeros(len(idx), idx.size(1) + new.size(1), dtype=idx.dtype, device=idx.device)
+    for row, n in enumerate(int(n) for n in lengths):
+        out[row, :n + new.size(1)] = torch.cat((idx[row, :n], new[row]))
+    return out

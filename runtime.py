@@ -1,0 +1,134 @@
+"""Where a run computes and in which precision: chosen once, printed once, the same for train.py, sample.py and bench.py."""
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+
+from configurator import require
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, dtype of the matmuls, compile or not, and why."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    reasons: str
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"device {self.device}, dtype {dtype}, compile {self.compile} ({self.reasons}), torch {torch.__version__}"
+
+
+def choose(device="auto", dtype="auto", compile="auto"):
+    """Resolve 'auto' to what this machine does best; a choice that cannot work here is a ConfigError."""
+    device, why_device = choose_device(device)
+    dtype, why_dtype = choose_dtype(dtype, device)
+    compile, why_compile = choose_compile(compile, device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return Runtime(device, dtype, compile, "; ".join((why_device, why_dtype, why_compile)))
+
+
+def choose_device(name):
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found), f"{found} is the fastest device found"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        require(False, f"device='{name}' is not a device: type --device=cpu, cuda, cuda:0 or mps")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    require(there.get(device.type, False), f"device='{name}' is not on this machine: type --device=auto or --device=cpu")
+    require(device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(),
+            f"device='{name}': this machine has {torch.cuda.device_count()} CUDA device(s), counted from cuda:0")
+    return device, "device as asked"
+
+
+def native_bf16(device):
+    """Does the hardware multiply bf16 itself? Emulated bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, flag, bool)() for flag in flags)
+
+
+def choose_dtype(name, device):
+    if name == "auto":
+        if native_bf16(device):
+            return torch.bfloat16, "bf16 is native here"
+        return (torch.float16, "no native bf16, so fp16") if device.type == "cuda" else (torch.float32, "no native bf16")
+    require(name in DTYPES, f"dtype='{name}' must be auto, {', '.join(DTYPES)}")
+    require(name != "float16" or device.type == "cuda", f"dtype='float16' needs a CUDA device, this run is on {device.type}: "
+            "type --dtype=float32 or --dtype=auto")
+    return DTYPES[name], "dtype as asked"
+
+
+def choose_compile(wanted, device):
+    if wanted != "auto":
+        return wanted, "compile as asked"
+    if device.type != "cuda":
+        return False, f"eager: on {device.type} compiling costs more than a short run gets back"
+    if find_spec("triton") is None:
+        return False, f"eager: no triton on this {platform.system()}"
+    return True, "triton is here"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run; a single process is a world of one. Start several with torchrun."""
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def master(self):
+        """The rank that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values):
+        """Element-wise sum over the ranks of a list of floats."""
+        if self.size == 1:
+            return values
+        backend_device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=backend_device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join_world(backend, device):
+    """Join the process group that torchrun describes in the environment -> (World, device name of this rank)."""
+    if "RANK" not in os.environ:
+        return World(), device
+    world = World(*(int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        device = f"cuda:{world.local_rank}"
+        choose_device(device)
+        torch.cuda.set_device(device)
+    if not cuda and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
+    dist.init_process_group(backend if cuda else "gloo", timeout=timedelta(minutes=10))
+    return world, device
+
+
+def compiler_hint():
+    """None if torch.compile can work on this machine's CPU, else the sentence that says what is missing."""
+    if any(shutil.which(name) for name in ("g++", "clang++", "cl", os.environ.get("CXX", ""))):
+        return None
+    return f"--compile=True needs a C++ compiler on {sys.platform}: install one or type --compile=False"

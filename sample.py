@@ -1,0 +1,111 @@
+"""Sample from a checkpoint of ours or nanoGPT's, or from GPT-2, with nanoGPT's keys.
+
+    python sample.py --out_dir=out-pylib --start="def main(" --num_samples=2
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint as ckpt
+import dataset as datasets
+import decoding
+import runtime
+import tokenizer as tokenizers
+from configurator import configure, require
+from model import GPT, GPT2_SIZES
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Every key of sample.py."""
+    init_from: str = "resume"  # resume (from out_dir), gpt2[-medium|-large|-xl], a checkpoint file, or a Hugging Face folder
+    out_dir: str = "out"  # run to sample from when init_from is resume
+    start: str = "\n"  # the prompt, or FILE:prompt.txt
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens in each sample
+    temperature: float = 0.8  # below 1 less random, above 1 more; 0 is greedy
+    top_k: int = 200  # keep only the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches top_p
+    min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
+    repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
+    overflow: str = "exact"  # past block_size: exact (recompute the window for every token) or slide (faster, not identical)
+    seed: int = 1337  # decides what is drawn
+    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    compile: bool | str = False  # torch.compile
+
+    def __post_init__(self):
+        require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
+        require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+
+
+def load(init_from, out_dir):
+    """What init_from names -> (GPT in eval mode on the CPU, its tokenizer)."""
+    if init_from in GPT2_SIZES or (Path(init_from) / "config.json").is_file():
+        return GPT.from_pretrained(init_from).eval(), tokenizers.from_meta({"tokenizer": "gpt2"})
+    path = Path(out_dir if init_from == "resume" else init_from)
+    path = path if path.is_file() else ckpt.find(path)
+    loaded = ckpt.load(path)
+    return ckpt.build_model(loaded, path).eval(), tokenizer_of(loaded)
+
+
+def tokenizer_of(loaded):
+    """The tokenizer a checkpoint carries, or, in a checkpoint of nanoGPT's, that of the dataset it names (GPT-2's if unknown)."""
+    if "tokenizer" in loaded:
+        return tokenizers.from_meta(loaded["tokenizer"])
+    return tokenizers.load(datasets.find(loaded.get("config", {}).get("dataset", "openwebtext")))
+
+
+def prompt_of(start):
+    """The text of --start, read from a file after FILE:."""
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    require(path.is_file(), f"start='{start}': {path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        require(False, f"start='{start}': {path} is not UTF-8 text (byte {error.start})")
+
+
+def main(cfg):
+    place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
+    print(place, file=sys.stderr)
+    sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
+    model, tokenizer = load(cfg.init_from, cfg.out_dir)
+    model.to(device=place.device, dtype=place.dtype)
+    if place.compile:
+        model.trunk = torch.compile(model.trunk, dynamic=True)
+    ids = tokenizer.encode(prompt_of(cfg.start))
+    require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
+    prompt = torch.tensor([ids], device=place.device)
+    torch.manual_seed(cfg.seed)
+    clock, count = time.perf_counter(), 0
+    for _ in range(cfg.num_samples):
+        text = tokenizers.StreamDecoder(tokenizer)
+        show("".join(text.feed(token) for token in ids))
+        for token in decoding.stream(model, prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow):
+            show(text.feed(int(token)))
+            count += 1
+        show(text.flush() + "\n---------------\n")
+    seconds = time.perf_counter() - clock
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def show(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    cfg = configure(SampleConfig)
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

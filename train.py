@@ -1,0 +1,347 @@
+"""Train a GPT on one process or many, with nanoGPT's keys.
+
+    python train.py                                             the built-in data and config/train_pylib.py
+    python train.py config/train_shakespeare_char.py --batch_size=32
+    torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import checkpoint as ckpt
+import dataset as datasets
+import runtime
+import tokenizer as tokenizers
+from configurator import ConfigError, configure, parse, require
+from model import GPT, GPT2_SIZES, GPTConfig
+
+DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
+HERE_ONLY = ("init_from", "out_dir", "eval_only", "device", "dtype", "compile", "backend")   # never taken from a checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig(GPTConfig):
+    """Every key of a training run: the model's (above all nanoGPT's), then the run's. With no arguments at all the built-in
+    run config/train_pylib.py starts."""
+    bias: bool = False  # biases in Linears and LayerNorms; nanoGPT trains without
+    vocab_size: int = 0  # number of token ids; 0: the dataset's, or 50304 where it does not say
+    out_dir: str = "out"  # folder of the checkpoint and of metrics.jsonl
+    eval_interval: int = 2000  # iterations between evaluations; does not change the training curve
+    log_interval: int = 1  # iterations between rows of metrics.jsonl
+    eval_iters: int = 200  # batches per evaluation and split, always the same ones
+    eval_only: bool = False  # evaluate once and stop
+    always_save_checkpoint: bool = True  # save after every evaluation; False: only when the validation loss improves
+    init_from: str = "scratch"  # scratch, resume, gpt2[-medium|-large|-xl], a checkpoint, its folder, or a Hugging Face folder
+    wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # its run name
+    dataset: str = "openwebtext"  # folder below data/, or a path to a folder with train.bin and val.bin
+    gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
+    batch_size: int = 12  # sequences per micro-batch
+    learning_rate: float = 6e-4  # highest learning rate
+    max_iters: int = 600000  # iterations of the whole run
+    weight_decay: float = 1e-1  # on tensors of two or more dimensions
+    beta1: float = 0.9  # Adam's decay of the mean
+    beta2: float = 0.95  # Adam's decay of the mean square
+    grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
+    decay_lr: bool = True  # warm up and decay the learning rate; False: constant
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # iteration where the cosine reaches min_lr
+    min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
+    backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
+    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
+    compile: bool | str = "auto"  # torch.compile: auto, True, False
+    seed: int = 1337  # decides weights, batches and dropout
+    max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
+
+    def __post_init__(self):
+        self.model_config(vocab_size=self.vocab_size or 50304)
+        for key in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size",
+                    "max_skipped_steps"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "vocab_size"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must be in [0, 1)")
+        require(self.compile in (True, False, "auto"), f"compile='{self.compile}' must be auto, True or False")
+
+    def model_config(self, **changes):
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)} | changes)
+
+
+# ---------------------------------------------------------------- configuration and run directory ----------------------------------
+
+argv = sys.argv[1:] or [DEFAULT_RUN]
+cfg = configure(TrainConfig, argv)
+given = parse(TrainConfig, argv)                               # what the user typed, to tell it from defaults
+resumed = None
+if cfg.init_from == "resume":
+    resumed_path = ckpt.find(cfg.out_dir, resume=True)
+    resumed = ckpt.load(resumed_path)
+    known = {f.name for f in fields(TrainConfig)} - set(HERE_ONLY)
+    cfg = configure(TrainConfig, argv, base={k: v for k, v in resumed.get("config", {}).items() if k in known})
+
+world, device_name = runtime.join_world(cfg.backend, cfg.device)
+place = runtime.choose(device_name, cfg.dtype, cfg.compile)
+out_dir = Path(cfg.out_dir)
+require(cfg.gradient_accumulation_steps % world.size == 0, f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must "
+        f"be a multiple of the {world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
+if world.master:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type --out_dir=ANOTHER_FOLDER") from error
+    ckpt.sweep(out_dir)
+    datasets.prepare_if_missing(cfg.dataset)
+world.barrier()
+say = print if world.master else (lambda *words: None)
+say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
+
+# ---------------------------------------------------------------- what the flags select, built once --------------------------------
+
+data_dir = datasets.prepare_if_missing(cfg.dataset)
+meta = datasets.meta_of(data_dir)
+
+
+def build_model():
+    """The model that init_from names -> (GPT on the CPU, iterations done, lowest validation loss, seconds trained)."""
+    vocab_size = cfg.vocab_size or meta.get("vocab_size") or 50304
+    if cfg.init_from == "scratch":
+        return GPT(cfg.model_config(vocab_size=vocab_size), seed=cfg.seed), 0, 1e9, 0.0
+    if resumed:
+        model = load_model(resumed, resumed_path)
+        return model, resumed["iter_num"], float(resumed["best_val_loss"]), resumed.get("seconds", 0.0)
+    path = Path(cfg.init_from)
+    if cfg.init_from in GPT2_SIZES or (path / "config.json").is_file():
+        model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
+    else:
+        path = ckpt.find(path) if path.is_dir() else path
+        require(path.is_file(), f"init_from='{cfg.init_from}' must be scratch, resume, {', '.join(GPT2_SIZES)}, or the path of a "
+                "checkpoint or a Hugging Face GPT-2 folder")
+        model = load_model(ckpt.load(path), path)
+    return model, 0, 1e9, 0.0
+
+
+def load_model(loaded, path):
+    """A checkpoint's model; what the user typed may change dropout, shorten the block, and nothing else about its shape."""
+    args = loaded["model_args"]
+    for key in [k for k in given if k in args and k not in ("dropout", "block_size") and given[k] != args[k]]:
+        require(key == "vocab_size" and not given[key], f"{key}={given[key]!r}, but {path} was trained with {key}={args[key]!r}: "
+                f"leave --{key} out, or start anew with --init_from=scratch")
+    dropout = cfg.dropout if "dropout" in given or not resumed else args["dropout"]
+    return ckpt.build_model(loaded, path, dropout=dropout)
+
+
+raw_model, iter_num, best_val_loss, seconds_before = build_model()
+if cfg.block_size < raw_model.config.block_size:
+    raw_model.crop_block_size(cfg.block_size)
+model_config = raw_model.config
+require("block_size" not in given or cfg.block_size == model_config.block_size, f"block_size={cfg.block_size} is longer than the "
+        f"{model_config.block_size} of the loaded model: leave --block_size out")
+datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
+raw_model.to(place.device)
+raw_model.compute_dtype = place.dtype
+say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} parameters without positions; "
+    f"data {data_dir}, vocabulary {model_config.vocab_size}")
+
+optimizer = raw_model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), place.device.type)
+scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+if resumed:
+    ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)
+    if resumed.get("scaler"):
+        scaler.load_state_dict(resumed["scaler"])
+resumed = None                                                  # frees the weights held twice
+
+accumulation = cfg.gradient_accumulation_steps // world.size
+tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
+shape = (model_config.block_size, cfg.batch_size)
+train_stream = datasets.TokenStream(data_dir, "train", *shape, seed=cfg.seed, vocab_size=model_config.vocab_size)
+eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0) for split in ("train", "val")}
+model = torch.compile(raw_model) if place.compile else raw_model
+parallel = DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None) if world.size > 1 else model
+
+
+def learning_rate(iteration):
+    """nanoGPT's schedule: linear warm-up, cosine to min_lr at lr_decay_iters, constant after."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if iteration < cfg.warmup_iters:
+        return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
+    if iteration >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    done = (iteration - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def to_device(batch):
+    """Two int64 tensors -> on the device; from pinned memory, so a GPU copies them while it computes."""
+    if place.device.type == "cuda":
+        return [t.pin_memory().to(place.device, non_blocking=True) for t in batch]
+    return [t.to(place.device) for t in batch]
+
+
+def micro_batch(iteration, micro):
+    """The global micro-batches of an iteration are numbered; this rank takes every world.size-th. So any number of processes
+    sees the same data, and a resumed run needs no position but iter_num."""
+    number = iteration * cfg.gradient_accumulation_steps + micro * world.size + world.rank
+    return to_device(train_stream.batch(number))
+
+
+@torch.no_grad()
+def evaluate():
+    """Mean loss over the same eval_iters batches of each split every time, shared among the ranks -> {split: loss}."""
+    model.eval()
+    sums = [sum(model(*to_device(eval_streams[split].batch(k)))[1].item() for k in range(world.rank, cfg.eval_iters, world.size))
+            for split in eval_streams]
+    model.train()
+    return {split: total / cfg.eval_iters for split, total in zip(eval_streams, world.sum(sums))}
+
+
+def train_step(iteration, batch):
+    """One optimizer step -> (mean loss of the global batch, gradient norm, the next iteration's first batch, does any rank stop).
+
+    Where either is not finite the weights and the optimizer stay as they are, on all ranks alike.
+    """
+    torch.manual_seed((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank)     # dropout needs no saved state
+    total = torch.zeros((), device=place.device)
+    for micro in range(accumulation):
+        parallel.require_backward_grad_sync = micro == accumulation - 1
+        loss = parallel(*batch)[1] / accumulation
+        last = micro == accumulation - 1
+        batch = micro_batch(iteration + last, 0 if last else micro + 1)           # gathered while a GPU computes
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+    total, norm = torch.stack((total, norm.to(total.dtype))).tolist()
+    total, stops = world.sum([total / world.size, float(stop_signal)])
+    if math.isfinite(total) and math.isfinite(norm) or scaler.is_enabled():
+        scaler.step(optimizer)                                                    # a scaler skips by itself
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm, batch, stops > 0
+
+
+def save_checkpoint(path):
+    """Write the state before iteration iter_num; weights that are not finite are never written."""
+    if not world.master:
+        return
+    if not all(bool(torch.isfinite(p).all()) for p in raw_model.parameters()):
+        return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is", file=sys.stderr)
+    ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_config.model_args(),
+                   iter_num=iter_num, best_val_loss=best_val_loss, config=asdict(cfg), tokenizer=tokenizers.load(data_dir).meta(),
+                   scaler=scaler.state_dict(), seconds=seconds()), path)
+    if path.name == "ckpt.pt":
+        (out_dir / "ckpt_last.pt").unlink(missing_ok=True)
+
+
+def open_metrics():
+    """metrics.jsonl, opened to append; a resumed run drops the rows past its checkpoint, so that iterations only rise."""
+    path = out_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if cfg.init_from == "resume" and path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] < iter_num]
+    path.write_text("".join(kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def log(row):
+    if world.master:
+        metrics.write(json.dumps(row) + "\n")
+    if wandb:
+        wandb.log(row, step=row["iter"])
+
+
+def seconds():
+    """Seconds of this run's loop, earlier sessions of a resumed run included."""
+    return seconds_before + time.perf_counter() - started
+
+
+def request_stop(number, frame):
+    """First signal: stop at the next step boundary. Second: now."""
+    global stop_signal
+    if stop_signal:
+        os._exit(128 + number)
+    stop_signal = number
+
+
+wandb = None
+if cfg.wandb_log and world.master:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type --wandb_log=False") from error
+    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+
+# ---------------------------------------------------------------- the loop -----------------------------------------------------------
+
+stop_signal, skipped, status = 0, 0, 0
+signal.signal(signal.SIGINT, request_stop)
+signal.signal(signal.SIGTERM, request_stop)
+metrics = open_metrics() if world.master and not cfg.eval_only else None
+terminal = sys.stderr.isatty()
+bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only, dynamic_ncols=True,
+           mininterval=0.2 if terminal else 20)
+batch = micro_batch(iter_num, 0)
+model.train()
+started = time.perf_counter()
+
+while True:
+    row, clock = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}, time.perf_counter()
+    if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
+        losses = evaluate()
+        row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
+        if world.master:
+            tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        better = losses["val"] < best_val_loss
+        best_val_loss = min(losses["val"], best_val_loss)
+        if (better or cfg.always_save_checkpoint and math.isfinite(losses["val"])) and iter_num > 0 and not cfg.eval_only:
+            save_checkpoint(out_dir / "ckpt.pt")
+    if iter_num >= cfg.max_iters or cfg.eval_only:
+        break
+
+    lr = learning_rate(iter_num)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    step_clock = time.perf_counter()
+    loss, norm, batch, stop = train_step(iter_num, batch)
+    step_seconds = time.perf_counter() - step_clock
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    skipped = 0 if finite else skipped + 1
+    row |= {"loss": loss, "grad_norm": norm} if finite else {"skipped": f"loss {loss}, gradient norm {norm}"}
+    row |= {"lr": lr, "ms": 1e3 * step_seconds, "tokens_per_s": tokens_per_iter / step_seconds, "seconds": seconds()}
+    if iter_num % cfg.log_interval == 0 or "val_loss" in row or not finite:
+        log(row)
+    bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+    bar.update()
+    iter_num += 1
+
+    if skipped >= cfg.max_skipped_steps:
+        status = 1
+        break
+    if stop:
+        status = 128 + (stop_signal or signal.SIGTERM)
+        save_checkpoint(out_dir / ("ckpt.pt" if cfg.always_save_checkpoint else "ckpt_last.pt"))
+        break
+
+bar.close()
+if "val_loss" in row and not cfg.eval_only:
+    log(row | {"seconds": seconds()})
+if status == 1:
+    print(f"train.py: stopped at iteration {iter_num}: {row['skipped']}, {skipped} steps in a row; no weight was changed by them. "
+          f"The last learning rate was {lr:.2e}: type a lower --learning_rate, or --dtype=float32", file=sys.stderr)
+elif status:
+    say(f"stopped by signal {status - 128} before iteration {iter_num}; go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
+elif not cfg.eval_only:
+    say(f"done in {seconds():.0f} s, best val loss {best_val_loss:.4f}; sample with: python sample.py --out_dir={cfg.out_dir}")
+world.close()
+sys.exit(status)
