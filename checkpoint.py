@@ -1,7 +1,7 @@
 """Checkpoints: nanoGPT's ckpt.pt, written so that a crash at any moment leaves the previous one whole.
 
 Keys: nanoGPT's model, optimizer, model_args, iter_num, best_val_loss, config; ours beside them: tokenizer (its meta), scaler,
-seconds, metrics position. Files are read with weights_only=True: nothing in them executes.
+seconds. Files are read with weights_only=True: nothing in them executes.
 """
 import os
 import shutil
@@ -12,6 +12,8 @@ import torch
 from configurator import ConfigError, require
 from model import GPT, GPTConfig
 
+WEIGHTS = {"model": dict, "model_args": dict}                       # what every checkpoint holds
+RUN = {"optimizer": dict, "iter_num": int, "best_val_loss": (int, float, torch.Tensor), "config": dict}   # to go on
 
 def save(checkpoint, path):
     """Write to a temporary file, flush it to the disk, rename: `path` is the old file or the new one, never a part.
@@ -34,13 +36,17 @@ def save(checkpoint, path):
 
 
 def sync_folder(folder):
-    """Make a rename durable; Windows has no handle on a folder."""
-    if os.name == "posix":
+    """Make a rename durable where possible: Windows has no handle on a folder, some network disks refuse."""
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def remove_quietly(path):
@@ -73,8 +79,11 @@ def find(out_dir, resume=False):
     return path
 
 
-def load(path, device="cpu"):
-    """Read a checkpoint of ours or nanoGPT's -> dict; a damaged or foreign file is a ConfigError."""
+def load(path, device="cpu", resume=False):
+    """Read a checkpoint of ours or nanoGPT's -> dict; a damaged or foreign file is a ConfigError.
+
+    resume: it must hold what a run needs to go on, not the weights alone.
+    """
     path = Path(path)
     require(path.is_file(), f"{path} does not exist: name an existing checkpoint")
     try:
@@ -82,10 +91,12 @@ def load(path, device="cpu"):
     except Exception as error:
         raise ConfigError(f"{path} cannot be read as a checkpoint: damaged, or it holds more than tensors and plain values "
                           f"({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})") from error
-    wanted = ("model", "model_args")
-    require(isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(key), dict) for key in wanted),
-            f"{path} is not a checkpoint: expected the keys model and model_args")
-    checkpoint["model"] = {key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()}
+    require(isinstance(checkpoint, dict), f"{path} is not a checkpoint but a {type(checkpoint).__name__}")
+    wanted = WEIGHTS | RUN if resume else WEIGHTS
+    wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
+    require(not wrong, f"{path} is not a checkpoint{' to go on from' * resume}: {', '.join(wrong)} missing or "
+                       f"damaged{f', type --init_from={path} to start from its weights' * resume}")
+    checkpoint["model"] = {str(key).removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()}
     return checkpoint
 
 
@@ -100,12 +111,16 @@ def build_model(checkpoint, path, **overrides):
 
 
 def load_optimizer(optimizer, state, path):
-    """Load an optimizer's state; how this machine computes the update (fused or not) stays this machine's choice."""
-    groups = state.get("param_groups", []) if isinstance(state, dict) else []
-    for group, ours in zip(groups, optimizer.param_groups):
-        group.update({key: ours[key] for key in ("fused", "foreach", "capturable") if key in ours})
+    """Load an optimizer's state; its settings (decay, betas, fused or not) stay those of this run, chosen before."""
     try:
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for group, ours in zip(optimizer.param_groups, settings):
+            group.update(ours)
+        for parameter, held in optimizer.state.items():
+            for key in ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ():
+                if held[key].shape != parameter.shape:
+                    raise ValueError(f"{key} of shape {tuple(held[key].shape)}, expected {tuple(parameter.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"{path}: its optimizer state does not fit this optimizer ({error}): start anew from its weights with "
                           f"--init_from={path}") from error

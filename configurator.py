@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
 
@@ -29,19 +30,30 @@ def configure(cls, argv=None, base=None):
     """Read a command line into an instance of the dataclass `cls`.
 
     argv: the words after the script's name (default: sys.argv[1:]); base: values that replace the defaults of `cls`
-    for keys that the command line does not name. From here on a ConfigError ends the script with its sentence and
-    status 2 instead of a traceback. --help prints every key and exits with 0.
+    for keys that the command line does not name.
+    """
+    return cls(**{**(base or {}), **typed_words(cls, argv)})
+
+
+def typed_words(cls, argv=None):
+    """The keys that a script's command line sets -> {key: value}.
+
+    From here on a ConfigError ends the script with its sentence and status 2 instead of a traceback, Ctrl-C with 130.
+    --help prints every key and exits with 0.
     """
     sys.excepthook = say_and_exit
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(cls))
         raise SystemExit(0)
-    return cls(**{**(base or {}), **parse(cls, argv)})
+    return parse(cls, argv)
 
 
 def say_and_exit(kind, error, trace):
     """sys.excepthook of the scripts: a ConfigError is one sentence on stderr, anything else keeps its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr, flush=True)
+        raise SystemExit(130)
     if not issubclass(kind, ConfigError):
         return sys.__excepthook__(kind, error, trace)
     print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
@@ -55,7 +67,7 @@ def parse(cls, argv):
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             require(key in fields, unknown(key, fields, "command line"))
-            require(equals or fields[key].type is bool, f"command line: --{key} needs a value: type --{key}=...")
+            require(equals or bool in kinds(fields[key]), f"command line: --{key} needs a value: type --{key}=...")
             given[key] = convert(fields[key], literal(text) if equals else True, "command line", text)
         else:
             require("=" not in word and not word.startswith("-"),
@@ -72,7 +84,7 @@ def read_config_file(path, fields, given):
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
         exec(compile(tree, path, "exec"), scope)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{where} does not run: {type(error).__name__}: {error}") from error
     names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     assigned = [name for name in dict.fromkeys(names) if name in scope and not name.startswith("_")]
@@ -85,19 +97,27 @@ def literal(text):
     """A Python literal if the text is one, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return {"true": True, "false": False}.get(text, text)
 
 
 def convert(field, value, where, raw):
     """`value` as the field's type (int serves as float, any text as str) or a ConfigError."""
-    if field.type is str and where == "command line" and not isinstance(value, str):
+    wanted = kinds(field)
+    if type(value) in wanted:
+        return value
+    if str in wanted and where == "command line":
         return str(raw)
-    if field.type is float and type(value) is int:
+    if float in wanted and type(value) is int and abs(value) < 1e300:
         return float(value)
-    require(type(value) is field.type, f"{where}: {field.name}={value!r} is {type(value).__name__}, "
-                                       f"expected {field.type.__name__}: type --{field.name}={field.default!r}, for example")
-    return value
+    raise ConfigError(f"{where}: {field.name}={value!r} is {type(value).__name__}, expected "
+                      f"{' or '.join(kind.__name__ for kind in wanted)}: "
+                      f"type --{field.name}={field.default!r}, for example")
+
+
+def kinds(field):
+    """The types that a field takes: (bool, str) for bool | str."""
+    return typing.get_args(field.type) or (field.type,)
 
 
 def unknown(key, fields, where):

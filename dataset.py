@@ -58,7 +58,8 @@ def prepare_if_missing(dataset):
     script = folder / "prepare.py"
     require(script.is_file(), f"{lacks} and no prepare.py to make it; {how_to_make(folder.name)}")
     print(f"{lacks}: running {script}", flush=True)
-    child = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, errors="replace")
+    child = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE,
+                           text=True, errors="replace")
     last = (child.stderr.strip().splitlines() or [f"status {child.returncode} and no message"])[-1]
     require(child.returncode == 0, f"{script} failed: {last}")
     require(not missing_files(folder), f"{script} ended and {lacks} still")
@@ -77,8 +78,8 @@ def write_dataset(folder, splits, tokenizer, source):
 
     splits: {"train": pieces, "val": pieces}, each an iterable of sequences of token ids, of which one is in
     memory at a time; source: free text on where the data comes from. Nothing in `folder` changes before every
-    token is safely on disk. meta.json goes in place before the token files: without it they would be taken for
-    GPT-2's, whereas check() and prepare_if_missing() notice a new meta.json beside old or no token files.
+    token is safely on disk. meta.json goes in place before the token files: without it they would be taken
+    for GPT-2's, whereas check() and prepare_if_missing() notice a new meta.json beside old or no token files.
     """
     folder, dtype = Path(folder), DTYPES[dtype_for(tokenizer.vocab_size)]
     names = ["meta.json", *(f"{split}.bin" for split in splits)]
@@ -95,7 +96,8 @@ def write_dataset(folder, splits, tokenizer, source):
         for name, temporary in staged.items():
             os.replace(temporary, folder / name)
     except OSError as error:
-        raise ConfigError(f"{error.filename or folder} could not be read or written: {error.strerror}") from error
+        where = error.filename or folder
+        raise ConfigError(f"{where} could not be read or written: {error.strerror}") from error
     finally:
         for temporary in staged.values():
             if temporary.exists():
@@ -175,8 +177,8 @@ def text_pieces(path):
                 yield piece
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise ConfigError(f"{path} is not text in UTF-8 (it holds byte 0x{byte:02x} where none may be): convert it, "
-                          "with iconv for example") from error
+        raise ConfigError(f"{path} is not text in UTF-8 (it holds byte 0x{byte:02x} where none may be): "
+                          "convert it, with iconv for example") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -219,7 +221,7 @@ def download(url, path, sha256):
         with urllib.request.urlopen(url, timeout=10) as answer:
             body = answer.read()
         found = hashlib.sha256(body).hexdigest()
-        require(found == sha256, f"{url} gave other content than expected (it starts with {body[:20]!r}): {instead}")
+        require(found == sha256, f"{url} gave other content than expected, starting {body[:20]!r}: {instead}")
         write_blocks(temporary, [body])
         os.replace(temporary, path)
     except (OSError, http.client.HTTPException) as error:
@@ -233,8 +235,8 @@ def check(folder, block_size, vocab_size):
     """Refuse data that would fail or mislead later -> {"train": number of tokens, "val": number of tokens}.
 
     block_size: tokens of context; vocab_size: rows of the model's embedding, at least the data's vocabulary.
-    Raises ConfigError with the file, the position, what was found and what was expected. Reads SCAN_BYTES of a
-    file for the ids and, unless the file is larger, for the hash.
+    Raises ConfigError with the file, the position, what was found and what was expected. Reads SCAN_BYTES
+    of a file for the ids and, unless the file is larger, for the hash.
     """
     folder, meta = Path(folder), meta_of(folder)
     dtype = stored_dtype(folder, meta, vocab_size)
@@ -252,8 +254,8 @@ def stored_dtype(folder, meta, vocab_size):
 def check_vocabulary(folder, meta, vocab_size):
     """The tokenizer, the vocabulary that meta names and the model's must fit each other."""
     size = meta.get("vocab_size", vocab_size)
-    require(size <= vocab_size, f"the data in {folder} has a vocabulary of {size}, the model one of {vocab_size}, "
-                                f"expected at least {size}: take the data that the model was made for")
+    require(size <= vocab_size, f"the model's vocabulary is {vocab_size}, expected {size} or more for the "
+                                f"data in {folder}: take the data that the model was made for")
     if "tokenizer" in meta:
         own = from_meta(meta).vocab_size
         require(own == size, f"the meta file in {folder}: tokenizer '{meta['tokenizer']}' has {own} ids, "
@@ -278,11 +280,11 @@ def count_tokens(path, dtype, block_size):
     require(path.is_file(), f"{path} is missing: {how_to_make(path.parent.name)}")
     size, item = path.stat().st_size, dtype.itemsize
     require(size, f"{path} is empty, expected at least {block_size + 1} tokens: {AGAIN}")
-    require(size % item == 0, f"{path} has {size} bytes, expected a multiple of {item} ({dtype}): it ends inside "
-                              f"token {size // item}; {AGAIN}")
+    require(size % item == 0, f"{path} has {size} bytes, expected a multiple of {item} ({dtype}): it ends "
+                              f"inside token {size // item}; {AGAIN}")
     tokens = size // item
-    require(tokens > block_size, f"{path} holds {tokens} tokens, expected block_size + 1 = {block_size + 1} or more: "
-                                 f"type --block_size={max(1, tokens - 1)} or prepare a longer text")
+    require(tokens > block_size, f"{path} holds {tokens} tokens, expected block_size + 1 = {block_size + 1} "
+                                 f"or more: type --block_size={max(1, tokens - 1)} or prepare a longer text")
     return tokens
 
 
@@ -294,16 +296,16 @@ def check_ids(path, dtype, tokens, vocab_size):
         ids = np.fromfile(path, dtype, SCAN_CHUNK, offset=int(start) * dtype.itemsize)
         check_range(ids, start, path, vocab_size)
         halves = len(ids) >= 32 and ids[::2].any() and not ids[1::2].any()
-        require(not halves, f"{path}: every second token from position {start + 1} is 0, as in a file of wider "
-                            f"numbers, expected {dtype}: {AGAIN}")
+        require(not halves, f"{path}: every second token from position {start + 1} is 0, as in a file of "
+                            f"wider numbers, expected {dtype}: {AGAIN}")
 
 
 def check_range(ids, start, path, vocab_size):
     """ConfigError at the first of `ids`, read from position `start` of the file, outside the vocabulary."""
     if ids.max() >= vocab_size:
         bad = int(np.argmax(ids >= vocab_size))
-        raise ConfigError(f"{path}: token {ids[bad]} at position {start + bad} is outside the vocabulary, expected 0 "
-                          f"to {vocab_size - 1}: the file is damaged or from another tokenizer; {AGAIN}")
+        raise ConfigError(f"{path}: token {ids[bad]} at position {start + bad} is outside the vocabulary, "
+                          f"expected 0 to {vocab_size - 1}: the file is damaged or ill-matched; {AGAIN}")
 
 
 def check_hash(path, expected):
@@ -315,7 +317,7 @@ def check_hash(path, expected):
         while block := file.read(1 << 20):
             sha.update(block)
     found = sha.hexdigest()
-    require(found == expected, f"{path} has changed since it was written: its sha256 starts with {found[:12]}, "
+    require(found == expected, f"{path} has changed since it was written: its sha256 starts {found[:12]}, "
                                f"meta.json says {str(expected)[:12]}: {AGAIN}")
 
 
@@ -335,20 +337,23 @@ class TokenStream:
         meta = meta_of(folder)
         self.path, self.dtype = Path(folder) / f"{split}.bin", stored_dtype(folder, meta, vocab_size or 0)
         self.tokens = count_tokens(self.path, self.dtype, block_size)
-        self.key = [seed % 2**64, SPLITS.index(split)]
+        self.key = np.array([seed % 2**64, SPLITS.index(split)], np.uint64)
         self.batch_size, self.window = batch_size, np.arange(block_size + 1)
         self.vocab_size = vocab_size or 2**32
 
     def offsets(self, index):
         """Where the rows of a batch start: (batch_size,) integers in [0, tokens - block_size)."""
-        # Philox's raw bits, unlike Generator.integers, are promised to stay the same in every numpy. The index
-        # is the counter's top word, so no two batches share bits; the modulo's bias is below tokens / 2**64.
-        bits = np.random.Philox(key=self.key, counter=[0, 0, 0, index]).random_raw(self.batch_size)
+        # Philox's raw bits, unlike Generator.integers, are promised to stay the same in every numpy. The
+        # index is the counter's top word, so no two batches share bits. The modulo's
+        # bias is below tokens / 2**64.
+        counter = np.array([0, 0, 0, index], np.uint64)
+        bits = np.random.Philox(key=self.key, counter=counter).random_raw(self.batch_size)
         return bits % np.uint64(self.tokens - len(self.window) + 1)
 
     def batch(self, index):
         """(x, y), each (batch_size, block_size) int64; y is x one token later."""
-        import torch                            # here, because preparing data needs no torch
+        import torch  # here, because preparing data needs no torch
+
         # mapped anew for each batch: the pages that a map has touched count as our memory until it closes
         file = np.memmap(self.path, self.dtype, "r", shape=(self.tokens,))
         starts = self.offsets(index).astype(np.int64)

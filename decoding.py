@@ -4,6 +4,7 @@ Prompts are aligned to the right, so every row writes the same cache column and 
 shorter prompt are masked, and its positions start at its own first token: a row's output does not depend on its neighbours.
 """
 import torch
+from torch.nn import functional as F
 
 from configurator import require
 
@@ -12,10 +13,12 @@ class CachedContext:
     """model.Context with a cache behind it: T new columns that begin at column `start` of the cache.
 
     cache: (n_layer, 2, B, H, S, D). pads: None, or the number of empty columns before each row's first token, (B,) int64.
+    ids: the cache's token ids with those of this call at their end, (B, start + T), -1 in empty columns.
     """
 
-    def __init__(self, cache, start, T, pads=None):
-        self.cache, self.start, self.end, self.losses = cache, start, start + T, []
+    def __init__(self, cache, start, ids, pads=None):
+        T = ids.size(1) - start
+        self.cache, self.start, self.end, self.ids, self.losses = cache, start, start + T, ids, []
         self.positions, self.mask = slice(start, self.end), None
         if pads is not None:
             columns = torch.arange(self.end, device=cache.device)
@@ -31,6 +34,10 @@ class CachedContext:
         keys[:, :, self.start:self.end] = k
         values[:, :, self.start:self.end] = v
         return keys[:, :, :self.end], values[:, :, :self.end]
+
+    def with_past(self, idx, count):
+        """(B, count + T) ids that end with this call's; -1 where there is no earlier token."""
+        return F.pad(self.ids, (count, 0), value=-1)[:, self.start:]
 
 
 def visible(queries, keys, pads):
@@ -101,16 +108,15 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     require(idx.size(1) > 0, "the prompt is empty: give at least one token, for example a newline")
     T, V = idx.size(1), model.config.vocab_size
     history, pads = align_right(idx, lengths, T + max_new_tokens)
-    empty = torch.arange(T, device=idx.device) < torch.tensor(pads, device=idx.device)[:, None]
     seen = torch.zeros(len(idx), V + 1, dtype=torch.bool, device=idx.device)
-    seen.scatter_(1, history[:, :T].masked_fill(empty, V), True)
+    seen.scatter_(1, history[:, :T] % (V + 1), True)             # -1, an empty column, is counted in the last place
     cache = new_cache(model, len(idx), min(block, T + max_new_tokens))
     base = cached = 0                                            # the cache holds columns base .. base + cached
     for n in range(T, T + max_new_tokens):
         if n - base > block:
             base, cached = n - keep, 0
-        ctx = CachedContext(cache, cached, n - base - cached, shifted(pads, base, idx.device))
-        states = model.trunk(history[:, base + cached:n], ctx)
+        ctx = CachedContext(cache, cached, history[:, base:n], shifted(pads, base, idx.device))
+        states = model.trunk(history[:, base + cached:n].clamp(min=0), ctx)
         cached = n - base
         token = sampler(model.head(states[:, -1]), seen[:, :V])
         history[:, n:n + 1] = token
@@ -119,11 +125,12 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
 
 
 def align_right(idx, lengths, width):
-    """Prompts at the left of (B, T) -> (history (B, width) with prompts ending at column T, empty columns before each)."""
+    """Prompts at the left of (B, T) -> (history (B, width) with prompts ending at column T, empty columns before each);
+    an empty column holds -1."""
     B, T = idx.shape
     lengths = [T] * B if lengths is None else [int(n) for n in lengths]
     require(len(lengths) == B and all(1 <= n <= T for n in lengths), f"lengths={lengths} must be {B} numbers in 1..{T}")
-    history = torch.zeros(B, width, dtype=torch.long, device=idx.device)
+    history = torch.full((B, width), -1, device=idx.device)
     for row, n in enumerate(lengths):
         history[row, T - n:T] = idx[row, :n]
     return history, [T - n for n in lengths]

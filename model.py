@@ -6,32 +6,28 @@ GPT-2: Radford et al. 2019, https://cdn.openai.com/better-language-models/langua
 """
 import dataclasses
 import hashlib
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import decoding
+import pretrained
+from bio_modules import Oscillating
 from configurator import require
+from pretrained import GPT2_SIZES
+from runtime import peak_flops
 
-GPT2_SIZES = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
-
-# dense bf16 peak (fp16 before Ampere), fp32 accumulation, FLOP/s, from the vendor's data sheets; the first name that fits wins
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10G": 70e12, "V100": 112e12, "T4": 65e12, "RTX 5090": 209e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12,
-    "RTX 5070": 62e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 4070 Ti": 80e12, "RTX 4070": 58e12, "RTX 4060": 30e12,
-    "RTX 3090": 71e12, "RTX 3080": 60e12, "RTX 3070": 41e12, "RTX 3060": 25e12,
-}
+SIZES = {
+    "small": dict(n_layer=6, n_head=8, n_embd=512),
+    "medium": dict(n_layer=12, n_head=16, n_embd=1024),
+    "large": dict(n_layer=24, n_head=24, n_embd=1536),
+    "xlarge": dict(n_layer=48, n_head=32, n_embd=2048),
+} | GPT2_SIZES
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,29 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block; divides n_embd
     n_embd: int = 768  # width of the residual stream
     dropout: float = 0.0  # share of activations dropped in training; 0 is good for pretraining, 0.1+ for finetuning
-    bias: bool = True  # biases in Linears and LayerNorms, like GPT-2; False: a bit better and faster
+    bias: bool = True  # biases in Linears and norms, like GPT-2; False: a bit better and faster
+    # --- architecture switches ---
+    norm: str = "layernorm"  # layernorm or rmsnorm
+    pos: str = "learned"  # position table (learned), or rotation of queries and keys (rope)
+    qk_norm: bool = False  # RMS-normalise queries and keys per head
+    act: str = "gelu"  # activation of the MLP: gelu, relu2, swiglu (8/3 as wide), osc
+    softcap: float = 0.0  # bound logits to (-softcap, softcap) by tanh; 0: off
+    zero_init: bool = False  # start the projections that write to the residual stream, and an untied head, at zero
+    tie_weights: bool = True  # one matrix for the token embedding and the head
+    ngram_buckets: int = 0  # rows of each hashed bigram and trigram table added to the token embedding; 0: off
+    recompute: bool = False  # recompute each block's activations in the backward pass: less memory, a third more compute
 
     def __post_init__(self):
+        for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", MLPS)):
+            require(getattr(self, key) in slot, f"{key}='{getattr(self, key)}' must be {' or '.join(slot)}")
+        require(self.softcap >= 0 and self.ngram_buckets >= 0,
+                f"softcap={self.softcap} and ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: type "
                 f"--n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}, for example")
+        require(self.pos != "rope" or self.n_embd // self.n_head % 2 == 0, f"pos='rope' rotates pairs: n_embd/n_head="
+                f"{self.n_embd // self.n_head} must be even")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
 
     def model_args(self):
@@ -73,6 +85,10 @@ class Context:
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at, (B, H, S, D)."""
         return k, v
+
+    def with_past(self, idx, count):
+        """(B, count + T) ids that end with idx (B, T); -1 where there is no earlier token."""
+        return F.pad(idx, (count, 0), value=-1)
 
 
 def cast(tensor, dtype):
@@ -98,14 +114,88 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
 
 
-class Embedding(nn.Embedding):
-    """nn.Embedding drawn by name (std 0.02, GPT-2)."""
+class Table(nn.Embedding):
+    """Rows drawn by name (std 0.02)."""
 
     def reset_parameters(self):
         pass
 
     def init_weights(self, normal_):
         normal_(self.weight, 0.02)
+
+
+class Embedding(Table):
+    """Token ids (B, T) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, ctx):
+        return F.embedding(idx, self.weight)
+
+
+class NgramEmbedding(Embedding):
+    """Token embedding plus rows of two hashed tables for the bigram and the trigram that end at each position: what a first
+    attention layer would otherwise have to learn. Tables start at zero; only T rows of each are read per call."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.buckets = config.ngram_buckets
+        self.bigrams, self.trigrams = (nn.Parameter(torch.zeros(self.buckets, config.n_embd)) for _ in range(2))
+
+    def forward(self, idx, ctx):
+        before, last, this = (ctx.with_past(idx, 2) + 1).unfold(1, idx.size(1), 1).unbind(1)
+        pair = this * 1_000_003 + last * 10_007
+        triple = pair + before * 31_337
+        return super().forward(idx, ctx) + self.bigrams[pair % self.buckets] + self.trigrams[triple % self.buckets]
+
+
+class LearnedPositions(Table):
+    """GPT-2's table, one row per position, added to the token embedding."""
+
+    def __init__(self, config):
+        super().__init__(config.block_size, config.n_embd)
+
+    def forward(self, x, ctx):
+        return x + self.weight[ctx.positions]
+
+    def crop(self, block_size):
+        self.weight = nn.Parameter(self.weight[:block_size].detach().clone())
+
+
+class RotaryPositions(nn.Module):
+    """Tables of the angles by which queries and keys turn, (block_size, D/2), half-split layout (2104.09864)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd // config.n_head
+        frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
+        angles = torch.arange(config.block_size)[:, None] * frequencies
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x, ctx):
+        ctx.rotation = self.cos[ctx.positions].unsqueeze(-3), self.sin[ctx.positions].unsqueeze(-3)
+        return x
+
+    def crop(self, block_size):
+        self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
+
+
+def rotate(x, ctx):
+    """Turn (B, H, T, D) by each token's position."""
+    cos, sin = (table.to(x.dtype) for table in ctx.rotation)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def as_is(x, *_):
+    return x
+
+
+def rms(x):
+    """Root-mean-square normalisation of the last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
 
 
 class LayerNorm(nn.Module):
@@ -118,6 +208,17 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x.dtype), 1e-5)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a gain; statistics in fp32 (1910.07467)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
 
 
 def attend(q, k, v, mask, dropout):
@@ -150,10 +251,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.normalise = rms if config.qk_norm else as_is
+        self.rotate = rotate if config.pos == "rope" else as_is
 
     def forward(self, x, ctx):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
+        q, k = self.rotate(self.normalise(q), ctx), self.rotate(self.normalise(k), ctx)
         k, v = ctx.extend(self.layer, k, v)
         y = attend(q, k, v, ctx.mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -165,7 +269,7 @@ class MLP(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias)
-        self.act = nn.GELU()
+        self.act = ACTS[config.act](4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, std=residual_std(config))
         self.dropout = nn.Dropout(config.dropout)
 
@@ -173,23 +277,58 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP with the parameters of a dense one: two thirds as many units, three matrices (2002.05202)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        hidden = -(-8 * config.n_embd // 3 // 64) * 64
+        self.c_fc = Linear(config.n_embd, 2 * hidden, config.bias)
+        self.c_proj = Linear(hidden, config.n_embd, config.bias, std=residual_std(config))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, ctx):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.dropout(self.c_proj(F.silu(gate) * up))
+
+
+class ReLU2(nn.Module):
+    """max(x, 0) squared (2109.08668): cheap, and most units are exactly zero."""
+
+    def forward(self, x):
+        return F.relu(x).square()
+
+
 def residual_std(config):
-    """Init of the projections that write to the residual stream: scaled down by their number (GPT-2)."""
-    return 0.02 / math.sqrt(2 * config.n_layer)
+    """Init of the projections that write to the residual stream: scaled down by their number (GPT-2), or zero."""
+    return 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+
+
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
+ACTS = {"gelu": lambda units: nn.GELU(), "relu2": lambda units: ReLU2(), "osc": Oscillating}
+MLPS = {"gelu": MLP, "relu2": MLP, "osc": MLP, "swiglu": SwiGLU}
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config)
-        self.mlp = MLP(config, layer)
+        self.ln_2 = NORMS[config.norm](config)
+        self.mlp = MLPS[config.act](config, layer)
 
     def forward(self, x, ctx):
         x = x + self.attn(self.ln_1(x), ctx)
         x = x + self.mlp(self.ln_2(x), ctx)
         return x
+
+
+class RecomputedBlock(Block):
+    """A block that keeps only its input for the backward pass and computes the rest again (1604.06174)."""
+
+    def forward(self, x, ctx):
+        return activation_checkpoint(super().forward, x, ctx, use_reentrant=False)
 
 
 class GPT(nn.Module):
@@ -206,28 +345,33 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = None
         self.transformer = nn.ModuleDict(dict(
-            wte=Embedding(config.vocab_size, config.n_embd),
-            wpe=Embedding(config.block_size, config.n_embd),
+            wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
+            wpe=POSITIONS[config.pos](config),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            ln_f=LayerNorm(config),
+            h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i) for i in range(config.n_layer)]),
+            ln_f=NORMS[config.norm](config),
         ))
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight     # tied (1608.05859)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, std=0.02 * (config.tie_weights or not config.zero_init))
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
+        self.cap = partial(soft_cap, config.softcap) if config.softcap else as_is
         if init:
             self.init_weights(torch.initial_seed() if seed is None else seed)
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw every weight anew from (seed, name); each module knows its own scales."""
-        for name, module in self.named_modules():
+        """Draw every weight anew from (seed, its name); each module knows its own scales."""
+        names = {}
+        for name, p in self.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), name)                      # a tied matrix keeps its first name, so untying does not redraw it
+        for module in self.modules():
             if hasattr(module, "init_weights") and module is not self:
-                module.init_weights(lambda tensor, std: normal_by_name_(tensor, std, seed, name))  # noqa: B023
+                module.init_weights(lambda p, std: normal_by_name_(p, std, seed, names[id(p)]))
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding leaves the position table out (the token table is the head's matrix)."""
         count = sum(p.numel() for p in self.parameters())
-        return count - self.transformer.wpe.weight.numel() * non_embedding
+        return count - sum(p.numel() for p in self.transformer.wpe.parameters()) * non_embedding
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, target -1 is ignored -> (logits, loss).
@@ -235,10 +379,7 @@ class GPT(nn.Module):
         With targets: logits (B, T, vocab_size), loss = cross-entropy in nats, plus auxiliary terms in training mode.
         Without: logits of the last position alone, (B, 1, vocab_size), and None.
         """
-        T, longest = idx.size(1), self.config.block_size
-        if T > longest:
-            raise ValueError(f"a sequence of {T} tokens does not fit block_size={longest}: crop it to its last {longest}")
-        ctx = Context(slice(0, T))
+        ctx = Context(self.positions(idx.size(1)))
         x = self.trunk(idx, ctx)
         if targets is None:
             return self.head(x[:, [-1]]), None
@@ -246,9 +387,15 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss + self.training * sum(ctx.losses)
 
+    def positions(self, T):
+        """Where a sequence of T tokens stands in the position table; ValueError if it is too long."""
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}: crop it to its last tokens")
+        return slice(0, T)
+
     def trunk(self, idx, ctx):
         """Token ids (B, T) -> normalised states (B, T, C)."""
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[ctx.positions]
+        x = self.transformer.wpe(self.transformer.wte(idx, ctx), ctx)
         x = self.transformer.drop(x.to(self.compute_dtype or x.dtype))
         for block in self.transformer.h:
             x = block(x, ctx)
@@ -256,14 +403,14 @@ class GPT(nn.Module):
 
     def head(self, x):
         """States -> logits in fp32."""
-        return self.lm_head(x).float()
+        return self.cap(self.lm_head(x).float())
 
     def crop_block_size(self, block_size):
         """Shorten the context in place, for example of a pretrained GPT-2."""
         require(block_size <= self.config.block_size, f"block_size={block_size} is longer than the model's "
                 f"{self.config.block_size}: type --block_size={self.config.block_size} or less")
         self.config = dataclasses.replace(self.config, block_size=block_size)
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        self.transformer.wpe.crop(block_size)
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
@@ -271,9 +418,9 @@ class GPT(nn.Module):
         local Hugging Face GPT-2 folder. override_args may hold dropout alone, as in nanoGPT."""
         override = override_args or {}
         require(set(override) <= {"dropout"}, f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
-        args, weights = read_hf_folder(Path(model_type)) if Path(model_type).is_dir() else download_gpt2(model_type)
+        args, weights = pretrained.read(model_type)
         model = cls(GPTConfig(**args, bias=True, **override), init=False)
-        model.load_state_dict(from_hf_names(weights))
+        model.load_state_dict(weights)
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -290,9 +437,7 @@ class GPT(nn.Module):
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """Share of the device's peak FLOP/s that `fwdbwd_per_iter` sequences in `dt` seconds make; None: peak unknown."""
-        device = self.lm_head.weight.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        peak = peak_flops(self.lm_head.weight.device)
         return peak and self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     @torch.no_grad()
@@ -308,54 +453,12 @@ class GPT(nn.Module):
         return decoding.join(idx, new, lengths)
 
 
+def soft_cap(cap, logits):
+    """Bound logits to (-cap, cap) smoothly (2408.00118)."""
+    return cap * torch.tanh(logits / cap)
+
+
 def normal_by_name_(tensor, std, seed, name):
     """Fill with normals of a generator that only (seed, name) decide."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
     tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(key)).mul_(std))
-
-
-def download_gpt2(model_type):
-    """GPT-2's config arguments and state dict through transformers."""
-    require(model_type in GPT2_SIZES, f"'{model_type}' is neither a folder nor one of {', '.join(GPT2_SIZES)}")
-    try:
-        from transformers import GPT2LMHeadModel
-    except ImportError as error:
-        require(False, f"'{model_type}' needs the transformers package ({error}): pip install transformers, or name a local "
-                       "Hugging Face GPT-2 folder")
-    try:
-        weights = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
-    except OSError as error:
-        require(False, f"'{model_type}' could not be downloaded ({str(error).splitlines()[0]}): without a network, name a "
-                       "local Hugging Face GPT-2 folder (config.json, model.safetensors)")
-    return dict(GPT2_SIZES[model_type], vocab_size=50257, block_size=1024), weights
-
-
-def read_hf_folder(folder):
-    """A Hugging Face GPT-2 folder (config.json with model.safetensors or pytorch_model.bin) -> (config args, state dict)."""
-    require((folder / "config.json").is_file(), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
-    c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    require(c.get("model_type") == "gpt2", f"{folder} holds a '{c.get('model_type')}' model, expected 'gpt2'")
-    if (folder / "model.safetensors").is_file():
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            require(False, f"{folder}/model.safetensors needs the safetensors package: pip install safetensors")
-        weights = load_file(folder / "model.safetensors")
-    else:
-        require((folder / "pytorch_model.bin").is_file(), f"{folder} has neither model.safetensors nor pytorch_model.bin")
-        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    return dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
-                block_size=c["n_positions"]), weights
-
-
-def from_hf_names(weights):
-    """Hugging Face's GPT-2 state dict -> ours: the Conv1D matrices transposed, mask buffers dropped, the head tied."""
-    out = {}
-    for name, tensor in weights.items():
-        name = "transformer." + name.removeprefix("transformer.") if not name.startswith("lm_head") else name
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        out[name] = tensor.t() if conv1d else tensor
-    out["lm_head.weight"] = out["transformer.wte.weight"]
-    return out

@@ -15,6 +15,15 @@ from configurator import require
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# dense bf16 peak (fp16 before Ampere), fp32 accumulation, FLOP/s, from the vendor's data sheets; the first name that fits wins
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10G": 70e12, "V100": 112e12, "T4": 65e12, "RTX 5090": 209e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12,
+    "RTX 5070": 62e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 4070 Ti": 80e12, "RTX 4070": 58e12, "RTX 4060": 30e12,
+    "RTX 3090": 71e12, "RTX 3080": 60e12, "RTX 3070": 41e12, "RTX 3060": 25e12,
+}
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Device, dtype of the matmuls, compile or not, and why."""
@@ -71,6 +80,12 @@ def choose_dtype(name, device):
     return DTYPES[name], "dtype as asked"
 
 
+def peak_flops(device):
+    """The device's peak FLOP/s in the dtype it trains in, or None where it is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
 def choose_compile(wanted, device):
     if wanted != "auto":
         return wanted, "compile as asked"
@@ -107,13 +122,13 @@ class World:
             dist.barrier()
 
     def close(self):
-        if self.size > 1:
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def join_world(backend, device):
     """Join the process group that torchrun describes in the environment -> (World, device name of this rank)."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return World(), device
     world = World(*(int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

@@ -15,7 +15,8 @@ import decoding
 import runtime
 import tokenizer as tokenizers
 from configurator import configure, require
-from model import GPT, GPT2_SIZES
+from model import GPT
+from pretrained import GPT2_SIZES
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """A token is one character: chars[i] has id i. New vocabularies are sorted, older files keep their order."""
+    """A token is one character: chars[i] has id i. New vocabularies are sorted."""
 
     def __init__(self, chars):
         singles = isinstance(chars, list) and chars and all(isinstance(c, str) and len(c) == 1 for c in chars)
@@ -54,8 +54,8 @@ class CharTokenizer:
             return [self.ids[char] for char in text]
         except KeyError as missing:
             raise ConfigError(f"character {missing} (U+{ord(missing.args[0]):04X}) is not among the "
-                              f"{self.vocab_size} characters of this vocabulary: leave it out, or prepare the "
-                              "data with --tokenizer=byte") from None
+                              f"{self.vocab_size} characters of this vocabulary: leave it out, or use data "
+                              "made with --tokenizer=byte") from None
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in known(ids, self.vocab_size))
@@ -86,10 +86,12 @@ class GPT2Tokenizer:
         return self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids):
-        return self.bpe.decode(known(ids, self.vocab_size), errors="replace")
+        ids = known(ids, self.vocab_size)
+        return self.bpe.decode(ids, errors="replace")
 
     def token_bytes(self, token_id):
-        return self.bpe.decode_single_token_bytes(*known([token_id], self.vocab_size))
+        [token_id] = known([token_id], self.vocab_size)
+        return self.bpe.decode_single_token_bytes(token_id)
 
     def meta(self):
         return {"tokenizer": "gpt2"}
@@ -142,7 +144,7 @@ def read_pickle(path):
     except ConfigError as error:
         raise ConfigError(f"{path} {error}") from None
     except Exception as error:                  # damaged pickles raise almost any type
-        raise ConfigError(f"{path} is not a readable pickle ({type(error).__name__}: {error}): "
+        raise ConfigError(f"{path} is not a readable pickle ({type(error).__name__}): "
                           "prepare the data set again") from error
     require(isinstance(old, dict), f"{path} holds a {type(old).__name__}, expected a dict")
     meta = {"vocab_size": old["vocab_size"]} if "vocab_size" in old else {}
@@ -210,9 +212,10 @@ def load_bpe():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:                  # requests, proxies, TLS, full disks: each raises its own type
-        raise ConfigError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): offline, put its "
-                          f"encoder.json and vocab.bpe in {BPE_FOLDER}, or in a folder named by the environment "
-                          "variable NANOCORTEX_GPT2_BPE, or use data made with --tokenizer=byte") from error
+        raise ConfigError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): offline, "
+                          f"put its encoder.json and vocab.bpe in {BPE_FOLDER}, or in a folder named by the "
+                          "environment variable NANOCORTEX_GPT2_BPE, or use data made with --tokenizer=byte"
+                          ) from error
 
 
 def local_bpe(tiktoken, folder):
@@ -232,8 +235,8 @@ def utf8(text):
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ConfigError(f"character {error.start} of the text is {text[error.start]!a}, half of a pair, which "
-                          "is not valid Unicode: check the encoding of the input") from error
+        raise ConfigError(f"character {error.start} of the text is {text[error.start]!a}, half of a pair "
+                          "and not valid Unicode: check the encoding of the input") from error
 
 
 def known(ids, vocab_size):

@@ -21,8 +21,9 @@ import checkpoint as ckpt
 import dataset as datasets
 import runtime
 import tokenizer as tokenizers
-from configurator import ConfigError, configure, parse, require
-from model import GPT, GPT2_SIZES, GPTConfig
+from configurator import ConfigError, convert, require, typed_words
+from model import GPT, GPTConfig
+from pretrained import GPT2_SIZES
 
 DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
 HERE_ONLY = ("init_from", "out_dir", "eval_only", "device", "dtype", "compile", "backend")   # never taken from a checkpoint
@@ -82,14 +83,14 @@ class TrainConfig(GPTConfig):
 # ---------------------------------------------------------------- configuration and run directory ----------------------------------
 
 argv = sys.argv[1:] or [DEFAULT_RUN]
-cfg = configure(TrainConfig, argv)
-given = parse(TrainConfig, argv)                               # what the user typed, to tell it from defaults
-resumed = None
-if cfg.init_from == "resume":
-    resumed_path = ckpt.find(cfg.out_dir, resume=True)
-    resumed = ckpt.load(resumed_path)
-    known = {f.name for f in fields(TrainConfig)} - set(HERE_ONLY)
-    cfg = configure(TrainConfig, argv, base={k: v for k, v in resumed.get("config", {}).items() if k in known})
+given = typed_words(TrainConfig, argv)                         # what the user typed, to tell it from defaults
+resumed, base = None, {}
+if given.get("init_from") == "resume":
+    resumed_path = ckpt.find(given.get("out_dir", TrainConfig.out_dir), resume=True)
+    resumed = ckpt.load(resumed_path, resume=True)
+    known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
+    base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
+cfg = TrainConfig(**{**base, **given})
 
 world, device_name = runtime.join_world(cfg.backend, cfg.device)
 place = runtime.choose(device_name, cfg.dtype, cfg.compile)
@@ -97,20 +98,23 @@ out_dir = Path(cfg.out_dir)
 require(cfg.gradient_accumulation_steps % world.size == 0, f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must "
         f"be a multiple of the {world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
 if world.master:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type --out_dir=ANOTHER_FOLDER") from error
-    ckpt.sweep(out_dir)
+    if not cfg.eval_only:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type "
+                              "--out_dir=ANOTHER_FOLDER") from error
+        ckpt.sweep(out_dir)
     datasets.prepare_if_missing(cfg.dataset)
 world.barrier()
-say = print if world.master else (lambda *words: None)
+say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
 # ---------------------------------------------------------------- what the flags select, built once --------------------------------
 
 data_dir = datasets.prepare_if_missing(cfg.dataset)
 meta = datasets.meta_of(data_dir)
+tokenizer_meta = tokenizers.load(data_dir).meta()              # goes into checkpoints: sampling needs no data
 
 
 def build_model():
@@ -138,7 +142,7 @@ def load_model(loaded, path):
     for key in [k for k in given if k in args and k not in ("dropout", "block_size") and given[k] != args[k]]:
         require(key == "vocab_size" and not given[key], f"{key}={given[key]!r}, but {path} was trained with {key}={args[key]!r}: "
                 f"leave --{key} out, or start anew with --init_from=scratch")
-    dropout = cfg.dropout if "dropout" in given or not resumed else args["dropout"]
+    dropout = cfg.dropout if "dropout" in given or not resumed else args.get("dropout", cfg.dropout)
     return ckpt.build_model(loaded, path, dropout=dropout)
 
 
@@ -212,7 +216,7 @@ def train_step(iteration, batch):
 
     Where either is not finite the weights and the optimizer stay as they are, on all ranks alike.
     """
-    torch.manual_seed((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank)     # dropout needs no saved state
+    torch.manual_seed(((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank) % 2**63)    # dropout needs no state
     total = torch.zeros((), device=place.device)
     for micro in range(accumulation):
         parallel.require_backward_grad_sync = micro == accumulation - 1
@@ -239,24 +243,40 @@ def save_checkpoint(path):
     if not all(bool(torch.isfinite(p).all()) for p in raw_model.parameters()):
         return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is", file=sys.stderr)
     ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_config.model_args(),
-                   iter_num=iter_num, best_val_loss=best_val_loss, config=asdict(cfg), tokenizer=tokenizers.load(data_dir).meta(),
+                   iter_num=iter_num, best_val_loss=best_val_loss, config=asdict(cfg), tokenizer=tokenizer_meta,
                    scaler=scaler.state_dict(), seconds=seconds()), path)
     if path.name == "ckpt.pt":
-        (out_dir / "ckpt_last.pt").unlink(missing_ok=True)
+        ckpt.remove_quietly(out_dir / "ckpt_last.pt")
 
 
 def open_metrics():
     """metrics.jsonl, opened to append; a resumed run drops the rows past its checkpoint, so that iterations only rise."""
-    path = out_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if cfg.init_from == "resume" and path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] < iter_num]
-    path.write_text("".join(kept), encoding="utf-8")
-    return open(path, "a", encoding="utf-8", buffering=1)
+    path, kept = out_dir / "metrics.jsonl", []
+    try:
+        if cfg.init_from == "resume" and path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and iteration_of(line) < iter_num]
+        path.write_text("".join(kept), encoding="utf-8")
+        return open(path, "a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): type --out_dir=ANOTHER_FOLDER") from error
+
+
+def iteration_of(line):
+    """The iteration of a row of metrics.jsonl; a row that a crash has torn counts as one to drop."""
+    try:
+        return json.loads(line)["iter"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def log(row):
     if world.master:
-        metrics.write(json.dumps(row) + "\n")
+        try:
+            metrics.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise ConfigError(f"{metrics.name} cannot be written ({error.strerror}); {ckpt.free_space(out_dir)} "
+                              "free there") from error
     if wandb:
         wandb.log(row, step=row["iter"])
 
@@ -303,10 +323,12 @@ while True:
         if world.master:
             tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         better = losses["val"] < best_val_loss
-        best_val_loss = min(losses["val"], best_val_loss)
+        best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
         if (better or cfg.always_save_checkpoint and math.isfinite(losses["val"])) and iter_num > 0 and not cfg.eval_only:
             save_checkpoint(out_dir / "ckpt.pt")
     if iter_num >= cfg.max_iters or cfg.eval_only:
+        if not cfg.eval_only:
+            log(row | {"seconds": seconds()})
         break
 
     lr = learning_rate(iter_num)
@@ -334,8 +356,6 @@ while True:
         break
 
 bar.close()
-if "val_loss" in row and not cfg.eval_only:
-    log(row | {"seconds": seconds()})
 if status == 1:
     print(f"train.py: stopped at iteration {iter_num}: {row['skipped']}, {skipped} steps in a row; no weight was changed by them. "
           f"The last learning rate was {lr:.2e}: type a lower --learning_rate, or --dtype=float32", file=sys.stderr)

@@ -26,7 +26,8 @@ class Prepare:
     def __post_init__(self):
         require(self.input, "no input file: type --input=FILE.txt")
         require(re.fullmatch(r"\w[\w.-]{0,99}", self.name),
-                f"name={self.name!r} must be a plain folder name (letters, digits, '_', '-', '.'): type --name=mydata")
+                f"name={self.name!r} must be a plain folder name (letters, digits, '_', '-', '.'): "
+                "type --name=mydata")
         require(self.tokenizer in TOKENIZERS, f"unknown tokenizer '{self.tokenizer}'"
                 f"{close_match(self.tokenizer, TOKENIZERS)}; expected one of {', '.join(TOKENIZERS)}")
         require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")

@@ -67,7 +67,7 @@ def held_out(name):
 
 
 def documents(paths):
-    """The bytes of each file and a closing 0; files that are not UTF-8, or hold a 0 themselves, are passed over."""
+    """The bytes of each file and a closing 0; files that are not UTF-8, or hold a 0, are passed over."""
     for path in paths:
         text = path.read_bytes()
         if is_utf8(text) and 0 not in text:

@@ -1,0 +1,66 @@
+"""OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded through transformers."""
+import json
+from pathlib import Path
+
+import torch
+
+from configurator import require
+
+GPT2_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+def read(name):
+    """A local Hugging Face GPT-2 folder or one of GPT2_SIZES -> (GPTConfig arguments, state dict in nanoGPT's names)."""
+    args, weights = read_folder(Path(name)) if Path(name).is_dir() else download(name)
+    return args, from_hf_names(weights)
+
+
+def download(model_type):
+    """GPT-2's config arguments and state dict through transformers."""
+    require(model_type in GPT2_SIZES, f"'{model_type}' is neither a folder nor one of {', '.join(GPT2_SIZES)}")
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError as error:
+        require(False, f"'{model_type}' needs the transformers package ({error}): pip install transformers, or name a local "
+                       "Hugging Face GPT-2 folder")
+    try:
+        weights = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
+    except OSError as error:
+        require(False, f"'{model_type}' could not be downloaded ({str(error).splitlines()[0]}): without a network, name a "
+                       "local Hugging Face GPT-2 folder (config.json, model.safetensors)")
+    return dict(GPT2_SIZES[model_type], vocab_size=50257, block_size=1024), weights
+
+
+def read_folder(folder):
+    """A Hugging Face GPT-2 folder (config.json with model.safetensors or pytorch_model.bin) -> (config args, state dict)."""
+    require((folder / "config.json").is_file(), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
+    c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    require(c.get("model_type") == "gpt2", f"{folder} holds a '{c.get('model_type')}' model, expected 'gpt2'")
+    if (folder / "model.safetensors").is_file():
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            require(False, f"{folder}/model.safetensors needs the safetensors package: pip install safetensors")
+        weights = load_file(folder / "model.safetensors")
+    else:
+        require((folder / "pytorch_model.bin").is_file(), f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    return dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
+                block_size=c["n_positions"]), weights
+
+
+def from_hf_names(weights):
+    """Hugging Face's GPT-2 state dict -> ours: the Conv1D matrices transposed, mask buffers dropped, the head tied."""
+    out = {}
+    for name, tensor in weights.items():
+        name = "transformer." + name.removeprefix("transformer.") if not name.startswith("lm_head") else name
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        out[name] = tensor.t() if conv1d else tensor
+    out["lm_head.weight"] = out["transformer.wte.weight"]
+    return out

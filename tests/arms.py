@@ -1,0 +1,44 @@
+"""The table of arms: every flag that changes the model has a row here, and every property test runs over all rows.
+
+An arm is the keyword arguments that turn it on, over TINY.
+"""
+import itertools
+
+import torch
+
+from model import GPT, GPTConfig
+
+TINY = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
+
+ARMS = {
+    "gpt2": {},
+    "no_bias": dict(bias=False),
+    "rmsnorm": dict(norm="rmsnorm"),
+    "rope": dict(pos="rope"),
+    "qk_norm": dict(qk_norm=True),
+    "relu2": dict(act="relu2"),
+    "swiglu": dict(act="swiglu"),
+    "osc": dict(act="osc"),
+    "softcap": dict(softcap=15.0),
+    "zero_init": dict(zero_init=True),
+    "untied": dict(tie_weights=False),
+    "ngram": dict(ngram_buckets=64),
+    "recompute": dict(recompute=True),
+}
+
+PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2)}
+
+
+def build(arm, std=None, **changes):
+    """The tiny model of an arm in eval mode; std redraws every weight, because a tiny init hides leaks."""
+    model = GPT(GPTConfig(**TINY | arm | changes), seed=1).eval()
+    if std:
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def tokens(rows, length, seed=0):
+    return torch.randint(TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,410 @@
+"""train.py as a whole: a run that is stopped and resumed is the run that was not, whatever stopped it."""
+import os
+import pickle
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, Trainer, run_real, same, words
+
+import checkpoint
+import dataset
+
+NANOGPT = os.environ.get("NANOGPT")
+needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks of POSIX")
+TIMES = ("seconds", "config")                                   # what two equal runs may differ in: clocks, and how they were asked for
+PATCH_LOSS = """
+import math, torch, model
+forward, calls = model.GPT.forward, [0]
+def poisoned(self, idx, targets=None):
+    logits, loss = forward(self, idx, targets)
+    calls[0] += self.training
+    return logits, loss * math.nan if self.training and calls[0] in {bad} else loss
+model.GPT.forward = poisoned
+"""
+
+
+# ---------------------------------------------------------------- resuming -------------------------------------------------------------
+
+@pytest.mark.parametrize("k", range(1, 17))
+def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, finished, k):
+    train(max_iters=k)
+    train.resume(max_iters=16)
+    same(train.checkpoint(), finished.checkpoint(), skip=TIMES)
+    assert train.losses() == finished.losses()
+    assert len(train.losses()) == 16
+
+
+def test_rows_of_metrics_rise_without_duplicates_after_two_resumes(train, finished):
+    train(max_iters=5)
+    rows = train.folder / "out" / "metrics.jsonl"
+    rows.write_text(rows.read_text() + '{"iter": 5, "loss": 1.0}\n{"iter": 9, "loss": 1.0}\n{"iter": 3, "lo')   # a later crash
+    train.resume(max_iters=11)
+    shutil.copy(train.folder / "out" / "ckpt.pt", train.folder / "at11.pt")
+    train.resume(max_iters=14)
+    shutil.copy(train.folder / "at11.pt", train.folder / "out" / "ckpt.pt")                    # back to an older checkpoint
+    train.resume(max_iters=16)
+    iterations = [row["iter"] for row in train.metrics()]
+    assert iterations == sorted(set(iterations)) == list(range(17))
+    assert train.losses() == finished.losses()
+
+
+@pytest.mark.parametrize("keys", [dict(eval_interval=1), dict(eval_interval=100), dict(eval_iters=7), dict(log_interval=5),
+                                  dict(always_save_checkpoint=False, eval_interval=3)], ids=str)
+def test_looking_at_a_run_does_not_change_it(train, finished, keys):
+    train(**keys)
+    losses = train.losses()
+    assert losses == {i: finished.losses()[i] for i in losses}
+    assert len(losses) >= 4
+    if "always_save_checkpoint" not in keys:
+        same(train.checkpoint()["model"], finished.checkpoint()["model"])
+
+
+def test_another_seed_is_another_run(train, finished):
+    train(seed=99_999_999_999)                                                                 # beyond torch's 64 bits when scaled
+    assert all(loss != finished.losses()[i] for i, loss in train.losses().items())
+
+
+def test_resume_takes_the_checkpoints_settings_and_explicit_keys_win(train):
+    train(max_iters=4, weight_decay=0.2, beta2=0.9, always_save_checkpoint=False, batch_size=3)
+    first = train.checkpoint()
+    train.resume(max_iters=8, weight_decay=0.5, batch_size=1, n_embd=16)
+    second = train.checkpoint()
+    assert second["iter_num"] == 8
+    expected = first["config"] | dict(max_iters=8, weight_decay=0.5, batch_size=1, init_from="resume")
+    assert second["config"] == expected
+    assert [group["weight_decay"] for group in second["optimizer"]["param_groups"]] == [0.5, 0.0]
+    assert [group["betas"] for group in second["optimizer"]["param_groups"]] == [(0.9, 0.9)] * 2
+    assert train.metrics()[-1]["tokens"] == 8 * 2 * 1 * 8
+
+
+def test_resume_changes_dropout_only_when_told_to(train):
+    train(max_iters=2)
+    train.resume(max_iters=3)
+    assert train.checkpoint()["model_args"]["dropout"] == 0.1
+    train.resume(max_iters=4, dropout=0.3)
+    assert train.checkpoint()["model_args"]["dropout"] == 0.3
+
+
+def test_init_from_a_path_starts_anew_from_its_weights(train, finished):
+    train(init_from=finished.folder / "out" / "ckpt.pt", max_iters=2, learning_rate=0, min_lr=0)
+    same(train.checkpoint()["model"], finished.checkpoint()["model"])
+    assert [row["iter"] for row in train.metrics()] == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- stopping -------------------------------------------------------------
+
+def stop_at(train, number, row):
+    """Start a long run in a real process, send it the signal after some rows -> (its Popen, stdout, stderr)."""
+    process = run_real("train.py", words(**KEYS, dataset=train.data, out_dir=train.folder / "out"), train.folder)
+    rows = train.folder / "out" / "metrics.jsonl"
+    deadline = time.time() + LIMIT
+    while (not rows.is_file() or rows.read_bytes().count(b"\n") < row) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    time.sleep(random.random() * 0.01)
+    process.send_signal(number)
+    return (process, *process.communicate(timeout=LIMIT))
+
+
+KEYS = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1,
+        "device": "cpu", "dtype": "float32", "eval_iters": 2, "eval_interval": 7, "max_iters": 1_000_000, "warmup_iters": 3}
+SIGNALS = [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 30)]
+MANY = [pytest.param(number, status, random.Random(n).randrange(200), marks=pytest.mark.slow)
+        for n in range(10) for number, status, _ in SIGNALS]
+
+
+@posix
+@pytest.mark.parametrize("number, status, row", SIGNALS + MANY)
+def test_a_signal_ends_a_run_at_a_step_and_resuming_goes_on_bit_for_bit(train, number, status, row):
+    process, out, err = stop_at(train, number, row)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    assert "--init_from=resume" in out
+    stopped = train.checkpoint()["iter_num"]
+    assert [r["iter"] for r in train.metrics()] == list(range(stopped))
+    train.resume(max_iters=stopped + 5)
+    train(**KEYS | dict(max_iters=stopped + 5), out="whole")
+    same(train.checkpoint(), train.checkpoint("whole"), skip=(*TIMES, "fused"))
+    assert train.losses() == train.losses("whole")
+
+
+@posix
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_run_at_once(train, number, status):
+    job = train.start(gradient_accumulation_steps=100_000_000, eval_interval=1)                # no step ever ends
+    deadline = time.time() + LIMIT
+    while "step 0:" not in job.out.read_text() and time.time() < deadline:
+        time.sleep(0.01)
+    for _ in range(2):
+        time.sleep(0.2)
+        os.kill(job.pid, number)
+    sent = time.time()
+    result = job.wait()
+    assert result.status == status
+    assert time.time() - sent < 2
+    assert "Traceback" not in result.err
+    assert not (train.folder / "out" / "ckpt.pt").exists()
+
+
+@posix
+def test_a_signal_keeps_the_best_checkpoint_and_resume_prefers_the_last(train):
+    """With always_save_checkpoint=False ckpt.pt holds the best weights: a stop writes ckpt_last.pt beside it."""
+    keys = dict(always_save_checkpoint=False, learning_rate=0.05, decay_lr=False, eval_interval=2, max_iters=12)
+    best_then_worse = """
+import os, signal, model
+evaluate = model.GPT.forward
+def forward(self, idx, targets=None):
+    logits, loss = evaluate(self, idx, targets)
+    forward.evals += not self.training
+    forward.steps += self.training
+    if forward.steps == 14:
+        os.kill(os.getpid(), signal.SIGINT)
+    return logits, loss if self.training else loss + forward.evals
+forward.evals = forward.steps = 0
+model.GPT.forward = forward
+"""
+    train(**keys, before=best_then_worse, status=130)
+    best, last = train.checkpoint(), train.checkpoint(name="ckpt_last.pt")
+    assert (best["iter_num"], last["iter_num"]) == (2, 7)
+    resumed = train.resume(max_iters=8)
+    assert [row["iter"] for row in train.metrics()] == list(range(9))
+    assert "loss" in resumed.out
+    assert not (train.folder / "out" / "ckpt_last.pt").exists() or train.checkpoint()["iter_num"] == 2
+    train(**keys, out="whole")
+    assert train.losses() == {i: loss for i, loss in train.losses("whole").items() if i < 8}
+
+
+def test_eval_only_evaluates_and_writes_nothing(train):
+    result = train(eval_only=True)
+    assert "step 0: train loss" in result.out
+    assert not (train.folder / "out").exists()
+    train(max_iters=4)
+    (train.folder / "out" / "ckpt.pt.tmp").write_bytes(b"of a run beside this one")
+    before = {path.name: path.read_bytes() for path in (train.folder / "out").iterdir()}
+    assert "step 4: train loss" in train.resume(eval_only=True).out
+    assert {path.name: path.read_bytes() for path in (train.folder / "out").iterdir()} == before
+
+
+# ---------------------------------------------------------------- not a number ---------------------------------------------------------
+
+def test_one_bad_batch_is_skipped_and_training_goes_on(train, finished):
+    train(before=PATCH_LOSS.format(bad={7}))                                                   # 2 micro-batches a step: step 3
+    rows = {row["iter"]: row for row in train.metrics()}
+    assert "nan" in rows[3]["skipped"] and "loss" not in rows[3]
+    assert len(train.losses()) == 15
+    assert {i: finished.losses()[i] for i in range(3)} == {i: train.losses()[i] for i in range(3)}
+    assert train.checkpoint()["iter_num"] == 16
+
+
+def test_skipped_steps_change_neither_weights_nor_optimizer(train):
+    train(max_iters=4, eval_interval=4)
+    before = train.checkpoint()
+    result = train.resume(before=PATCH_LOSS.format(bad=range(1, 99)), max_iters=7, eval_interval=1)
+    after = train.checkpoint()
+    assert (before["iter_num"], after["iter_num"]) == (4, 7), result.err
+    same(before["model"], after["model"])
+    same(before["optimizer"]["state"], after["optimizer"]["state"])
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_a_sentence(train):
+    train(max_iters=4)
+    good = train.checkpoint()
+    result = train.resume(before=PATCH_LOSS.format(bad=range(5, 9999)), max_iters=100, max_skipped_steps=5, eval_interval=50, status=1)
+    sentence = result.err.strip().splitlines()[-1]
+    assert "5 steps in a row" in sentence and "loss nan" in sentence and "Traceback" not in result.err
+    assert train.metrics()[-1]["iter"] == 10
+    same(train.checkpoint(), good)
+
+
+def test_a_learning_rate_out_of_this_world_ends_with_status_1_and_a_finite_checkpoint(train):
+    result = train(learning_rate=1e5, decay_lr=False, eval_interval=1, max_iters=200, grad_clip=0.0, status=1)
+    assert "type a lower --learning_rate" in result.err.strip().splitlines()[-1] and "Traceback" not in result.err
+    assert all(torch.isfinite(p).all() for p in train.checkpoint()["model"].values())
+    iterations = [row["iter"] for row in train.metrics()]
+    assert iterations == sorted(set(iterations))
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(train):
+    train(max_iters=4)
+    good = (train.folder / "out" / "ckpt.pt").read_bytes()
+    poison = """
+import signal, os, model
+configure = model.GPT.configure_optimizers
+def poisoned(self, *rest):
+    self.transformer.h[0].mlp.c_fc.weight.data[3, 5] = float("inf")
+    return configure(self, *rest)
+model.GPT.configure_optimizers = poisoned
+"""
+    result = train.resume(before=poison, max_iters=6, eval_interval=1)
+    assert "not finite" in result.err
+    assert (train.folder / "out" / "ckpt.pt").read_bytes() == good
+
+
+def test_a_validation_loss_that_is_not_finite_does_not_erase_the_best_one(train):
+    """nan, then a worse loss: the best checkpoint of always_save_checkpoint=False stays."""
+    losses = "import model; forward, evals = model.GPT.forward, iter({losses})\n" \
+             "def scripted(self, idx, targets=None):\n" \
+             "    logits, loss = forward(self, idx, targets)\n" \
+             "    return logits, loss if self.training else loss * 0 + next(evals)\n" \
+             "model.GPT.forward = scripted\n"
+    evals = [value for val in (9.0, 5.0, float("nan"), 8.0, 7.0) for value in (1.0, val)]
+    train(always_save_checkpoint=False, eval_iters=1, eval_interval=2, max_iters=8,
+          before="nan = float('nan')\n" + losses.format(losses=evals))
+    assert train.checkpoint()["iter_num"] == 2
+    assert train.checkpoint()["best_val_loss"] == 5.0
+
+
+# ---------------------------------------------------------------- several processes ----------------------------------------------------
+
+def in_parallel(trainer, ranks, resume=False, **keys):
+    """Ranks of one run as forks that join over gloo -> their results."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if resume:
+        keys = dict(init_from="resume", **keys)
+    jobs = [trainer.start(**keys, env={"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r in range(ranks)]
+    results = [job.wait() for job in jobs]
+    assert [result.status for result in results] == [0] * ranks, results[0].err + results[-1].err
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_share_one_batch_and_one_loss_curve(train, ranks):
+    keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel")
+    results = in_parallel(train, ranks, max_iters=9, **keys)
+    assert "iter" in results[0].err + "iter" and all(result.out == "" for result in results[1:])      # only the master speaks
+    in_parallel(train, ranks, resume=True, max_iters=16, **keys)
+    train(**keys | dict(out="single"))
+    single, parallel = train.losses("single"), train.losses("parallel")
+    assert single.keys() == parallel.keys() == set(range(16))
+    assert all(abs(single[i] - parallel[i]) <= 1e-6 * single[i] for i in single)
+    assert sorted(p.name for p in (train.folder / "parallel").iterdir()) == ["ckpt.pt", "metrics.jsonl"]
+    one, many = ([row["val_loss"] for row in train.metrics(out) if "val_loss" in row] for out in ("single", "parallel"))
+    assert one == pytest.approx(many, rel=1e-6)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv there")
+def test_torchrun_trains_on_two_processes(train):
+    keys = words(**KEYS | dict(max_iters=3, dropout=0.0), dataset=train.data, out_dir=train.folder / "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *keys]
+    done = subprocess.run(command, cwd=train.folder, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 0:") == 1
+    train(**KEYS | dict(max_iters=3, dropout=0.0), out="single")
+    assert list(train.losses().values()) == pytest.approx(list(train.losses("single").values()), rel=1e-6)
+
+
+def test_accumulation_that_does_not_split_among_the_processes_is_refused(train):
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    fake = "import runtime; runtime.join_world = lambda backend, device: (runtime.World(0, 0, 3), device)"
+    result = train(env=env, before=fake, status=2)
+    assert "gradient_accumulation_steps=2 must be a multiple of the 3 processes" in result.err
+
+
+# ---------------------------------------------------------------- nanoGPT and back -----------------------------------------------------
+
+def test_our_checkpoint_has_nanogpts_keys(finished):
+    saved = finished.checkpoint()
+    assert set(saved["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= set(saved)
+    assert [len(group["params"]) for group in saved["optimizer"]["param_groups"]] == [6, 3]
+    assert "transformer.h.0.attn.c_attn.weight" in saved["model"] and saved["model"]["lm_head.weight"].shape == (256, 16)
+
+
+@pytest.fixture
+def char_data(tmp_path):
+    """A data set as nanoGPT writes it, in tmp_path/data/chars: uint16 and meta.pkl."""
+    folder = tmp_path / "data" / "chars"
+    folder.mkdir(parents=True)
+    chars = sorted(set(TEXT))
+    stoi = {c: i for i, c in enumerate(chars)}
+    ids = torch.tensor([stoi[c] for c in TEXT]).to(torch.uint16).numpy()
+    ids[300:].tofile(folder / "train.bin")
+    ids[:300].tofile(folder / "val.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}))
+    return folder
+
+
+def nanogpt(script, cwd, *argv):
+    """Run one of nanoGPT's scripts -> stdout. tiktoken, which it imports and does not use here, may be missing."""
+    (cwd / "stubs").mkdir(exist_ok=True)
+    (cwd / "stubs" / "tiktoken.py").write_text("")
+    (cwd / "configurator.py").write_text(Path(NANOGPT, "configurator.py").read_text())
+    done = subprocess.run([sys.executable, str(Path(NANOGPT, script)), *argv], cwd=cwd, capture_output=True, text=True, timeout=LIMIT,
+                          env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(cwd / "stubs")})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SMALL = words(n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=4, gradient_accumulation_steps=1, device="cpu", dtype="float32",
+              compile=False, eval_iters=2, eval_interval=5, max_iters=10, learning_rate=1e-2, beta2=0.99, weight_decay=0.3)
+
+
+@needs_nanogpt
+def test_nanogpt_samples_from_our_checkpoint(tmp_path, char_data):
+    Trainer(tmp_path, "chars")(*SMALL)
+    ours = Trainer(tmp_path, "chars")
+    text = nanogpt("sample.py", tmp_path, *words(out_dir="out", device="cpu", dtype="float32", num_samples=1, max_new_tokens=20, top_k=1,
+                                                 start="The "))
+    sampled = text.split("\n", 1)[1] if text.startswith("number") else text
+    assert "The " in sampled
+    assert sampled.split("---")[0].split("The ", 1)[1].rstrip("\n").ljust(20)[:20] == greedy(ours.checkpoint(), char_data, "The ", 20)[4:]
+
+
+@needs_nanogpt
+def test_we_resume_and_sample_what_nanogpt_trained(tmp_path, char_data):
+    nanogpt("train.py", tmp_path, *SMALL, *words(dataset="chars", out_dir="out"))
+    train = Trainer(tmp_path, "chars")
+    theirs = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    theirs_text = nanogpt("sample.py", tmp_path, *words(out_dir="out", device="cpu", dtype="float32", num_samples=1, max_new_tokens=30,
+                                                        top_k=1, start="The "))
+    assert greedy(theirs, char_data, "The ", 30) in theirs_text
+    train.resume(max_iters=10)                                                                 # no step: what we read is what we write
+    read = train.checkpoint()
+    same(read["model"], theirs["model"])
+    same(read["optimizer"]["state"], theirs["optimizer"]["state"])
+    assert read["iter_num"] == theirs["iter_num"] == 10
+    assert [g["betas"] for g in read["optimizer"]["param_groups"]] == [(0.9, 0.99)] * 2
+    train.resume(max_iters=12)
+    assert train.checkpoint()["iter_num"] == 12
+    assert int(train.checkpoint()["optimizer"]["state"][0]["step"]) == int(theirs["optimizer"]["state"][0]["step"]) + 2
+
+
+def greedy(loaded, folder, start, count):
+    """Our model's greedy text."""
+    import tokenizer as tokenizers
+    tokenizer = tokenizers.load(folder)
+    model = checkpoint.build_model(loaded, "test").eval()
+    return tokenizer.decode(model.generate(torch.tensor([tokenizer.encode(start)]), count, temperature=0)[0].tolist())
+
+
+def test_data_without_a_tokenizer_is_refused_before_the_first_step(train, tmp_path, data):
+    folder = tmp_path / "no_tokenizer"
+    shutil.copytree(data, folder)
+    (folder / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
+    result = train(dataset=folder, status=2)
+    assert "names no tokenizer" in result.err
+    assert "step 0" not in result.out
+
+
+def test_sampling_needs_the_checkpoint_alone(train, tmp_path):
+    from conftest import Job
+    gone = tmp_path / "gone"
+    shutil.copytree(train.data, gone)
+    train(dataset=gone, max_iters=4)
+    shutil.rmtree(gone)
+    assert not dataset.DATA.joinpath(gone).exists()
+    result = Job("sample.py", words(out_dir=train.folder / "out", device="cpu", start="The", num_samples=2, max_new_tokens=5), tmp_path).wait()
+    assert result.status == 0, result.err
+    assert result.out.count("The") == 2 and result.out.count("---------------") == 2
