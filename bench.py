@@ -4,8 +4,8 @@
     python bench.py decode --nanogpt=nanoGPT
     python bench.py train --nanogpt=nanoGPT --out=results/train.json
 
-People's lines come first; the last line of stdout is the same result as one JSON object. Without --nanogpt our side alone is
-measured and no ratio is printed. Absolute times mean little from one machine to the next: quote ratios.
+People's lines come first; the last line of stdout is the same result as one JSON object. Without --nanogpt our
+side alone is measured and no ratio is printed. Absolute times mean little on another machine: quote ratios.
 """
 import contextlib
 import copy
@@ -24,6 +24,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -45,28 +47,28 @@ CLONE = "type git clone https://github.com/karpathy/nanoGPT and --nanogpt=nanoGP
 @dataclass(frozen=True)
 class Bench:
     """What every subcommand understands."""
-    nanogpt: str = ""  # folder of a nanoGPT checkout; without it our side alone is measured and no ratio printed
-    repeats: int = 5  # measurements of each side, taken in turns A B A B; medians are quoted with min and max
+    nanogpt: str = ""  # folder of a nanoGPT checkout; without it ours alone is measured, no ratio
+    repeats: int = 5  # measurements of each side, in turns A B A B; told as median, min, max
     threads: int = 0  # CPU threads of both sides; 0: torch's default; 1 where the machine is shared
     out: str = ""  # also write the JSON record to this file
 
     def __post_init__(self):
         require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1: type --repeats=5")
-        require(self.threads >= 0, f"threads={self.threads} must not be negative: type --threads=0 for torch's default")
-        missing = [name for name in ("model.py", "train.py") if not (Path(self.nanogpt) / name).is_file()]
-        require(not self.nanogpt or not missing, f"nanogpt='{self.nanogpt}' is no nanoGPT checkout, it has no "
-                                                 f"{' and no '.join(missing)}: {CLONE}")
-        require(Path(self.out).parent.is_dir(), f"out='{self.out}': the folder {Path(self.out).parent} does not exist: "
-                                                "make it or name another file")
+        require(self.threads >= 0, f"threads={self.threads} must be 0 (torch's default) or more: type --threads=1")
+        lacks = [name for name in ("model.py", "train.py") if not (Path(self.nanogpt) / name).is_file()]
+        require(not self.nanogpt or not lacks, f"nanogpt='{self.nanogpt}' is no nanoGPT checkout, it has no "
+                                               f"{' and no '.join(lacks)}: {CLONE}")
+        folder = Path(self.out).parent
+        require(folder.is_dir(), f"out='{self.out}': the folder {folder} does not exist: make it or name another")
 
 
-# ---------------------------------------------------------------- timing ---------------------------------------------------
+# ------------------------------------------------ timing ------------------------------------------------
 
 def interleave(sides, repeats, warm_up=True):
     """Call the sides in turns, A B A B -> {name: seconds of each call}.
 
-    sides: {name: function without arguments}. Turns spread a machine's moods over all sides alike. warm_up calls each side
-    once beforehand, untimed. A GPU is waited for on both ends of a call.
+    sides: {name: function without arguments}. Turns spread a machine's moods over all sides alike. warm_up calls
+    each side once beforehand, untimed. A GPU is waited for on both ends of a call.
     """
     seconds = {name: [] for name in sides}
     for number in range(-warm_up, repeats):
@@ -108,12 +110,12 @@ def show(title, result):
     print(f"{title}, {result['unit']}: median (min to max)")
     for name, s in result["sides"].items():
         ratio = f"  ratio {result['ratio'][name]:.2f}x" if name in result["ratio"] else ""
-        print(f"  {name:14}{s['median']:10.2f}  ({s['min']:.2f} to {s['max']:.2f}, {s['repeats']} times){ratio}")
+        print(f"  {name:14}{s['median']:10.2f}  ({s['min']:.2f} to {s['max']:.2f}, n={s['repeats']}){ratio}")
     if not result["ratio"]:
-        print(f"  no comparison: {PEER} was not measured; {CLONE}")
+        print(f"  no ratio: {PEER} was not measured; {CLONE}")
 
 
-# ---------------------------------------------------------------- where it ran ---------------------------------------------
+# ------------------------------------------------ where it ran ------------------------------------------
 
 def hardware():
     """The machine and the versions that a number belongs to."""
@@ -139,9 +141,9 @@ def commit_of(folder):
     """The commit of a checkout, with '+changes' where tracked files differ from it; None without git."""
     git = ["git", "-C", str(folder)]
     try:
-        top, head = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True,
-                                   check=True).stdout.splitlines()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+        top, head = subprocess.check_output([*git, "rev-parse", "--show-toplevel", "HEAD"], text=True,
+                                            stderr=subprocess.DEVNULL).splitlines()
+        changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"])
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None
     return head[:12] + "+changes" * bool(changes) if Path(top) == Path(folder).resolve() else None
@@ -153,10 +155,11 @@ def header(cfg):
     if cfg.nanogpt:
         where["commit"][PEER] = commit_of(cfg.nanogpt)
     h, load = where["hardware"], where["load_average"]["before"]
-    print(f"{h['gpu'] or h['cpu']}, {h['cores']} cores, {h['threads']} threads, torch {h['torch']}, Python {h['python']}")
+    print(f"{h['gpu'] or h['cpu']}, {h['cores']} cores, {h['threads']} threads, torch {h['torch']}, "
+          f"Python {h['python']}, {h['platform']}")
     print("commit " + ", ".join(f"{name} {commit or 'unknown'}" for name, commit in where["commit"].items()))
     if load and load[0] > QUIET:
-        print(f"warning: the machine is busy (load average {load[0]:.2f} before the start), so timings are not final")
+        print(f"warning: the machine is busy (load average {load[0]:.2f} before the start): timings are not final")
     return where
 
 
@@ -167,13 +170,13 @@ def write_atomically(path, text):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"out='{path}' could not be written ({error.strerror}); the record is the last line of "
-                          "stdout") from error
+        raise ConfigError(f"out='{path}' could not be written ({error.strerror}): the record is the last line of "
+                          "stdout, save it from there") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- decode ---------------------------------------------------
+# ------------------------------------------------ decode ------------------------------------------------
 
 SHAPES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False),
@@ -183,12 +186,12 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Decode(Bench):
-    """Tokens per second of generation at batch 1: ours against nanoGPT's generate, with the same weights in one process."""
+    """Tokens per second of generation at batch 1: ours against nanoGPT's, same weights, one process."""
     shape: str = "gpt2"  # gpt2 (12 layers, 768 wide, block 1024) or baby (6 layers, 384 wide, block 256)
     prompt: int = 128  # tokens of context before the first new one
     new: int = 128  # tokens that every side generates
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
-    dtype: str = "auto"  # of ours; nanoGPT runs as its sample.py does: fp32 on a CPU, autocast on CUDA
+    dtype: str = "auto"  # of ours; nanoGPT runs as in its sample.py: fp32 on a CPU, autocast on CUDA
 
     def __post_init__(self):
         super().__post_init__()
@@ -204,17 +207,18 @@ def decode(cfg):
     models, contexts = decoders(cfg, place)
     parameters = sum(p.numel() for p in models[OURS].parameters())
     vocab_size = SHAPES[cfg.shape]["vocab_size"]
-    prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337)).to(place.device)
+    prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
+    prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
-    generators = {name: generation(model, prompt, cfg.new, contexts[name]) for name, model in models.items()}
+    generators = {name: partial(generate, model, prompt, cfg.new, contexts[name]) for name, model in models.items()}
     seconds = interleave(generators, cfg.repeats)
     rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
-    steps = {name: (forward if name == PEER else cached_step)(model, prompt, contexts[name])
-             for name, model in models.items()}
+    steps = {name: partial(whole_context, model, prompt, contexts[name]) if name == PEER
+             else cached_step(model, prompt) for name, model in models.items()}
     ms = {name: [1e3 * s for s in values] for name, values in interleave(steps, 4 * cfg.repeats).items()}
     results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
-    print(f"{cfg.shape}, {parameters:,} parameters, the same in every side; ours is {place.dtype}, "
-          f"{PEER} {'autocast' if place.device.type == 'cuda' else 'fp32'}")
+    print(f"{cfg.shape}, {parameters:,} parameters, the same weights on every side; "
+          f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
     show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
     tell_agreement(agreement)
@@ -222,9 +226,9 @@ def decode(cfg):
 
 
 def decoders(cfg, place):
-    """-> ({side: model in eval mode on the device}, {side: the context it runs in}); all sides hold the same weights."""
+    """-> ({side: model in eval mode on the device}, {side: the context it runs in}); same weights everywhere."""
     ours = GPT(GPTConfig(**SHAPES[cfg.shape]), seed=1337).eval()
-    models, contexts = {}, {PEER: contextlib.nullcontext()}
+    models, contexts = {}, {}
     if cfg.nanogpt:
         models[PEER] = peer_model(cfg.nanogpt, SHAPES[cfg.shape]).eval()
         ours.load_state_dict(models[PEER].state_dict())
@@ -251,31 +255,27 @@ def peer_model(folder, shape):
 def load_module(name, path):
     """Import a file under another name, so that two files called model.py live side by side."""
     spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)     # its dataclasses look themselves up there
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)     # where its dataclasses look
     spec.loader.exec_module(module)
     return module
 
 
-def generation(model, prompt, new, context):
-    """The same call on every side: nanoGPT's signature, top_k=1."""
-    def run():
-        with context:
-            model.generate(prompt, new, top_k=1)
-    return run
-
-
-def forward(model, prompt, context):
-    """What nanoGPT computes for one token: the whole context."""
-    @torch.no_grad()
-    def run():
-        with context:
-            model(prompt)
-    return run
+def generate(model, prompt, new, context):
+    """The same call on every side."""
+    with context:
+        model.generate(prompt, new, top_k=1)
 
 
 @torch.no_grad()
-def cached_step(model, prompt, context):
-    """What ours computes for one token: the last one, over a cache of those before it."""
+def whole_context(model, prompt, context):
+    """What nanoGPT computes for one token: a forward over all of them."""
+    with context:
+        model(prompt)
+
+
+@torch.no_grad()
+def cached_step(model, prompt):
+    """What ours computes for one token: the last one, over a cache of those before it -> a function that does it."""
     past = prompt.size(1) - 1
     cache = decoding.new_cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], decoding.CachedContext(cache, 0, prompt[:, :past]))
@@ -287,25 +287,22 @@ def cached_step(model, prompt, context):
 
 
 def agree(models, prompt, new):
-    """Greedy ids of every side against nanoGPT's in fp32 (without it: against our own in fp32), in full fp32, no TF32.
+    """Greedy ids of every side against nanoGPT's in fp32 (without it: against our own in fp32), TF32 off.
 
-    -> {"of": name, "distinct": different ids in it, "sides": {name: {"equal": share, "first_difference": index or None}}}
+    -> {"of": that side, "distinct": different ids in it, "sides": {side: what compare() found, and its dtype}}
     """
     of = PEER if PEER in models else OURS_FP32 if OURS_FP32 in models else OURS
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    ids = {name: model.generate(prompt, new, **dict(top_k=1) if name == PEER else dict(temperature=0))[0, prompt.size(1):]
-           for name, model in models.items()}
+    greedy = {name: dict(top_k=1) if name == PEER else dict(temperature=0) for name in models}
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    ids = {name: model.generate(prompt, new, **greedy[name])[0, prompt.size(1):] for name, model in models.items()}
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    return {"of": of, "distinct": len(ids[of].unique()), "fp32": [n for n in ids if models_dtype(models[n]) == torch.float32],
-            "sides": {name: compare(ids[of], found) for name, found in ids.items() if name != of}}
-
-
-def models_dtype(model):
-    return model.lm_head.weight.dtype
+    dtypes = {name: str(model.lm_head.weight.dtype).removeprefix("torch.") for name, model in models.items()}
+    return {"of": of, "distinct": len(ids[of].unique()),
+            "sides": {name: compare(ids[of], ids[name]) | {"dtype": dtypes[name]} for name in ids if name != of}}
 
 
 def compare(expected, found):
+    """Share of equal ids, and the index of the first that differs (after it the contexts differ too) or None."""
     same = (expected == found).tolist()
     return {"equal": sum(same) / len(same), "first_difference": None if all(same) else same.index(False)}
 
@@ -314,16 +311,16 @@ def tell_agreement(agreement):
     """Print the shares; an fp32 side must agree in every token."""
     for name, found in agreement["sides"].items():
         first = found["first_difference"]
-        print(f"greedy ids, {name} against {agreement['of']}: {found['equal']:.4f} equal"
-              + (f", first difference at token {first}" if first is not None else "")
+        print(f"greedy ids, {name} ({found['dtype']}) against {agreement['of']}: {found['equal']:.4f} equal"
+              + f", first difference at new token {first}" * (first is not None)
               + f", {agreement['distinct']} different ids")
-        if name in agreement["fp32"] and first is not None:
-            print(f"!!! NOT THE SAME MODEL: {name} is fp32 and must give {agreement['of']}'s ids; do not quote these speeds")
+        if found["dtype"] == "float32" and first is not None:
+            print(f"!!! GREEDY IDS DIFFER: {name} is fp32 and must give {agreement['of']}'s ids; do not quote this run")
 
 
-# ---------------------------------------------------------------- train ----------------------------------------------------
+# ------------------------------------------------ train -------------------------------------------------
 
-TRAINED = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, dropout=0.0)     # nanoGPT's documented CPU run
+TRAINED = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, dropout=0.0)  # nanoGPT's CPU run
 RECIPE = dict(batch_size=12, gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
               lr_decay_iters=2000, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0, eval_interval=10**9,
               eval_iters=1, log_interval=1, always_save_checkpoint=False)
@@ -332,19 +329,19 @@ TAIL = 20                                       # iterations whose mean is calle
 
 @dataclass(frozen=True)
 class Train(Bench):
-    """Milliseconds per training iteration: our train.py against nanoGPT's, same shape, data and optimizer, in processes."""
+    """Milliseconds per training iteration: our train.py against nanoGPT's, same shape, data, AdamW."""
     repeats: int = 3  # processes of each side, in turns A B A B
     iters: int = 200  # iterations of each process
     drop: int = 20  # first iterations of each process, left out of its median
     input: str = ""  # train on the characters of this text file; empty: the built-in data (bytes)
     device: str = "cpu"  # of both sides
     dtype: str = "auto"  # of ours; nanoGPT keeps its own default
-    compile: bool | str = "auto"  # of ours: auto, True, False; the first iteration then holds the compile time
+    compile: bool | str = "auto"  # of ours: auto, True, False; its seconds are told as the first iteration's
     peer_compile: bool = False  # of nanoGPT; its documented CPU command says False
 
     def __post_init__(self):
         super().__post_init__()
-        require(1 <= self.drop < self.iters, f"drop={self.drop} must be in 1..{self.iters - 1}: iters={self.iters}")
+        require(1 <= self.drop < self.iters, f"drop={self.drop} must be at least 1 and below iters={self.iters}")
         require(self.compile in (True, False, "auto"), f"compile='{self.compile}' must be auto, True or False")
 
 
@@ -366,8 +363,8 @@ def train(cfg):
             copy_peer(cfg.nanogpt, work / "peer", data, vocab_size)
             launchers = {PEER: lambda: train_peer(cfg, work / "peer"), **launchers}
         runs = {name: [] for name in launchers}
-        sides = {name: (lambda name=name, launch=launch: runs[name].append(launch())) for name, launch in launchers.items()}
-        wall = interleave(sides, cfg.repeats, warm_up=False)       # the first iterations of every process warm it up
+        sides = {name: lambda name=name: runs[name].append(launchers[name]()) for name in launchers}
+        wall = interleave(sides, cfg.repeats, warm_up=False)       # a process's first iterations warm it up
     return train_report(cfg, runs, wall, GPT(GPTConfig(**TRAINED, vocab_size=vocab_size), init=False))
 
 
@@ -377,23 +374,21 @@ def train_report(cfg, runs, wall, model):
     tokens = RECIPE["batch_size"] * TRAINED["block_size"]
     rates = {name: [1e3 * tokens / value for value in values] for name, values in ms.items()}
     results = {"iteration": measurement("ms", ms), "rate": measurement("tokens/s", rates, higher_is_better=True),
-               "process": measurement("s", wall), "first_iteration": measurement("s", {OURS: first_seconds(runs[OURS])})}
-    place, first = runs[OURS][0].place, results["first_iteration"]["sides"][OURS]
+               "process": measurement("s", wall)}
+    place, first = runs[OURS][0].place, spread([run.ms[0] / 1e3 for run in runs[OURS]])
     losses = {name: [finite(statistics.fmean(run.losses[-TAIL:])) for run in done] for name, done in runs.items()}
-    print(f"ours: {place}; {model.get_num_params():,} parameters without positions, the same shape and AdamW on both sides")
+    print(f"ours: {place}")
+    print(f"{model.get_num_params():,} parameters without positions, the same shape and AdamW on both sides")
     show(f"one iteration, median of iterations {cfg.drop} to {cfg.iters - 1}", results["iteration"])
     show("training", results["rate"])
     show(f"whole process of {cfg.iters} iterations (ours also evaluates and saves at its end)", results["process"])
-    print(f"first iteration of ours: {first['median']:.2f} s ({first['min']:.2f} to {first['max']:.2f}), compiling included")
+    print(f"first iteration of ours: {first['median']:.2f} s ({first['min']:.2f} to {first['max']:.2f}), compiling "
+          "included")
     for name, values in losses.items():
         print(f"training loss of {name}, mean of the last {min(TAIL, cfg.iters)} iterations: "
               + ", ".join("not finite" if value is None else f"{value:.4f}" for value in values))
-    return {"measurements": results, "final_losses": losses, "place": place, "parameters": model.get_num_params(),
-            "train_flops_per_token": model.flops_per_token()}
-
-
-def first_seconds(runs):
-    return [run.ms[0] / 1e3 for run in runs]
+    return {"measurements": results, "first_iteration_seconds": first, "final_losses": losses, "place": place,
+            "parameters": model.get_num_params(), "train_flops_per_token": model.flops_per_token()}
 
 
 def finite(value):
@@ -403,8 +398,7 @@ def finite(value):
 def training_data(cfg, work):
     """The folder of token files that both sides read."""
     if not cfg.input:
-        with contextlib.redirect_stdout(sys.stderr):
-            return datasets.prepare_if_missing("pylib")
+        return datasets.prepare_if_missing("pylib").resolve()
     datasets.write_text(work / "text", cfg.input, "char", 0.1)
     return work / "text"
 
@@ -421,14 +415,14 @@ def copy_peer(checkout, folder, data, vocab_size):
 
 
 def train_ours(cfg, data, work):
-    """One process of our train.py. An iteration lasts from the end of the one before it to its own end, as nanoGPT's does;
-    the first is its step alone, which holds the compile time."""
-    keys = dict(max_iters=cfg.iters, dataset=data.resolve(), out_dir=work / "ours", dtype=cfg.dtype, compile=cfg.compile)
+    """One process of our train.py. An iteration lasts from the end of the one before it to its own end, as
+    nanoGPT's does; the first is its step alone, which holds the compile time."""
+    keys = dict(max_iters=cfg.iters, dataset=data, out_dir=work / "ours", dtype=cfg.dtype, compile=cfg.compile)
     said = run_script(ROOT / "train.py", keys, work, cfg)
     lines = (work / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "ms" in row]
     require(len(rows) == cfg.iters, f"train.py logged {len(rows)} iterations, expected {cfg.iters}")
-    ms = [1e3 * (after["seconds"] - before["seconds"]) for before, after in zip(rows, rows[1:])]
+    ms = [1e3 * (after["seconds"] - before["seconds"]) for before, after in pairwise(rows)]
     place = next((line for line in said.splitlines() if line.startswith("device ")), "unknown")
     return Run([rows[0]["ms"], *ms], [row.get("loss", math.nan) for row in rows], place)
 
@@ -437,28 +431,29 @@ def train_peer(cfg, folder):
     """One process of nanoGPT's train.py; it counts its iterations from 0 to max_iters, both included."""
     keys = dict(max_iters=cfg.iters - 1, dataset="bench", out_dir="out", compile=cfg.peer_compile)
     rows = peer_iterations(run_script(folder / "train.py", keys, folder, cfg))
-    require(len(rows) == cfg.iters, f"nanoGPT's train.py printed {len(rows)} iterations, expected {cfg.iters}: take the "
-                                    "newest nanoGPT")
+    require(len(rows) == cfg.iters, f"nanoGPT's train.py printed {len(rows)} iterations, expected {cfg.iters}: "
+                                    "take an unchanged checkout of nanoGPT")
     return Run([ms for ms, _ in rows], [loss for _, loss in rows], "")
 
 
 def peer_iterations(said):
     """nanoGPT's lines 'iter 7: loss 3.2, time 12.5ms, mfu ...' -> [(ms, loss)]."""
-    return [(float(ms), float(loss)) for loss, ms in re.findall(r"^iter \d+: loss (\S+), time (\S+)ms", said, re.MULTILINE)]
+    found = re.findall(r"^iter \d+: loss (\S+), time (\S+)ms", said, re.MULTILINE)
+    return [(float(ms), float(loss)) for loss, ms in found]
 
 
 def run_script(script, keys, cwd, cfg):
     """Run a train.py with the shape, recipe, device and threads that both sides share -> its stdout."""
     words = [f"--{key}={value}" for key, value in (TRAINED | RECIPE | dict(device=cfg.device) | keys).items()]
-    threads = {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {}
-    done = subprocess.run([sys.executable, str(script), *words], cwd=cwd, env={**os.environ, **threads}, check=False,
-                          capture_output=True, text=True, encoding="utf-8", errors="replace")
+    env = os.environ | ({"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {})
+    done = subprocess.run([sys.executable, str(script), *words], cwd=cwd, env=env, check=False, capture_output=True,
+                          text=True, encoding="utf-8", errors="replace")
     last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
     require(done.returncode == 0, f"{script} ended with status {done.returncode}: {last}")
     return done.stdout
 
 
-# ---------------------------------------------------------------- the menu -------------------------------------------------
+# ------------------------------------------------ the menu ----------------------------------------------
 
 COMMANDS = {
     "train": (Train, train),
@@ -489,8 +484,9 @@ def main(words):
     where = header(cfg)
     result = function(cfg)
     where["load_average"]["after"] = load_average()
-    record = json.dumps({"schema": SCHEMA, "subcommand": name, "command": shlex.join(["python", "bench.py", *words]),
-                         "config": asdict(cfg), **where, **result}, allow_nan=False)
+    command = shlex.join(["python", "bench.py", *words])
+    record = json.dumps({"schema": SCHEMA, "subcommand": name, "command": command, "config": asdict(cfg), **where,
+                         **result}, allow_nan=False)
     print(record, flush=True)
     if cfg.out:
         write_atomically(cfg.out, record + "\n")

@@ -60,18 +60,20 @@ class Sampler:
     repetition_penalty: logits of tokens already in the row are divided by it where positive, multiplied where negative
     (CTRL, 1909.05858), before temperature; temperature: 0 is greedy; top_k: the k largest; top_p: the smallest set whose
     probability reaches top_p (1904.09751); min_p: at least min_p times the largest probability (2407.01082).
+    vocab_size: ids from there on are never chosen (a padded vocabulary has rows that mean nothing).
     """
 
-    def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0, vocab_size=None):
         require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
         require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
         require(0 <= min_p <= 1, f"min_p={min_p} must be in [0, 1]")
         require(repetition_penalty > 0, f"repetition_penalty={repetition_penalty} must be above 0; 1.0 is off")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty = repetition_penalty
+        self.repetition_penalty, self.vocab_size = repetition_penalty, vocab_size
 
     def __call__(self, logits, seen):
         """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1)."""
+        logits, seen = logits[:, :self.vocab_size], seen[:, :self.vocab_size]
         if self.repetition_penalty != 1.0:
             r = self.repetition_penalty
             logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import decoding
+import optimizers
 import pretrained
 from bio_modules import Oscillating
 from configurator import require
@@ -424,11 +425,8 @@ class GPT(nn.Module):
         return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW (1711.05101) in nanoGPT's two groups: tensors of two or more dimensions decay, gains and biases do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+        """AdamW in nanoGPT's two groups, see optimizers.adamw."""
+        return optimizers.adamw([p for p in self.parameters() if p.requires_grad], weight_decay, learning_rate, betas, device_type)
 
     def flops_per_token(self):
         """Training FLOPs per token, forward and backward (PaLM, 2204.02311, appendix B)."""

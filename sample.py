@@ -76,8 +76,8 @@ def prompt_of(start):
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
     print(place, file=sys.stderr)
-    sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
     model, tokenizer = load(cfg.init_from, cfg.out_dir)
+    sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 import dataset as datasets
+import optimizers
 import runtime
-import tokenizer as tokenizers
 from configurator import ConfigError, convert, require, typed_words
-from model import GPT, GPTConfig
+from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
 
 DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
@@ -54,6 +54,12 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # Adam's decay of the mean
     beta2: float = 0.95  # Adam's decay of the mean square
     grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
+    muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
+    muon_momentum: float = 0.95  # muon's decay of the mean gradient
+    lr_schedule: str = "cosine"  # cosine, linear, wsd (constant, then linear), constant
+    lr_decay_share: float = 0.3  # wsd: the share of the run that decays
+    size: str = ""  # small, medium, large, xlarge, gpt2[-medium|-large|-xl]: sets n_layer, n_head and n_embd
     decay_lr: bool = True  # warm up and decay the learning rate; False: constant
     warmup_iters: int = 2000  # iterations of linear warm-up
     lr_decay_iters: int = 600000  # iteration where the cosine reaches min_lr
@@ -74,10 +80,13 @@ class TrainConfig(GPTConfig):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must be in [0, 1)")
+        require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
+        optimizers.check(self)
         require(self.compile in (True, False, "auto"), f"compile='{self.compile}' must be auto, True or False")
 
     def model_config(self, **changes):
-        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)} | changes)
+        named = SIZES.get(self.size, {})
+        return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)} | named | changes)
 
 
 # ---------------------------------------------------------------- configuration and run directory ----------------------------------
@@ -114,7 +123,7 @@ say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", 
 
 data_dir = datasets.prepare_if_missing(cfg.dataset)
 meta = datasets.meta_of(data_dir)
-tokenizer_meta = tokenizers.load(data_dir).meta()              # goes into checkpoints: sampling needs no data
+tokenizer = {"tokenizer": {k: meta[k] for k in ("tokenizer", "chars") if k in meta}} if "tokenizer" in meta else {}
 
 
 def build_model():
@@ -158,7 +167,7 @@ raw_model.compute_dtype = place.dtype
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} parameters without positions; "
     f"data {data_dir}, vocabulary {model_config.vocab_size}")
 
-optimizer = raw_model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), place.device.type)
+optimizer = optimizers.build(raw_model, cfg, place.device.type)
 scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
 if resumed:
     ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)
@@ -170,21 +179,9 @@ accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
 train_stream = datasets.TokenStream(data_dir, "train", *shape, seed=cfg.seed, vocab_size=model_config.vocab_size)
-eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0) for split in ("train", "val")}
+eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0, vocab_size=model_config.vocab_size) for split in ("train", "val")}
 model = torch.compile(raw_model) if place.compile else raw_model
 parallel = DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None) if world.size > 1 else model
-
-
-def learning_rate(iteration):
-    """nanoGPT's schedule: linear warm-up, cosine to min_lr at lr_decay_iters, constant after."""
-    if not cfg.decay_lr:
-        return cfg.learning_rate
-    if iteration < cfg.warmup_iters:
-        return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
-    if iteration >= cfg.lr_decay_iters:
-        return cfg.min_lr
-    done = (iteration - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
 
 def to_device(batch):
@@ -243,7 +240,7 @@ def save_checkpoint(path):
     if not all(bool(torch.isfinite(p).all()) for p in raw_model.parameters()):
         return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is", file=sys.stderr)
     ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_config.model_args(),
-                   iter_num=iter_num, best_val_loss=best_val_loss, config=asdict(cfg), tokenizer=tokenizer_meta,
+                   iter_num=iter_num, best_val_loss=best_val_loss, config=asdict(cfg), **tokenizer,
                    scaler=scaler.state_dict(), seconds=seconds()), path)
     if path.name == "ckpt.pt":
         ckpt.remove_quietly(out_dir / "ckpt_last.pt")
@@ -331,9 +328,9 @@ while True:
             log(row | {"seconds": seconds()})
         break
 
-    lr = learning_rate(iter_num)
+    lr = optimizers.learning_rate(cfg, iter_num)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     step_clock = time.perf_counter()
     loss, norm, batch, stop = train_step(iter_num, batch)
     step_seconds = time.perf_counter() - step_clock

@@ -8,6 +8,8 @@ import torch
 
 from model import GPT, GPTConfig
 
+torch.set_num_threads(1)                        # tiny tensors: a second thread only waits
+
 TINY = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 
 ARMS = {

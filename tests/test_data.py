@@ -471,7 +471,8 @@ def test_the_default_data_is_the_same_in_every_run_and_holds_no_tests(tmp_path, 
     for i in range(60):
         (library / f"package{i % 3}").mkdir(parents=True, exist_ok=True)
         (library / f"package{i % 3}" / f"module{i}.py").write_text(f"number_of_this_module = {i}  # ü\n")
-    for excluded in ("tests/a.py", "test/b.py", "site-packages/c.py", "dist-packages/d.py", "lib-dynload/e.py",
+    for excluded in ("tests/a.py", "test/b.py", "site-packages/c.py", "dist-packages/d.py",
+                     "lib-dynload/e.py",
                      "package0/test_f.py", "__pycache__/g.py", "idlelib/idle_test/h.py", "notes.txt"):
         (library / excluded).parent.mkdir(parents=True, exist_ok=True)
         (library / excluded).write_text("EXCLUDED")

@@ -1,0 +1,102 @@
+"""Optimizers: which parameter is updated by which rule, and a learning-rate schedule for all of them.
+
+AdamW in nanoGPT's two groups is the default. Muon takes the matrices inside the blocks; embeddings, head, gains and biases
+stay with AdamW. Every parameter is in exactly one group, asserted.
+"""
+import math
+
+import torch
+
+from configurator import require
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+class Together:
+    """Several optimizers that step as one, with the interface of one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts], "param_groups": []}
+
+    def load_state_dict(self, state):
+        if len(state.get("parts", ())) != len(self.parts):
+            raise ValueError(f"it holds {len(state.get('parts', ()))} optimizers, expected {len(self.parts)}")
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+
+
+def adamw(params, weight_decay, learning_rate, betas, device_type):
+    """AdamW (1711.05101) in nanoGPT's two groups: tensors of two or more dimensions decay, gains and biases do not."""
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas,
+                             fused=device_type in ("cuda", "cpu"))
+
+
+def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_rate, momentum):
+    """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices: momentum, then Newton-Schulz to an update
+    whose singular values are near 1; AdamW for all other parameters. Update length follows muon_learning_rate."""
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is q for q in hidden)]
+    parts = Together(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum),
+                     adamw(others, weight_decay, learning_rate, betas, device_type))
+    for group in parts.parts[0].param_groups:
+        group["lr_scale"] = muon_learning_rate / learning_rate
+    assert_partition(model, parts)
+    return parts
+
+
+def assert_partition(model, optimizer):
+    """Every parameter of the model is in exactly one group."""
+    grouped = sorted(id(p) for group in optimizer.param_groups for p in group["params"])
+    assert grouped == sorted(id(p) for p in model.parameters()), "a parameter is in no optimizer group or in several"
+
+
+def build(model, cfg, device_type):
+    """The optimizer that cfg.optimizer names."""
+    betas = (cfg.beta1, cfg.beta2)
+    if cfg.optimizer == "adamw":
+        return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
+    return muon(model, cfg.weight_decay, cfg.learning_rate, betas, device_type, cfg.muon_learning_rate, cfg.muon_momentum)
+
+
+def learning_rate(cfg, iteration):
+    """Learning rate of an iteration: linear warm-up, then cfg.lr_schedule from learning_rate to min_lr at lr_decay_iters.
+
+    cosine: nanoGPT's. linear: a straight line. wsd: constant, then a straight line over the last lr_decay_share of the way
+    (2404.06395). constant, or decay_lr=False: no decay (and, as in nanoGPT, decay_lr=False has no warm-up either).
+    """
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if iteration < cfg.warmup_iters:
+        return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
+    if iteration >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    done = (iteration - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    left = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1 - done,
+            "wsd": min(1.0, (1 - done) / cfg.lr_decay_share)}[cfg.lr_schedule]
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+
+
+def check(cfg):
+    """The optimizer's keys of a training config."""
+    require(cfg.optimizer in ("adamw", "muon"), f"optimizer='{cfg.optimizer}' must be adamw or muon")
+    require(cfg.lr_schedule in SCHEDULES, f"lr_schedule='{cfg.lr_schedule}' must be {', '.join(SCHEDULES)}")
+    require(0 < cfg.lr_decay_share <= 1, f"lr_decay_share={cfg.lr_decay_share} must be in (0, 1]")
