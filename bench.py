@@ -4,8 +4,8 @@
     python bench.py decode --nanogpt=nanoGPT
     python bench.py train --nanogpt=nanoGPT --out=results/train.json
 
-People's lines come first; the last line of stdout is the same result as one JSON object. Without --nanogpt our
-side alone is measured and no ratio is printed. Absolute times mean little on another machine: quote ratios.
+Lines for people come first; the last line of stdout is the same result as one JSON object. Without --nanogpt
+ours alone is measured and no ratio is printed. Absolute times mean little on another machine: quote ratios.
 """
 import contextlib
 import copy
@@ -54,12 +54,12 @@ class Bench:
 
     def __post_init__(self):
         require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1: type --repeats=5")
-        require(self.threads >= 0, f"threads={self.threads} must be 0 (torch's default) or more: type --threads=1")
+        require(self.threads >= 0, f"threads={self.threads} must be 1 or more, or 0 for torch's default")
         lacks = [name for name in ("model.py", "train.py") if not (Path(self.nanogpt) / name).is_file()]
         require(not self.nanogpt or not lacks, f"nanogpt='{self.nanogpt}' is no nanoGPT checkout, it has no "
                                                f"{' and no '.join(lacks)}: {CLONE}")
         folder = Path(self.out).parent
-        require(folder.is_dir(), f"out='{self.out}': the folder {folder} does not exist: make it or name another")
+        require(folder.is_dir(), f"out='{self.out}': the folder {folder} does not exist: make it")
 
 
 # ------------------------------------------------ timing ------------------------------------------------
@@ -67,8 +67,8 @@ class Bench:
 def interleave(sides, repeats, warm_up=True):
     """Call the sides in turns, A B A B -> {name: seconds of each call}.
 
-    sides: {name: function without arguments}. Turns spread a machine's moods over all sides alike. warm_up calls
-    each side once beforehand, untimed. A GPU is waited for on both ends of a call.
+    sides: {name: function without arguments}. Turns spread a machine's moods over all sides alike. warm_up:
+    call each side once beforehand, untimed. A GPU is waited for on both ends of a call.
     """
     seconds = {name: [] for name in sides}
     for number in range(-warm_up, repeats):
@@ -89,7 +89,8 @@ def synchronise():
 
 
 def spread(values):
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
+    median = statistics.median(values)
+    return {"median": median, "min": min(values), "max": max(values), "repeats": len(values)}
 
 
 def measurement(unit, sides, higher_is_better=False):
@@ -151,7 +152,8 @@ def commit_of(folder):
 
 def header(cfg):
     """Print where this runs -> the fields of the record that say so."""
-    where = {"hardware": hardware(), "commit": {OURS: commit_of(ROOT)}, "load_average": {"before": load_average()}}
+    where = {"hardware": hardware(), "commit": {OURS: commit_of(ROOT)},
+             "load_average": {"before": load_average()}}
     if cfg.nanogpt:
         where["commit"][PEER] = commit_of(cfg.nanogpt)
     h, load = where["hardware"], where["load_average"]["before"]
@@ -159,7 +161,7 @@ def header(cfg):
           f"Python {h['python']}, {h['platform']}")
     print("commit " + ", ".join(f"{name} {commit or 'unknown'}" for name, commit in where["commit"].items()))
     if load and load[0] > QUIET:
-        print(f"warning: the machine is busy (load average {load[0]:.2f} before the start): timings are not final")
+        print(f"warning: the machine is busy (load average {load[0]:.2f} before the start): timings are off")
     return where
 
 
@@ -170,8 +172,8 @@ def write_atomically(path, text):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"out='{path}' could not be written ({error.strerror}): the record is the last line of "
-                          "stdout, save it from there") from error
+        raise ConfigError(f"out='{path}' could not be written ({error.strerror}): the record is the last "
+                          "line of stdout, save it from there") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -197,7 +199,8 @@ class Decode(Bench):
         super().__post_init__()
         require(self.shape in SHAPES, f"shape='{self.shape}' must be {' or '.join(SHAPES)}")
         block = SHAPES[self.shape]["block_size"]
-        require(2 <= self.prompt <= block, f"prompt={self.prompt} must be in 2..{block}, the block of {self.shape}")
+        require(2 <= self.prompt <= block,
+                f"prompt={self.prompt} must be in 2..{block}, the block of --shape={self.shape}")
         require(self.new >= 1, f"new={self.new} must be at least 1")
 
 
@@ -210,8 +213,8 @@ def decode(cfg):
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
-    generators = {name: partial(generate, model, prompt, cfg.new, contexts[name]) for name, model in models.items()}
-    seconds = interleave(generators, cfg.repeats)
+    seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
+                          for name, model in models.items()}, cfg.repeats)
     rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
     steps = {name: partial(whole_context, model, prompt, contexts[name]) if name == PEER
              else cached_step(model, prompt) for name, model in models.items()}
@@ -226,7 +229,7 @@ def decode(cfg):
 
 
 def decoders(cfg, place):
-    """-> ({side: model in eval mode on the device}, {side: the context it runs in}); same weights everywhere."""
+    """-> ({side: model in eval mode on the device}, {side: the context it runs in}); same weights in all."""
     ours = GPT(GPTConfig(**SHAPES[cfg.shape]), seed=1337).eval()
     models, contexts = {}, {}
     if cfg.nanogpt:
@@ -275,7 +278,7 @@ def whole_context(model, prompt, context):
 
 @torch.no_grad()
 def cached_step(model, prompt):
-    """What ours computes for one token: the last one, over a cache of those before it -> a function that does it."""
+    """What ours computes for one token, over a cache of those before it -> a function that does it."""
     past = prompt.size(1) - 1
     cache = decoding.new_cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], decoding.CachedContext(cache, 0, prompt[:, :past]))
@@ -289,20 +292,21 @@ def cached_step(model, prompt):
 def agree(models, prompt, new):
     """Greedy ids of every side against nanoGPT's in fp32 (without it: against our own in fp32), TF32 off.
 
-    -> {"of": that side, "distinct": different ids in it, "sides": {side: what compare() found, and its dtype}}
+    -> {"of": that side, "distinct": different ids in it, "sides": {side: result of compare(), and its dtype}}
     """
     of = PEER if PEER in models else OURS_FP32 if OURS_FP32 in models else OURS
     greedy = {name: dict(top_k=1) if name == PEER else dict(temperature=0) for name in models}
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    ids = {name: model.generate(prompt, new, **greedy[name])[0, prompt.size(1):] for name, model in models.items()}
+    ids = {name: model.generate(prompt, new, **greedy[name])[0, -new:] for name, model in models.items()}
     torch.backends.cuda.matmul.allow_tf32 = tf32
     dtypes = {name: str(model.lm_head.weight.dtype).removeprefix("torch.") for name, model in models.items()}
     return {"of": of, "distinct": len(ids[of].unique()),
-            "sides": {name: compare(ids[of], ids[name]) | {"dtype": dtypes[name]} for name in ids if name != of}}
+            "sides": {name: compare(ids[of], found) | {"dtype": dtypes[name]}
+                      for name, found in ids.items() if name != of}}
 
 
 def compare(expected, found):
-    """Share of equal ids, and the index of the first that differs (after it the contexts differ too) or None."""
+    """Share of equal ids; index of the first that differs (the contexts differ after it) or None."""
     same = (expected == found).tolist()
     return {"equal": sum(same) / len(same), "first_difference": None if all(same) else same.index(False)}
 
@@ -315,15 +319,15 @@ def tell_agreement(agreement):
               + f", first difference at new token {first}" * (first is not None)
               + f", {agreement['distinct']} different ids")
         if found["dtype"] == "float32" and first is not None:
-            print(f"!!! GREEDY IDS DIFFER: {name} is fp32 and must give {agreement['of']}'s ids; do not quote this run")
+            print(f"!!! GREEDY IDS DIFFER: {name} is fp32 and must give {agreement['of']}'s; quote nothing")
 
 
 # ------------------------------------------------ train -------------------------------------------------
 
 TRAINED = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, dropout=0.0)  # nanoGPT's CPU run
 RECIPE = dict(batch_size=12, gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
-              lr_decay_iters=2000, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0, eval_interval=10**9,
-              eval_iters=1, log_interval=1, always_save_checkpoint=False)
+              lr_decay_iters=2000, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0,
+              eval_interval=10**9, eval_iters=1, log_interval=1, always_save_checkpoint=False)
 TAIL = 20                                       # iterations whose mean is called the final loss
 
 
@@ -341,13 +345,14 @@ class Train(Bench):
 
     def __post_init__(self):
         super().__post_init__()
-        require(1 <= self.drop < self.iters, f"drop={self.drop} must be at least 1 and below iters={self.iters}")
-        require(self.compile in (True, False, "auto"), f"compile='{self.compile}' must be auto, True or False")
+        require(1 <= self.drop < self.iters, f"drop={self.drop} must be in 1..{self.iters - 1}, below iters")
+        require(self.compile in (True, False, "auto"),
+                f"compile='{self.compile}' must be auto, True or False: type --compile=auto")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training process: ms and loss of each iteration, and what it said about device, dtype and compile."""
+    """One training process: ms and loss of each iteration, its line on device, dtype and compile."""
     ms: list
     losses: list
     place: str
@@ -373,17 +378,18 @@ def train_report(cfg, runs, wall, model):
     ms = {name: [statistics.median(run.ms[cfg.drop:]) for run in done] for name, done in runs.items()}
     tokens = RECIPE["batch_size"] * TRAINED["block_size"]
     rates = {name: [1e3 * tokens / value for value in values] for name, values in ms.items()}
-    results = {"iteration": measurement("ms", ms), "rate": measurement("tokens/s", rates, higher_is_better=True),
-               "process": measurement("s", wall)}
+    results = {"iteration": measurement("ms", ms), "process": measurement("s", wall),
+               "rate": measurement("tokens/s", rates, higher_is_better=True)}
     place, first = runs[OURS][0].place, spread([run.ms[0] / 1e3 for run in runs[OURS]])
-    losses = {name: [finite(statistics.fmean(run.losses[-TAIL:])) for run in done] for name, done in runs.items()}
+    losses = {name: [finite(statistics.fmean(run.losses[-TAIL:])) for run in done]
+              for name, done in runs.items()}
     print(f"ours: {place}")
     print(f"{model.get_num_params():,} parameters without positions, the same shape and AdamW on both sides")
     show(f"one iteration, median of iterations {cfg.drop} to {cfg.iters - 1}", results["iteration"])
     show("training", results["rate"])
-    show(f"whole process of {cfg.iters} iterations (ours also evaluates and saves at its end)", results["process"])
-    print(f"first iteration of ours: {first['median']:.2f} s ({first['min']:.2f} to {first['max']:.2f}), compiling "
-          "included")
+    show(f"whole process, {cfg.iters} iterations; ours also evaluates and saves at its end", results["process"])
+    print(f"first iteration of ours, compiling included: {first['median']:.2f} s "
+          f"({first['min']:.2f} to {first['max']:.2f})")
     for name, values in losses.items():
         print(f"training loss of {name}, mean of the last {min(TAIL, cfg.iters)} iterations: "
               + ", ".join("not finite" if value is None else f"{value:.4f}" for value in values))
@@ -404,7 +410,7 @@ def training_data(cfg, work):
 
 
 def copy_peer(checkout, folder, data, vocab_size):
-    """nanoGPT's scripts beside a data/bench with our token files and its meta.pkl, in a folder of their own."""
+    """nanoGPT's scripts beside a data/bench with our token files and its meta.pkl, in a folder apart."""
     bench = folder / "data" / "bench"
     bench.mkdir(parents=True)
     for script in Path(checkout).glob("*.py"):
@@ -417,7 +423,8 @@ def copy_peer(checkout, folder, data, vocab_size):
 def train_ours(cfg, data, work):
     """One process of our train.py. An iteration lasts from the end of the one before it to its own end, as
     nanoGPT's does; the first is its step alone, which holds the compile time."""
-    keys = dict(max_iters=cfg.iters, dataset=data, out_dir=work / "ours", dtype=cfg.dtype, compile=cfg.compile)
+    keys = dict(max_iters=cfg.iters, dataset=data, out_dir=work / "ours")
+    keys |= dict(dtype=cfg.dtype, compile=cfg.compile)
     said = run_script(ROOT / "train.py", keys, work, cfg)
     lines = (work / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "ms" in row]
@@ -431,8 +438,8 @@ def train_peer(cfg, folder):
     """One process of nanoGPT's train.py; it counts its iterations from 0 to max_iters, both included."""
     keys = dict(max_iters=cfg.iters - 1, dataset="bench", out_dir="out", compile=cfg.peer_compile)
     rows = peer_iterations(run_script(folder / "train.py", keys, folder, cfg))
-    require(len(rows) == cfg.iters, f"nanoGPT's train.py printed {len(rows)} iterations, expected {cfg.iters}: "
-                                    "take an unchanged checkout of nanoGPT")
+    require(len(rows) == cfg.iters, f"nanoGPT's train.py printed {len(rows)} iterations, expected "
+                                    f"{cfg.iters}: take an unchanged checkout of nanoGPT")
     return Run([ms for ms, _ in rows], [loss for _, loss in rows], "")
 
 
@@ -446,8 +453,8 @@ def run_script(script, keys, cwd, cfg):
     """Run a train.py with the shape, recipe, device and threads that both sides share -> its stdout."""
     words = [f"--{key}={value}" for key, value in (TRAINED | RECIPE | dict(device=cfg.device) | keys).items()]
     env = os.environ | ({"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {})
-    done = subprocess.run([sys.executable, str(script), *words], cwd=cwd, env=env, check=False, capture_output=True,
-                          text=True, encoding="utf-8", errors="replace")
+    done = subprocess.run([sys.executable, str(script), *words], cwd=cwd, env=env, check=False,
+                          capture_output=True, text=True, encoding="utf-8", errors="replace")
     last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
     require(done.returncode == 0, f"{script} ended with status {done.returncode}: {last}")
     return done.stdout
@@ -485,8 +492,8 @@ def main(words):
     result = function(cfg)
     where["load_average"]["after"] = load_average()
     command = shlex.join(["python", "bench.py", *words])
-    record = json.dumps({"schema": SCHEMA, "subcommand": name, "command": command, "config": asdict(cfg), **where,
-                         **result}, allow_nan=False)
+    record = json.dumps({"schema": SCHEMA, "subcommand": name, "command": command, "config": asdict(cfg),
+                         **where, **result}, allow_nan=False)
     print(record, flush=True)
     if cfg.out:
         write_atomically(cfg.out, record + "\n")

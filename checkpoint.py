@@ -113,7 +113,7 @@ def build_model(checkpoint, path, **overrides):
 def load_optimizer(optimizer, state, path):
     """Load an optimizer's state; its settings (decay, betas, fused or not) stay those of this run, chosen before."""
     try:
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, ours in zip(optimizer.param_groups, settings):
             group.update(ours)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, Trainer, run_real, same, words
+from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Trainer, run_real, same, words
 
 import checkpoint
 import dataset
@@ -20,6 +20,7 @@ import dataset
 NANOGPT = os.environ.get("NANOGPT")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks of POSIX")
+LONG = TINY | dict(eval_interval=7, max_iters=1_000_000)
 TIMES = ("seconds", "config")                                   # what two equal runs may differ in: clocks, and how they were asked for
 PATCH_LOSS = """
 import math, torch, model
@@ -104,7 +105,7 @@ def test_init_from_a_path_starts_anew_from_its_weights(train, finished):
 
 def stop_at(train, number, row):
     """Start a long run in a real process, send it the signal after some rows -> (its Popen, stdout, stderr)."""
-    process = run_real("train.py", words(**KEYS, dataset=train.data, out_dir=train.folder / "out"), train.folder)
+    process = run_real("train.py", words(**LONG, dataset=train.data, out_dir=train.folder / "out"), train.folder)
     rows = train.folder / "out" / "metrics.jsonl"
     deadline = time.time() + LIMIT
     while (not rows.is_file() or rows.read_bytes().count(b"\n") < row) and process.poll() is None and time.time() < deadline:
@@ -114,8 +115,6 @@ def stop_at(train, number, row):
     return (process, *process.communicate(timeout=LIMIT))
 
 
-KEYS = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2, "gradient_accumulation_steps": 2, "dropout": 0.1,
-        "device": "cpu", "dtype": "float32", "eval_iters": 2, "eval_interval": 7, "max_iters": 1_000_000, "warmup_iters": 3}
 SIGNALS = [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 30)]
 MANY = [pytest.param(number, status, random.Random(n).randrange(200), marks=pytest.mark.slow)
         for n in range(10) for number, status, _ in SIGNALS]
@@ -131,7 +130,7 @@ def test_a_signal_ends_a_run_at_a_step_and_resuming_goes_on_bit_for_bit(train, n
     stopped = train.checkpoint()["iter_num"]
     assert [r["iter"] for r in train.metrics()] == list(range(stopped))
     train.resume(max_iters=stopped + 5)
-    train(**KEYS | dict(max_iters=stopped + 5), out="whole")
+    train(**LONG | dict(max_iters=stopped + 5), out="whole")
     same(train.checkpoint(), train.checkpoint("whole"), skip=(*TIMES, "fused"))
     assert train.losses() == train.losses("whole")
 
@@ -167,19 +166,18 @@ def forward(self, idx, targets=None):
     forward.steps += self.training
     if forward.steps == 14:
         os.kill(os.getpid(), signal.SIGINT)
-    return logits, loss if self.training else loss + forward.evals
+    return logits, loss if self.training else loss + (forward.evals if forward.evals > 4 else 100)
 forward.evals = forward.steps = 0
 model.GPT.forward = forward
 """
     train(**keys, before=best_then_worse, status=130)
     best, last = train.checkpoint(), train.checkpoint(name="ckpt_last.pt")
     assert (best["iter_num"], last["iter_num"]) == (2, 7)
-    resumed = train.resume(max_iters=8)
-    assert [row["iter"] for row in train.metrics()] == list(range(9))
-    assert "loss" in resumed.out
-    assert not (train.folder / "out" / "ckpt_last.pt").exists() or train.checkpoint()["iter_num"] == 2
+    train.resume(max_iters=12)                                                                 # its evaluations are far better
+    assert [row["iter"] for row in train.metrics()] == list(range(13))
+    assert train.checkpoint()["iter_num"] >= 8 and not (train.folder / "out" / "ckpt_last.pt").exists()
     train(**keys, out="whole")
-    assert train.losses() == {i: loss for i, loss in train.losses("whole").items() if i < 8}
+    assert train.losses() == train.losses("whole")
 
 
 def test_eval_only_evaluates_and_writes_nothing(train):
@@ -237,14 +235,18 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(train):
     good = (train.folder / "out" / "ckpt.pt").read_bytes()
     poison = """
 import signal, os, model
-configure = model.GPT.configure_optimizers
-def poisoned(self, *rest):
+forward = model.GPT.forward
+def poisoned(self, idx, targets=None):
     self.transformer.h[0].mlp.c_fc.weight.data[3, 5] = float("inf")
-    return configure(self, *rest)
-model.GPT.configure_optimizers = poisoned
+    if {stop} and self.training:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forward(self, idx, targets)
+model.GPT.forward = poisoned
 """
-    result = train.resume(before=poison, max_iters=6, eval_interval=1)
-    assert "not finite" in result.err
+    train.resume(before=poison.format(stop=False), max_iters=6, eval_interval=1)
+    assert (train.folder / "out" / "ckpt.pt").read_bytes() == good
+    result = train.resume(before=poison.format(stop=True), max_iters=6, eval_interval=1, gradient_accumulation_steps=1, status=143)
+    assert "weights are not finite" in result.err
     assert (train.folder / "out" / "ckpt.pt").read_bytes() == good
 
 
@@ -282,7 +284,7 @@ def in_parallel(trainer, ranks, resume=False, **keys):
 def test_processes_share_one_batch_and_one_loss_curve(train, ranks):
     keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel")
     results = in_parallel(train, ranks, max_iters=9, **keys)
-    assert "iter" in results[0].err + "iter" and all(result.out == "" for result in results[1:])      # only the master speaks
+    assert "step 0:" in results[0].out and not any(result.out for result in results[1:])               # only the master speaks
     in_parallel(train, ranks, resume=True, max_iters=16, **keys)
     train(**keys | dict(out="single"))
     single, parallel = train.losses("single"), train.losses("parallel")
@@ -295,12 +297,12 @@ def test_processes_share_one_batch_and_one_loss_curve(train, ranks):
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv there")
 def test_torchrun_trains_on_two_processes(train):
-    keys = words(**KEYS | dict(max_iters=3, dropout=0.0), dataset=train.data, out_dir=train.folder / "out")
+    keys = words(**TINY | dict(max_iters=3, dropout=0.0), dataset=train.data, out_dir=train.folder / "out")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *keys]
     done = subprocess.run(command, cwd=train.folder, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 0:") == 1
-    train(**KEYS | dict(max_iters=3, dropout=0.0), out="single")
+    train(max_iters=3, dropout=0.0, out="single")
     assert list(train.losses().values()) == pytest.approx(list(train.losses("single").values()), rel=1e-6)
 
 
@@ -352,13 +354,11 @@ SMALL = words(n_layer=2, n_head=2, n_embd=16, block_size=8, batch_size=4, gradie
 
 @needs_nanogpt
 def test_nanogpt_samples_from_our_checkpoint(tmp_path, char_data):
-    Trainer(tmp_path, "chars")(*SMALL)
     ours = Trainer(tmp_path, "chars")
+    ours(*SMALL)
     text = nanogpt("sample.py", tmp_path, *words(out_dir="out", device="cpu", dtype="float32", num_samples=1, max_new_tokens=20, top_k=1,
                                                  start="The "))
-    sampled = text.split("\n", 1)[1] if text.startswith("number") else text
-    assert "The " in sampled
-    assert sampled.split("---")[0].split("The ", 1)[1].rstrip("\n").ljust(20)[:20] == greedy(ours.checkpoint(), char_data, "The ", 20)[4:]
+    assert "\n" + greedy(ours.checkpoint(), char_data, "The ", 20) + "\n" in text
 
 
 @needs_nanogpt
@@ -368,7 +368,7 @@ def test_we_resume_and_sample_what_nanogpt_trained(tmp_path, char_data):
     theirs = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     theirs_text = nanogpt("sample.py", tmp_path, *words(out_dir="out", device="cpu", dtype="float32", num_samples=1, max_new_tokens=30,
                                                         top_k=1, start="The "))
-    assert greedy(theirs, char_data, "The ", 30) in theirs_text
+    assert "\n" + greedy(theirs, char_data, "The ", 30) + "\n" in theirs_text
     train.resume(max_iters=10)                                                                 # no step: what we read is what we write
     read = train.checkpoint()
     same(read["model"], theirs["model"])

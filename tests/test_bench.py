@@ -1,0 +1,230 @@
+"""bench.py: what it refuses, what its record holds, and, beside a real nanoGPT, that both sides are one model.
+
+NANOGPT=/path/to/nanoGPT python -m pytest tests/test_bench.py runs the comparisons, else they are skipped.
+"""
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TEXT, Job, one_sentence
+
+import bench
+from configurator import ConfigError
+from model import GPT, GPTConfig
+
+NANOGPT = os.environ.get("NANOGPT", "")
+beside_nanogpt = pytest.mark.skipif(not NANOGPT, reason="NANOGPT names no nanoGPT checkout")
+SHORT = ["decode", "--shape=baby", "--prompt=8", "--new=6", "--repeats=2", "--device=cpu", "--threads=1"]
+
+
+def run(folder, *words):
+    return Job("bench.py", words, folder).wait()
+
+
+def record_of(result):
+    assert result.status == 0, result.err
+    return json.loads(result.out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """`decode` without a nanoGPT -> (its run, its record, the file that --out named)."""
+    folder = tmp_path_factory.mktemp("alone")
+    result = run(folder, *SHORT, "--out=record.json")
+    return result, record_of(result), folder / "record.json"
+
+
+# ------------------------------------------------ the command line ----------------------------
+
+@pytest.mark.parametrize("words, parts", [
+    ([], ["subcommand is missing", "python bench.py train or decode"]),
+    (["decod"], ["'decod'", "did you mean 'decode'?", "python bench.py"]),
+    (["--repeats=3"], ["'--repeats=3'", "python bench.py"]),
+    (["decode", "--nanogtp=x"], ["'nanogtp'", "did you mean 'nanogpt'?"]),
+    (["decode", "--shape=gpt3"], ["shape='gpt3'", "gpt2 or baby"]),
+    (["decode", "--prompt=1025"], ["prompt=1025", "1024"]),
+    (["decode", "--repeats=0"], ["repeats=0", "--repeats=5"]),
+    (["decode", "--out=no/such/file.json"], ["no/such", "does not exist"]),
+    (["train", "--iters=20"], ["drop=20", "1..19"]),
+    (["train", "--compile=maybe"], ["compile='maybe'", "--compile=auto"]),
+])
+def test_bad_command_lines_say_what_to_type(tmp_path, words, parts):
+    one_sentence(run(tmp_path, *words), "bench.py", *parts)
+
+
+@pytest.mark.parametrize("command", bench.COMMANDS)
+def test_a_folder_that_is_no_nanogpt_checkout_is_refused_with_the_clone_command(tmp_path, command):
+    (tmp_path / "model.py").touch()
+    result = run(tmp_path, command, f"--nanogpt={tmp_path}")
+    one_sentence(result, "bench.py", str(tmp_path), "no train.py", "git clone https://github.com/karpathy/nanoGPT")
+    one_sentence(run(tmp_path, command, "--nanogpt=nowhere"), "bench.py", "no model.py and no train.py")
+
+
+def test_help_lists_every_subcommand_with_one_line(tmp_path):
+    result = run(tmp_path, "--help")
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
+    assert result.status == 0 and [name for name, _ in lines] == list(bench.COMMANDS)
+    assert all(line.endswith(".") for _, line in lines)
+
+
+@pytest.mark.parametrize("command", bench.COMMANDS)
+def test_help_of_a_subcommand_tells_the_meaning_of_each_key(tmp_path, command):
+    out = run(tmp_path, command, "--help").out
+    keys = {line.split("=")[0].strip(): line for line in out.splitlines() if line.startswith("  --")}
+    assert keys.keys() == {f"--{key}" for key in bench.COMMANDS[command][0].__dataclass_fields__}
+    assert all(len(line[42:].strip()) > 10 for line in keys.values()), out
+
+
+# ------------------------------------------------ the record ----------------------------------
+
+def test_the_last_line_is_the_record_and_out_holds_the_same(alone):
+    result, record, path = alone
+    assert record["schema"] == bench.SCHEMA and record["subcommand"] == "decode"
+    assert record["command"] == "python bench.py " + " ".join([*SHORT, "--out=record.json"])
+    assert path.read_text() == result.out.splitlines()[-1] + "\n"
+    assert [entry.name for entry in path.parent.glob("record.json*")] == ["record.json"]
+
+
+def test_the_record_says_where_it_ran(alone):
+    _, record, _ = alone
+    assert record["hardware"].keys() == {"cpu", "cores", "threads", "gpu", "torch", "python", "platform"}
+    assert record["hardware"]["threads"] == 1 and record["hardware"]["torch"] == torch.__version__
+    assert record["load_average"].keys() == {"before", "after"}
+    assert record["config"]["new"] == 6 and record["parameters"] == 10_745_088
+
+
+def test_without_nanogpt_there_is_no_ratio(alone):
+    result, record, _ = alone
+    for found in record["measurements"].values():
+        assert bench.PEER not in found["sides"] and found["sides"][bench.OURS]["median"] > 0
+        assert found["ratio"] == {}
+    people = "\n".join(result.out.splitlines()[:-1])
+    assert people.count("ratio") == people.count("no ratio: nanoGPT was not measured") == 2
+
+
+def test_nothing_is_left_beside_a_record_that_cannot_be_written(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ConfigError, match=r"taken.*last line of stdout"):
+        bench.write_atomically(tmp_path / "taken", "{}")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_busy_machine_is_named(monkeypatch, capsys):
+    for load, warned in ((0.4, False), (0.6, True)):
+        monkeypatch.setattr(bench, "load_average", lambda load=load: [load, 0, 0])
+        bench.header(SimpleNamespace(nanogpt=""))
+        assert ("the machine is busy" in capsys.readouterr().out) == warned
+
+
+def test_a_commit_is_that_of_the_folder_itself_and_tells_changes(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+    (tmp_path / "inner").mkdir()
+    assert bench.commit_of(tmp_path) is None
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    clean = bench.commit_of(tmp_path)
+    (tmp_path / "file").write_text("two")
+    assert len(clean) == 12 and bench.commit_of(tmp_path) == clean + "+changes"
+    assert bench.commit_of(tmp_path / "inner") is None
+
+
+# ------------------------------------------------ timing and its summary ----------------------
+
+def test_sides_are_called_in_turns_after_one_untimed_round(monkeypatch):
+    calls, now = [], [0.0]
+    cost = {"a": 1.0, "b": 2.0}
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def side(name):
+        calls.append(name)
+        now[0] += cost[name] + 100 * (len(calls) <= 2)  # the slow first round must not count
+    sides = {"a": lambda: side("a"), "b": lambda: side("b")}
+    assert bench.interleave(sides, 3) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert "".join(calls) == "abababab"
+    calls.clear()
+    assert bench.interleave(sides, 2, warm_up=False) == {"a": [101.0, 1.0], "b": [102.0, 2.0]}
+
+
+def test_a_ratio_is_that_of_medians_and_above_one_where_ours_is_better():
+    times = {bench.PEER: [8.0, 100.0, 9.0], bench.OURS: [3.0, 1.0, 2.0], bench.OURS_FP32: [18.0]}
+    found = bench.measurement("ms", times)
+    assert found["sides"][bench.PEER] == {"median": 9.0, "min": 8.0, "max": 100.0, "repeats": 3}
+    assert found["ratio"] == {bench.OURS: 4.5, bench.OURS_FP32: 0.5}
+    rates = bench.measurement("tokens/s", times, higher_is_better=True)
+    assert rates["ratio"] == {bench.OURS: 2 / 9, bench.OURS_FP32: 2.0}
+    for lonely in ({bench.OURS: [1.0]}, {bench.PEER: [1.0]}, {bench.PEER: [], bench.OURS: [1.0]}):
+        assert bench.measurement("ms", lonely)["ratio"] == {}
+
+
+def test_nanogpts_lines_give_ms_and_loss_of_each_iteration():
+    said = ("step 0: train loss 4.2, val loss 4.3\niter 0: loss 4.2651, time 812.50ms, mfu -100.00%\n"
+            "iter 1: loss nan, time 20.25ms, mfu 0.01%\n")
+    (first, second) = bench.peer_iterations(said)
+    assert first == (812.5, 4.2651) and second[0] == 20.25 and math.isnan(second[1])
+
+
+def test_iterations_dropped_at_the_start_do_not_count(capsys):
+    def runs(ms):
+        return [bench.Run([1000.0] * 3 + [ms] * 5, [9.0] * 8, "device cpu")]
+    cfg, wall = bench.Train(iters=8, drop=3), {bench.PEER: [4.0], bench.OURS: [2.0]}
+    model = GPT(GPTConfig(**bench.TRAINED, vocab_size=65), init=False)
+    found = bench.train_report(cfg, {bench.PEER: runs(30.0), bench.OURS: runs(10.0)}, wall, model)
+    assert found["measurements"]["iteration"]["ratio"] == {bench.OURS: 3.0}
+    assert found["measurements"]["rate"]["sides"][bench.OURS]["median"] == pytest.approx(12 * 64 / 0.010)
+    assert found["measurements"]["process"]["ratio"] == {bench.OURS: 2.0}
+    assert found["first_iteration_seconds"]["median"] == 1.0 and found["final_losses"][bench.OURS] == [9.0]
+
+
+def test_fp32_ids_that_differ_are_said_loudly_and_bf16_ones_told(capsys):
+    expected, other = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 9, 4])
+    found = bench.compare(expected, other)
+    assert found == {"equal": 0.75, "first_difference": 2}
+    assert bench.compare(expected, expected) == {"equal": 1.0, "first_difference": None}
+    for dtype, loud in (("float32", True), ("bfloat16", False)):
+        sides = {bench.OURS: found | {"dtype": dtype}}
+        bench.tell_agreement({"of": bench.PEER, "distinct": 4, "sides": sides})
+        said = capsys.readouterr().out
+        assert "0.7500 equal" in said and ("!!! GREEDY IDS DIFFER" in said) == loud
+
+
+def test_cached_step_is_the_whole_context_for_one_token():
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32), seed=1).eval()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1]))
+    prompt = torch.arange(7)[None]
+    bench.cached_step(model, prompt)()
+    model(prompt)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+# ------------------------------------------------ beside a real nanoGPT -----------------------
+
+@beside_nanogpt
+def test_decode_beside_nanogpt_has_both_sides_and_the_same_greedy_ids(tmp_path):
+    record = record_of(run(tmp_path, *SHORT, f"--nanogpt={NANOGPT}", "--dtype=bfloat16"))
+    for found in record["measurements"].values():
+        assert list(found["sides"]) == [bench.PEER, bench.OURS, bench.OURS_FP32]
+        assert found["ratio"].keys() == {bench.OURS, bench.OURS_FP32}
+    agreement = record["agreement"]
+    assert agreement["of"] == bench.PEER and agreement["sides"][bench.OURS_FP32]["equal"] == 1.0
+    assert agreement["distinct"] > 1, "ids that never change agree for any two models"
+
+
+@beside_nanogpt
+def test_train_beside_nanogpt_measures_every_iteration_of_both(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    words = ["--iters=6", "--drop=2", "--repeats=1", "--threads=1", "--dtype=float32", "--input=text.txt"]
+    record = record_of(run(tmp_path, "train", f"--nanogpt={Path(NANOGPT).resolve()}", *words))
+    for key in ("iteration", "rate", "process"):
+        assert record["measurements"][key]["ratio"][bench.OURS] > 0
+    ours, theirs = record["final_losses"][bench.OURS][0], record["final_losses"][bench.PEER][0]
+    assert abs(ours - theirs) < 0.2, f"the same model on the same data starts alike: {ours} and {theirs}"

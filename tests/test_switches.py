@@ -1,0 +1,230 @@
+"""The architecture switches and optimizers, one property each beyond those that every arm has."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from arms import TINY, build, tokens
+from torch import nn
+
+import optimizers
+from bio_modules import Oscillating
+from configurator import ConfigError
+from model import GPT, SIZES, Context, GPTConfig, SwiGLU, rotate
+
+
+def at(model, idx, start):
+    """States of idx when its first token stands at position `start`."""
+    with torch.no_grad():
+        return model.trunk(idx, Context(slice(start, start + idx.size(1))))
+
+
+def test_rope_sees_distances_not_positions():
+    model, idx = build(dict(pos="rope"), std=0.2), tokens(2, 8)
+    torch.testing.assert_close(at(model, idx, 5), at(model, idx, 0), atol=1e-5, rtol=0)
+    learned = build({}, std=0.2)
+    assert (at(learned, idx, 5) - at(learned, idx, 0)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("pos, notices", [("rope", True), ("none", False)])
+def test_rope_lets_one_layer_notice_the_order_of_the_prefix(pos, notices):
+    """Without positions a single layer's last state is invariant to the order before it; with rope it is not."""
+    model, idx = build(dict(pos="rope", n_layer=1), std=0.2), tokens(1, 9)
+    if pos == "none":
+        model.transformer.wpe.cos.fill_(1.0)
+        model.transformer.wpe.sin.fill_(0.0)
+    permuted = torch.cat((idx[:, :8].flip(1), idx[:, 8:]), 1)
+    assert not torch.equal(idx, permuted)
+    assert torch.allclose(model(idx)[0], model(permuted)[0], atol=1e-5) is not notices
+
+
+def test_rope_turns_by_token_position_along_the_right_axis():
+    ctx = Context(slice(0, 4))
+    model = build(dict(pos="rope"))
+    model.transformer.wpe(torch.zeros(1), ctx)
+    x = torch.randn(2, 2, 4, 8)
+    turned = rotate(x, ctx)
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])                                # position 0 turns by nothing
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))                # a rotation keeps lengths
+    angle = torch.atan2(turned[..., 4], turned[..., 0]) - torch.atan2(x[..., 4], x[..., 0])
+    expected = -torch.arange(4.0).expand(2, 2, 4)                                  # the first pair turns by 1 radian a token
+    torch.testing.assert_close(torch.cos(angle), torch.cos(expected), atol=1e-5, rtol=0)
+
+
+def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
+    model, idx = build(dict(qk_norm=True, bias=False), std=0.2), tokens(2, 16)
+    before = model(idx, idx)[0]
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:2 * TINY["n_embd"]] *= 3
+    torch.testing.assert_close(model(idx, idx)[0], before, atol=1e-4, rtol=0)
+
+
+def test_softcap_bounds_logits_and_barely_moves_small_ones():
+    model, idx = build(dict(softcap=0.5), std=0.2), tokens(2, 16)
+    plain = build({}, std=0.2)(idx, idx)[0]
+    capped = model(idx, idx)[0]
+    assert plain.abs().max() > 0.5 > capped.abs().max()
+    torch.testing.assert_close(capped, 0.5 * torch.tanh(plain / 0.5))
+
+
+def test_zero_init_starts_every_block_as_the_identity():
+    model, idx = build(dict(zero_init=True)), tokens(2, 16)
+    x = torch.randn(2, 16, TINY["n_embd"])
+    for block in model.transformer.h:
+        assert torch.equal(block(x, Context(slice(0, 16))), x)
+    untied = build(dict(zero_init=True, tie_weights=False))
+    assert torch.equal(untied(idx, idx)[0], torch.zeros(2, 16, TINY["vocab_size"]))
+
+
+def test_swiglu_has_the_parameters_of_a_dense_mlp():
+    for width in (384, 768, 1024):
+        config = GPTConfig(n_embd=width, n_head=2, bias=False)
+        count = sum(p.numel() for p in SwiGLU(config, 0).parameters())
+        assert abs(count / (8 * width ** 2) - 1) < 0.05
+
+
+def test_ngram_tables_are_read_by_the_last_two_tokens_alone():
+    model = build(dict(ngram_buckets=64), std=0.2)
+    idx = tokens(1, 8)
+    ctx = Context(slice(0, 8))
+    before = model.transformer.wte(idx, ctx)
+    changed = idx.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % TINY["vocab_size"]
+    moved = (model.transformer.wte(changed, ctx) - before).abs().sum(-1)[0] > 0
+    assert moved.tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+def test_recompute_gives_the_same_gradients_and_keeps_less():
+    kept = {}
+    idx, grads = tokens(4, 16), {}
+    for recompute in (False, True):
+        model, sizes = build(dict(recompute=recompute, dropout=0.1), std=0.2).train(), []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        kept[recompute] = sum(sizes)
+        grads[recompute] = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(grads[False], grads[True]))
+    assert kept[True] < 0.5 * kept[False]
+
+
+def learns_xor(activation, units=1, seeds=20):
+    """Does a single neuron with this activation, trained by gradient descent, put XOR on two sides of a threshold?"""
+    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    y = torch.tensor([-1.0, 1, 1, -1])
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        act = activation()
+        if hasattr(act, "init_weights"):
+            with torch.no_grad():
+                act.init_weights(lambda p, std: nn.init.normal_(p, 0, std))
+        weight, shift, gain, cut = (nn.Parameter(torch.randn(n)) for n in (2, 1, 1, 1))
+        optimizer = torch.optim.Adam([weight, shift, gain, cut, *act.parameters()], lr=0.1)
+        for _ in range(200):
+            out = gain * act(x @ weight + shift) + cut
+            optimizer.zero_grad()
+            nn.functional.softplus(-y * out).mean().backward()
+            optimizer.step()
+        if (out * y > 0).all():
+            return True
+    return False
+
+
+def test_one_oscillating_unit_solves_xor_and_so_does_one_gelu_but_no_relu():
+    assert learns_xor(lambda: Oscillating(1))
+    assert learns_xor(nn.GELU)
+    assert not learns_xor(nn.ReLU)
+
+
+def test_oscillating_starts_as_defined():
+    act = Oscillating(20_000)
+    with torch.no_grad():
+        act.init_weights(lambda p, std: nn.init.normal_(p, 0, std))
+    assert abs(act.w.mean() - 1) < 0.01 and abs(act.w.std() - 0.1) < 0.01
+    assert abs(act.phi.mean()) < 0.01 and abs(act.phi.std() - 0.1) < 0.01 and not act.b.any()
+    model = build(dict(act="osc"))
+    first = model.transformer.h[0].mlp.act
+    assert not torch.equal(first.w - 1, first.phi), "w and phi are drawn from different generators"
+
+
+def muon_config(**changes):
+    keys = dict(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.95, weight_decay=0.0,
+                beta1=0.9, beta2=0.95)
+    return SimpleNamespace(**keys | changes)
+
+
+def test_muon_updates_are_orthogonal_matrices_at_steps_1_10_and_100():
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=64), seed=0)
+    cfg = muon_config()
+    optimizer = optimizers.build(model, cfg, "cpu")
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    for step in range(1, 101):
+        idx = tokens(4, 17, seed=step)
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        before = [p.detach().clone() for p in matrices]
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (1, 10, 100):
+            for old, p in zip(before, matrices):
+                scale = cfg.muon_learning_rate * math.sqrt(max(1, p.size(0) / p.size(1)))
+                largest = torch.linalg.matrix_norm((old - p) / scale, ord=2)
+                assert 0.7 <= largest <= 1.3, (step, tuple(p.shape), largest.item())
+
+
+def test_every_parameter_is_in_one_group_and_muon_takes_the_hidden_matrices():
+    for arm in ({}, dict(act="osc", pos="rope", tie_weights=False, ngram_buckets=8)):
+        model = build(arm)
+        muon, plain = optimizers.build(model, muon_config(), "cpu").parts
+        names = {id(p): n for n, p in model.named_parameters()}
+        taken = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+        assert taken == {n for n, p in model.named_parameters() if ".h." in n and p.dim() == 2}
+        with pytest.raises(AssertionError, match="no optimizer group"):
+            optimizers.assert_partition(model, plain)
+
+
+def test_together_saves_and_restores_both_optimizers():
+    model, idx = build({}), tokens(4, 17)
+    optimizer = optimizers.build(model, muon_config(), "cpu")
+    for _ in range(3):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+    other = optimizers.build(model, muon_config(), "cpu")
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(optimizer.parts, other.parts):
+        saved, loaded = a.state_dict()["state"], b.state_dict()["state"]
+        assert saved.keys() == loaded.keys() and len(saved)
+        for key in saved:
+            assert all(torch.equal(torch.as_tensor(saved[key][n]), torch.as_tensor(loaded[key][n])) for n in saved[key])
+    with pytest.raises(ValueError, match="holds 0 optimizers"):
+        other.load_state_dict({"state": {}, "param_groups": []})
+
+
+def schedule(name, iteration, **changes):
+    keys = dict(decay_lr=True, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110, lr_schedule=name, lr_decay_share=0.5)
+    return optimizers.learning_rate(SimpleNamespace(**keys | changes), iteration)
+
+
+def test_schedules_hit_their_corners():
+    for name in optimizers.SCHEDULES:
+        assert schedule(name, 0) == 1 / 11 and schedule(name, 10) == 1.0
+    assert schedule("cosine", 60) == pytest.approx(0.55) and schedule("linear", 60) == pytest.approx(0.55)
+    assert schedule("cosine", 35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule("wsd", 59) == 1.0 and schedule("wsd", 85) == pytest.approx(0.55)
+    assert [schedule(name, 110) for name in ("cosine", "linear", "wsd", "constant")] == [0.1, 0.1, 0.1, 1.0]
+    assert schedule("cosine", 0, decay_lr=False) == 1.0
+
+
+@pytest.mark.parametrize("size, count", [("small", 45), ("medium", 203), ("large", 757), ("xlarge", 2520), ("gpt2-xl", 1556)])
+def test_named_sizes_have_the_parameters_they_say(size, count):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SIZES[size]), init=False)
+    assert round(model.get_num_params() / 1e6) == count
+
+
+def test_a_choice_that_does_not_exist_is_named():
+    for bad, word in ((dict(norm="batchnorm"), "layernorm or rmsnorm"), (dict(act="mish"), "gelu or relu2"),
+                      (dict(pos="alibi"), "learned or rope"), (dict(softcap=-1.0), "softcap"), (dict(pos="rope", n_embd=18, n_head=6), "even")):
+        with pytest.raises(ConfigError, match=word):
+            GPTConfig(**TINY | bad)
