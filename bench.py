@@ -387,7 +387,7 @@ def train_report(cfg, runs, wall, model):
     print(f"{model.get_num_params():,} parameters without positions, the same shape and AdamW on both sides")
     show(f"one iteration, median of iterations {cfg.drop} to {cfg.iters - 1}", results["iteration"])
     show("training", results["rate"])
-    show(f"whole process, {cfg.iters} iterations; ours also evaluates and saves at its end", results["process"])
+    show(f"whole process, {cfg.iters} iterations; ours evaluates and saves at its end", results["process"])
     print(f"first iteration of ours, compiling included: {first['median']:.2f} s "
           f"({first['min']:.2f} to {first['max']:.2f})")
     for name, values in losses.items():

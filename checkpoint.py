@@ -3,6 +3,7 @@
 Keys: nanoGPT's model, optimizer, model_args, iter_num, best_val_loss, config; ours beside them: tokenizer (its meta), scaler,
 seconds. Files are read with weights_only=True: nothing in them executes.
 """
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -105,7 +106,7 @@ def build_model(checkpoint, path, **overrides):
     try:
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=False)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version ({str(error).splitlines()[-1].strip()})") from error
     return model
 
@@ -117,10 +118,12 @@ def load_optimizer(optimizer, state, path):
         optimizer.load_state_dict(state)
         for group, ours in zip(optimizer.param_groups, settings):
             group.update(ours)
-        for parameter, held in optimizer.state.items():
-            for key in ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ():
-                if held[key].shape != parameter.shape:
-                    raise ValueError(f"{key} of shape {tuple(held[key].shape)}, expected {tuple(parameter.shape)}")
+        for part in getattr(optimizer, "parts", [optimizer]):
+            moments = ("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+            for parameter, key in itertools.product(part.state, moments):
+                shape, expected = tuple(part.state[parameter][key].shape), tuple(parameter.shape)
+                if shape != expected:                           # torch would notice at the first step only
+                    raise ValueError(f"{key} of shape {shape}, expected {expected}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigError(f"{path}: its optimizer state does not fit this optimizer ({error}): start anew from its weights with "
                           f"--init_from={path}") from error

@@ -3,6 +3,7 @@
 AdamW in nanoGPT's two groups is the default. Muon takes the matrices inside the blocks; embeddings, head, gains and biases
 stay with AdamW. Every parameter is in exactly one group, asserted.
 """
+import inspect
 import math
 
 import torch
@@ -10,6 +11,20 @@ import torch
 from configurator import require
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+def lean(optimizer_class):
+    """The class without torch's wrappers around its methods: they serve torch.compile and differentiable optimizers, and import
+    the whole compiler (3.5 s) at the first step of a run that compiles nothing. The update itself is torch's."""
+    for method in vars(torch.optim.Optimizer).values():
+        plain = getattr(method, "__wrapped__", None)
+        if plain is not None and inspect.isfunction(method) and method.__code__.co_filename.endswith("_compile.py"):
+            plain.__dict__.setdefault("__dynamo_disable", plain)          # where that wrapper looks before it imports
+    step = torch.no_grad()(inspect.unwrap(optimizer_class.step))
+    return type(optimizer_class.__name__, (optimizer_class,), {"step": step})
+
+
+AdamW, Muon = lean(torch.optim.AdamW), lean(torch.optim.Muon)
 
 
 class Together:
@@ -44,8 +59,7 @@ def adamw(params, weight_decay, learning_rate, betas, device_type):
     """AdamW (1711.05101) in nanoGPT's two groups: tensors of two or more dimensions decay, gains and biases do not."""
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas,
-                             fused=device_type in ("cuda", "cpu"))
+    return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
 
 def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_rate, momentum):
@@ -53,7 +67,7 @@ def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_r
     whose singular values are near 1; AdamW for all other parameters. Update length follows muon_learning_rate."""
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in hidden)]
-    parts = Together(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum),
+    parts = Together(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum),
                      adamw(others, weight_decay, learning_rate, betas, device_type))
     for group in parts.parts[0].param_groups:
         group["lr_scale"] = muon_learning_rate / learning_rate

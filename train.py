@@ -21,7 +21,7 @@ import checkpoint as ckpt
 import dataset as datasets
 import optimizers
 import runtime
-from configurator import ConfigError, convert, require, typed_words
+from configurator import ConfigError, convert, require, say_and_exit, typed_words
 from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
 
@@ -308,6 +308,7 @@ metrics = open_metrics() if world.master and not cfg.eval_only else None
 terminal = sys.stderr.isatty()
 bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only, dynamic_ncols=True,
            mininterval=0.2 if terminal else 20)
+sys.excepthook = lambda *error: (bar.close(), say_and_exit(*error))               # a sentence on a line of its own
 batch = micro_batch(iter_num, 0)
 model.train()
 started = time.perf_counter()

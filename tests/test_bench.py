@@ -1,4 +1,4 @@
-"""bench.py: what it refuses, what its record holds, and, beside a real nanoGPT, that both sides are one model.
+"""bench.py: what it refuses, what its record holds, and, beside a real nanoGPT, that both are one model.
 
 NANOGPT=/path/to/nanoGPT python -m pytest tests/test_bench.py runs the comparisons, else they are skipped.
 """
@@ -61,7 +61,8 @@ def test_bad_command_lines_say_what_to_type(tmp_path, words, parts):
 def test_a_folder_that_is_no_nanogpt_checkout_is_refused_with_the_clone_command(tmp_path, command):
     (tmp_path / "model.py").touch()
     result = run(tmp_path, command, f"--nanogpt={tmp_path}")
-    one_sentence(result, "bench.py", str(tmp_path), "no train.py", "git clone https://github.com/karpathy/nanoGPT")
+    one_sentence(result, "bench.py", str(tmp_path), "no train.py", bench.CLONE)
+    assert "git clone https://github.com/karpathy/nanoGPT" in result.err
     one_sentence(run(tmp_path, command, "--nanogpt=nowhere"), "bench.py", "no model.py and no train.py")
 
 
@@ -174,8 +175,8 @@ def test_nanogpts_lines_give_ms_and_loss_of_each_iteration():
 
 def test_iterations_dropped_at_the_start_do_not_count(capsys):
     def runs(ms):
-        return [bench.Run([1000.0] * 3 + [ms] * 5, [9.0] * 8, "device cpu")]
-    cfg, wall = bench.Train(iters=8, drop=3), {bench.PEER: [4.0], bench.OURS: [2.0]}
+        return [bench.Run([1000.0] * 5 + [ms] * 3, [9.0] * 8, "device cpu")]
+    cfg, wall = bench.Train(iters=8, drop=5), {bench.PEER: [4.0], bench.OURS: [2.0]}
     model = GPT(GPTConfig(**bench.TRAINED, vocab_size=65), init=False)
     found = bench.train_report(cfg, {bench.PEER: runs(30.0), bench.OURS: runs(10.0)}, wall, model)
     assert found["measurements"]["iteration"]["ratio"] == {bench.OURS: 3.0}

@@ -252,7 +252,7 @@ def copy(finished, train):
 @pytest.mark.parametrize("damage", (WEIGHTS_DAMAGED | RUN_DAMAGED).values(), ids=(WEIGHTS_DAMAGED | RUN_DAMAGED).keys())
 def test_resuming_from_a_damaged_checkpoint_is_one_sentence(train, copy, damage):
     damage(copy)
-    one_sentence(train.resume(max_iters=20, status=2), "train.py", str(copy) if "range" not in str(damage) else "")
+    one_sentence(train.resume(max_iters=20, status=2), "train.py")
     assert not copy.with_name("executed").exists()
 
 

@@ -1,4 +1,5 @@
 """train.py as a whole: a run that is stopped and resumed is the run that was not, whatever stopped it."""
+import functools
 import os
 import pickle
 import random
@@ -35,12 +36,25 @@ model.GPT.forward = poisoned
 
 # ---------------------------------------------------------------- resuming -------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def finished_by(tmp_path_factory, data):
+    """The 16-step run of an optimizer, made once."""
+    @functools.cache
+    def run(optimizer):
+        trainer = Trainer(tmp_path_factory.mktemp(optimizer), data)
+        trainer(optimizer=optimizer)
+        return trainer
+    return run
+
+
 @pytest.mark.parametrize("k", range(1, 17))
-def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, finished, k):
-    train(max_iters=k)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, finished_by, optimizer, k):
+    whole = finished_by(optimizer)
+    train(max_iters=k, optimizer=optimizer)
     train.resume(max_iters=16)
-    same(train.checkpoint(), finished.checkpoint(), skip=TIMES)
-    assert train.losses() == finished.losses()
+    same(train.checkpoint(), whole.checkpoint(), skip=TIMES)
+    assert train.losses() == whole.losses()
     assert len(train.losses()) == 16
 
 
