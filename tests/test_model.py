@@ -11,7 +11,8 @@ from arms import ARMS, PAIRS, TINY, build, tokens
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from model import GPT, GPTConfig, attend
+from layers import attend
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())

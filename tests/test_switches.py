@@ -10,7 +10,8 @@ from torch import nn
 import optimizers
 from bio_modules import Oscillating
 from configurator import ConfigError
-from model import GPT, SIZES, Context, GPTConfig, SwiGLU, rotate
+from layers import rotate
+from model import GPT, SIZES, Context, GPTConfig, SwiGLU
 
 
 def at(model, idx, start):

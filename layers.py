@@ -1,0 +1,71 @@
+"""What model.py and bio_modules.py both build with: a projection that follows its input's dtype, and attention as functions."""
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def cast(tensor, dtype):
+    return tensor if tensor is None else tensor.to(dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in its input's dtype: fp32 master weights serve a bf16 stream without autocast."""
+
+    def __init__(self, n_in, n_out, bias, std=0.02):
+        self.std = std
+        super().__init__(n_in, n_out, bias=bias)
+
+    def reset_parameters(self):
+        pass                                    # drawn once, by name, in GPT.init_weights
+
+    def init_weights(self, normal_):
+        normal_(self.weight, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
+
+
+def rotate(x, ctx):
+    """Turn (B, H, T, D) by each token's position."""
+    cos, sin = (table.to(x.dtype) for table in ctx.rotation)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def as_is(x, *_):
+    return x
+
+
+def rms(x):
+    """Root-mean-square normalisation of the last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def attend(q, k, v, mask, dropout):
+    """Softmax attention of queries (B, H, T, D) over (B, H, S, D) -> (B, H, T, D).
+
+    mask: bool (B or 1, 1, T, S), or None: causal where T == S, everything where T == 1.
+    On a CPU in bf16 the fused kernel is slower than three plain matmuls up to a few hundred keys, so length decides there.
+    """
+    causal = mask is None and q.size(2) > 1
+    if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= 256:
+        return attend_short(q, k, v, dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
+def attend_short(q, k, v, dropout):
+    """Causal attention as baddbmm, softmax, bmm over flattened heads; T == S."""
+    B, H, T, D = q.shape
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(-1)
+    return torch.bmm(F.dropout(weights, dropout), v).view(B, H, T, D)
+
+
+def residual_std(config):
+    """Init of the projections that write to the residual stream: scaled down by their number (GPT-2), or zero."""
+    return 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
