@@ -1,12 +1,7 @@
-"""Checkpoints: whole or the previous one, whatever happens while they are written; nothing in them executes when they are read."""
+"""Reading checkpoints: damaged ones are one sentence, hostile ones do nothing, good ones come back."""
 import builtins
-import errno
-import io
-import os
 import pickle
 import random
-import signal
-import time
 import zipfile
 
 import pytest
@@ -16,139 +11,7 @@ from conftest import Job, one_sentence, same, words
 import checkpoint
 from configurator import ConfigError
 
-SAVER = """
-import sys, torch, checkpoint
-path, n = sys.argv[1], int(sys.argv[2])
-while True:
-    n += 1
-    checkpoint.save({"model": {"w": torch.full((500_000,), float(n))}, "model_args": {"n": n}, "iter_num": n}, path)
-    print(n, flush=True)
-"""
-
-
-# ---------------------------------------------------------------- killed, or out of space ----------------------------------------------
-
-def kill_saves(folder, kills, rng):
-    """Kill a process that saves without pause, again and again; check what is left each time -> kills that left a stray file."""
-    script, path, strays, newest = folder / "saver.py", folder / "ckpt.pt", 0, 0
-    script.write_text(SAVER)
-    for kill in range(kills):
-        job = Job(script, [path, newest], folder)
-        while not job.out.read_text().endswith("\n") and kill < kills - 3:       # a first save; the last kills may hit that one too
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.03)
-        os.kill(job.pid, signal.SIGKILL)
-        completed = int((job.wait().out.splitlines() or [newest])[-1])
-        loaded = checkpoint.load(path)
-        assert loaded["iter_num"] >= completed >= newest, f"kill {kill}: {loaded['iter_num']} is older than {completed}"
-        assert (loaded["model"]["w"] == loaded["iter_num"]).all()
-        strays += (folder / "ckpt.pt.tmp").exists()
-        checkpoint.sweep(folder)
-        assert [p.name for p in folder.glob("*.tmp")] == []
-        newest = loaded["iter_num"]
-    return strays
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("kills", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_kill_during_a_save_leaves_a_complete_checkpoint_not_older_than_the_last(tmp_path, kills):
-    assert kill_saves(tmp_path, kills, random.Random(0)) > 0                     # or no kill ever hit a save
-
-
-def test_a_run_removes_what_a_killed_save_left_behind(train):
-    (train.folder / "out").mkdir()
-    (train.folder / "out" / "ckpt.pt.tmp").write_bytes(b"half a checkp")
-    (train.folder / "out" / "notes.tmp").write_bytes(b"not ours")
-    train(max_iters=1)
-    assert sorted(p.name for p in (train.folder / "out").iterdir()) == ["ckpt.pt", "metrics.jsonl", "notes.tmp"]
-
-
-class FailingFile(io.FileIO):
-    """A file that fails after some bytes, as on a full disk."""
-
-    def __init__(self, path, mode, room, code):
-        super().__init__(path, mode)
-        self.room, self.code = room, code
-
-    def write(self, block):
-        self.room -= len(block)
-        if self.room < 0:
-            raise OSError(self.code, os.strerror(self.code))
-        return super().write(block)
-
-
-def fail_at(monkeypatch, place, code):
-    """Make one step of checkpoint.save fail with this errno."""
-    def fail(*words, **more):
-        raise OSError(code, os.strerror(code))
-
-    if place == "open":
-        monkeypatch.setattr(checkpoint, "open", fail, raising=False)
-    elif place.startswith("write"):
-        room = int(place.removeprefix("write after "))
-        monkeypatch.setattr(checkpoint, "open", lambda path, mode: FailingFile(path, mode, room, code), raising=False)
-    else:
-        monkeypatch.setattr(checkpoint.os, place, fail)
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EPERM], ids=errno.errorcode.get)
-@pytest.mark.parametrize("place", ["open", "write after 0", "write after 3000", "write after 70000", "write after 200000", "fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_checkpoint_and_says_where_and_how_much_room(tmp_path, monkeypatch, place, code):
-    path, state = tmp_path / "ckpt.pt", {"model": {"w": torch.ones(50_000)}, "model_args": {}}
-    checkpoint.save(state, path)
-    old = path.read_bytes()
-    with monkeypatch.context() as patched:
-        fail_at(patched, place, code)
-        with pytest.raises(ConfigError) as error:
-            checkpoint.save({**state, "iter_num": 2}, path)
-    assert str(path) in str(error.value) and "MiB free" in str(error.value)
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
-    checkpoint.save({**state, "iter_num": 2}, path)
-    assert checkpoint.load(path)["iter_num"] == 2
-
-
-def test_a_folder_that_cannot_be_synced_is_no_reason_to_fail(tmp_path, monkeypatch):
-    """Some network file systems refuse to fsync a folder; the file itself is already whole."""
-    fsync, calls = os.fsync, []
-
-    def refuse_folders(handle):
-        calls.append(handle)
-        if len(calls) > 1:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(handle)
-
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse_folders)
-    checkpoint.save({"model": {}, "model_args": {}}, tmp_path / "ckpt.pt")
-    assert checkpoint.load(tmp_path / "ckpt.pt")["model"] == {}
-
-
-@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE")
-def test_a_run_whose_disk_fills_up_ends_with_one_sentence_and_keeps_its_checkpoint(train):
-    train(max_iters=4)
-    old = train.checkpoint()
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"       # bytes in any one file
-    result = train.resume(before=limit, max_iters=12, status=2)
-    assert result.err.strip().splitlines()[-1].startswith("train.py: ") and "Traceback" not in result.err
-    assert "ckpt.pt could not be written" in result.err and "MiB free" in result.err
-    same(train.checkpoint(), old)
-    assert not list((train.folder / "out").glob("*.tmp"))
-
-
-def test_a_metrics_file_that_cannot_be_written_is_one_sentence(train):
-    (train.folder / "out" / "metrics.jsonl").mkdir(parents=True)
-    one_sentence(train(status=2), "train.py", "metrics.jsonl cannot be written")
-
-
-def test_the_file_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
-    checkpoint.save({"model": {}, "model_args": {}}, tmp_path / "ckpt.pt")
-    assert order[:2] == ["fsync", "replace"]
-
-
-# ---------------------------------------------------------------- damaged or hostile ----------------------------------------------------
+# -------------------------------------------------- damaged or hostile --------------------------------------
 
 class Bomb:
     """Runs a command when it is unpickled."""
@@ -229,7 +92,8 @@ RUN_DAMAGED = {
     "no optimizer": resave(optimizer=None),
     "optimizer is a list": resave(optimizer=[]),
     "an empty optimizer": resave(optimizer={}),
-    "an optimizer of another model": resave(optimizer={"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}),
+    "an optimizer of another model": resave(optimizer={"state": {},
+                                                       "param_groups": [{"params": [0]}, {"params": [1]}]}),
     "an optimizer without state": resave(optimizer={"param_groups": []}),
     "no iter_num": resave(iter_num=None),
     "iter_num is text": resave(iter_num="16"),
@@ -249,7 +113,8 @@ def copy(finished, train):
     return path
 
 
-@pytest.mark.parametrize("damage", (WEIGHTS_DAMAGED | RUN_DAMAGED).values(), ids=(WEIGHTS_DAMAGED | RUN_DAMAGED).keys())
+@pytest.mark.parametrize("damage", (WEIGHTS_DAMAGED | RUN_DAMAGED).values(),
+                         ids=(WEIGHTS_DAMAGED | RUN_DAMAGED).keys())
 def test_resuming_from_a_damaged_checkpoint_is_one_sentence(train, copy, damage):
     damage(copy)
     one_sentence(train.resume(max_iters=20, status=2), "train.py")
@@ -259,10 +124,8 @@ def test_resuming_from_a_damaged_checkpoint_is_one_sentence(train, copy, damage)
 @pytest.mark.parametrize("damage", WEIGHTS_DAMAGED.values(), ids=WEIGHTS_DAMAGED.keys())
 def test_sampling_from_a_damaged_checkpoint_is_one_sentence(copy, damage):
     damage(copy)
-    result = Job("sample.py", words(out_dir=copy.parent, device="cpu", max_new_tokens=2, num_samples=1), copy.parent.parent).wait()
-    lines = [line for line in result.err.splitlines() if not line.startswith("device ")]        # the chosen device comes first
-    assert len(lines) == 1, result.err
-    result.err = lines[0]
+    result = Job("sample.py", words(out_dir=copy.parent, device="cpu", max_new_tokens=2, num_samples=1),
+                 copy.parent.parent).wait()
     one_sentence(result, "sample.py", str(copy))
     assert not copy.with_name("executed").exists()
 
@@ -276,9 +139,10 @@ def test_resuming_with_moments_of_another_shape_is_one_sentence(train, copy):
 
 @pytest.mark.parametrize("count", [150, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_outside_the_tensors_is_noticed_or_harmless(finished, tmp_path, count):
-    """Loading either works or is a ConfigError. Bits inside tensor data are out of scope: torch.load checks no sums, so a flip
-    there is read as another number; a hash beside the file would be needed."""
-    content, path, rng, noticed = (finished.folder / "out" / "ckpt.pt").read_bytes(), tmp_path / "flipped.pt", random.Random(1), 0
+    """Loading works or is a ConfigError. Bits inside tensor data are out of scope: torch.load checks no
+    sums, so a flip there is read as another number; a hash beside the file would be needed."""
+    content, path = (finished.folder / "out" / "ckpt.pt").read_bytes(), tmp_path / "flipped.pt"
+    rng, noticed = random.Random(1), 0
     pickled = content.index(b"PK\x03\x04", 10)
     places = [*range(pickled), *range(len(content) - 2000, len(content))]
     for _ in range(count):
@@ -287,7 +151,8 @@ def test_a_flipped_bit_outside_the_tensors_is_noticed_or_harmless(finished, tmp_
         try:
             loaded = checkpoint.load(path, resume=True)
             model = checkpoint.build_model(loaded, path)
-            checkpoint.load_optimizer(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"), loaded["optimizer"], path)
+            checkpoint.load_optimizer(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"),
+                                      loaded["optimizer"], path)
         except ConfigError as error:
             noticed += 1
             assert str(path) in str(error)

@@ -40,8 +40,9 @@ class Wider(Config):
 
 @pytest.fixture
 def classes():
-    """The dataclasses inside train.py and sample.py, which are scripts: taken from the text of their config part."""
-    return {name: class_of(f"{name}.py", cls) for name, cls in (("train", "TrainConfig"), ("sample", "SampleConfig"))}
+    """The dataclasses inside train.py and sample.py, which are scripts and not modules."""
+    return {name: class_of(f"{name}.py", cls) for name, cls in (("train", "TrainConfig"),
+                                                                ("sample", "SampleConfig"))}
 
 
 def class_of(script, cls):
@@ -67,13 +68,15 @@ def class_of(script, cls):
             setattr(configurator, name, function)
 
 
-# ---------------------------------------------------------------- values ---------------------------------------------------------------
+# -------------------------------------------------- values --------------------------------------------------
 
 strange = st.one_of(st.text(), st.text(string.punctuation + "0123456789eTrue Flsn"), st.sampled_from(
-    ["", "True", "true", "None", "1", "1e5", "'", '"', "'a'", "a=b", "--x=1", "=", "[]", "{[]: 1}", "\\", "\n", "한국어", "\udc80", "nan"]))
+    ["", "True", "true", "None", "1", "1e5", "'", '"', "'a'", "a=b", "--x=1", "=", "[]", "{[]: 1}", "\\",
+     "\n", "한국어", "\udc80", "nan"]))
 
 
-@given(st.builds(Config, count=st.integers(), rate=st.floats(allow_nan=False, allow_infinity=False), on=st.booleans(), name=strange,
+@given(st.builds(Config, count=st.integers(), rate=st.floats(allow_nan=False, allow_infinity=False),
+                 on=st.booleans(), name=strange,
                  mode=st.one_of(st.booleans(), strange)))
 @settings(max_examples=400, deadline=None)
 def test_every_config_comes_back_from_its_own_words(config):
@@ -90,7 +93,8 @@ def test_text_without_quotes_needs_none(text):
 @given(st.lists(strange, max_size=4))
 @settings(max_examples=300, deadline=None)
 def test_no_command_line_ends_in_anything_but_values_or_a_sentence(argv):
-    for line in (argv, [f"--{word}" for word in argv], [f"--rate={word}" for word in argv], [f"--mode={word}" for word in argv]):
+    for line in (argv, [f"--{word}" for word in argv], [f"--rate={word}" for word in argv],
+                 [f"--mode={word}" for word in argv]):
         try:
             given = parse(Config, [word for word in line if not Path(word[:200].replace("\0", "")).exists()])
         except ConfigError as error:
@@ -100,10 +104,14 @@ def test_no_command_line_ends_in_anything_but_values_or_a_sentence(argv):
 
 
 @pytest.mark.parametrize("word, value", [
-    ("--rate=3", 3.0), ("--rate=-1e-3", -0.001), ("--count=-7", -7), ("--on", True), ("--on=True", True), ("--on=false", False),
-    ("--mode=True", True), ("--mode=False", False), ("--mode=false", False), ("--mode", True), ("--mode=auto", "auto"),
-    ("--mode='True'", "True"), ("--mode=1", "1"), ("--name=1", "1"), ("--name=", ""), ("--name=a=b=c", "a=b=c"), ("--name='1'", "1"),
-    ("--name=None", "None"), ("--name=True", "True"), ("--name=한국어 🧠", "한국어 🧠"), ("--name={[]: 1}", "{[]: 1}")])
+    ("--rate=3", 3.0), ("--rate=-1e-3", -0.001), ("--count=-7", -7), ("--on", True), ("--on=True", True),
+    ("--on=false", False),
+    ("--mode=True", True), ("--mode=False", False), ("--mode=false", False), ("--mode", True),
+    ("--mode=auto", "auto"),
+    ("--mode='True'", "True"), ("--mode=1", "1"), ("--name=1", "1"), ("--name=", ""),
+    ("--name=a=b=c", "a=b=c"), ("--name='1'", "1"),
+    ("--name=None", "None"), ("--name=True", "True"), ("--name=한국어 🧠", "한국어 🧠"),
+    ("--name={[]: 1}", "{[]: 1}")])
 def test_a_word_becomes_its_keys_type(word, value):
     (found,) = parse(Config, [word]).values()
     assert (found, type(found)) == (value, type(value))
@@ -142,12 +150,13 @@ def test_a_bad_word_says_what_to_type(word, sentence):
 
 def test_the_last_word_wins(tmp_path):
     (tmp_path / "a.py").write_text("count = 10\nrate = 2\n")
-    assert configure(Config, ["--count=1", str(tmp_path / "a.py"), "--rate=3"], base={"on": True, "count": 7}) == Config(10, 3.0, True)
+    assert configure(Config, ["--count=1", str(tmp_path / "a.py"), "--rate=3"],
+                     base={"on": True, "count": 7}) == Config(10, 3.0, True)
     assert configure(Config, [str(tmp_path / "a.py"), "--count=1", "--count=2"]).count == 2
     assert configure(Config, [], base={"count": 7}) == Config(7)
 
 
-# ---------------------------------------------------------------- config files ---------------------------------------------------------
+# -------------------------------------------------- config files --------------------------------------------
 
 def test_a_config_file_is_plain_python_with_imports_expressions_and_comments(tmp_path):
     (tmp_path / "run.py").write_text("""# a comment
@@ -214,13 +223,20 @@ def test_our_config_files_hold_valid_keys(classes, file):
 
 @needs_nanogpt
 @pytest.mark.parametrize("file, expected", [
-    ("train_shakespeare_char.py", dict(out_dir="out-shakespeare-char", dataset="shakespeare_char", batch_size=64, block_size=256, n_layer=6,
-                                       n_embd=384, dropout=0.2, learning_rate=1e-3, max_iters=5000, min_lr=1e-4, beta2=0.99,
-                                       warmup_iters=100, gradient_accumulation_steps=1, always_save_checkpoint=False)),
-    ("finetune_shakespeare.py", dict(init_from="gpt2-xl", dataset="shakespeare", eval_interval=5, eval_iters=40, batch_size=1,
-                                     gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5, decay_lr=False)),
-    ("train_gpt2.py", dict(wandb_log=True, wandb_run_name="gpt2-124M", batch_size=12, block_size=1024, gradient_accumulation_steps=40,
-                           max_iters=600000, lr_decay_iters=600000, eval_interval=1000, log_interval=10, weight_decay=0.1)),
+    ("train_shakespeare_char.py", dict(out_dir="out-shakespeare-char", dataset="shakespeare_char",
+                                       batch_size=64, block_size=256, n_layer=6,
+                                       n_embd=384, dropout=0.2, learning_rate=1e-3, max_iters=5000,
+                                       min_lr=1e-4, beta2=0.99,
+                                       warmup_iters=100, gradient_accumulation_steps=1,
+                                       always_save_checkpoint=False)),
+    ("finetune_shakespeare.py", dict(init_from="gpt2-xl", dataset="shakespeare", eval_interval=5,
+                                     eval_iters=40, batch_size=1,
+                                     gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5,
+                                     decay_lr=False)),
+    ("train_gpt2.py", dict(wandb_log=True, wandb_run_name="gpt2-124M", batch_size=12, block_size=1024,
+                           gradient_accumulation_steps=40,
+                           max_iters=600000, lr_decay_iters=600000, eval_interval=1000, log_interval=10,
+                           weight_decay=0.1)),
     ("eval_gpt2.py", dict(batch_size=8, eval_iters=500, eval_only=True, wandb_log=False, init_from="gpt2")),
     ("eval_gpt2_xl.py", dict(init_from="gpt2-xl", eval_only=True)),
 ])
@@ -235,12 +251,12 @@ def test_nanogpts_config_files_run_unmodified(classes, file, expected):
 @pytest.mark.parametrize("script, cls", [("train.py", "train"), ("sample.py", "sample")])
 def test_every_key_of_nanogpts_scripts_exists_here(classes, script, cls):
     text = Path(NANOGPT, script).read_text(encoding="utf-8").split("exec(open", 1)[0]
-    theirs = {line.split("=")[0].strip() for line in text.splitlines() if line[:1].isalpha() and " = " in line} - {"config_keys"}
+    theirs = set(re.findall(r"^([a-z]\w*) = ", text, re.MULTILINE)) - {"config_keys"}
     ours = {field.name for field in dataclasses.fields(classes[cls])}
     assert theirs and theirs <= ours
 
 
-# ---------------------------------------------------------------- help -----------------------------------------------------------------
+# -------------------------------------------------- help ----------------------------------------------------
 
 def test_help_names_every_key_with_its_default_and_meaning():
     text = help_text(Wider)
@@ -260,7 +276,7 @@ def test_help_gives_every_key_a_meaning_and_writes_nothing(tmp_path, classes, sc
     assert {path.suffix for path in tmp_path.iterdir()} == {".stdout", ".stderr"}
 
 
-# ---------------------------------------------------------------- bad command lines ----------------------------------------------------
+# -------------------------------------------------- bad command lines ---------------------------------------
 
 BAD_TRAINING = [
     (["--n_hed=4"], "unknown key 'n_hed', did you mean 'n_head'?"),
@@ -331,13 +347,15 @@ BAD_SAMPLING = [
 @pytest.fixture
 def place(tmp_path):
     """A working folder with files to trip over."""
-    for name, text in {"broken.py": "n_layer = = 3", "raising.py": "raise ValueError('mine')", "strange.py": "n_leyer = 3", "a_file": ""}.items():
+    for name, text in {"broken.py": "n_layer = = 3", "raising.py": "raise ValueError('mine')",
+                       "strange.py": "n_leyer = 3", "a_file": ""}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
     return tmp_path
 
 
-@pytest.mark.parametrize("argv, sentence", BAD_TRAINING, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize("argv, sentence", BAD_TRAINING,
+                         ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_command_lines_of_training_say_what_to_type(place, data, argv, sentence):
     if argv == ["--wandb_log=True"] and find_spec("wandb"):
         pytest.skip("wandb is installed")
@@ -345,16 +363,17 @@ def test_bad_command_lines_of_training_say_what_to_type(place, data, argv, sente
     one_sentence(result, "train.py", sentence)
 
 
-@pytest.mark.parametrize("argv, sentence", BAD_SAMPLING, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize("argv, sentence", BAD_SAMPLING,
+                         ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_command_lines_of_sampling_say_what_to_type(place, finished, argv, sentence):
-    result = Job("sample.py", [*words(out_dir=finished.folder / "out", device="cpu", dtype="float32", max_new_tokens=2), *argv], place).wait()
-    lines = [line for line in result.err.splitlines(keepends=True) if not line.startswith("device ")]     # the chosen device comes first
-    result.err = "".join(lines)
+    result = Job("sample.py", [*words(out_dir=finished.folder / "out", device="cpu", dtype="float32",
+                                      max_new_tokens=2), *argv], place).wait()
     one_sentence(result, "sample.py", sentence)
     assert result.out.strip() == ""
 
 
-@pytest.mark.parametrize("key, value", [("n_layer", 2), ("n_embd", 32), ("n_head", 1), ("bias", True), ("vocab_size", 300), ("block_size", 16)])
+@pytest.mark.parametrize("key, value", [("n_layer", 2), ("n_embd", 32), ("n_head", 1), ("bias", True),
+                                        ("vocab_size", 300), ("block_size", 16)])
 def test_resuming_with_another_shape_is_one_sentence(finished, key, value):
     argv = words(init_from="resume", out_dir=finished.folder / "out", device="cpu", **{key: value})
     one_sentence(Job("train.py", argv, finished.folder).wait(), "train.py", f"{key}={value}")
@@ -375,6 +394,7 @@ def test_any_other_error_keeps_its_traceback(tmp_path, data):
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT")
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, data):
-    early = "import model, os, signal; model.GPT.__init__ = lambda self, *a, **k: os.kill(os.getpid(), signal.SIGINT)"
+    early = ("import model, os, signal\n"
+             "model.GPT.__init__ = lambda self, *a, **k: os.kill(os.getpid(), signal.SIGINT)")
     result = Job("train.py", words(**TINY, dataset=data), tmp_path, before=early).wait()
     assert (result.status, result.err) == (130, "train.py: stopped\n")

@@ -1,0 +1,33 @@
+# The race: nanoGPT's documented CPU model (4 layers, 128 wide, block 64, characters of Shakespeare) to nanoGPT's own final loss.
+
+out_dir = 'out-race-shakespeare'
+dataset = 'shakespeare_char'
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 12
+gradient_accumulation_steps = 1
+
+norm = 'rmsnorm'
+pos = 'rope'
+qk_norm = True
+act = 'relu2'
+zero_init = True
+ngram_buckets = 8192
+
+optimizer = 'muon'
+muon_learning_rate = 0.02
+learning_rate = 5e-3
+min_lr = 0.0
+lr_schedule = 'linear'
+weight_decay = 0.0
+beta2 = 0.95
+warmup_iters = 0
+max_iters = 150
+lr_decay_iters = 150
+
+eval_interval = 1000
+eval_iters = 40
+log_interval = 10
