@@ -30,10 +30,10 @@ class CachedContext:
 
     def extend(self, layer, k, v):
         """Write the new keys and values behind the old ones -> views of all of them, (B, H, end, D)."""
-        keys, values = self.cache[layer]
-        keys[:, :, self.start:self.end] = k
-        values[:, :, self.start:self.end] = v
-        return keys[:, :, :self.end], values[:, :, :self.end]
+        keys, values = (half.narrow(2, 0, self.end) for half in self.cache[layer].unbind(0))
+        keys.narrow(2, self.start, self.end - self.start).copy_(k)
+        values.narrow(2, self.start, self.end - self.start).copy_(v)
+        return keys, values
 
     def with_past(self, idx, count):
         """(B, count + T) ids that end with this call's; -1 where there is no earlier token."""
@@ -96,7 +96,7 @@ class Sampler:
         return logits
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     """Yield the next token ids (B, 1), max_new_tokens times.
 

@@ -66,6 +66,11 @@ def attend_short(q, k, v, dropout):
     return torch.bmm(F.dropout(weights, dropout), v).view(B, H, T, D)
 
 
+def dropout(config):
+    """Dropout, or nothing at all where it would drop nothing: a module call is not free in a decode step."""
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+
 def residual_std(config):
     """Init of the projections that write to the residual stream: scaled down by their number (GPT-2), or zero."""
     return 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)

@@ -19,7 +19,7 @@ import optimizers
 import pretrained
 from bio_modules import Oscillating
 from configurator import require
-from layers import Linear, as_is, attend, cast, residual_std, rms, rotate
+from layers import Linear, as_is, attend, cast, dropout, residual_std, rms, rotate
 from pretrained import GPT2_SIZES
 from runtime import peak_flops
 
@@ -191,7 +191,7 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = dropout(config)
         self.normalise = rms if config.qk_norm else as_is
         self.rotate = rotate if config.pos == "rope" else as_is
 
@@ -212,7 +212,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias)
         self.act = ACTS[config.act](4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, std=residual_std(config))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config)
 
     def forward(self, x, ctx):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
@@ -226,7 +226,7 @@ class SwiGLU(nn.Module):
         hidden = -(-8 * config.n_embd // 3 // 64) * 64
         self.c_fc = Linear(config.n_embd, 2 * hidden, config.bias)
         self.c_proj = Linear(hidden, config.n_embd, config.bias, std=residual_std(config))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config)
 
     def forward(self, x, ctx):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
@@ -283,7 +283,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
-            drop=nn.Dropout(config.dropout),
+            drop=dropout(config),
             h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i) for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
         ))
