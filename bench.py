@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import dataset as datasets
 import decoding
 import runtime
@@ -451,20 +452,239 @@ def peer_iterations(said):
 
 def run_script(script, keys, cwd, cfg):
     """Run a train.py with the shape, recipe, device and threads that both sides share -> its stdout."""
-    words = [f"--{key}={value}" for key, value in (TRAINED | RECIPE | dict(device=cfg.device) | keys).items()]
-    env = os.environ | ({"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else {})
-    done = subprocess.run([sys.executable, str(script), *words], cwd=cwd, env=env, check=False,
-                          capture_output=True, text=True, encoding="utf-8", errors="replace")
+    return timed_script(script, [], TRAINED | RECIPE | dict(device=cfg.device) | keys, cwd, cfg)[0]
+
+
+# ------------------------------------------------ race --------------------------------------------------
+
+# nanoGPT's documented CPU command for characters of Shakespeare
+DOCUMENTED = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
+                  n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0)
+VALIDATION = dict(batches=200, batch_size=12, block_size=64)     # the fixed batches that judge both sides
+FAIR = "nanoGPT's model and AdamW in our train.py"
+ABLATIONS = {                                    # what is taken out of the race's config, one at a time
+    "rmsnorm": dict(norm="layernorm"), "rope": dict(pos="learned"), "qk_norm": dict(qk_norm=False),
+    "relu2": dict(act="gelu"), "zero_init": dict(zero_init=False), "n-gram tables": dict(ngram_buckets=0),
+    "muon": dict(optimizer="adamw"), "linear decay": dict(lr_schedule="cosine"),
+}
+
+
+@dataclass(frozen=True)
+class Race(Bench):
+    """Seconds and tokens to nanoGPT's own final loss, its documented CPU run on characters of Shakespeare."""
+    repeats: int = 3  # seeds of each side
+    threads: int = 2  # CPU threads of both sides
+    input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
+    config: str = "config/race_shakespeare_cpu.py"  # config file of our side
+    ablate: bool = False  # also run ours with each switch taken out, one at a time
+    plot: str = ""  # also draw training loss against seconds and tokens into this PNG (pip install matplotlib)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.nanogpt, f"a race needs both sides: {CLONE}")
+        require((ROOT / self.config).is_file(), f"config='{self.config}' does not exist")
+
+
+def race(cfg):
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        if cfg.input:
+            datasets.write_text(work / "text", cfg.input, "char", 0.1)
+        data = work / "text" if cfg.input else datasets.prepare_if_missing("shakespeare_char").resolve()
+        fair = ROOT / "config" / "train_shakespeare_char_cpu.py"
+        sides = {PEER: lambda seed: race_peer(cfg, data, work, seed),
+                 OURS: lambda seed: race_ours(cfg, data, work, seed, ROOT / cfg.config),
+                 FAIR: lambda seed: race_ours(cfg, data, work, seed, fair)}
+        if cfg.ablate:
+            sides |= {f"ours without {name}": partial(race_without, cfg, data, work, change)
+                      for name, change in ABLATIONS.items()}
+        runs = {name: [] for name in sides}
+        for seed in range(cfg.repeats):
+            for name, run in sides.items():
+                runs[name].append(run(seed))
+                print(f"seed {seed}, {name}: {tell(runs[name][-1])}", file=sys.stderr, flush=True)
+    return race_report(cfg, runs)
+
+
+def race_without(cfg, data, work, change, seed):
+    return race_ours(cfg, data, work, seed, ROOT / cfg.config, **change)
+
+
+def tell(run):
+    return f"val loss {run['val_loss']:.4f}, {run['seconds']:.2f} s, {run['tokens']:,} tokens"
+
+
+def race_peer(cfg, data, work, seed):
+    """nanoGPT's documented command as a process of its own; its seed is a constant in its train.py."""
+    folder = work / "peer"
+    shutil.rmtree(folder, ignore_errors=True)
+    copy_peer(cfg.nanogpt, folder, data, tokenizers.meta_of(data)["vocab_size"])
+    script = folder / "train.py"
+    script.write_text(script.read_text(encoding="utf-8").replace("1337", str(1337 + seed)), encoding="utf-8")
+    config = Path(cfg.nanogpt).resolve() / "config" / "train_shakespeare_char.py"
+    keys = DOCUMENTED | dict(dataset="bench", out_dir="out")
+    said, seconds = timed_script(script, [str(config)], keys, folder, cfg)
+    rows = peer_iterations(said)
+    tokens = DOCUMENTED["batch_size"] * DOCUMENTED["block_size"]
+    curve = [[n * tokens, sum(ms for ms, _ in rows[:n]) / 1e3, loss] for n, (_, loss) in enumerate(rows, 1)]
+    return judged(folder / "out", data, seconds, DOCUMENTED["max_iters"] * tokens, thinned(curve))
+
+
+def race_ours(cfg, data, work, seed, config, **changes):
+    """One process of our train.py with a config file."""
+    out_dir = work / "ours"
+    shutil.rmtree(out_dir, ignore_errors=True)
+    keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu") | changes
+    _, seconds = timed_script(ROOT / "train.py", [str(config)], keys, work, cfg)
+    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    curve = [[row["tokens"], row["seconds"], row["loss"]] for row in rows if "loss" in row]
+    return judged(out_dir, data, seconds, rows[-1]["tokens"], thinned(curve))
+
+
+def thinned(curve, width=10, most=200):
+    """[[tokens, seconds, loss]] with losses averaged over `width` neighbours and at most `most` points."""
+    step = max(1, len(curve) // most)
+    return [[t, s, statistics.fmean(loss for *_, loss in curve[max(0, i - width):i + 1])]
+            for i, (t, s, _) in enumerate(curve) if i % step == 0]
+
+
+def timed_script(script, words, keys, cwd, cfg):
+    """Run a script -> (its stdout, wall seconds from its start to its end)."""
+    env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else os.environ
+    command = [sys.executable, str(script), *words, *(f"--{key}={value}" for key, value in keys.items())]
+    clock = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True,
+                          encoding="utf-8", errors="replace")
+    seconds = time.perf_counter() - clock
     last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
     require(done.returncode == 0, f"{script} ended with status {done.returncode}: {last}")
-    return done.stdout
+    return done.stdout, seconds
 
+
+def judged(out_dir, data, seconds, tokens, curve):
+    """What a run cost, and its checkpoint's loss on the fixed validation batches, in fp32."""
+    path = checkpoint.find(out_dir)
+    model = checkpoint.build_model(checkpoint.load(path), path).eval()
+    stream = datasets.TokenStream(data, "val", VALIDATION["block_size"], VALIDATION["batch_size"], seed=0)
+    with torch.no_grad():
+        losses = [model(*stream.batch(k))[1].item() for k in range(VALIDATION["batches"])]
+    held, tables = model.get_num_params(), getattr(model.transformer.wte, "buckets", 0)
+    touched = held - 2 * max(0, tables - 1) * model.config.n_embd
+    return {"val_loss": statistics.fmean(losses), "seconds": seconds, "tokens": tokens, "parameters": held,
+            "parameters_touched_per_token": touched, "curve": curve}
+
+
+def race_report(cfg, runs):
+    """Print the race and return its record. The line to pass is nanoGPT's mean final loss."""
+    line = statistics.fmean(run["val_loss"] for run in runs[PEER])
+    results = {"time": measurement("s", {k: [run["seconds"] for run in v] for k, v in runs.items()}),
+               "tokens": measurement("tokens", {k: [run["tokens"] for run in v] for k, v in runs.items()}),
+               "val loss": measurement("nats", {k: [run["val_loss"] for run in v] for k, v in runs.items()})}
+    results["val loss"]["ratio"] = {}
+    print(f"nanoGPT's final loss, mean of {cfg.repeats} seeds: {line:.4f}")
+    for name, done in runs.items():
+        losses = [run["val_loss"] for run in done]
+        print(f"{name}: val loss {statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}), "
+              f"{sum(loss <= line for loss in losses)} of {len(losses)} pass; median "
+              f"{results['time']['sides'][name]['median']:.2f} s, {done[0]['tokens']:,} tokens, {done[0]['parameters']:,} "
+              f"parameters held, {done[0]['parameters_touched_per_token']:,} touched per token")
+    print(f"ours against nanoGPT: {results['time']['ratio'][OURS]:.2f}x less time, start, evaluation and saving included; "
+          f"{results['tokens']['ratio'][OURS]:.2f}x fewer tokens")
+    passed = {name: sum(run["val_loss"] <= line for run in done) for name, done in runs.items()}
+    if cfg.plot:
+        draw_race(cfg.plot, runs, line)
+    return {"measurements": results, "line": line, "passed": passed, "validation": VALIDATION, "runs": runs}
+
+
+def draw_race(path, runs, line):
+    """Training loss against seconds in the loop and against tokens, one curve a seed; the line to pass."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for color, name in zip(("tab:gray", "tab:red", "tab:blue"), (PEER, OURS, FAIR)):
+        for number, run in enumerate(runs[name]):
+            for axis, column in zip(axes, (1, 0)):
+                axis.plot([p[column] for p in run["curve"]], [p[2] for p in run["curve"]], color=color, lw=1,
+                          label=None if number else name)
+    for axis, label in zip(axes, ("seconds in the training loop", "tokens")):
+        axis.axhline(line, color="black", lw=0.8, ls="--")
+        axis.set(xscale="log", xlabel=label)
+    axes[0].set(ylabel="training loss, nats (dashed: nanoGPT's final validation loss)", ylim=(1.5, 3.5))
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------ readme ------------------------------------------------
+
+MARKS = "<!-- results: written by `python bench.py readme` from results/*.json -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class Readme:
+    """Write the README's table of measurements from results/*.json."""
+    check: bool = False  # change nothing: exit with status 2 if the README is not up to date
+
+
+def readme(cfg):
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = with_table(old, results_table(ROOT / "results"))
+    require(not cfg.check or new == old, "README.md is not what results/*.json say: type python bench.py readme")
+    if new != old:
+        write_atomically(path, new)
+    print("README.md is up to date" if new == old else "README.md is written anew")
+
+
+def with_table(text, table):
+    """`text` with `table` between the two marks."""
+    head, _, rest = text.partition(MARKS[0])
+    _, mark, tail = rest.partition(MARKS[1])
+    require(mark, f"README.md has lost its marks: put '{MARKS[0]}' and '{MARKS[1]}' where the table belongs")
+    return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
+
+
+def results_table(folder):
+    """Every record of `folder` as rows of a markdown table: each a measurement with both sides and their ratio."""
+    lines = ["| measured | ours | nanoGPT | ratio | record |", "|---|---|---|---|---|"]
+    places = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, result in record.get("measurements", {}).items():
+            lines += table_rows(record, name, result, path)
+        h = record["hardware"]
+        places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
+    return "\n".join([*lines, "", "Medians; " + "; ".join(dict.fromkeys(places)) + ". Each record holds its command, "
+                      "commit, spread and load average."])
+
+
+def table_rows(record, name, result, path):
+    peer = result["sides"].get(PEER)
+    config = record["config"]
+    what = f"{record['subcommand']} {config.get('shape', '')}".strip() + f": {name}, {result['unit']}"
+    for side, s in result["sides"].items() if peer else ():
+        if side != PEER:
+            ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
+            label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
+            yield f"| {label} | {figure(s)} | {figure(peer)} | {ratio} | [{path.name}](results/{path.name}) |"
+
+
+def figure(s):
+    """A median in four digits, thousands apart."""
+    return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
 
 # ------------------------------------------------ the menu ----------------------------------------------
 
 COMMANDS = {
     "train": (Train, train),
     "decode": (Decode, decode),
+    "race": (Race, race),
+    "readme": (Readme, readme),
 }
 
 
@@ -486,6 +706,8 @@ def main(words):
     kind, function = COMMANDS[name]
     sys.argv[0] += f" {name}"                   # so that help and errors name the command that was typed
     cfg = configure(kind, words[1:])
+    if kind is Readme:
+        return readme(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     where = header(cfg)

@@ -97,7 +97,8 @@ def load(path, device="cpu", resume=False):
     wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
     require(not wrong, f"{path} is not a checkpoint{' to go on from' * resume}: {', '.join(wrong)} missing or "
                        f"damaged{f', type --init_from={path} to start from its weights' * resume}")
-    checkpoint["model"] = {str(key).removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()}
+    checkpoint["model"] = {str(key).removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()
+                           if not str(key).endswith(".attn.bias")}   # nanoGPT's mask without flash attention
     return checkpoint
 
 

@@ -125,7 +125,9 @@ class NgramEmbedding(Embedding):
         before, last, this = (ctx.with_past(idx, 2) + 1).unfold(1, idx.size(1), 1).unbind(1)
         pair = this * 1_000_003 + last * 10_007
         triple = pair + before * 31_337
-        return super().forward(idx, ctx) + self.bigrams[pair % self.buckets] + self.trigrams[triple % self.buckets]
+        pair, triple = (F.embedding(key % self.buckets, table) for key, table in
+                        ((pair, self.bigrams), (triple, self.trigrams)))
+        return super().forward(idx, ctx) + pair + triple
 
 
 class LearnedPositions(Table):

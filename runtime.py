@@ -88,6 +88,7 @@ def peak_flops(device):
 
 def choose_compile(wanted, device):
     if wanted != "auto":
+        require(not wanted or device.type != "cpu" or compiler_hint() is None, compiler_hint())
         return wanted, "compile as asked"
     if device.type != "cuda":
         return False, f"eager: on {device.type} compiling costs more than a short run gets back"

@@ -93,6 +93,9 @@ class TrainConfig(GPTConfig):
 
 argv = sys.argv[1:] or [DEFAULT_RUN]
 given = typed_words(TrainConfig, argv)                         # what the user typed, to tell it from defaults
+for key in ("n_layer", "n_head", "n_embd"):
+    require(not given.get("size") or key not in given, f"size='{given.get('size')}' and {key}={given.get(key)} both "
+            f"set {key}: type one of them")
 resumed, base = None, {}
 if given.get("init_from") == "resume":
     resumed_path = ckpt.find(given.get("out_dir", TrainConfig.out_dir), resume=True)
@@ -268,6 +271,8 @@ def iteration_of(line):
 
 
 def log(row):
+    """One row of metrics.jsonl; what is not finite is null, as JSON has no NaN."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     if world.master:
         try:
             metrics.write(json.dumps(row) + "\n")

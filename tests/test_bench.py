@@ -57,7 +57,10 @@ def test_bad_command_lines_say_what_to_type(tmp_path, words, parts):
     one_sentence(run(tmp_path, *words), "bench.py", *parts)
 
 
-@pytest.mark.parametrize("command", bench.COMMANDS)
+PEERED = [name for name, (kind, _) in bench.COMMANDS.items() if "nanogpt" in kind.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("command", PEERED)
 def test_a_folder_that_is_no_nanogpt_checkout_is_refused_with_the_clone_command(tmp_path, command):
     (tmp_path / "model.py").touch()
     result = run(tmp_path, command, f"--nanogpt={tmp_path}")
@@ -229,3 +232,36 @@ def test_train_beside_nanogpt_measures_every_iteration_of_both(tmp_path):
         assert record["measurements"][key]["ratio"][bench.OURS] > 0
     ours, theirs = record["final_losses"][bench.OURS][0], record["final_losses"][bench.PEER][0]
     assert abs(ours - theirs) < 0.2, f"the same model on the same data starts alike: {ours} and {theirs}"
+
+
+# ------------------------------------------------ race and readme ------------------------------
+
+def test_a_race_without_a_rival_is_refused(tmp_path):
+    one_sentence(run(tmp_path, "race"), "bench.py", "both sides", bench.CLONE)
+
+
+def test_curves_are_thinned_and_smoothed():
+    curve = [[10 * i, i / 2, float(i)] for i in range(1000)]
+    thin = bench.thinned(curve)
+    assert len(thin) == 200 and thin[0] == [0, 0.0, 0.0]
+    assert thin[100] == [5000, 250.0, 495.0]                        # the mean of 490 .. 500
+
+
+def test_the_readme_says_what_the_records_say():
+    bench.readme(bench.Readme(check=True))
+
+
+def test_the_readme_table_is_made_from_records_with_both_sides(tmp_path):
+    spread = {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 5}
+    record = {"subcommand": "decode", "config": {"shape": "baby"}, "hardware": {"cpu": "x", "gpu": None, "threads": 2, "torch": "2"},
+              "measurements": {"step": {"unit": "ms", "sides": {"nanoGPT": spread | {"median": 5000.0}, "ours": spread},
+                                        "ratio": {"ours": 2500.0}},
+                               "alone": {"unit": "ms", "sides": {"ours": spread}, "ratio": {}}}}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    table = bench.results_table(tmp_path)
+    assert "| decode baby: step, ms | 2 | 5,000 | 2500.00x | [a.json](results/a.json) |" in table
+    assert "alone" not in table
+    text = f"head {bench.MARKS[0]} old {bench.MARKS[1]} tail"
+    assert bench.with_table(text, "new") == f"head {bench.MARKS[0]}\nnew\n{bench.MARKS[1]} tail"
+    with pytest.raises(ConfigError, match="lost its marks"):
+        bench.with_table("no marks", "new")

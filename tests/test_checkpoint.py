@@ -10,6 +10,7 @@ from conftest import Job, one_sentence, same, words
 
 import checkpoint
 from configurator import ConfigError
+from model import GPT, GPTConfig
 
 # -------------------------------------------------- damaged or hostile --------------------------------------
 
@@ -176,3 +177,12 @@ def test_find_prefers_the_last_weights_to_go_on_and_the_best_to_sample(tmp_path)
     (tmp_path / "ckpt.pt").touch()
     assert checkpoint.find(tmp_path).name == "ckpt.pt"
     assert checkpoint.find(tmp_path, resume=True).name == "ckpt_last.pt"
+
+
+def test_the_mask_buffers_of_an_old_nanogpt_checkpoint_are_left_out(tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=16), seed=0)
+    state = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    torch.save({"model": state, "model_args": model.config.model_args()}, tmp_path / "ckpt.pt")
+    loaded = checkpoint.build_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
