@@ -5,6 +5,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import sparse_kernels as kernels
+
 
 def cast(tensor, dtype):
     return tensor if tensor is None else tensor.to(dtype)
@@ -26,7 +28,14 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
+        return project(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
+
+
+def project(x, weight, bias):
+    """F.linear; a single row in a decode step on a CPU is read by our own kernel, at the memory's speed."""
+    if kernels.takes_matvec(x, weight):
+        return kernels.matvec(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def rotate(x, ctx):
@@ -51,6 +60,8 @@ def attend(q, k, v, mask, dropout):
     mask: bool (B or 1, 1, T, S), or None: causal where T == S, everything where T == 1.
     On a CPU in bf16 the fused kernel is slower than three plain matmuls up to a few hundred keys, so length decides there.
     """
+    if kernels.takes_attend_one(q, k, v, mask):
+        return kernels.attend_one(q, k, v)
     causal = mask is None and q.size(2) > 1
     if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= 256:
         return attend_short(q, k, v, dropout)

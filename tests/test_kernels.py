@@ -1,0 +1,113 @@
+"""Every kernel equals its reference over many shapes, and whatever it does not take goes the library's way."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arms import build, tokens
+
+import sparse_kernels as kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+built = pytest.mark.skipif(kernels.cpu_library()[0] is None, reason=kernels.cpu_library()[1])
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+ROWS, COLUMNS = (1, 2, 3, 5, 16, 31, 100), (1, 7, 16, 31, 32, 33, 63, 64, 65, 127, 129, 256, 384, 1000)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("bias", [False, True])
+def test_matvec_equals_its_reference_over_98_shapes(dtype, bias):
+    for N in ROWS:
+        for K in COLUMNS:
+            x, w = normal(1, 1, K, dtype=dtype), normal(N, K, dtype=dtype, seed=1) / K ** 0.5
+            b = normal(N, dtype=dtype, seed=2) if bias else None
+            exact = kernels.matvec_reference(x.float(), w.float(), b if b is None else b.float())
+            torch.testing.assert_close(kernels.matvec(x, w, b).float(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@built
+@dtypes
+def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype):
+    for B, H in ((1, 1), (2, 3), (3, 2)):
+        for S in (1, 2, 7, 64, 300):
+            for D in (1, 2, 5, 16, 64, 65, 80, 128):
+                q = normal(B, 1, 3 * H * D, dtype=dtype)[:, :, :H * D].view(B, 1, H, D).transpose(1, 2)     # as a block cuts it
+                k, v = normal(2, B, H, S + 4, D, dtype=dtype, seed=1)[:, :, :, :S]                          # as the cache holds it
+                exact = kernels.attend_one_reference(*(t.float() for t in (q, k, v)))
+                found = kernels.attend_one(q, k, v)
+                assert found.shape == exact.shape and found.dtype == dtype
+                torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@built
+def test_large_scores_do_not_overflow_and_nan_stays_nan():
+    q, k, v = normal(1, 2, 1, 8) * 1e4, normal(1, 2, 9, 8, seed=1) * 1e4, normal(1, 2, 9, 8, seed=2)
+    torch.testing.assert_close(kernels.attend_one(q, k, v), kernels.attend_one_reference(q, k, v))
+    for dtype in TOLERANCE:
+        x, w = normal(1, 64, dtype=dtype), normal(3, 64, dtype=dtype)
+        w[1, 5] = torch.nan
+        assert kernels.matvec(x, w, None).isnan().tolist() == [[False, True, False]]
+
+
+@built
+def test_only_single_rows_in_inference_on_matching_dense_tensors_are_taken():
+    x, w = normal(1, 1, 32), normal(8, 32)
+    assert not kernels.takes_matvec(x, w), "gradients may be asked for outside inference mode"
+    with torch.inference_mode():
+        assert kernels.takes_matvec(x, w)
+        for other_x, other_w in ((normal(2, 1, 32), w), (x.bfloat16(), w), (x.double(), w.double()), (x, normal(32, 8).t())):
+            assert not kernels.takes_matvec(other_x, other_w)
+        q, k, v = normal(1, 2, 1, 8), normal(1, 2, 5, 8), normal(1, 2, 5, 8)
+        assert kernels.takes_attend_one(q, k, v, None)
+        assert not kernels.takes_attend_one(q, k, v, torch.ones(1, 1, 1, 5, dtype=torch.bool))
+        assert not kernels.takes_attend_one(normal(1, 2, 3, 8), k, v, None)
+
+
+@built
+def test_a_decode_step_runs_on_the_kernels(monkeypatch):
+    counts = {"matvec": 0, "attend_one": 0}
+    for name in counts:
+        plain = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain: (counts.__setitem__(n, counts[n] + 1), f(*a))[1])
+    model = build({}, std=0.2)
+    model.generate(tokens(1, 4), 6, temperature=0)
+    assert counts == {"matvec": 5 * 9 + 1, "attend_one": 5 * 2}      # 4 a block and the head; the prompt's head has one row too
+
+
+GREEDY = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests']
+from arms import build, tokens
+import sparse_kernels
+print(sparse_kernels.cpu_library()[1])
+print(build({{}}, std=0.2).generate(tokens(1, 4), 40, temperature=0).tolist())
+"""
+
+
+def test_without_a_compiler_the_same_tokens_come_out(tmp_path):
+    """The kernels can be switched off, and a machine without a compiler says so and carries on."""
+    said = {}
+    for name, change in (("on", {}), ("off", {"NANOCORTEX_KERNELS": "off"}), ("none", {"CC": "no-such-cc", "PATH": str(tmp_path)})):
+        run = subprocess.run([sys.executable, "-c", GREEDY.format(root=str(ROOT))], env=os.environ | change, capture_output=True,
+                             text=True, check=True)
+        said[name] = run.stdout.splitlines()
+    assert said["on"][1] == said["off"][1] == said["none"][1]
+    assert "off" in said["off"][0] and "no C" in said["none"][0]
+
+
+def test_a_compiler_that_fails_is_named(tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sparse_kernels; print(sparse_kernels.cpu_library())"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CC": str(broken), "XDG_CACHE_HOME": str(tmp_path)},
+                         capture_output=True, text=True, check=True)
+    if sys.platform == "linux":
+        assert "(None," in run.stdout and "did not build" in run.stdout and str(broken) in run.stdout
