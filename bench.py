@@ -34,6 +34,7 @@ import checkpoint
 import dataset as datasets
 import decoding
 import runtime
+import sparse_kernels
 import tokenizer as tokenizers
 from configurator import ConfigError, close_match, configure, require, say_and_exit
 from model import GPT, GPTConfig
@@ -207,7 +208,7 @@ class Decode(Bench):
 
 def decode(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, False)
-    print(f"ours: {place}")
+    print(f"ours: {place}, {sparse_kernels.path_taken(place.device)}")
     models, contexts = decoders(cfg, place)
     parameters = sum(p.numel() for p in models[OURS].parameters())
     vocab_size = SHAPES[cfg.shape]["vocab_size"]
@@ -226,7 +227,8 @@ def decode(cfg):
     show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
     tell_agreement(agreement)
-    return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place)}
+    return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
+            "kernels": sparse_kernels.path_taken(place.device)}
 
 
 def decoders(cfg, place):
@@ -277,14 +279,14 @@ def whole_context(model, prompt, context):
         model(prompt)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def cached_step(model, prompt):
     """What ours computes for one token, over a cache of those before it -> a function that does it."""
     past = prompt.size(1) - 1
     cache = decoding.new_cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], decoding.CachedContext(cache, 0, prompt[:, :past]))
 
-    @torch.no_grad()
+    @torch.inference_mode()                     # as generation does
     def run():
         model.head(model.trunk(prompt[:, past:], decoding.CachedContext(cache, past, prompt)))
     return run
@@ -458,8 +460,8 @@ def run_script(script, keys, cwd, cfg):
 # ------------------------------------------------ race --------------------------------------------------
 
 # nanoGPT's documented CPU command for characters of Shakespeare
-DOCUMENTED = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12, n_layer=4,
-                  n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0)
+DOCUMENTED = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12,
+                  n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0)
 VALIDATION = dict(batches=200, batch_size=12, block_size=64)     # the fixed batches that judge both sides
 FAIR = "nanoGPT's model and AdamW in our train.py"
 ABLATIONS = {                                    # what is taken out of the race's config, one at a time
@@ -477,7 +479,7 @@ class Race(Bench):
     input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
     config: str = "config/race_shakespeare_cpu.py"  # config file of our side
     ablate: bool = False  # also run ours with each switch taken out, one at a time
-    plot: str = ""  # also draw training loss against seconds and tokens into this PNG (pip install matplotlib)
+    plot: str = ""  # also draw training loss against seconds and tokens into this PNG (needs matplotlib)
 
     def __post_init__(self):
         super().__post_init__()
@@ -520,7 +522,9 @@ def race_peer(cfg, data, work, seed):
     shutil.rmtree(folder, ignore_errors=True)
     copy_peer(cfg.nanogpt, folder, data, tokenizers.meta_of(data)["vocab_size"])
     script = folder / "train.py"
-    script.write_text(script.read_text(encoding="utf-8").replace("1337", str(1337 + seed)), encoding="utf-8")
+    text = script.read_text(encoding="utf-8")
+    require("manual_seed(1337" in text, f"{cfg.nanogpt}/train.py has no seed 1337: take an unchanged checkout")
+    script.write_text(text.replace("manual_seed(1337", f"manual_seed({1337 + seed}"), encoding="utf-8")
     config = Path(cfg.nanogpt).resolve() / "config" / "train_shakespeare_char.py"
     keys = DOCUMENTED | dict(dataset="bench", out_dir="out")
     said, seconds = timed_script(script, [str(config)], keys, folder, cfg)
@@ -544,7 +548,7 @@ def race_ours(cfg, data, work, seed, config, **changes):
 
 def thinned(curve, width=10, most=200):
     """[[tokens, seconds, loss]] with losses averaged over `width` neighbours and at most `most` points."""
-    step = max(1, len(curve) // most)
+    step = -(-len(curve) // most) or 1
     return [[t, s, statistics.fmean(loss for *_, loss in curve[max(0, i - width):i + 1])]
             for i, (t, s, _) in enumerate(curve) if i % step == 0]
 
@@ -587,10 +591,11 @@ def race_report(cfg, runs):
         losses = [run["val_loss"] for run in done]
         print(f"{name}: val loss {statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}), "
               f"{sum(loss <= line for loss in losses)} of {len(losses)} pass; median "
-              f"{results['time']['sides'][name]['median']:.2f} s, {done[0]['tokens']:,} tokens, {done[0]['parameters']:,} "
-              f"parameters held, {done[0]['parameters_touched_per_token']:,} touched per token")
-    print(f"ours against nanoGPT: {results['time']['ratio'][OURS]:.2f}x less time, start, evaluation and saving included; "
-          f"{results['tokens']['ratio'][OURS]:.2f}x fewer tokens")
+              f"{results['time']['sides'][name]['median']:.2f} s, {done[0]['tokens']:,} tokens, "
+              f"{done[0]['parameters']:,} parameters held, "
+              f"{done[0]['parameters_touched_per_token']:,} touched per token")
+    print(f"ours against nanoGPT: {results['time']['ratio'][OURS]:.2f}x less time, start, evaluation and "
+          f"saving included; {results['tokens']['ratio'][OURS]:.2f}x fewer tokens")
     passed = {name: sum(run["val_loss"] <= line for run in done) for name, done in runs.items()}
     if cfg.plot:
         draw_race(cfg.plot, runs, line)
@@ -635,7 +640,8 @@ def readme(cfg):
     path = ROOT / "README.md"
     old = path.read_text(encoding="utf-8")
     new = with_table(old, results_table(ROOT / "results"))
-    require(not cfg.check or new == old, "README.md is not what results/*.json say: type python bench.py readme")
+    require(not cfg.check or new == old,
+            "README.md is not what results/*.json say: type python bench.py readme")
     if new != old:
         write_atomically(path, new)
     print("README.md is up to date" if new == old else "README.md is written anew")
@@ -650,7 +656,7 @@ def with_table(text, table):
 
 
 def results_table(folder):
-    """Every record of `folder` as rows of a markdown table: each a measurement with both sides and their ratio."""
+    """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
     lines = ["| measured | ours | nanoGPT | ratio | record |", "|---|---|---|---|---|"]
     places = []
     for path in sorted(folder.glob("*.json")):
@@ -659,8 +665,8 @@ def results_table(folder):
             lines += table_rows(record, name, result, path)
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
-    return "\n".join([*lines, "", "Medians; " + "; ".join(dict.fromkeys(places)) + ". Each record holds its command, "
-                      "commit, spread and load average."])
+    return "\n".join([*lines, "", "Medians; " + "; ".join(dict.fromkeys(places))
+                      + ". Each record holds its command, commit, spread and load average."])
 
 
 def table_rows(record, name, result, path):

@@ -6,8 +6,8 @@ import torch.nn as nn
 class Oscillating(nn.Module):
     """An activation whose units oscillate: sin(w*x + phi) * tanh(x) + b, with w, phi and b learned per unit.
 
-    (..., units) -> (..., units). w ~ N(1, 0.1), phi ~ N(0, 0.1), b = 0; vectors, so weight decay leaves them alone.
-    A single such neuron can separate XOR (2108.12943; so can a single GELU, tests/test_switches.py shows both).
+    (..., units) -> (..., units). w ~ N(1, 0.1), phi ~ N(0, 0.1), b = 0; vectors, so no weight decay.
+    One such neuron can separate XOR (2108.12943; so can one GELU, tests/test_switches.py shows both).
     """
 
     def __init__(self, units):

@@ -2,8 +2,9 @@
 
     python train.py config/train_shakespeare_char.py --batch_size=32
 
-Words are read from left to right: a config file (plain Python that assigns keys) or --key=value; the last one wins. The keys,
-their types, defaults and one-line meanings are the fields of a dataclass and the comments behind them: they live once.
+Words are read from left to right: a config file (plain Python that assigns keys) or --key=value; the last one
+wins. The keys, their types, defaults and one-line meanings are the fields of a dataclass and the comments
+behind them: they live once.
 """
 import ast
 import dataclasses
@@ -17,7 +18,7 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's, told in one sentence: the value, the rule, what to type. Scripts exit with status 2."""
+    """A user's mistake in one sentence: the value, the rule, what to type. Scripts exit with status 2."""
 
 
 def require(condition, sentence):
@@ -29,8 +30,8 @@ def require(condition, sentence):
 def configure(cls, argv=None, base=None):
     """Read a command line into an instance of the dataclass `cls`.
 
-    argv: the words after the script's name (default: sys.argv[1:]); base: values that replace the defaults of `cls`
-    for keys that the command line does not name.
+    argv: the words after the script's name (default: sys.argv[1:]); base: values that replace the defaults of
+    `cls` for keys that the command line does not name.
     """
     return cls(**{**(base or {}), **typed_words(cls, argv)})
 
@@ -38,8 +39,8 @@ def configure(cls, argv=None, base=None):
 def typed_words(cls, argv=None):
     """The keys that a script's command line sets -> {key: value}.
 
-    From here on a ConfigError ends the script with its sentence and status 2 instead of a traceback, Ctrl-C with 130.
-    --help prints every key and exits with 0.
+    From here on a ConfigError ends the script with its sentence and status 2 instead of a traceback, Ctrl-C
+    with 130. --help prints every key and exits with 0.
     """
     sys.excepthook = say_and_exit
     argv = sys.argv[1:] if argv is None else argv
@@ -50,7 +51,7 @@ def typed_words(cls, argv=None):
 
 
 def say_and_exit(kind, error, trace):
-    """sys.excepthook of the scripts: a ConfigError is one sentence on stderr, anything else keeps its traceback."""
+    """sys.excepthook of the scripts: a ConfigError is one sentence on stderr, others keep their traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr, flush=True)
         raise SystemExit(130)
@@ -67,11 +68,13 @@ def parse(cls, argv):
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             require(key in fields, unknown(key, fields, "command line"))
-            require(equals or bool in kinds(fields[key]), f"command line: --{key} needs a value: type --{key}=...")
+            require(equals or bool in kinds(fields[key]),
+                    f"command line: --{key} needs a value: type --{key}=...")
             given[key] = convert(fields[key], literal(text) if equals else True, "command line", text)
         else:
             require("=" not in word and not word.startswith("-"),
-                    f"command line: '{word}' is neither a config file nor --key=value: type --{word.lstrip('-')}")
+                    f"command line: '{word}' is neither a config file nor --key=value: "
+                    f"type --{word.lstrip('-')}")
             given |= read_config_file(word, fields, given)
     return given
 
@@ -79,7 +82,8 @@ def parse(cls, argv):
 def read_config_file(path, fields, given):
     """Run a config file (trusted Python, as in nanoGPT; it may read every key) -> the keys it assigned."""
     where = f"config file {path}"
-    require(Path(path).is_file(), f"{where} does not exist{close_match(path, map(str, Path(path).parent.glob('*.py')))}")
+    require(Path(path).is_file(),
+            f"{where} does not exist{close_match(path, map(str, Path(path).parent.glob('*.py')))}")
     scope = {name: f.default for name, f in fields.items()} | given | {"__file__": path}
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
@@ -146,6 +150,7 @@ def meanings(cls):
 def help_text(cls):
     """The text behind --help: every key with its default and meaning."""
     about, script = meanings(cls), Path(sys.argv[0]).name
-    rows = [f"  --{f.name}={f.default!r}".ljust(40) + " " + about.get(f.name, "") for f in dataclasses.fields(cls)]
+    rows = [f"  --{f.name}={f.default!r}".ljust(40) + " " + about.get(f.name, "")
+            for f in dataclasses.fields(cls)]
     doc = textwrap.dedent(inspect.getdoc(cls) or "").strip()
     return f"python {script} [config/file.py ...] [--key=value ...]\n\n{doc}\n\n" + "\n".join(rows)

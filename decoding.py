@@ -1,7 +1,8 @@
 """Generation: one static KV cache, prompts of different lengths in one batch, the sampling filters.
 
-Prompts are aligned to the right, so every row writes the same cache column and a step is one slice; the columns before a
-shorter prompt are masked, and its positions start at its own first token: a row's output does not depend on its neighbours.
+Prompts are aligned to the right, so every row writes the same cache column and a step is one slice; the
+columns before a shorter prompt are masked, and its positions start at its own first token: a row's output
+does not depend on its neighbours.
 """
 import torch
 from torch.nn import functional as F
@@ -12,7 +13,8 @@ from configurator import require
 class CachedContext:
     """model.Context with a cache behind it: T new columns that begin at column `start` of the cache.
 
-    cache: (n_layer, 2, B, H, S, D). pads: None, or the number of empty columns before each row's first token, (B,) int64.
+    cache: (n_layer, 2, B, H, S, D).
+    pads: None, or the number of empty columns before each row's first token, (B,) int64.
     ids: the cache's token ids with those of this call at their end, (B, start + T), -1 in empty columns.
     """
 
@@ -41,7 +43,7 @@ class CachedContext:
 
 
 def visible(queries, keys, pads):
-    """(B, 1, T, S) bool: causal, without the empty columns; an empty column sees itself, or its softmax would be 0/0."""
+    """(B, 1, T, S) bool: causal, no empty columns; an empty column sees itself, or its softmax is 0/0."""
     causal = keys <= queries[:, None]
     filled = keys >= pads[:, None]
     return (causal & filled[:, None] | (keys == queries[:, None]))[:, None]
@@ -57,17 +59,20 @@ def new_cache(model, batch_size, length):
 class Sampler:
     """Chooses the next token of every row. Filters apply in this order:
 
-    repetition_penalty: logits of tokens already in the row are divided by it where positive, multiplied where negative
-    (CTRL, 1909.05858), before temperature; temperature: 0 is greedy; top_k: the k largest; top_p: the smallest set whose
-    probability reaches top_p (1904.09751); min_p: at least min_p times the largest probability (2407.01082).
+    repetition_penalty: logits of tokens already in the row are divided by it where positive, multiplied where
+    negative (CTRL, 1909.05858), before temperature; temperature: 0 is greedy; top_k: the k largest; top_p:
+    the smallest set whose probability reaches top_p (1904.09751); min_p: at least min_p times the largest
+    probability (2407.01082).
     vocab_size: ids from there on are never chosen (a padded vocabulary has rows that mean nothing).
     """
 
-    def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0, vocab_size=None):
+    def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+                 vocab_size=None):
         require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
         require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
         require(0 <= min_p <= 1, f"min_p={min_p} must be in [0, 1]")
-        require(repetition_penalty > 0, f"repetition_penalty={repetition_penalty} must be above 0; 1.0 is off")
+        require(repetition_penalty > 0,
+                f"repetition_penalty={repetition_penalty} must be above 0; 1.0 is off")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty, self.vocab_size = repetition_penalty, vocab_size
 
@@ -92,7 +97,8 @@ class Sampler:
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
         if self.min_p > 0:
             probabilities = logits.softmax(-1)
-            logits = logits.masked_fill(probabilities < self.min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+            logits = logits.masked_fill(probabilities < self.min_p * probabilities.amax(-1, keepdim=True),
+                                        -torch.inf)
         return logits
 
 
@@ -100,9 +106,10 @@ class Sampler:
 def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     """Yield the next token ids (B, 1), max_new_tokens times.
 
-    overflow decides what happens past block_size. "exact": nanoGPT's meaning, every token sees the last block_size tokens
-    at positions 0..block_size-1, so the window is recomputed for each one. "slide": keep the last half of the window and go
-    on with the cache, one recomputation every block_size/2 tokens: cheap, not identical.
+    overflow decides what happens past block_size. "exact": nanoGPT's meaning, every token sees the last
+    block_size tokens at positions 0..block_size-1, so the window is recomputed for each one. "slide": keep
+    the last half of the window and go on with the cache, one recomputation every block_size/2 tokens: cheap,
+    not identical.
     """
     block = model.config.block_size
     keep = {"exact": block, "slide": max(1, block // 2)}.get(overflow)
@@ -111,9 +118,9 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     T, V = idx.size(1), model.config.vocab_size
     history, pads = align_right(idx, lengths, T + max_new_tokens)
     seen = torch.zeros(len(idx), V + 1, dtype=torch.bool, device=idx.device)
-    seen.scatter_(1, history[:, :T] % (V + 1), True)             # -1, an empty column, is counted in the last place
+    seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = new_cache(model, len(idx), min(block, T + max_new_tokens))
-    base = cached = 0                                            # the cache holds columns base .. base + cached
+    base = cached = 0                                      # the cache holds columns base .. base + cached
     for n in range(T, T + max_new_tokens):
         if n - base > block:
             base, cached = n - keep, 0
@@ -127,11 +134,12 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
 
 
 def align_right(idx, lengths, width):
-    """Prompts at the left of (B, T) -> (history (B, width) with prompts ending at column T, empty columns before each);
-    an empty column holds -1."""
+    """Prompts at the left of (B, T) -> (history (B, width) with prompts ending at column T, empty columns
+    before each); an empty column holds -1."""
     B, T = idx.shape
     lengths = [T] * B if lengths is None else [int(n) for n in lengths]
-    require(len(lengths) == B and all(1 <= n <= T for n in lengths), f"lengths={lengths} must be {B} numbers in 1..{T}")
+    require(len(lengths) == B and all(1 <= n <= T for n in lengths),
+            f"lengths={lengths} must be {B} numbers in 1..{T}")
     history = torch.full((B, width), -1, device=idx.device)
     for row, n in enumerate(lengths):
         history[row, T - n:T] = idx[row, :n]
@@ -145,7 +153,7 @@ def shifted(pads, base, device):
 
 
 def join(idx, new, lengths):
-    """Prompts (B, T) and their new tokens (B, N) -> (B, T + N), new tokens right behind each row's own prompt."""
+    """Prompts (B, T), their new tokens (B, N) -> (B, T + N), new tokens right behind each row's prompt."""
     if lengths is None:
         return torch.cat((idx, new), dim=1)
     out = torch.zeros(len(idx), idx.size(1) + new.size(1), dtype=idx.dtype, device=idx.device)

@@ -1,4 +1,4 @@
-"""What model.py and bio_modules.py both build with: a projection that follows its input's dtype, and attention as functions."""
+"""What model.py and bio_modules.py both build with: a Linear in its input's dtype, attention as functions."""
 import math
 
 import torch
@@ -13,7 +13,7 @@ def cast(tensor, dtype):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype: fp32 master weights serve a bf16 stream without autocast."""
+    """nn.Linear computed in its input's dtype: fp32 master weights serve a bf16 stream without autocast."""
 
     def __init__(self, n_in, n_out, bias, std=0.02):
         self.std = std
@@ -58,7 +58,8 @@ def attend(q, k, v, mask, dropout):
     """Softmax attention of queries (B, H, T, D) over (B, H, S, D) -> (B, H, T, D).
 
     mask: bool (B or 1, 1, T, S), or None: causal where T == S, everything where T == 1.
-    On a CPU in bf16 the fused kernel is slower than three plain matmuls up to a few hundred keys, so length decides there.
+    On a CPU in bf16 the fused kernel is slower than three plain matmuls up to a few hundred keys, so length
+    decides there.
     """
     if kernels.takes_attend_one(q, k, v, mask):
         return kernels.attend_one(q, k, v)
@@ -83,5 +84,5 @@ def dropout(config):
 
 
 def residual_std(config):
-    """Init of the projections that write to the residual stream: scaled down by their number (GPT-2), or zero."""
+    """Init of the projections into the residual stream: scaled down by their number (GPT-2), or zero."""
     return 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)

@@ -1,8 +1,10 @@
 """GPT: nanoGPT's GPT-2, bit for bit at its defaults, with a slot for every part that a flag may exchange.
 
-Flags are read in constructors only; a block's forward is the same sentence for every model. To add a mechanism: one class,
-one entry in the slot dict below, one field of GPTConfig, one row in tests/arms.py, one file in config/.
-GPT-2: Radford et al. 2019, https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
+Flags are read in constructors only; a block's forward is the same sentence for every model.
+To add a mechanism: one class, one entry in the slot dict below, one field of GPTConfig, one row in
+tests/arms.py, one file in config/.
+GPT-2: Radford et al. 2019,
+https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
 """
 import dataclasses
 import hashlib
@@ -33,13 +35,13 @@ SIZES = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a model is made of. The first seven are nanoGPT's; the default of every other one is the plain GPT-2."""
+    """What a model is made of. The first seven are nanoGPT's; every other default is the plain GPT-2."""
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # number of token ids; GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads per block; divides n_embd
     n_embd: int = 768  # width of the residual stream
-    dropout: float = 0.0  # share of activations dropped in training; 0 is good for pretraining, 0.1+ for finetuning
+    dropout: float = 0.0  # share of activations dropped in training; 0 for pretraining, 0.1+ for finetuning
     bias: bool = True  # biases in Linears and norms, like GPT-2; False: a bit better and faster
     # --- architecture switches ---
     norm: str = "layernorm"  # layernorm or rmsnorm
@@ -47,26 +49,27 @@ class GPTConfig:
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     act: str = "gelu"  # activation of the MLP: gelu, relu2, swiglu (8/3 as wide), osc
     softcap: float = 0.0  # bound logits to (-softcap, softcap) by tanh; 0: off
-    zero_init: bool = False  # start the projections that write to the residual stream, and an untied head, at zero
+    zero_init: bool = False  # start the projections into the residual stream, and an untied head, at zero
     tie_weights: bool = True  # one matrix for the token embedding and the head
-    ngram_buckets: int = 0  # rows of each hashed bigram and trigram table added to the token embedding; 0: off
-    recompute: bool = False  # recompute each block's activations in the backward pass: less memory, a third more compute
+    ngram_buckets: int = 0  # rows of each hashed bigram and trigram table added to the embedding; 0: off
+    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
 
     def __post_init__(self):
         for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", MLPS)):
             require(getattr(self, key) in slot, f"{key}='{getattr(self, key)}' must be {' or '.join(slot)}")
-        require(self.softcap >= 0 and self.ngram_buckets >= 0,
-                f"softcap={self.softcap} and ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
+        require(self.softcap >= 0 and self.ngram_buckets >= 0, f"softcap={self.softcap} and "
+                f"ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
-        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: type "
+        require(self.n_embd % self.n_head == 0,
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: type "
                 f"--n_embd={self.n_head * max(1, round(self.n_embd / self.n_head))}, for example")
-        require(self.pos != "rope" or self.n_embd // self.n_head % 2 == 0, f"pos='rope' rotates pairs: n_embd/n_head="
-                f"{self.n_embd // self.n_head} must be even")
+        require(self.pos != "rope" or self.n_embd // self.n_head % 2 == 0,
+                f"pos='rope' rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
 
     def model_args(self):
-        """The keyword arguments that rebuild this config: nanoGPT's seven keys, and those that differ from their default."""
+        """Keyword arguments that rebuild this config: nanoGPT's seven, and those not at their default."""
         return {f.name: getattr(self, f.name) for i, f in enumerate(dataclasses.fields(GPTConfig))
                 if i < 7 or getattr(self, f.name) != f.default}
 
@@ -74,7 +77,8 @@ class GPTConfig:
 class Context:
     """What one call carries past the blocks: positions, the attention mask, auxiliary losses.
 
-    positions: a slice or a (B, T) tensor of indices into the position table. mask: None (causal) or (B or 1, 1, T, S) bool.
+    positions: a slice or a (B, T) tensor of indices into the position table.
+    mask: None (causal) or (B or 1, 1, T, S) bool.
     decoding.CachedContext is the same with a KV cache behind it.
     """
     mask = None
@@ -113,13 +117,15 @@ class Embedding(Table):
 
 
 class NgramEmbedding(Embedding):
-    """Token embedding plus rows of two hashed tables for the bigram and the trigram that end at each position: what a first
-    attention layer would otherwise have to learn. Tables start at zero; only T rows of each are read per call."""
+    """Token embedding plus rows of two hashed tables for the bigram and the trigram that end at each
+    position: what a first attention layer would otherwise have to learn. Tables start at zero; only T rows of
+    each are read per call."""
 
     def __init__(self, config):
         super().__init__(config)
         self.buckets = config.ngram_buckets
-        self.bigrams, self.trigrams = (nn.Parameter(torch.zeros(self.buckets, config.n_embd)) for _ in range(2))
+        self.bigrams, self.trigrams = (nn.Parameter(torch.zeros(self.buckets, config.n_embd))
+                                       for _ in range(2))
 
     def forward(self, idx, ctx):
         before, last, this = (ctx.with_past(idx, 2) + 1).unfold(1, idx.size(1), 1).unbind(1)
@@ -144,7 +150,7 @@ class LearnedPositions(Table):
 
 
 class RotaryPositions(nn.Module):
-    """Tables of the angles by which queries and keys turn, (block_size, D/2), half-split layout (2104.09864)."""
+    """Tables of the angles by which q and k turn, (block_size, D/2), half-split layout (2104.09864)."""
 
     def __init__(self, config):
         super().__init__()
@@ -221,7 +227,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP with the parameters of a dense one: two thirds as many units, three matrices (2002.05202)."""
+    """A gated MLP with a dense one's parameters: two thirds as many units, three matrices (2002.05202)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -272,9 +278,9 @@ class RecomputedBlock(Block):
 class GPT(nn.Module):
     """A decoder-only transformer with nanoGPT's interface, parameter names and shapes.
 
-    config: GPTConfig. init=False leaves the weights unset for a state dict that is loaded next. Every tensor is drawn from
-    its own generator, seeded by `seed` (default: torch's current seed) and the parameter's name, so two models that differ
-    in one mechanism share every other weight bit for bit.
+    config: GPTConfig. init=False leaves the weights unset for a state dict that is loaded next. Every tensor
+    is drawn from its own generator, seeded by `seed` (default: torch's current seed) and the parameter's
+    name, so two models that differ in one mechanism share every other weight bit for bit.
     compute_dtype: dtype of the residual stream and the matmuls; None means the weights' own.
     """
 
@@ -286,10 +292,12 @@ class GPT(nn.Module):
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
             drop=dropout(config),
-            h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i) for i in range(config.n_layer)]),
+            h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i)
+                             for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
         ))
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False, std=0.02 * (config.tie_weights or not config.zero_init))
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False,
+                              std=0.02 * (config.tie_weights or not config.zero_init))
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
         self.cap = partial(soft_cap, config.softcap) if config.softcap else as_is
@@ -301,20 +309,20 @@ class GPT(nn.Module):
         """Draw every weight anew from (seed, its name); each module knows its own scales."""
         names = {}
         for name, p in self.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), name)                      # a tied matrix keeps its first name, so untying does not redraw it
+            names.setdefault(id(p), name)     # a tied matrix keeps its first name: untying does not redraw it
         for module in self.modules():
             if hasattr(module, "init_weights") and module is not self:
                 module.init_weights(lambda p, std: normal_by_name_(p, std, seed, names[id(p)]))
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; non_embedding leaves the position table out (the token table is the head's matrix)."""
+        """Number of parameters; non_embedding leaves out positions (the token table is the head's matrix)."""
         count = sum(p.numel() for p in self.parameters())
         return count - sum(p.numel() for p in self.transformer.wpe.parameters()) * non_embedding
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, target -1 is ignored -> (logits, loss).
 
-        With targets: logits (B, T, vocab_size), loss = cross-entropy in nats, plus auxiliary terms in training mode.
+        With targets: logits (B, T, vocab_size), cross-entropy in nats, in training mode with auxiliary terms.
         Without: logits of the last position alone, (B, 1, vocab_size), and None.
         """
         ctx = Context(self.positions(idx.size(1)))
@@ -328,7 +336,8 @@ class GPT(nn.Module):
     def positions(self, T):
         """Where a sequence of T tokens stands in the position table; ValueError if it is too long."""
         if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}: crop it to its last tokens")
+            raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}: "
+                             "crop it to its last tokens")
         return slice(0, T)
 
     def trunk(self, idx, ctx):
@@ -352,10 +361,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """OpenAI's GPT-2 weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' through the transformers package, or a
-        local Hugging Face GPT-2 folder. override_args may hold dropout alone, as in nanoGPT."""
+        """OpenAI's GPT-2 weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' through the transformers
+        package, or a local Hugging Face GPT-2 folder. override_args may hold dropout alone, as in nanoGPT."""
         override = override_args or {}
-        require(set(override) <= {"dropout"}, f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
+        require(set(override) <= {"dropout"},
+                f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
         args, weights = pretrained.read(model_type)
         model = cls(GPTConfig(**args, bias=True, **override), init=False)
         model.load_state_dict(weights)
@@ -363,7 +373,8 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in nanoGPT's two groups, see optimizers.adamw."""
-        return optimizers.adamw([p for p in self.parameters() if p.requires_grad], weight_decay, learning_rate, betas, device_type)
+        return optimizers.adamw([p for p in self.parameters() if p.requires_grad],
+                                weight_decay, learning_rate, betas, device_type)
 
     def flops_per_token(self):
         """Training FLOPs per token, forward and backward (PaLM, 2204.02311, appendix B)."""
@@ -371,20 +382,23 @@ class GPT(nn.Module):
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """Share of the device's peak FLOP/s that `fwdbwd_per_iter` sequences in `dt` seconds make; None: peak unknown."""
+        """Share of the device's peak FLOP/s that fwdbwd_per_iter sequences in dt s make; None: unknown."""
         peak = peak_flops(self.lm_head.weight.device)
         return peak and self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, lengths=None, overflow="exact", **filters):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, lengths=None, overflow="exact",
+                 **filters):
         """Continue token ids (B, T) by max_new_tokens -> (B, T + max_new_tokens), with a KV cache.
 
-        lengths: (B,) ints where the prompts fill only the first lengths[b] columns of their rows; new tokens then follow
-        each prompt directly, and the rest of the row is 0. temperature=0 is greedy. overflow and filters (top_p, min_p,
-        repetition_penalty): see decoding.stream and decoding.Sampler. Call .eval() first.
+        lengths: (B,) ints where the prompts fill only the first lengths[b] columns of their rows; new tokens
+        then follow each prompt directly, and the rest of the row is 0. temperature=0 is greedy. overflow and
+        filters (top_p, min_p, repetition_penalty): see decoding.stream and decoding.Sampler. Call .eval()
+        first.
         """
         sampler = decoding.Sampler(temperature=temperature, top_k=top_k, **filters)
-        new = torch.cat(list(decoding.stream(self, idx, max_new_tokens, sampler, lengths, overflow)) or [idx[:, :0]], dim=1)
+        new = torch.cat(list(decoding.stream(self, idx, max_new_tokens, sampler, lengths, overflow))
+                        or [idx[:, :0]], dim=1)
         return decoding.join(idx, new, lengths)
 
 

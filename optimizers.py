@@ -1,7 +1,7 @@
 """Optimizers: which parameter is updated by which rule, and a learning-rate schedule for all of them.
 
-AdamW in nanoGPT's two groups is the default. Muon takes the matrices inside the blocks; embeddings, head, gains and biases
-stay with AdamW. Every parameter is in exactly one group, asserted.
+AdamW in nanoGPT's two groups is the default. Muon takes the matrices inside the blocks; embeddings, head,
+gains and biases stay with AdamW. Every parameter is in exactly one group, asserted.
 """
 import inspect
 import math
@@ -14,12 +14,14 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 def lean(optimizer_class):
-    """The class without torch's wrappers around its methods: they serve torch.compile and differentiable optimizers, and import
-    the whole compiler (3.5 s) at the first step of a run that compiles nothing. The update itself is torch's."""
+    """The class without torch's wrappers around its methods: they serve torch.compile and differentiable
+    optimizers, and import the whole compiler (3.5 s) at the first step of a run that compiles nothing. The
+    update itself is torch's."""
     for method in vars(torch.optim.Optimizer).values():
         plain = getattr(method, "__wrapped__", None)
-        if plain is not None and inspect.isfunction(method) and method.__code__.co_filename.endswith("_compile.py"):
-            plain.__dict__.setdefault("__dynamo_disable", plain)          # where that wrapper looks before it imports
+        if (plain is not None and inspect.isfunction(method)
+                and method.__code__.co_filename.endswith("_compile.py")):
+            plain.__dict__.setdefault("__dynamo_disable", plain)  # where that wrapper looks before it imports
     step = torch.no_grad()(inspect.unwrap(optimizer_class.step))
     return type(optimizer_class.__name__, (optimizer_class,), {"step": step})
 
@@ -56,15 +58,17 @@ class Together:
 
 
 def adamw(params, weight_decay, learning_rate, betas, device_type):
-    """AdamW (1711.05101) in nanoGPT's two groups: tensors of two or more dimensions decay, gains and biases do not."""
+    """AdamW (1711.05101) in nanoGPT's two groups: tensors of 2+ dimensions decay, gains and biases do not."""
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+    return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas,
+                 fused=device_type in ("cuda", "cpu"))
 
 
 def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_rate, momentum):
-    """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices: momentum, then Newton-Schulz to an update
-    whose singular values are near 1; AdamW for all other parameters. Update length follows muon_learning_rate."""
+    """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices: momentum, then Newton-Schulz
+    to an update whose singular values are near 1; AdamW for all other parameters. Update length follows
+    muon_learning_rate."""
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in hidden)]
     parts = Together(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum),
@@ -78,7 +82,8 @@ def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_r
 def assert_partition(model, optimizer):
     """Every parameter of the model is in exactly one group."""
     grouped = sorted(id(p) for group in optimizer.param_groups for p in group["params"])
-    assert grouped == sorted(id(p) for p in model.parameters()), "a parameter is in no optimizer group or in several"
+    assert grouped == sorted(id(p) for p in model.parameters()), \
+        "a parameter is in no optimizer group or in several"
 
 
 def build(model, cfg, device_type):
@@ -86,14 +91,16 @@ def build(model, cfg, device_type):
     betas = (cfg.beta1, cfg.beta2)
     if cfg.optimizer == "adamw":
         return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
-    return muon(model, cfg.weight_decay, cfg.learning_rate, betas, device_type, cfg.muon_learning_rate, cfg.muon_momentum)
+    return muon(model, cfg.weight_decay, cfg.learning_rate, betas, device_type,
+                cfg.muon_learning_rate, cfg.muon_momentum)
 
 
 def learning_rate(cfg, iteration):
-    """Learning rate of an iteration: linear warm-up, then cfg.lr_schedule from learning_rate to min_lr at lr_decay_iters.
+    """Learning rate of an iteration: linear warm-up, then cfg.lr_schedule down to min_lr at lr_decay_iters.
 
-    cosine: nanoGPT's. linear: a straight line. wsd: constant, then a straight line over the last lr_decay_share of the way
-    (2404.06395). constant, or decay_lr=False: no decay (and, as in nanoGPT, decay_lr=False has no warm-up either).
+    cosine: nanoGPT's. linear: a straight line. wsd: constant, then a straight line over the last
+    lr_decay_share of the way (2404.06395). constant, or decay_lr=False: no decay (and, as in nanoGPT,
+    decay_lr=False has no warm-up either).
     """
     if not cfg.decay_lr:
         return cfg.learning_rate

@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded through transformers."""
+"""OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded by transformers."""
 import json
 from pathlib import Path
 
@@ -14,47 +14,51 @@ GPT2_SIZES = {
 }
 
 def read(name):
-    """A local Hugging Face GPT-2 folder or one of GPT2_SIZES -> (GPTConfig arguments, state dict in nanoGPT's names)."""
+    """A local Hugging Face GPT-2 folder or one of GPT2_SIZES -> (GPTConfig arguments, our state dict)."""
     args, weights = read_folder(Path(name)) if Path(name).is_dir() else download(name)
     return args, from_hf_names(weights)
 
 
 def download(model_type):
     """GPT-2's config arguments and state dict through transformers."""
-    require(model_type in GPT2_SIZES, f"'{model_type}' is neither a folder nor one of {', '.join(GPT2_SIZES)}")
+    require(model_type in GPT2_SIZES,
+            f"'{model_type}' is neither a folder nor one of {', '.join(GPT2_SIZES)}")
     try:
         from transformers import GPT2LMHeadModel
     except ImportError as error:
-        require(False, f"'{model_type}' needs the transformers package ({error}): pip install transformers, or name a local "
-                       "Hugging Face GPT-2 folder")
+        require(False, f"'{model_type}' needs the transformers package ({error}): pip install transformers, "
+                       "or name a local Hugging Face GPT-2 folder")
     try:
         weights = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
     except OSError as error:
-        require(False, f"'{model_type}' could not be downloaded ({str(error).splitlines()[0]}): without a network, name a "
-                       "local Hugging Face GPT-2 folder (config.json, model.safetensors)")
+        require(False, f"'{model_type}' could not be downloaded ({str(error).splitlines()[0]}): without a "
+                       "network, name a local Hugging Face GPT-2 folder (config.json, model.safetensors)")
     return dict(GPT2_SIZES[model_type], vocab_size=50257, block_size=1024), weights
 
 
 def read_folder(folder):
-    """A Hugging Face GPT-2 folder (config.json with model.safetensors or pytorch_model.bin) -> (config args, state dict)."""
-    require((folder / "config.json").is_file(), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
+    """A Hugging Face folder (config.json, model.safetensors or pytorch_model.bin) -> args, state dict."""
+    require((folder / "config.json").is_file(),
+            f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
     c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     require(c.get("model_type") == "gpt2", f"{folder} holds a '{c.get('model_type')}' model, expected 'gpt2'")
     if (folder / "model.safetensors").is_file():
         try:
             from safetensors.torch import load_file
         except ImportError:
-            require(False, f"{folder}/model.safetensors needs the safetensors package: pip install safetensors")
+            require(False, f"{folder}/model.safetensors needs the safetensors package: "
+                           "pip install safetensors")
         weights = load_file(folder / "model.safetensors")
     else:
-        require((folder / "pytorch_model.bin").is_file(), f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        require((folder / "pytorch_model.bin").is_file(),
+                f"{folder} has neither model.safetensors nor pytorch_model.bin")
         weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     return dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
                 block_size=c["n_positions"]), weights
 
 
 def from_hf_names(weights):
-    """Hugging Face's GPT-2 state dict -> ours: the Conv1D matrices transposed, mask buffers dropped, the head tied."""
+    """Hugging Face's state dict -> ours: Conv1D matrices transposed, mask buffers dropped, head tied."""
     out = {}
     for name, tensor in weights.items():
         name = "transformer." + name.removeprefix("transformer.") if not name.startswith("lm_head") else name

@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision: chosen once, printed once, the same for train.py, sample.py and bench.py."""
+"""Where a run computes and in which precision: chosen once, printed once, the same for every script."""
 import os
 import platform
 import shutil
@@ -15,11 +15,13 @@ from configurator import require
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# dense bf16 peak (fp16 before Ampere), fp32 accumulation, FLOP/s, from the vendor's data sheets; the first name that fits wins
+# dense bf16 peak (fp16 before Ampere), fp32 accumulation, FLOP/s, from the vendor's data sheets;
+# the first name that fits wins
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10G": 70e12, "V100": 112e12, "T4": 65e12, "RTX 5090": 209e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12,
-    "RTX 5070": 62e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 4070 Ti": 80e12, "RTX 4070": 58e12, "RTX 4060": 30e12,
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10G": 70e12, "V100": 112e12, "T4": 65e12,
+    "RTX 5090": 209e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12, "RTX 5070": 62e12,
+    "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 4070 Ti": 80e12, "RTX 4070": 58e12, "RTX 4060": 30e12,
     "RTX 3090": 71e12, "RTX 3080": 60e12, "RTX 3070": 41e12, "RTX 3060": 25e12,
 }
 
@@ -34,7 +36,8 @@ class Runtime:
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"device {self.device}, dtype {dtype}, compile {self.compile} ({self.reasons}), torch {torch.__version__}"
+        return (f"device {self.device}, dtype {dtype}, compile {self.compile} ({self.reasons}), "
+                f"torch {torch.__version__}")
 
 
 def choose(device="auto", dtype="auto", compile="auto"):
@@ -55,9 +58,11 @@ def choose_device(name):
     except RuntimeError:
         require(False, f"device='{name}' is not a device: type --device=cpu, cuda, cuda:0 or mps")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    require(there.get(device.type, False), f"device='{name}' is not on this machine: type --device=auto or --device=cpu")
+    require(there.get(device.type, False),
+            f"device='{name}' is not on this machine: type --device=auto or --device=cpu")
     require(device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(),
-            f"device='{name}': this machine has {torch.cuda.device_count()} CUDA device(s), counted from cuda:0")
+            f"device='{name}': this machine has {torch.cuda.device_count()} CUDA device(s), "
+            "counted from cuda:0")
     return device, "device as asked"
 
 
@@ -73,9 +78,11 @@ def choose_dtype(name, device):
     if name == "auto":
         if native_bf16(device):
             return torch.bfloat16, "bf16 is native here"
-        return (torch.float16, "no native bf16, so fp16") if device.type == "cuda" else (torch.float32, "no native bf16")
+        return ((torch.float16, "no native bf16, so fp16") if device.type == "cuda"
+                else (torch.float32, "no native bf16"))
     require(name in DTYPES, f"dtype='{name}' must be auto, {', '.join(DTYPES)}")
-    require(name != "float16" or device.type == "cuda", f"dtype='float16' needs a CUDA device, this run is on {device.type}: "
+    require(name != "float16" or device.type == "cuda",
+            f"dtype='float16' needs a CUDA device, this run is on {device.type}: "
             "type --dtype=float32 or --dtype=auto")
     return DTYPES[name], "dtype as asked"
 
@@ -128,7 +135,7 @@ class World:
 
 
 def join_world(backend, device):
-    """Join the process group that torchrun describes in the environment -> (World, device name of this rank)."""
+    """Join the process group that torchrun describes in the environment -> (World, this rank's device)."""
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return World(), device
     world = World(*(int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))

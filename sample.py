@@ -13,6 +13,7 @@ import checkpoint as ckpt
 import dataset as datasets
 import decoding
 import runtime
+import sparse_kernels
 import tokenizer as tokenizers
 from configurator import configure, require
 from model import GPT
@@ -22,7 +23,7 @@ from pretrained import GPT2_SIZES
 @dataclass(frozen=True)
 class SampleConfig:
     """Every key of sample.py."""
-    init_from: str = "resume"  # resume (from out_dir), gpt2[-medium|-large|-xl], a checkpoint file, or a Hugging Face folder
+    init_from: str = "resume"  # resume (from out_dir), gpt2[-medium|-large|-xl], checkpoint or GPT-2 folder
     out_dir: str = "out"  # run to sample from when init_from is resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     num_samples: int = 10  # samples to draw
@@ -32,7 +33,7 @@ class SampleConfig:
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
-    overflow: str = "exact"  # past block_size: exact (recompute the window for every token) or slide (faster, not identical)
+    overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -56,7 +57,7 @@ def load(init_from, out_dir):
 
 
 def tokenizer_of(loaded):
-    """The tokenizer a checkpoint carries, or, in a checkpoint of nanoGPT's, that of the dataset it names (GPT-2's if unknown)."""
+    """A checkpoint's tokenizer; for one of nanoGPT's, that of the dataset it names (GPT-2's if unknown)."""
     if isinstance(loaded.get("tokenizer"), dict):
         return tokenizers.from_meta(loaded["tokenizer"])
     return tokenizers.load(datasets.find(loaded.get("config", {}).get("dataset", "openwebtext")))
@@ -76,9 +77,10 @@ def prompt_of(start):
 
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
-    print(place, file=sys.stderr)
+    print(f"{place}, {sparse_kernels.path_taken(place.device)}", file=sys.stderr)
     model, tokenizer = load(cfg.init_from, cfg.out_dir)
-    sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tokenizer.vocab_size)
+    sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
+                               tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)

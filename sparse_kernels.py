@@ -149,6 +149,11 @@ def compiled(compiler):
     return path
 
 
+def path_taken(device):
+    """The sentence that a script prints at its start: which kernels a decode step on this device runs on."""
+    return cpu_library()[1] if device.type == "cpu" else "PyTorch's kernels"
+
+
 # ------------------------------------------------ matrix times vector -------------------------------------
 
 def matvec_reference(x, weight, bias):

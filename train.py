@@ -26,13 +26,14 @@ from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
 
 DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
-HERE_ONLY = ("init_from", "out_dir", "eval_only", "device", "dtype", "compile", "backend")   # never taken from a checkpoint
+# never taken from a checkpoint
+HERE_ONLY = ("init_from", "out_dir", "eval_only", "device", "dtype", "compile", "backend")
 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """Every key of a training run: the model's (above all nanoGPT's), then the run's. With no arguments at all the built-in
-    run config/train_pylib.py starts."""
+    """Every key of a training run: the model's (above all nanoGPT's), then the run's. With no arguments at
+    all the built-in run config/train_pylib.py starts."""
     bias: bool = False  # biases in Linears and LayerNorms; nanoGPT trains without
     vocab_size: int = 0  # number of token ids; 0: the dataset's, or 50304 where it does not say
     out_dir: str = "out"  # folder of the checkpoint and of metrics.jsonl
@@ -40,8 +41,8 @@ class TrainConfig(GPTConfig):
     log_interval: int = 1  # iterations between rows of metrics.jsonl
     eval_iters: int = 200  # batches per evaluation and split, always the same ones
     eval_only: bool = False  # evaluate once and stop
-    always_save_checkpoint: bool = True  # save after every evaluation; False: only when the validation loss improves
-    init_from: str = "scratch"  # scratch, resume, gpt2[-medium|-large|-xl], a checkpoint, its folder, or a Hugging Face folder
+    always_save_checkpoint: bool = True  # save after every evaluation; False: only when the val loss improves
+    init_from: str = "scratch"  # scratch, resume, gpt2[-medium|-large|-xl], checkpoint, run or GPT-2 folder
     wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
@@ -73,29 +74,31 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         self.model_config(vocab_size=self.vocab_size or 50304)
-        for key in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps", "batch_size",
-                    "max_skipped_steps"):
+        for key in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps",
+                    "batch_size", "max_skipped_steps"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "vocab_size"):
+        for key in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip",
+                    "vocab_size"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must be in [0, 1)")
         require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
         optimizers.check(self)
-        require(self.compile in (True, False, "auto"), f"compile='{self.compile}' must be auto, True or False")
+        require(self.compile in (True, False, "auto"),
+                f"compile='{self.compile}' must be auto, True or False")
 
     def model_config(self, **changes):
         named = SIZES.get(self.size, {})
         return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)} | named | changes)
 
 
-# ---------------------------------------------------------------- configuration and run directory ----------------------------------
+# -------------------------------------------------- configuration and run directory -------------------------
 
 argv = sys.argv[1:] or [DEFAULT_RUN]
 given = typed_words(TrainConfig, argv)                         # what the user typed, to tell it from defaults
 for key in ("n_layer", "n_head", "n_embd"):
-    require(not given.get("size") or key not in given, f"size='{given.get('size')}' and {key}={given.get(key)} both "
-            f"set {key}: type one of them")
+    require(not given.get("size") or key not in given,
+            f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
 resumed, base = None, {}
 if given.get("init_from") == "resume":
     resumed_path = ckpt.find(given.get("out_dir", TrainConfig.out_dir), resume=True)
@@ -107,8 +110,9 @@ cfg = TrainConfig(**{**base, **given})
 world, device_name = runtime.join_world(cfg.backend, cfg.device)
 place = runtime.choose(device_name, cfg.dtype, cfg.compile)
 out_dir = Path(cfg.out_dir)
-require(cfg.gradient_accumulation_steps % world.size == 0, f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must "
-        f"be a multiple of the {world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
+require(cfg.gradient_accumulation_steps % world.size == 0,
+        f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
+        f"{world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
 if world.master:
     if not cfg.eval_only:
         try:
@@ -122,15 +126,16 @@ world.barrier()
 say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
-# ---------------------------------------------------------------- what the flags select, built once --------------------------------
+# -------------------------------------------------- what the flags select, built once -----------------------
 
 data_dir = datasets.prepare_if_missing(cfg.dataset)
 meta = datasets.meta_of(data_dir)
-tokenizer = {"tokenizer": {k: meta[k] for k in ("tokenizer", "chars") if k in meta}} if "tokenizer" in meta else {}
+tokenizer = ({"tokenizer": {k: meta[k] for k in ("tokenizer", "chars") if k in meta}}
+             if "tokenizer" in meta else {})
 
 
 def build_model():
-    """The model that init_from names -> (GPT on the CPU, iterations done, lowest validation loss, seconds trained)."""
+    """The model that init_from names -> (GPT on the CPU, iterations done, best val loss, seconds trained)."""
     vocab_size = cfg.vocab_size or meta.get("vocab_size") or 50304
     if cfg.init_from == "scratch":
         return GPT(cfg.model_config(vocab_size=vocab_size), seed=cfg.seed), 0, 1e9, 0.0
@@ -142,17 +147,19 @@ def build_model():
         model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
     else:
         path = ckpt.find(path) if path.is_dir() else path
-        require(path.is_file(), f"init_from='{cfg.init_from}' must be scratch, resume, {', '.join(GPT2_SIZES)}, or the path of a "
-                "checkpoint or a Hugging Face GPT-2 folder")
+        require(path.is_file(),
+                f"init_from='{cfg.init_from}' must be scratch, resume, {', '.join(GPT2_SIZES)}, or the path "
+                "of a checkpoint or a Hugging Face GPT-2 folder")
         model = load_model(ckpt.load(path), path)
     return model, 0, 1e9, 0.0
 
 
 def load_model(loaded, path):
-    """A checkpoint's model; what the user typed may change dropout, shorten the block, and nothing else about its shape."""
+    """A checkpoint's model; the user may change dropout, shorten the block, and nothing else of its shape."""
     args = loaded["model_args"]
     for key in [k for k in given if k in args and k not in ("dropout", "block_size") and given[k] != args[k]]:
-        require(key == "vocab_size" and not given[key], f"{key}={given[key]!r}, but {path} was trained with {key}={args[key]!r}: "
+        require(key == "vocab_size" and not given[key],
+                f"{key}={given[key]!r}, but {path} was trained with {key}={args[key]!r}: "
                 f"leave --{key} out, or start anew with --init_from=scratch")
     dropout = cfg.dropout if "dropout" in given or not resumed else args.get("dropout", cfg.dropout)
     return ckpt.build_model(loaded, path, dropout=dropout)
@@ -162,13 +169,14 @@ raw_model, iter_num, best_val_loss, seconds_before = build_model()
 if cfg.block_size < raw_model.config.block_size:
     raw_model.crop_block_size(cfg.block_size)
 model_config = raw_model.config
-require("block_size" not in given or cfg.block_size == model_config.block_size, f"block_size={cfg.block_size} is longer than the "
-        f"{model_config.block_size} of the loaded model: leave --block_size out")
+require("block_size" not in given or cfg.block_size == model_config.block_size,
+        f"block_size={cfg.block_size} is longer than the {model_config.block_size} of the loaded model: "
+        "leave --block_size out")
 datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
 raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
-say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} parameters without positions; "
-    f"data {data_dir}, vocabulary {model_config.vocab_size}")
+say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
+    f"parameters without positions; data {data_dir}, vocabulary {model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
@@ -181,10 +189,14 @@ resumed = None                                                  # frees the weig
 accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
-train_stream = datasets.TokenStream(data_dir, "train", *shape, seed=cfg.seed, vocab_size=model_config.vocab_size)
-eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0, vocab_size=model_config.vocab_size) for split in ("train", "val")}
+train_stream = datasets.TokenStream(data_dir, "train", *shape, seed=cfg.seed,
+                                    vocab_size=model_config.vocab_size)
+eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0,
+                                            vocab_size=model_config.vocab_size)
+                for split in ("train", "val")}
 model = torch.compile(raw_model) if place.compile else raw_model
-parallel = DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None) if world.size > 1 else model
+parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None)
+            if world.size > 1 else model)
 
 
 def to_device(batch):
@@ -195,42 +207,43 @@ def to_device(batch):
 
 
 def micro_batch(iteration, micro):
-    """The global micro-batches of an iteration are numbered; this rank takes every world.size-th. So any number of processes
-    sees the same data, and a resumed run needs no position but iter_num."""
+    """The global micro-batches of an iteration are numbered; this rank takes every world.size-th. So any
+    number of processes sees the same data, and a resumed run needs no position but iter_num."""
     number = iteration * cfg.gradient_accumulation_steps + micro * world.size + world.rank
     return to_device(train_stream.batch(number))
 
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss over the same eval_iters batches of each split every time, shared among the ranks -> {split: loss}."""
+    """Mean loss over eval_iters fixed batches of each split, shared among the ranks -> {split: loss}."""
     model.eval()
-    sums = [sum(model(*to_device(eval_streams[split].batch(k)))[1].item() for k in range(world.rank, cfg.eval_iters, world.size))
+    sums = [sum(model(*to_device(eval_streams[split].batch(k)))[1].item()
+                for k in range(world.rank, cfg.eval_iters, world.size))
             for split in eval_streams]
     model.train()
     return {split: total / cfg.eval_iters for split, total in zip(eval_streams, world.sum(sums))}
 
 
 def train_step(iteration, batch):
-    """One optimizer step -> (mean loss of the global batch, gradient norm, the next iteration's first batch, does any rank stop).
+    """One optimizer step -> (global mean loss, gradient norm, next step's first batch, does any rank stop).
 
     Where either is not finite the weights and the optimizer stay as they are, on all ranks alike.
     """
-    torch.manual_seed(((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank) % 2**63)    # dropout needs no state
+    torch.manual_seed(((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank) % 2**63)  # stateless dropout
     total = torch.zeros((), device=place.device)
     for micro in range(accumulation):
         parallel.require_backward_grad_sync = micro == accumulation - 1
         loss = parallel(*batch)[1] / accumulation
         last = micro == accumulation - 1
-        batch = micro_batch(iteration + last, 0 if last else micro + 1)           # gathered while a GPU computes
+        batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
     total, norm = torch.stack((total, norm.to(total.dtype))).tolist()
     total, stops = world.sum([total / world.size, float(stop_signal)])
-    if math.isfinite(total) and math.isfinite(norm) or scaler.is_enabled():
-        scaler.step(optimizer)                                                    # a scaler skips by itself
+    if (math.isfinite(total) and math.isfinite(norm)) or scaler.is_enabled():
+        scaler.step(optimizer)                                              # a scaler skips by itself
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm, batch, stops > 0
@@ -241,16 +254,17 @@ def save_checkpoint(path):
     if not world.master:
         return
     if not all(bool(torch.isfinite(p).all()) for p in raw_model.parameters()):
-        return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is", file=sys.stderr)
-    ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_config.model_args(),
-                   iter_num=iter_num, best_val_loss=best_val_loss, config=asdict(cfg), **tokenizer,
-                   scaler=scaler.state_dict(), seconds=seconds()), path)
+        return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is",
+                          file=sys.stderr)
+    ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+                   model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
+                   config=asdict(cfg), **tokenizer, scaler=scaler.state_dict(), seconds=seconds()), path)
     if path.name == "ckpt.pt":
         ckpt.remove_quietly(out_dir / "ckpt_last.pt")
 
 
 def open_metrics():
-    """metrics.jsonl, opened to append; a resumed run drops the rows past its checkpoint, so that iterations only rise."""
+    """metrics.jsonl, opened to append; a resumed run drops rows past its checkpoint: iterations only rise."""
     path, kept = out_dir / "metrics.jsonl", []
     try:
         if cfg.init_from == "resume" and path.is_file():
@@ -259,7 +273,8 @@ def open_metrics():
         path.write_text("".join(kept), encoding="utf-8")
         return open(path, "a", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): type --out_dir=ANOTHER_FOLDER") from error
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): type "
+                          "--out_dir=ANOTHER_FOLDER") from error
 
 
 def iteration_of(line):
@@ -277,8 +292,8 @@ def log(row):
         try:
             metrics.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise ConfigError(f"{metrics.name} cannot be written ({error.strerror}); {ckpt.free_space(out_dir)} "
-                              "free there") from error
+            raise ConfigError(f"{metrics.name} cannot be written ({error.strerror}); "
+                              f"{ckpt.free_space(out_dir)} free there") from error
     if wandb:
         wandb.log(row, step=row["iter"])
 
@@ -301,19 +316,20 @@ if cfg.wandb_log and world.master:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type --wandb_log=False") from error
+        raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
+                          "--wandb_log=False") from error
     wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
 
-# ---------------------------------------------------------------- the loop -----------------------------------------------------------
+# -------------------------------------------------- the loop ------------------------------------------------
 
 stop_signal, skipped, status = 0, 0, 0
 signal.signal(signal.SIGINT, request_stop)
 signal.signal(signal.SIGTERM, request_stop)
 metrics = open_metrics() if world.master and not cfg.eval_only else None
 terminal = sys.stderr.isatty()
-bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only, dynamic_ncols=True,
-           mininterval=0.2 if terminal else 20)
-sys.excepthook = lambda *error: (bar.close(), say_and_exit(*error))               # a sentence on a line of its own
+bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only,
+           dynamic_ncols=True, mininterval=0.2 if terminal else 20)
+sys.excepthook = lambda *error: (bar.close(), say_and_exit(*error))         # a sentence on a line of its own
 batch = micro_batch(iter_num, 0)
 model.train()
 started = time.perf_counter()
@@ -327,7 +343,8 @@ while True:
             tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
-        if (better or cfg.always_save_checkpoint and math.isfinite(losses["val"])) and iter_num > 0 and not cfg.eval_only:
+        if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
+                and iter_num > 0 and not cfg.eval_only):
             save_checkpoint(out_dir / "ckpt.pt")
     if iter_num >= cfg.max_iters or cfg.eval_only:
         if not cfg.eval_only:
@@ -343,7 +360,10 @@ while True:
     finite = math.isfinite(loss) and math.isfinite(norm)
     skipped = 0 if finite else skipped + 1
     row |= {"loss": loss, "grad_norm": norm} if finite else {"skipped": f"loss {loss}, gradient norm {norm}"}
-    row |= {"lr": lr, "ms": 1e3 * step_seconds, "tokens_per_s": tokens_per_iter / step_seconds, "seconds": seconds()}
+    row |= {"lr": lr, "ms": 1e3 * step_seconds, "tokens_per_s": tokens_per_iter / step_seconds,
+            "seconds": seconds()}
+    mfu = raw_model.estimate_mfu(cfg.batch_size * accumulation, step_seconds)
+    row |= {"mfu": mfu} if mfu else {}                         # only where the device's peak is known
     if iter_num % cfg.log_interval == 0 or "val_loss" in row or not finite:
         log(row)
     bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
@@ -360,13 +380,16 @@ while True:
 
 bar.close()
 if status == 1:
-    print(f"train.py: stopped at iteration {iter_num}: {row['skipped']}, {skipped} steps in a row; no weight was changed by them. "
-          f"The last learning rate was {lr:.2e}: type a lower --learning_rate, or --dtype=float32", file=sys.stderr)
+    print(f"train.py: stopped at iteration {iter_num}: {row['skipped']}, {skipped} steps in a row; "
+          f"no weight was changed by them. The last learning rate was {lr:.2e}: "
+          "type a lower --learning_rate, or --dtype=float32", file=sys.stderr)
 elif status:
-    say(f"stopped by signal {status - 128} before iteration {iter_num}; go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
+    say(f"stopped by signal {status - 128} before iteration {iter_num}; "
+        f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
 elif not cfg.eval_only:
-    say(f"done in {seconds():.0f} s, best val loss {best_val_loss:.4f}; sample with: python sample.py --out_dir={cfg.out_dir}")
+    say(f"done in {seconds():.0f} s, best val loss {best_val_loss:.4f}; "
+        f"sample with: python sample.py --out_dir={cfg.out_dir}")
 world.close()
-if not world.master:                                            # nothing to flush, and gloo's threads abort Python's own
-    os._exit(status)                                            # shutdown now and then (3 of 57 runs, torch 2.15, CPU)
+if not world.master:                                # nothing to flush, and gloo's threads abort Python's own
+    os._exit(status)                                # shutdown now and then (3 of 57 runs, torch 2.15, CPU)
 sys.exit(status)

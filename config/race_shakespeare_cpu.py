@@ -1,4 +1,5 @@
-# The race: nanoGPT's documented CPU model (4 layers, 128 wide, block 64, characters of Shakespeare) to nanoGPT's own final loss.
+# The race: nanoGPT's documented CPU model (4 layers, 128 wide, block 64, characters of Shakespeare)
+# to nanoGPT's own final loss.
 
 out_dir = 'out-race-shakespeare'
 dataset = 'shakespeare_char'
@@ -29,5 +30,4 @@ max_iters = 150
 lr_decay_iters = 150
 
 eval_interval = 1000
-eval_iters = 40
-log_interval = 10
+eval_iters = 10

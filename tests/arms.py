@@ -1,4 +1,4 @@
-"""The table of arms: every flag that changes the model has a row here, and every property test runs over all rows.
+"""The table of arms: a row for every flag that changes the model; every property test runs over all rows.
 
 An arm is the keyword arguments that turn it on, over TINY.
 """

@@ -253,8 +253,10 @@ def test_the_readme_says_what_the_records_say():
 
 def test_the_readme_table_is_made_from_records_with_both_sides(tmp_path):
     spread = {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 5}
-    record = {"subcommand": "decode", "config": {"shape": "baby"}, "hardware": {"cpu": "x", "gpu": None, "threads": 2, "torch": "2"},
-              "measurements": {"step": {"unit": "ms", "sides": {"nanoGPT": spread | {"median": 5000.0}, "ours": spread},
+    record = {"subcommand": "decode", "config": {"shape": "baby"},
+              "hardware": {"cpu": "x", "gpu": None, "threads": 2, "torch": "2"},
+              "measurements": {"step": {"unit": "ms",
+                                        "sides": {"nanoGPT": spread | {"median": 5000.0}, "ours": spread},
                                         "ratio": {"ours": 2500.0}},
                                "alone": {"unit": "ms", "sides": {"ours": spread}, "ratio": {}}}}
     (tmp_path / "a.json").write_text(json.dumps(record))

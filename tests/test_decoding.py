@@ -54,13 +54,14 @@ def test_prompts_of_different_lengths_share_a_batch(arm):
 
 def test_slide_is_exact_until_the_block_is_full_and_goes_on_after():
     model, idx = build({}, std=0.2), tokens(2, 4)
-    exact, slide = model.generate(idx, 60, temperature=0), model.generate(idx, 60, temperature=0, overflow="slide")
+    exact = model.generate(idx, 60, temperature=0)
+    slide = model.generate(idx, 60, temperature=0, overflow="slide")
     assert torch.equal(exact[:, :17], slide[:, :17]) and exact.shape == slide.shape
     calls = []
     trunk = model.trunk
     model.trunk = lambda idx, ctx: (calls.append(idx.size(1)), trunk(idx, ctx))[1]
     model.generate(idx, 60, temperature=0, overflow="slide")
-    assert sum(n > 1 for n in calls) == 1 + 6           # the prompt, then one recomputation every 8 tokens past 16
+    assert sum(n > 1 for n in calls) == 1 + 6      # the prompt, then one recomputation every 8 tokens past 16
     calls.clear()
     model.generate(idx, 60, temperature=0)
     assert sum(n == 16 for n in calls) == 60 - 13
@@ -127,7 +128,8 @@ def test_prefill_can_continue_a_cache(arm):
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0.0), dict(min_p=2.0), dict(repetition_penalty=0.0)])
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0.0), dict(min_p=2.0),
+                                 dict(repetition_penalty=0.0)])
 def test_bad_sampling_settings_are_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         decoding.Sampler(**bad)
@@ -135,7 +137,8 @@ def test_bad_sampling_settings_are_named(bad):
 
 def test_bad_prompts_are_named():
     model = build({})
-    for arguments, word in [(dict(idx=tokens(1, 0)), "empty"), (dict(idx=tokens(2, 4), lengths=[5, 1]), "lengths"),
+    for arguments, word in [(dict(idx=tokens(1, 0)), "empty"),
+                            (dict(idx=tokens(2, 4), lengths=[5, 1]), "lengths"),
                             (dict(idx=tokens(1, 4), overflow="wrap"), "overflow")]:
         with pytest.raises(ConfigError, match=word):
             model.generate(max_new_tokens=2, **arguments)

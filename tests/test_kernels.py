@@ -1,4 +1,4 @@
-"""Every kernel equals its reference over many shapes, and whatever it does not take goes the library's way."""
+"""Every kernel equals its reference over many shapes; whatever it does not take goes the library's way."""
 import os
 import subprocess
 import sys
@@ -30,7 +30,8 @@ def test_matvec_equals_its_reference_over_98_shapes(dtype, bias):
             x, w = normal(1, 1, K, dtype=dtype), normal(N, K, dtype=dtype, seed=1) / K ** 0.5
             b = normal(N, dtype=dtype, seed=2) if bias else None
             exact = kernels.matvec_reference(x.float(), w.float(), b if b is None else b.float())
-            torch.testing.assert_close(kernels.matvec(x, w, b).float(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+            torch.testing.assert_close(kernels.matvec(x, w, b).float(), exact,
+                                       atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @built
@@ -39,8 +40,9 @@ def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype):
     for B, H in ((1, 1), (2, 3), (3, 2)):
         for S in (1, 2, 7, 64, 300):
             for D in (1, 2, 5, 16, 64, 65, 80, 128):
-                q = normal(B, 1, 3 * H * D, dtype=dtype)[:, :, :H * D].view(B, 1, H, D).transpose(1, 2)     # as a block cuts it
-                k, v = normal(2, B, H, S + 4, D, dtype=dtype, seed=1)[:, :, :, :S]                          # as the cache holds it
+                # q as a block cuts it, k and v as the cache holds them
+                q = normal(B, 1, 3 * H * D, dtype=dtype)[:, :, :H * D].view(B, 1, H, D).transpose(1, 2)
+                k, v = normal(2, B, H, S + 4, D, dtype=dtype, seed=1)[:, :, :, :S]
                 exact = kernels.attend_one_reference(*(t.float() for t in (q, k, v)))
                 found = kernels.attend_one(q, k, v)
                 assert found.shape == exact.shape and found.dtype == dtype
@@ -63,7 +65,8 @@ def test_only_single_rows_in_inference_on_matching_dense_tensors_are_taken():
     assert not kernels.takes_matvec(x, w), "gradients may be asked for outside inference mode"
     with torch.inference_mode():
         assert kernels.takes_matvec(x, w)
-        for other_x, other_w in ((normal(2, 1, 32), w), (x.bfloat16(), w), (x.double(), w.double()), (x, normal(32, 8).t())):
+        for other_x, other_w in ((normal(2, 1, 32), w), (x.bfloat16(), w), (x.double(), w.double()),
+                                 (x, normal(32, 8).t())):
             assert not kernels.takes_matvec(other_x, other_w)
         q, k, v = normal(1, 2, 1, 8), normal(1, 2, 5, 8), normal(1, 2, 5, 8)
         assert kernels.takes_attend_one(q, k, v, None)
@@ -76,10 +79,12 @@ def test_a_decode_step_runs_on_the_kernels(monkeypatch):
     counts = {"matvec": 0, "attend_one": 0}
     for name in counts:
         plain = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain: (counts.__setitem__(n, counts[n] + 1), f(*a))[1])
+        monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain:
+                            (counts.__setitem__(n, counts[n] + 1), f(*a))[1])
     model = build({}, std=0.2)
     model.generate(tokens(1, 4), 6, temperature=0)
-    assert counts == {"matvec": 5 * 9 + 1, "attend_one": 5 * 2}      # 4 a block and the head; the prompt's head has one row too
+    # 4 a block and the head; the prompt's head has one row too
+    assert counts == {"matvec": 5 * 9 + 1, "attend_one": 5 * 2}
 
 
 GREEDY = """
@@ -94,9 +99,10 @@ print(build({{}}, std=0.2).generate(tokens(1, 4), 40, temperature=0).tolist())
 def test_without_a_compiler_the_same_tokens_come_out(tmp_path):
     """The kernels can be switched off, and a machine without a compiler says so and carries on."""
     said = {}
-    for name, change in (("on", {}), ("off", {"NANOCORTEX_KERNELS": "off"}), ("none", {"CC": "no-such-cc", "PATH": str(tmp_path)})):
-        run = subprocess.run([sys.executable, "-c", GREEDY.format(root=str(ROOT))], env=os.environ | change, capture_output=True,
-                             text=True, check=True)
+    for name, change in (("on", {}), ("off", {"NANOCORTEX_KERNELS": "off"}),
+                         ("none", {"CC": "no-such-cc", "PATH": str(tmp_path)})):
+        run = subprocess.run([sys.executable, "-c", GREEDY.format(root=str(ROOT))], env=os.environ | change,
+                             capture_output=True, text=True, check=True)
         said[name] = run.stdout.splitlines()
     assert said["on"][1] == said["off"][1] == said["none"][1]
     assert "off" in said["off"][0] and "no C" in said["none"][0]
@@ -106,8 +112,10 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sparse_kernels; print(sparse_kernels.cpu_library())"
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CC": str(broken), "XDG_CACHE_HOME": str(tmp_path)},
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+            "import sparse_kernels; print(sparse_kernels.cpu_library())")
+    run = subprocess.run([sys.executable, "-c", code],
+                         env=os.environ | {"CC": str(broken), "XDG_CACHE_HOME": str(tmp_path)},
                          capture_output=True, text=True, check=True)
     if sys.platform == "linux":
         assert "(None," in run.stdout and "did not build" in run.stdout and str(broken) in run.stdout

@@ -29,7 +29,7 @@ def test_rope_sees_distances_not_positions():
 
 @pytest.mark.parametrize("pos, notices", [("rope", True), ("none", False)])
 def test_rope_lets_one_layer_notice_the_order_of_the_prefix(pos, notices):
-    """Without positions a single layer's last state is invariant to the order before it; with rope it is not."""
+    """Without positions one layer's last state is invariant to the order before it; with rope it is not."""
     model, idx = build(dict(pos="rope", n_layer=1), std=0.2), tokens(1, 9)
     if pos == "none":
         model.transformer.wpe.cos.fill_(1.0)
@@ -45,10 +45,10 @@ def test_rope_turns_by_token_position_along_the_right_axis():
     model.transformer.wpe(torch.zeros(1), ctx)
     x = torch.randn(2, 2, 4, 8)
     turned = rotate(x, ctx)
-    assert torch.equal(turned[:, :, 0], x[:, :, 0])                                # position 0 turns by nothing
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))                # a rotation keeps lengths
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])                     # position 0 turns by nothing
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))     # a rotation keeps lengths
     angle = torch.atan2(turned[..., 4], turned[..., 0]) - torch.atan2(x[..., 4], x[..., 0])
-    expected = -torch.arange(4.0).expand(2, 2, 4)                                  # the first pair turns by 1 radian a token
+    expected = -torch.arange(4.0).expand(2, 2, 4)                       # the first pair: 1 radian a token
     torch.testing.assert_close(torch.cos(angle), torch.cos(expected), atol=1e-5, rtol=0)
 
 
@@ -102,7 +102,8 @@ def test_recompute_gives_the_same_gradients_and_keeps_less():
     for recompute in (False, True):
         model, sizes = build(dict(recompute=recompute, dropout=0.1), std=0.2).train(), []
         torch.manual_seed(0)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1],
+                                                      lambda t: t):
             loss = model(idx, idx)[1]
         loss.backward()
         kept[recompute] = sum(sizes)
@@ -112,7 +113,7 @@ def test_recompute_gives_the_same_gradients_and_keeps_less():
 
 
 def learns_xor(activation, units=1, seeds=20):
-    """Does a single neuron with this activation, trained by gradient descent, put XOR on two sides of a threshold?"""
+    """Can one neuron with this activation, by gradient descent, put XOR on two sides of a threshold?"""
     x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
     y = torch.tensor([-1.0, 1, 1, -1])
     for seed in range(seeds):
@@ -151,8 +152,8 @@ def test_oscillating_starts_as_defined():
 
 
 def muon_config(**changes):
-    keys = dict(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.95, weight_decay=0.0,
-                beta1=0.9, beta2=0.95)
+    keys = dict(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02, muon_momentum=0.95,
+                weight_decay=0.0, beta1=0.9, beta2=0.95)
     return SimpleNamespace(**keys | changes)
 
 
@@ -197,13 +198,15 @@ def test_together_saves_and_restores_both_optimizers():
         saved, loaded = a.state_dict()["state"], b.state_dict()["state"]
         assert saved.keys() == loaded.keys() and len(saved)
         for key in saved:
-            assert all(torch.equal(torch.as_tensor(saved[key][n]), torch.as_tensor(loaded[key][n])) for n in saved[key])
+            assert all(torch.equal(torch.as_tensor(saved[key][n]), torch.as_tensor(loaded[key][n]))
+                       for n in saved[key])
     with pytest.raises(ValueError, match="holds 0 optimizers"):
         other.load_state_dict({"state": {}, "param_groups": []})
 
 
 def schedule(name, iteration, **changes):
-    keys = dict(decay_lr=True, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110, lr_schedule=name, lr_decay_share=0.5)
+    keys = dict(decay_lr=True, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110,
+                lr_schedule=name, lr_decay_share=0.5)
     return optimizers.learning_rate(SimpleNamespace(**keys | changes), iteration)
 
 
@@ -217,7 +220,8 @@ def test_schedules_hit_their_corners():
     assert schedule("cosine", 0, decay_lr=False) == 1.0
 
 
-@pytest.mark.parametrize("size, count", [("small", 45), ("medium", 203), ("large", 757), ("xlarge", 2520), ("gpt2-xl", 1556)])
+@pytest.mark.parametrize("size, count", [("small", 45), ("medium", 203), ("large", 757), ("xlarge", 2520),
+                                         ("gpt2-xl", 1556)])
 def test_named_sizes_have_the_parameters_they_say(size, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(**SIZES[size]), init=False)
@@ -226,6 +230,7 @@ def test_named_sizes_have_the_parameters_they_say(size, count):
 
 def test_a_choice_that_does_not_exist_is_named():
     for bad, word in ((dict(norm="batchnorm"), "layernorm or rmsnorm"), (dict(act="mish"), "gelu or relu2"),
-                      (dict(pos="alibi"), "learned or rope"), (dict(softcap=-1.0), "softcap"), (dict(pos="rope", n_embd=18, n_head=6), "even")):
+                      (dict(pos="alibi"), "learned or rope"), (dict(softcap=-1.0), "softcap"),
+                      (dict(pos="rope", n_embd=18, n_head=6), "even")):
         with pytest.raises(ConfigError, match=word):
             GPTConfig(**TINY | bad)

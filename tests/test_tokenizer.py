@@ -14,7 +14,8 @@ from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, StreamDecoder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"            # one emoji of five code points
-SAMPLES = ["", "plain", "한국어 문장", "\u1112\u1161\u11ab", "ㄱㄴㄷ", FAMILY, "a\0b", "<|endoftext|>", " \n\n\t x"]
+SAMPLES = ["", "plain", "한국어 문장", "\u1112\u1161\u11ab", "ㄱㄴㄷ", FAMILY, "a\0b",
+           "<|endoftext|>", " \n\n\t x"]
 CHARS = CharTokenizer(sorted(set("".join(SAMPLES))))
 TEXT = st.one_of(st.text(), st.lists(st.sampled_from(SAMPLES)).map("".join))
 
