@@ -523,7 +523,7 @@ def race_peer(cfg, data, work, seed):
     copy_peer(cfg.nanogpt, folder, data, tokenizers.meta_of(data)["vocab_size"])
     script = folder / "train.py"
     text = script.read_text(encoding="utf-8")
-    require("manual_seed(1337" in text, f"{cfg.nanogpt}/train.py has no seed 1337: take an unchanged checkout")
+    require("manual_seed(1337" in text, f"{cfg.nanogpt}/train.py has no seed 1337: take an unchanged one")
     script.write_text(text.replace("manual_seed(1337", f"manual_seed({1337 + seed}"), encoding="utf-8")
     config = Path(cfg.nanogpt).resolve() / "config" / "train_shakespeare_char.py"
     keys = DOCUMENTED | dict(dataset="bench", out_dir="out")

@@ -51,7 +51,7 @@ def typed_words(cls, argv=None):
 
 
 def say_and_exit(kind, error, trace):
-    """sys.excepthook of the scripts: a ConfigError is one sentence on stderr, others keep their traceback."""
+    """sys.excepthook of the scripts: a ConfigError or Ctrl-C is one sentence, others keep their traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr, flush=True)
         raise SystemExit(130)

@@ -1,4 +1,4 @@
-"""What model.py and bio_modules.py both build with: a Linear in its input's dtype, attention as functions."""
+"""What models are built from: a Linear in its input's dtype, attention as functions."""
 import math
 
 import torch

@@ -118,8 +118,8 @@ class Embedding(Table):
 
 class NgramEmbedding(Embedding):
     """Token embedding plus rows of two hashed tables for the bigram and the trigram that end at each
-    position: what a first attention layer would otherwise have to learn. Tables start at zero; only T rows of
-    each are read per call."""
+    position: what a first attention layer would otherwise have to learn. Tables start at zero; one row of
+    each is read per token."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -306,7 +306,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw every weight anew from (seed, its name); each module knows its own scales."""
+        """Draw a new model's random weights from (seed, their name); each module knows its own scales. Gains
+        and n-gram tables keep the ones and zeros they were made with."""
         names = {}
         for name, p in self.named_parameters(remove_duplicate=False):
             names.setdefault(id(p), name)     # a tied matrix keeps its first name: untying does not redraw it
@@ -378,8 +379,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Training FLOPs per token, forward and backward (PaLM, 2204.02311, appendix B)."""
-        c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        c, head = self.config, self.lm_head.weight
+        lookups = sum(p.numel() for p in self.transformer.wte.parameters() if p is not head)
+        return 6 * (self.get_num_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """Share of the device's peak FLOP/s that fwdbwd_per_iter sequences in dt s make; None: unknown."""

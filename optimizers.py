@@ -119,5 +119,7 @@ def learning_rate(cfg, iteration):
 def check(cfg):
     """The optimizer's keys of a training config."""
     require(cfg.optimizer in ("adamw", "muon"), f"optimizer='{cfg.optimizer}' must be adamw or muon")
+    require(cfg.optimizer != "muon" or cfg.learning_rate > 0,
+            f"optimizer='muon' scales its rate by learning_rate={cfg.learning_rate}, which must be above 0")
     require(cfg.lr_schedule in SCHEDULES, f"lr_schedule='{cfg.lr_schedule}' must be {', '.join(SCHEDULES)}")
     require(0 < cfg.lr_decay_share <= 1, f"lr_decay_share={cfg.lr_decay_share} must be in (0, 1]")

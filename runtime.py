@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # the first name that fits wins
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10G": 70e12, "V100": 112e12, "T4": 65e12,
+    "L40": 181e12, "L4": 121e12, "A10G": 70e12, "V100": 112e12, "T4": 65e12,
     "RTX 5090": 209e12, "RTX 5080": 113e12, "RTX 5070 Ti": 88e12, "RTX 5070": 62e12,
     "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 4070 Ti": 80e12, "RTX 4070": 58e12, "RTX 4060": 30e12,
     "RTX 3090": 71e12, "RTX 3080": 60e12, "RTX 3070": 41e12, "RTX 3060": 25e12,
@@ -84,11 +84,12 @@ def choose_dtype(name, device):
     require(name != "float16" or device.type == "cuda",
             f"dtype='float16' needs a CUDA device, this run is on {device.type}: "
             "type --dtype=float32 or --dtype=auto")
-    return DTYPES[name], "dtype as asked"
+    tf32 = ", its matmuls in TF32" if name == "float32" and device.type == "cuda" else ""
+    return DTYPES[name], "dtype as asked" + tf32
 
 
 def peak_flops(device):
-    """The device's peak FLOP/s in the dtype it trains in, or None where it is not in the table."""
+    """The device's peak FLOP/s in bf16 (fp16 before Ampere), or None where it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 

@@ -1,7 +1,8 @@
-"""Kernels: each op with the bytes it moves, its reference, its fast path and the reason where that is not taken.
+"""Kernels: each op with the bytes it moves, its reference, its fast path, and what is said without it.
 
-CPU kernels are C, compiled by the machine's own compiler at first use (a quarter of a second, kept in the user's cache folder) and
-called through ctypes: a call costs 2 us, where a library's matrix product costs 20. They share PyTorch's OpenMP threads.
+CPU kernels are C, compiled by the machine's own compiler at first use (a quarter of a second, kept in the
+user's cache folder) and called through ctypes: a call costs 2 us, where a library's matrix product costs 20.
+They share PyTorch's OpenMP threads.
 """
 import ctypes
 import functools
@@ -24,10 +25,14 @@ SOURCE = r"""
 #include <stdint.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+static inline __m512bh load(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
 #endif
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 
-static inline float up_bf16(uint16_t v) { union { uint32_t u; float f; } c = { (uint32_t)v << 16 }; return c.f; }
+static inline float up_bf16(uint16_t v) {
+    union { uint32_t u; float f; } c = { (uint32_t)v << 16 };
+    return c.f;
+}
 static inline uint16_t down_bf16(float f) {                     /* to nearest, ties to even; NaN stays NaN */
     union { float f; uint32_t u; } c = { f };
     return f != f ? 0x7fc0 : (c.u + 0x7fff + ((c.u >> 16) & 1)) >> 16;
@@ -35,18 +40,18 @@ static inline uint16_t down_bf16(float f) {                     /* to nearest, t
 static inline float up_f32(float v) { return v; }
 static inline float down_f32(float v) { return v; }
 
-static inline float total(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
+static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
 
 static inline float dot_f32(const float *w, const float *x, long K) {
     vec a = {0}, b = {0};
     long k = 0;
-    for (; k + 32 <= K; k += 32) {                               /* weights stream from memory: fetch 4 KB ahead */
+    for (; k + 32 <= K; k += 32) {               /* weights stream from memory: fetch 4 KB ahead */
         __builtin_prefetch((const char *)(w + k) + 4096);
         __builtin_prefetch((const char *)(w + k) + 4160);
         a += *(const vec *)(w + k) * *(const vec *)(x + k);
         b += *(const vec *)(w + k + 16) * *(const vec *)(x + k + 16);
     }
-    float s = total(a + b);
+    float s = sum16(a + b);
     for (; k < K; k++) s += w[k] * x[k];
     return s;
 }
@@ -59,8 +64,8 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K) {
     for (; k + 64 <= K; k += 64) {
         __builtin_prefetch((const char *)(w + k) + 4096);
         __builtin_prefetch((const char *)(w + k) + 4160);
-        a = _mm512_dpbf16_ps(a, (__m512bh)_mm512_loadu_si512(w + k), (__m512bh)_mm512_loadu_si512(x + k));
-        b = _mm512_dpbf16_ps(b, (__m512bh)_mm512_loadu_si512(w + k + 32), (__m512bh)_mm512_loadu_si512(x + k + 32));
+        a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
+        b = _mm512_dpbf16_ps(b, load(w + k + 32), load(x + k + 32));
     }
     s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
 #else
@@ -71,51 +76,55 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K) {
     for (; k < K; k++) s += up_bf16(w[k]) * up_bf16(x[k]);
     return s;
 }
-
-#define KERNELS(T, NAME)                                                                                          \
-void matvec_##NAME(const T *w, const T *x, const T *bias, T *y, long N, long K, int threads) {                    \
-    _Pragma("omp parallel for num_threads(threads) schedule(static)")                                             \
-    for (long n = 0; n < N; n++)                                                                                  \
-        y[n] = down_##NAME(dot_##NAME(w + n * K, x, K) + (bias ? up_##NAME(bias[n]) : 0.0f));                     \
-}                                                                                                                 \
-/* one query per head: q, y (B, H, D) with strides; k, v (B, H, S, D), the last axis dense */                     \
-void attend_##NAME(const T *q, const T *k, const T *v, T *y, long B, long H, long S, long D, const long *qs,      \
-                   const long *ks, const long *vs, int threads) {                                                 \
-    float scale = 1.0f / sqrtf((float)D);                                                                         \
-    _Pragma("omp parallel for num_threads(threads) schedule(static)")                                             \
-    for (long bh = 0; bh < B * H; bh++) {                                                                         \
-        long b = bh / H, h = bh % H;                                                                              \
-        const T *Q = q + b * qs[0] + h * qs[1], *K = k + b * ks[0] + h * ks[1], *V = v + b * vs[0] + h * vs[1];   \
-        float score[S], acc[D], top = -INFINITY, sum = 0;                                                         \
-        for (long j = 0; j < S; j++) {                                                                            \
-            score[j] = scale * dot_##NAME(K + j * ks[2], Q, D);                                                   \
-            top = score[j] > top ? score[j] : top;                                                                \
-        }                                                                                                         \
-        for (long d = 0; d < D; d++) acc[d] = 0;                                                                  \
-        for (long j = 0; j < S; j++) {                                                                            \
-            float p = expf(score[j] - top);                                                                       \
-            const T *row = V + j * vs[2];                                                                         \
-            sum += p;                                                                                             \
-            for (long d = 0; d < D; d++) acc[d] += p * up_##NAME(row[d]);                                         \
-        }                                                                                                         \
-        for (long d = 0; d < D; d++) y[bh * D + d] = down_##NAME(acc[d] / sum);                                   \
-    }                                                                                                             \
-}
-KERNELS(float, f32)
-KERNELS(uint16_t, bf16)
 """
+
+# for fp32 and bf16; attend: one query per head, q, y (B, H, D), k, v (B, H, S, D), last axis dense
+EACH_TYPE = r"""
+void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long N, long K, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++)
+        y[n] = down_NAME(dot_NAME(w + n * K, x, K) + (bias ? up_NAME(bias[n]) : 0.0f));
+}
+
+void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, long H, long S, long D,
+                 const long *qs, const long *ks, const long *vs, int threads) {
+    float scale = 1.0f / sqrtf((float)D);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long bh = 0; bh < B * H; bh++) {
+        long b = bh / H, h = bh % H;
+        const TYPE *Q = q + b * qs[0] + h * qs[1];
+        const TYPE *K = k + b * ks[0] + h * ks[1], *V = v + b * vs[0] + h * vs[1];
+        float score[S], sums[D], top = -INFINITY, total = 0;
+        for (long j = 0; j < S; j++) {
+            score[j] = scale * dot_NAME(K + j * ks[2], Q, D);
+            top = score[j] > top ? score[j] : top;
+        }
+        for (long d = 0; d < D; d++) sums[d] = 0;
+        for (long j = 0; j < S; j++) {
+            float p = expf(score[j] - top);
+            const TYPE *row = V + j * vs[2];
+            total += p;
+            for (long d = 0; d < D; d++) sums[d] += p * up_NAME(row[d]);
+        }
+        for (long d = 0; d < D; d++) y[bh * D + d] = down_NAME(sums[d] / total);
+    }
+}
+"""
+for kind, name in (("float", "f32"), ("uint16_t", "bf16")):
+    SOURCE += EACH_TYPE.replace("TYPE", kind).replace("NAME", name)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 LONGEST = 65536                                  # keys whose scores fit a thread's stack
 
 
 @functools.cache
 def cpu_library():
-    """-> (the compiled kernels or None, the sentence that says which path is taken). Built once per machine."""
+    """-> (the compiled kernels or None, the sentence that says which path is taken). Built once a machine."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if os.environ.get("NANOCORTEX_KERNELS") == "off":
         return None, "C kernels off (NANOCORTEX_KERNELS=off)"
     if sys.platform != "linux" or compiler is None:
-        return None, f"no C kernels: {'no C compiler' if sys.platform == 'linux' else f'not on {platform.system()} yet'}"
+        missing = "no C compiler" if sys.platform == "linux" else f"not on {platform.system()} yet"
+        return None, f"no C kernels: {missing}"
     try:
         library = ctypes.CDLL(str(compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
@@ -123,7 +132,8 @@ def cpu_library():
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
-        getattr(library, f"attend_{name}").argtypes = [pointer] * 4 + [number] * 4 + [pointer] * 3 + [ctypes.c_int]
+        getattr(library, f"attend_{name}").argtypes = ([pointer] * 4 + [number] * 4 + [pointer] * 3
+                                                       + [ctypes.c_int])
     return library, "C kernels for single-token decode"
 
 
@@ -131,7 +141,8 @@ def compiled(compiler):
     """The shared library in the user's cache, keyed by source, compiler and processor."""
     flags = ["-O3", "-march=native", "-fPIC", "-std=gnu11", "-ffp-contract=fast"]
     try:
-        processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line.lower())
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line for line in lines if line.lower().startswith(("flags", "features")))
     except (OSError, StopIteration):
         processor = platform.machine()
     key = hashlib.sha256("\n".join((SOURCE, compiler, *flags, processor)).encode()).hexdigest()[:16]
@@ -144,7 +155,7 @@ def compiled(compiler):
             source.write_text(SOURCE, encoding="utf-8")
             run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
             run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(unit)])
-            run([compiler, "-shared", str(unit), "-o", str(library), "-lm"])   # no OpenMP of its own: PyTorch's is loaded
+            run([compiler, "-shared", str(unit), "-o", str(library), "-lm"])   # OpenMP: PyTorch's
             os.replace(library, path)
     return path
 
@@ -154,7 +165,7 @@ def path_taken(device):
     return cpu_library()[1] if device.type == "cpu" else "PyTorch's kernels"
 
 
-# ------------------------------------------------ matrix times vector -------------------------------------
+# ------------------------------------------------ matrix times vector ------------------------------------
 
 def matvec_reference(x, weight, bias):
     """x (..., K) with one row, weight (N, K), bias (N) or None -> (..., N)."""
@@ -162,15 +173,16 @@ def matvec_reference(x, weight, bias):
 
 
 def matvec(x, weight, bias):
-    """As the reference, reading each weight once: N*K elements, the roofline of single-token decode. Sums are in fp32.
+    """As the reference, reading each weight once: N*K elements, the roofline of one-token decode. fp32 sums.
 
     CPU tensors of fp32 or bf16, weight and x contiguous and of one dtype; the caller has checked `takes`.
     """
     library, _ = cpu_library()
     N, K = weight.shape
     y = x.new_empty(*x.shape[:-1], N)
-    getattr(library, "matvec_" + NAMES[x.dtype])(weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(),
-                                                 y.data_ptr(), N, K, torch.get_num_threads())
+    kernel = getattr(library, "matvec_" + NAMES[x.dtype])
+    kernel(weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), N, K,
+           torch.get_num_threads())
     return y
 
 
@@ -180,7 +192,7 @@ def inferring():
 
 
 def takes_matvec(x, weight):
-    """Is this a product that `matvec` computes: one row, on a CPU, in inference mode, and the kernels built?"""
+    """Is this a product that `matvec` computes: one row, on a CPU, in inference mode, kernels built?"""
     return (inferring() and x.numel() == weight.size(1) and x.device.type == "cpu"
             and x.dtype == weight.dtype and x.dtype in NAMES and weight.is_contiguous() and x.is_contiguous()
             and cpu_library()[0] is not None)
@@ -196,19 +208,20 @@ def attend_one_reference(q, k, v):
 def attend_one(q, k, v):
     """As the reference, reading each key and value once: 2*B*H*S*D elements. Scores and sums are in fp32.
 
-    CPU tensors of fp32 or bf16 and any strides but a dense last axis; the caller has checked `takes_attend_one`.
+    CPU tensors of fp32 or bf16, any strides but a dense last axis; the caller has checked `takes_attend_one`.
     """
     library, _ = cpu_library()
     B, H, S, D = k.shape
     y = q.new_empty(B, 1, H, D)
     strides = [(ctypes.c_long * 3)(*t.stride()[:3]) for t in (q, k, v)]
-    getattr(library, "attend_" + NAMES[q.dtype])(q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), B, H, S, D,
-                                                 *strides, torch.get_num_threads())
+    kernel = getattr(library, "attend_" + NAMES[q.dtype])
+    pointers = (t.data_ptr() for t in (q, k, v, y))
+    kernel(*pointers, B, H, S, D, *strides, torch.get_num_threads())
     return y.transpose(1, 2)
 
 
 def takes_attend_one(q, k, v, mask):
-    """Is this attention that `attend_one` computes: one query per head, nothing masked, CPU, inference mode?"""
+    """Is this attention that `attend_one` computes: one query per head, no mask, a CPU, inference mode?"""
     return (inferring() and q.size(2) == 1 and mask is None and q.device.type == "cpu"
             and q.dtype == k.dtype and q.dtype in NAMES and q.stride(3) == k.stride(3) == v.stride(3) == 1
             and k.size(2) <= LONGEST and cpu_library()[0] is not None)

@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     size: str = ""  # small, medium, large, xlarge, gpt2[-medium|-large|-xl]: sets n_layer, n_head and n_embd
     decay_lr: bool = True  # warm up and decay the learning rate; False: constant
     warmup_iters: int = 2000  # iterations of linear warm-up
-    lr_decay_iters: int = 600000  # iteration where the cosine reaches min_lr
+    lr_decay_iters: int = 600000  # iteration where the schedule reaches min_lr
     min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
     backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
@@ -155,20 +155,30 @@ def build_model():
 
 
 def load_model(loaded, path):
-    """A checkpoint's model; the user may change dropout, shorten the block, and nothing else of its shape."""
+    """A checkpoint's model, with the dropout and the recompute flag of this run where the user typed them."""
     args = loaded["model_args"]
-    for key in [k for k in given if k in args and k not in ("dropout", "block_size") and given[k] != args[k]]:
-        require(key == "vocab_size" and not given[key],
-                f"{key}={given[key]!r}, but {path} was trained with {key}={args[key]!r}: "
-                f"leave --{key} out, or start anew with --init_from=scratch")
-    dropout = cfg.dropout if "dropout" in given or not resumed else args.get("dropout", cfg.dropout)
-    return ckpt.build_model(loaded, path, dropout=dropout)
+    typed = {key: given[key] for key in ("dropout", "recompute") if key in given}
+    dropout = args.get("dropout", cfg.dropout) if resumed else cfg.dropout
+    return ckpt.build_model(loaded, path, **{"dropout": dropout} | typed)
+
+
+def same_shape(config):
+    """What the user typed of the model must be what the loaded one is; the caller crops the block."""
+    typed = given.keys() & {f.name for f in fields(GPTConfig)} - {"dropout", "recompute", "block_size"}
+    wanted = {key: given[key] for key in typed} | SIZES.get(given.get("size"), {})
+    for key, value in wanted.items():
+        name = key if key in typed else "size"
+        require(value == getattr(config, key) or (key == "vocab_size" and not value),
+                f"{name}={given[name]}, but the model of --init_from={cfg.init_from} has "
+                f"{key}={getattr(config, key)}: leave --{name} out, or start anew with --init_from=scratch")
 
 
 raw_model, iter_num, best_val_loss, seconds_before = build_model()
 if cfg.block_size < raw_model.config.block_size:
     raw_model.crop_block_size(cfg.block_size)
 model_config = raw_model.config
+same_shape(model_config)
+settings = asdict(cfg) | asdict(model_config) | {"size": ""}   # what the model is, whatever named it
 require("block_size" not in given or cfg.block_size == model_config.block_size,
         f"block_size={cfg.block_size} is longer than the {model_config.block_size} of the loaded model: "
         "leave --block_size out")
@@ -258,7 +268,7 @@ def save_checkpoint(path):
                           file=sys.stderr)
     ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                    model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
-                   config=asdict(cfg), **tokenizer, scaler=scaler.state_dict(), seconds=seconds()), path)
+                   config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds()), path)
     if path.name == "ckpt.pt":
         ckpt.remove_quietly(out_dir / "ckpt_last.pt")
 
@@ -318,7 +328,7 @@ if cfg.wandb_log and world.master:
     except ImportError as error:
         raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
                           "--wandb_log=False") from error
-    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
 
 # -------------------------------------------------- the loop ------------------------------------------------
 

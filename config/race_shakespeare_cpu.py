@@ -20,14 +20,15 @@ ngram_buckets = 8192
 
 optimizer = 'muon'
 muon_learning_rate = 0.02
+muon_momentum = 0.9
 learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = 'linear'
 weight_decay = 0.0
-beta2 = 0.95
+beta2 = 0.99
 warmup_iters = 0
-max_iters = 150
-lr_decay_iters = 150
+max_iters = 165
+lr_decay_iters = 165
 
 eval_interval = 1000
 eval_iters = 10

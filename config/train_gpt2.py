@@ -1,4 +1,4 @@
-# GPT-2 124M from scratch on OpenWebText, about half a million tokens per iteration; for eight data-centre GPUs:
+# GPT-2 124M from scratch on OpenWebText, half a million tokens per iteration; for eight data-centre GPUs:
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 out_dir = 'out-gpt2'

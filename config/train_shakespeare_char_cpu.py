@@ -1,4 +1,4 @@
-# Characters of Shakespeare on a laptop: nanoGPT's documented CPU settings, about a minute to a validation loss near 1.9.
+# Characters of Shakespeare on a laptop: nanoGPT's documented CPU settings, about a minute to val loss 1.9.
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'

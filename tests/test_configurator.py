@@ -373,6 +373,7 @@ def test_bad_command_lines_of_sampling_say_what_to_type(place, finished, argv, s
 
 
 @pytest.mark.parametrize("key, value", [("n_layer", 2), ("n_embd", 32), ("n_head", 1), ("bias", True),
+                                        ("qk_norm", True), ("softcap", 15.0), ("size", "small"),
                                         ("vocab_size", 300), ("block_size", 16)])
 def test_resuming_with_another_shape_is_one_sentence(finished, key, value):
     argv = words(init_from="resume", out_dir=finished.folder / "out", device="cpu", **{key: value})

@@ -111,7 +111,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 
 def test_repetition_penalty_ignores_the_padding_before_short_prompts():
     model = build({}, std=0.2)
-    idx = tokens(2, 6) % 30 + 1                          # id 0 never occurs, but pads are stored as 0
+    idx = tokens(2, 6) % 30 + 1                          # id 0 never occurs, but a pad must not count as id 0
     together = model.generate(idx, 10, temperature=0, lengths=[2, 6], repetition_penalty=3.0)
     alone = model.generate(idx[:1, :2], 10, temperature=0, repetition_penalty=3.0)
     assert torch.equal(together[0, :12], alone[0])

@@ -112,7 +112,7 @@ def test_recompute_gives_the_same_gradients_and_keeps_less():
     assert kept[True] < 0.5 * kept[False]
 
 
-def learns_xor(activation, units=1, seeds=20):
+def learns_xor(activation, seeds=20):
     """Can one neuron with this activation, by gradient descent, put XOR on two sides of a threshold?"""
     x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
     y = torch.tensor([-1.0, 1, 1, -1])
@@ -234,3 +234,9 @@ def test_a_choice_that_does_not_exist_is_named():
                       (dict(pos="rope", n_embd=18, n_head=6), "even")):
         with pytest.raises(ConfigError, match=word):
             GPTConfig(**TINY | bad)
+
+
+def test_flops_count_matrices_not_tables():
+    plain, tables, untied = build({}), build(dict(ngram_buckets=1000)), build(dict(tie_weights=False))
+    assert plain.flops_per_token() == tables.flops_per_token() == untied.flops_per_token()
+    assert plain.flops_per_token() == 6 * plain.get_num_params() + 12 * 2 * 16 * 16
