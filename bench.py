@@ -617,10 +617,10 @@ def draw_race(path, runs, line):
                 axis.plot([p[column] for p in run["curve"]], [p[2] for p in run["curve"]], color=color, lw=1,
                           label=None if number else name)
     for axis, label in zip(axes, ("seconds in the training loop", "tokens")):
-        axis.axhline(line, color="black", lw=0.8, ls="--")
+        axis.axhline(line, color="black", lw=0.8, ls="--", label="nanoGPT's final validation loss")
         axis.set(xscale="log", xlabel=label)
-    axes[0].set(ylabel="training loss, nats (dashed: nanoGPT's final validation loss)", ylim=(1.5, 3.5))
-    axes[0].legend()
+    axes[0].set(ylabel="training loss, nats", ylim=(1.5, 3.5))
+    axes[1].legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

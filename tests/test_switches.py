@@ -240,3 +240,17 @@ def test_flops_count_matrices_not_tables():
     plain, tables, untied = build({}), build(dict(ngram_buckets=1000)), build(dict(tie_weights=False))
     assert plain.flops_per_token() == tables.flops_per_token() == untied.flops_per_token()
     assert plain.flops_per_token() == 6 * plain.get_num_params() + 12 * 2 * 16 * 16
+
+
+@pytest.mark.parametrize("ours, theirs", [(optimizers.AdamW, torch.optim.AdamW), (optimizers.Muon, torch.optim.Muon)])
+def test_lean_optimizers_make_torchs_update(ours, theirs):
+    weights = []
+    for optimizer_class in (ours, theirs):
+        weight = nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8).clone())
+        optimizer = optimizer_class([weight], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight.pow(3).sum().backward()
+            optimizer.step()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
