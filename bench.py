@@ -620,8 +620,8 @@ def draw_race(path, runs, line):
         axis.axhline(line, color="black", lw=0.8, ls="--", label="nanoGPT's final validation loss")
         axis.set(xscale="log", xlabel=label)
     axes[0].set(ylabel="training loss, nats", ylim=(1.5, 3.5))
-    axes[1].legend(loc="lower left")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.88))
     figure.savefig(path, dpi=120)
 
 
