@@ -349,8 +349,7 @@ class Train(Bench):
     def __post_init__(self):
         super().__post_init__()
         require(1 <= self.drop < self.iters, f"drop={self.drop} must be in 1..{self.iters - 1}, below iters")
-        require(self.compile in (True, False, "auto"),
-                f"compile='{self.compile}' must be auto, True or False: type --compile=auto")
+        runtime.check_compile(self.compile)
 
 
 @dataclass(frozen=True)

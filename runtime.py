@@ -94,6 +94,12 @@ def peak_flops(device):
     return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
+def check_compile(wanted):
+    """The values that every script's compile key takes."""
+    require(wanted in (True, False, "auto"),
+            f"compile='{wanted}' must be auto, True or False: type --compile=auto")
+
+
 def choose_compile(wanted, device):
     if wanted != "auto":
         require(not wanted or device.type != "cpu" or compiler_hint() is None, compiler_hint())

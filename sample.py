@@ -42,6 +42,7 @@ class SampleConfig:
     def __post_init__(self):
         require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        runtime.check_compile(self.compile)
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be in 0..2**63-1")
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
 

@@ -84,8 +84,7 @@ class TrainConfig(GPTConfig):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must be in [0, 1)")
         require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
         optimizers.check(self)
-        require(self.compile in (True, False, "auto"),
-                f"compile='{self.compile}' must be auto, True or False")
+        runtime.check_compile(self.compile)
 
     def model_config(self, **changes):
         named = SIZES.get(self.size, {})

@@ -331,6 +331,7 @@ BAD_SAMPLING = [
     (["--repetition_penalty=0"], "repetition_penalty=0.0 must be above 0"),
     (["--num_samples=0"], "num_samples=0 must be at least 1"),
     (["--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
+    (["--compile=maybe"], "compile='maybe' must be auto, True or False"),
     (["--overflow=wrap"], "overflow='wrap' must be exact or slide"),
     (["--start="], "start='' has no tokens"),
     (["--start=FILE:gone.txt"], "gone.txt does not exist"),
