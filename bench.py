@@ -57,11 +57,12 @@ class Bench:
     def __post_init__(self):
         require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1: type --repeats=5")
         require(self.threads >= 0, f"threads={self.threads} must be 1 or more, or 0 for torch's default")
-        lacks = [name for name in ("model.py", "train.py") if not (Path(self.nanogpt) / name).is_file()]
+        lacks = [name for name in ("model.py", "train.py")
+                 if not os.path.isfile(Path(self.nanogpt) / name)]
         require(not self.nanogpt or not lacks, f"nanogpt='{self.nanogpt}' is no nanoGPT checkout, it has no "
                                                f"{' and no '.join(lacks)}: {CLONE}")
         folder = Path(self.out).parent
-        require(folder.is_dir(), f"out='{self.out}': the folder {folder} does not exist: make it")
+        require(os.path.isdir(folder), f"out='{self.out}': the folder {folder} does not exist: make it")
 
 
 # ------------------------------------------------ timing ------------------------------------------------

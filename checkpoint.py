@@ -78,7 +78,7 @@ def find(out_dir, resume=False):
     removed by the next save of ckpt.pt: resuming prefers it, sampling takes it only without a ckpt.pt."""
     best, last = Path(out_dir) / "ckpt.pt", Path(out_dir) / "ckpt_last.pt"
     order = (last, best) if resume else (best, last)
-    path = next((path for path in order if path.is_file()), None)
+    path = next((path for path in order if os.path.isfile(path)), None)
     require(path, f"{out_dir} holds no ckpt.pt: train first (python train.py --out_dir={out_dir}) "
                   "or name another --out_dir")
     return path
@@ -90,7 +90,7 @@ def load(path, device="cpu", resume=False):
     resume: it must hold what a run needs to go on, not the weights alone.
     """
     path = Path(path)
-    require(path.is_file(), f"{path} does not exist: name an existing checkpoint")
+    require(os.path.isfile(path), f"{path} does not exist: name an existing checkpoint")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:

@@ -9,7 +9,9 @@ behind them: they live once.
 import ast
 import dataclasses
 import difflib
+import glob
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -82,8 +84,8 @@ def parse(cls, argv):
 def read_config_file(path, fields, given):
     """Run a config file (trusted Python, as in nanoGPT; it may read every key) -> the keys it assigned."""
     where = f"config file {path}"
-    require(Path(path).is_file(),
-            f"{where} does not exist{close_match(path, map(str, Path(path).parent.glob('*.py')))}")
+    beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
+    require(os.path.isfile(path), f"{where} does not exist{close_match(path, beside)}")
     scope = {name: f.default for name, f in fields.items()} | given | {"__file__": path}
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)

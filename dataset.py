@@ -37,7 +37,7 @@ SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/maste
 def find(dataset):
     """The folder of a data set: a name below data/ (this repository's, else ./data) or a path to a folder."""
     places = [DATA / dataset, Path("data") / dataset, Path(dataset)]
-    folder = next((place for place in places if dataset and place.is_dir()), None)
+    folder = next((place for place in places if dataset and os.path.isdir(place)), None)
     near = close_match(dataset, [entry.name for entry in DATA.glob("*") if entry.is_dir()])
     require(folder, f"data set '{dataset}' is neither a folder in {DATA} nor a path{near}; "
                     f"{how_to_make(Path(dataset).stem)}")
@@ -170,7 +170,7 @@ def survey(path):
 
 def text_pieces(path):
     """The text of a UTF-8 file in pieces; every line end becomes a newline, a byte order mark is dropped."""
-    require(Path(path).is_file(), f"input file {path} does not exist")
+    require(os.path.isfile(path), f"input file {path} does not exist")
     try:
         with open(path, encoding="utf-8-sig") as file:
             while piece := file.read(TEXT_CHUNK):

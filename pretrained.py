@@ -1,5 +1,6 @@
 """OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded by transformers."""
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ GPT2_SIZES = {
 
 def read(name):
     """A local Hugging Face GPT-2 folder or one of GPT2_SIZES -> (GPTConfig arguments, our state dict)."""
-    args, weights = read_folder(Path(name)) if Path(name).is_dir() else download(name)
+    args, weights = read_folder(Path(name)) if os.path.isdir(name) else download(name)
     return args, from_hf_names(weights)
 
 

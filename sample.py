@@ -2,6 +2,7 @@
 
     python sample.py --out_dir=out-pylib --start="def main(" --num_samples=2
 """
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -49,10 +50,10 @@ class SampleConfig:
 
 def load(init_from, out_dir):
     """What init_from names -> (GPT in eval mode on the CPU, its tokenizer)."""
-    if init_from in GPT2_SIZES or (Path(init_from) / "config.json").is_file():
+    if init_from in GPT2_SIZES or os.path.isfile(Path(init_from) / "config.json"):
         return GPT.from_pretrained(init_from).eval(), tokenizers.from_meta({"tokenizer": "gpt2"})
     path = Path(out_dir if init_from == "resume" else init_from)
-    path = path if path.is_file() else ckpt.find(path)
+    path = path if os.path.isfile(path) else ckpt.find(path)
     loaded = ckpt.load(path)
     return ckpt.build_model(loaded, path).eval(), tokenizer_of(loaded)
 
@@ -69,7 +70,7 @@ def prompt_of(start):
     if not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
-    require(path.is_file(), f"start='{start}': {path} does not exist")
+    require(os.path.isfile(path), f"start='{start}': {path} does not exist")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

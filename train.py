@@ -142,11 +142,11 @@ def build_model():
         model = load_model(resumed, resumed_path)
         return model, resumed["iter_num"], float(resumed["best_val_loss"]), resumed.get("seconds", 0.0)
     path = Path(cfg.init_from)
-    if cfg.init_from in GPT2_SIZES or (path / "config.json").is_file():
+    if cfg.init_from in GPT2_SIZES or os.path.isfile(path / "config.json"):
         model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
     else:
-        path = ckpt.find(path) if path.is_dir() else path
-        require(path.is_file(),
+        path = ckpt.find(path) if os.path.isdir(path) else path
+        require(os.path.isfile(path),
                 f"init_from='{cfg.init_from}' must be scratch, resume, {', '.join(GPT2_SIZES)}, or the path "
                 "of a checkpoint or a Hugging Face GPT-2 folder")
         model = load_model(ckpt.load(path), path)
