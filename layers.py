@@ -39,10 +39,9 @@ def project(x, weight, bias):
 
 
 def rotate(x, ctx):
-    """Turn (B, H, T, D) by each token's position."""
+    """Turn (B, T, H, D) by each token's position: the halves (a, b) to (a cos + b sin, b cos - a sin)."""
     cos, sin = (table.to(x.dtype) for table in ctx.rotation)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 def as_is(x, *_):
@@ -50,7 +49,7 @@ def as_is(x, *_):
 
 
 def rms(x):
-    """Root-mean-square normalisation of the last dimension."""
+    """Root-mean-square normalisation of the last dimension, statistics in fp32."""
     return F.rms_norm(x, x.shape[-1:])
 
 

@@ -150,18 +150,20 @@ class LearnedPositions(Table):
 
 
 class RotaryPositions(nn.Module):
-    """Tables of the angles by which q and k turn, (block_size, D/2), half-split layout (2104.09864)."""
+    """Cosines and signed sines of the angles by which q and k turn, (block_size, 1, D), half-split layout
+    (2104.09864)."""
 
     def __init__(self, config):
         super().__init__()
         D = config.n_embd // config.n_head
         frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
-        angles = torch.arange(config.block_size)[:, None] * frequencies
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        angles = torch.arange(config.block_size)[:, None, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((sin, -sin), dim=-1), persistent=False)
 
     def forward(self, x, ctx):
-        ctx.rotation = self.cos[ctx.positions].unsqueeze(-3), self.sin[ctx.positions].unsqueeze(-3)
+        ctx.rotation = self.cos[ctx.positions], self.sin[ctx.positions]
         return x
 
     def crop(self, block_size):
@@ -205,9 +207,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, ctx):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
-        q, k = self.rotate(self.normalise(q), ctx), self.rotate(self.normalise(k), ctx)
-        k, v = ctx.extend(self.layer, k, v)
+        qk, v = self.c_attn(x).view(B, T, 3 * self.n_head, -1).split((2 * self.n_head, self.n_head), dim=2)
+        q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
+        k, v = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = attend(q, k, v, ctx.mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 

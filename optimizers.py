@@ -26,7 +26,46 @@ def lean(optimizer_class):
     return type(optimizer_class.__name__, (optimizer_class,), {"step": step})
 
 
-AdamW, Muon = lean(torch.optim.AdamW), lean(torch.optim.Muon)
+AdamW = lean(torch.optim.AdamW)
+
+
+class Muon(lean(torch.optim.Muon)):
+    """torch's Muon; the matrices of one shape go through Newton-Schulz together, as one batched product."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike, keys = {}, {k: v for k, v in group.items() if k not in ("params", "lr_scale")}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for shape, params in alike.items():
+                self.update(params, shape, **keys)
+
+    def update(self, params, shape, lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps,
+               adjust_lr_fn):
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        means, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        updates = torch.stack(torch._foreach_lerp(grads, means, momentum) if nesterov else means)
+        updates = orthogonal(updates, ns_coefficients, ns_steps, eps).to(grads[0].dtype).unbind()
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, updates, alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
+
+
+def orthogonal(matrices, coefficients, steps, eps):
+    """(n, rows, columns) -> the nearest matrices with singular values about 1, in bf16: Newton-Schulz's
+    quintic iteration on whichever side is shorter."""
+    a, b, c = coefficients
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Together:
