@@ -466,7 +466,8 @@ VALIDATION = dict(batches=200, batch_size=12, block_size=64)     # the fixed bat
 FAIR = "nanoGPT's model and AdamW in our train.py"
 ABLATIONS = {                                    # what is taken out of the race's config, one at a time
     "rmsnorm": dict(norm="layernorm"), "rope": dict(pos="learned"), "qk_norm": dict(qk_norm=False),
-    "relu2": dict(act="gelu"), "zero_init": dict(zero_init=False), "n-gram tables": dict(ngram_buckets=0),
+    "relu2": dict(act="gelu"), "zero_init": dict(zero_init=False), "n-gram table": dict(ngram_buckets=0),
+    "4- and 5-grams": dict(ngram_order=3), "4 Newton-Schulz steps": dict(muon_steps=5),
     "muon": dict(optimizer="adamw"), "linear decay": dict(lr_schedule="cosine"),
 }
 
@@ -573,8 +574,8 @@ def judged(out_dir, data, seconds, tokens, curve):
     stream = datasets.TokenStream(data, "val", VALIDATION["block_size"], VALIDATION["batch_size"], seed=0)
     with torch.no_grad():
         losses = [model(*stream.batch(k))[1].item() for k in range(VALIDATION["batches"])]
-    held, tables = model.get_num_params(), getattr(model.transformer.wte, "buckets", 0)
-    touched = held - 2 * max(0, tables - 1) * model.config.n_embd
+    held, c = model.get_num_params(), model.config
+    touched = held - max(0, c.ngram_buckets - (c.ngram_order - 1)) * c.n_embd * (c.ngram_buckets > 0)
     return {"val_loss": statistics.fmean(losses), "seconds": seconds, "tokens": tokens, "parameters": held,
             "parameters_touched_per_token": touched, "curve": curve}
 

@@ -51,7 +51,8 @@ class GPTConfig:
     softcap: float = 0.0  # bound logits to (-softcap, softcap) by tanh; 0: off
     zero_init: bool = False  # start the projections into the residual stream, and an untied head, at zero
     tie_weights: bool = True  # one matrix for the token embedding and the head
-    ngram_buckets: int = 0  # rows of each hashed bigram and trigram table added to the embedding; 0: off
+    ngram_buckets: int = 0  # rows of a hashed n-gram table added to the embedding; 0: off
+    ngram_order: int = 3  # longest n-gram in that table
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
 
     def __post_init__(self):
@@ -59,6 +60,7 @@ class GPTConfig:
             require(getattr(self, key) in slot, f"{key}='{getattr(self, key)}' must be {' or '.join(slot)}")
         require(self.softcap >= 0 and self.ngram_buckets >= 0, f"softcap={self.softcap} and "
                 f"ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
+        require(2 <= self.ngram_order <= 8, f"ngram_order={self.ngram_order} must be in 2..8")
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         require(self.n_embd % self.n_head == 0,
@@ -117,23 +119,23 @@ class Embedding(Table):
 
 
 class NgramEmbedding(Embedding):
-    """Token embedding plus rows of two hashed tables for the bigram and the trigram that end at each
-    position: what a first attention layer would otherwise have to learn. Tables start at zero; one row of
-    each is read per token."""
+    """Token embedding plus one row of a hashed table for each n-gram, 2 to ngram_order tokens long, that ends
+    at a position: what the first attention layers would otherwise have to learn. The table starts at zero;
+    ngram_order - 1 of its rows are read per token (hashed n-grams: 1607.04606)."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.buckets = config.ngram_buckets
-        self.bigrams, self.trigrams = (nn.Parameter(torch.zeros(self.buckets, config.n_embd))
-                                       for _ in range(2))
+        self.order = config.ngram_order
+        self.ngrams = nn.Parameter(torch.zeros(config.ngram_buckets, config.n_embd))
 
     def forward(self, idx, ctx):
-        before, last, this = (ctx.with_past(idx, 2) + 1).unfold(1, idx.size(1), 1).unbind(1)
-        pair = this * 1_000_003 + last * 10_007
-        triple = pair + before * 31_337
-        pair, triple = (F.embedding(key % self.buckets, table) for key, table in
-                        ((pair, self.bigrams), (triple, self.trigrams)))
-        return super().forward(idx, ctx) + pair + triple
+        last, *before = (ctx.with_past(idx, self.order - 1) + 1).unfold(1, idx.size(1), 1).flip(1).unbind(1)
+        key, keys = last * 1_000_003, []
+        for n, token in enumerate(before):
+            key = key * 31 + token * 10_007 + n
+            keys.append(key % len(self.ngrams))
+        rows = torch.stack(keys, dim=-1).flatten(0, 1)
+        return super().forward(idx, ctx) + F.embedding_bag(rows, self.ngrams, mode="sum").view(*idx.shape, -1)
 
 
 class LearnedPositions(Table):

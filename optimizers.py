@@ -104,13 +104,14 @@ def adamw(params, weight_decay, learning_rate, betas, device_type):
                  fused=device_type in ("cuda", "cpu"))
 
 
-def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_rate, momentum):
+def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_rate, momentum, steps):
     """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices: momentum, then Newton-Schulz
     to an update whose singular values are near 1; AdamW for all other parameters. Update length follows
     muon_learning_rate."""
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in hidden)]
-    parts = Together(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum),
+    parts = Together(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum,
+                          ns_steps=steps),
                      adamw(others, weight_decay, learning_rate, betas, device_type))
     for group in parts.parts[0].param_groups:
         group["lr_scale"] = muon_learning_rate / learning_rate
@@ -131,7 +132,7 @@ def build(model, cfg, device_type):
     if cfg.optimizer == "adamw":
         return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
     return muon(model, cfg.weight_decay, cfg.learning_rate, betas, device_type,
-                cfg.muon_learning_rate, cfg.muon_momentum)
+                cfg.muon_learning_rate, cfg.muon_momentum, cfg.muon_steps)
 
 
 def learning_rate(cfg, iteration):
@@ -160,5 +161,6 @@ def check(cfg):
     require(cfg.optimizer in ("adamw", "muon"), f"optimizer='{cfg.optimizer}' must be adamw or muon")
     require(cfg.optimizer != "muon" or cfg.learning_rate > 0,
             f"optimizer='muon' scales its rate by learning_rate={cfg.learning_rate}, which must be above 0")
+    require(1 <= cfg.muon_steps < 100, f"muon_steps={cfg.muon_steps} must be in 1..99: type --muon_steps=5")
     require(cfg.lr_schedule in SCHEDULES, f"lr_schedule='{cfg.lr_schedule}' must be {', '.join(SCHEDULES)}")
     require(0 < cfg.lr_decay_share <= 1, f"lr_decay_share={cfg.lr_decay_share} must be in (0, 1]")

@@ -58,6 +58,7 @@ class TrainConfig(GPTConfig):
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
     muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
     muon_momentum: float = 0.95  # muon's decay of the mean gradient
+    muon_steps: int = 5  # muon's Newton-Schulz iterations; 4 lose little and save time on small models
     lr_schedule: str = "cosine"  # cosine, linear, wsd (constant, then linear), constant
     lr_decay_share: float = 0.3  # wsd: the share of the run that decays
     size: str = ""  # small, medium, large, xlarge, gpt2[-medium|-large|-xl]: sets n_layer, n_head and n_embd

@@ -16,11 +16,13 @@ pos = 'rope'
 qk_norm = True
 act = 'relu2'
 zero_init = True
-ngram_buckets = 8192
+ngram_buckets = 16384
+ngram_order = 5
 
 optimizer = 'muon'
 muon_learning_rate = 0.02
 muon_momentum = 0.9
+muon_steps = 4
 learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = 'linear'

@@ -24,7 +24,7 @@ ARMS = {
     "softcap": dict(softcap=15.0),
     "zero_init": dict(zero_init=True),
     "untied": dict(tie_weights=False),
-    "ngram": dict(ngram_buckets=64),
+    "ngram": dict(ngram_buckets=64, ngram_order=4),
     "recompute": dict(recompute=True),
 }
 
