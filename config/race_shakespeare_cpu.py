@@ -16,21 +16,22 @@ pos = 'rope'
 qk_norm = True
 act = 'relu2'
 zero_init = True
-ngram_buckets = 16384
+ngram_buckets = 32768
 ngram_order = 5
 
 optimizer = 'muon'
 muon_learning_rate = 0.02
-muon_momentum = 0.9
+muon_momentum = 0.8
 muon_steps = 4
 learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = 'linear'
 weight_decay = 0.0
+beta1 = 0.8
 beta2 = 0.99
 warmup_iters = 0
-max_iters = 165
-lr_decay_iters = 165
+max_iters = 95
+lr_decay_iters = 95
 
 eval_interval = 1000
 eval_iters = 10
