@@ -1,6 +1,21 @@
-"""Brain-inspired blocks: one class each, chosen by a flag of GPTConfig through the slot dicts in model.py."""
+"""Brain-inspired blocks: one class each, chosen by a flag of GPTConfig through the slot dicts here and in
+model.py.
+
+An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTORS), c_proj. `rows` names the
+units that a call is about when a decode step computes only some of them; None or a full slice is all.
+"""
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
+
+import sparse_kernels as kernels
+from configurator import require
+from layers import GELU, Linear, NeuronMajor, ReLU2, as_is, cast, dropout, residual_std
+
+EVERY = slice(None)
+
+# ------------------------------------------------------------------------------------------------------------
+# activations
 
 
 class Oscillating(nn.Module):
@@ -20,6 +35,458 @@ class Oscillating(nn.Module):
         normal_(self.phi, 0.1)
         nn.init.zeros_(self.b)
 
-    def forward(self, x):
-        w, phi, b = (p.to(x.dtype) for p in (self.w, self.phi, self.b))
+    def forward(self, x, rows=EVERY):
+        w, phi, b = (p[rows].to(x.dtype) for p in (self.w, self.phi, self.b))
         return torch.sin(w * x + phi) * torch.tanh(x) + b
+
+
+ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Oscillating}
+
+# ------------------------------------------------------------------------------------------------------------
+# selectors: (..., units) -> the same with the losers at exactly zero
+
+
+class TopK(nn.Module):
+    """Of each token's units the share mlp_topk with the largest |a| keep firing (1312.5663); no rescaling.
+
+    In training the share may fall from 1 to its value (GPT.anneal): units that never win get no gradient, and
+    a gentle start leaves fewer of them (k-winners with a schedule: 1903.11257).
+    """
+
+    def __init__(self, config, units):
+        super().__init__()
+        self.units, self.share, self.progress = units, config.mlp_topk, 5
+        self.train(self.training)
+
+    def anneal(self, progress):
+        """progress in [0, 1], taken in six steps so that a compiled model is compiled at most six times."""
+        self.progress = int(5 * progress)
+        self.train(self.training)
+
+    def train(self, mode=True):
+        share = 1 - (1 - self.share) * self.progress / 5 if mode else self.share
+        self.k = max(1, round(share * self.units))
+        return super().train(mode)
+
+    def forward(self, a, ctx, rows=EVERY):
+        winners = a.abs().topk(min(self.k, a.size(-1)), dim=-1, sorted=False).indices
+        return torch.zeros_like(a).scatter(-1, winners, a.gather(-1, winners))
+
+
+class GroupWinners(nn.Module):
+    """Lateral inhibition in small columns: of every mlp_topk_group neighbours the share mlp_topk with the
+    largest |a| fire. 4 and 0.5 make 2:4 activations (2408.14690 for the general idea)."""
+
+    def __init__(self, config, units):
+        super().__init__()
+        self.group = config.mlp_topk_group
+        self.k = round(config.mlp_topk * self.group)
+
+    def forward(self, a, ctx, rows=EVERY):
+        groups = a.unflatten(-1, (-1, self.group))
+        winners = groups.abs().topk(self.k, dim=-1, sorted=False).indices
+        return torch.zeros_like(groups).scatter(-1, winners, groups.gather(-1, winners)).flatten(-2)
+
+
+class EventGate(nn.Module):
+    """A unit speaks only when |a| exceeds its own learned threshold: a * 1[|a| > theta].
+
+    Thresholds learn through a rectangle of one e-fold around theta (the JumpReLU estimator in log space, so
+    it fits any scale of a: 2407.14435; straight-through: 1308.3432). The loss holds event_cost times the
+    squared log ratio of the share of open gates to event_rate.
+    """
+    GAIN = 10.0                                  # Adam moves a parameter p by its rate: log theta = GAIN * p
+
+    def __init__(self, config, units):
+        super().__init__()
+        self.rate, self.cost = config.event_rate, config.event_cost
+        self.threshold = nn.Parameter(torch.empty(units))
+
+    def init_weights(self, normal_):
+        normal_(self.threshold, 0.02)
+        self.threshold.sub_(0.4)                 # theta about 0.02
+
+    def forward(self, a, ctx, rows=EVERY):
+        gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
+        ctx.add_loss(lambda: self.cost * torch.log((gate.mean() + 1e-4) / self.rate).square())
+        return a * gate.to(a.dtype)
+
+
+class Opened(torch.autograd.Function):
+    """1 where size > exp(edge), else 0; its slope with respect to edge is a rectangle one e-fold wide."""
+
+    @staticmethod
+    def forward(ctx, size, edge):
+        ctx.save_for_backward(size, edge)
+        return (size > edge.exp()).float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        size, edge = ctx.saved_tensors
+        near = (size.log() - edge).abs() < 0.5
+        return None, -(grad * near).sum_to_size(edge.shape)
+
+
+SELECTORS = {"mlp_topk_group": GroupWinners, "event_gate": EventGate, "mlp_topk": TopK}
+
+
+def selector(config, units):
+    """The selector that the config's flags ask for: the first of SELECTORS that is on."""
+    on = (config.mlp_topk_group, config.event_gate, config.mlp_topk < 1)
+    return next((make(config, units) for make, wanted in zip(SELECTORS.values(), on) if wanted), as_is)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MLPs
+
+
+class MLP(nn.Module):
+    """Two projections with an activation between them, four times as wide as the stream.
+
+    Where an activation or a selector leaves exact zeros, W_down is stored by unit and a decode step reads the
+    rows of the live units alone.
+    """
+
+    def __init__(self, config, layer, units=None):
+        super().__init__()
+        units = units or 4 * config.n_embd
+        self.c_fc = Linear(config.n_embd, units, config.bias)
+        self.act = ACTS[config.act](units)
+        self.select = selector(config, units)
+        down = NeuronMajor if config.act == "relu2" or self.select is not as_is or self.gathers else Linear
+        self.c_proj = down(units, config.n_embd, config.bias, std=residual_std(config))
+        self.dropout = dropout(config)
+
+    gathers = False                              # does a decode step choose units before it computes them?
+
+    def forward(self, x, ctx):
+        return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
+
+    def listen(self, x, rows):
+        """Activations of some units alone, (..., n): only their rows of W_up are read."""
+        a = kernels.rows_dot(x, self.c_fc.weight.to(x.dtype), cast(self.c_fc.bias, x.dtype), rows)
+        return self.act(a, rows)
+
+    def speak(self, a, rows):
+        """What those units write into the stream, (..., C): only their rows of W_down are read."""
+        return self.dropout(kernels.rows_sum(a, self.c_proj.weight.t().to(a.dtype),
+                                             cast(self.c_proj.bias, a.dtype), rows))
+
+
+class ColumnGate(nn.Module):
+    """Which columns answer a token: (..., C) -> (..., N) gates, zero for all but the winners.
+
+    Column c hears r_c.x, less what the other active columns inhibit it by: s_c - sum_d S_cd relu(s_d), S >= 0
+    with a zero diagonal (Carandini & Heeger 2012; local competition: Srivastava et al. 2013). The k largest
+    win and answer with sigmoid(s). Their choice alone also sees a bias that the load moves: its gradient is
+    the column's load above the mean, so an idle column's bias rises until it wins (2408.15664).
+    """
+    BALANCE = 0.01                               # leaves the gradient's norm alone; Adam sets the bias's pace
+
+    def __init__(self, config):
+        super().__init__()
+        N = config.columns
+        self.k = config.columns_active
+        self.router = Linear(config.n_embd, N, bias=False, hidden=False)
+        self.inhibition = nn.Parameter(torch.empty(N * N))
+        self.balance = nn.Parameter(torch.zeros(N))
+        self.register_buffer("others", 1 - torch.eye(N), persistent=False)
+
+    def init_weights(self, normal_):
+        nn.init.constant_(self.inhibition, -4.0)
+
+    def forward(self, x, ctx):
+        s = self.router(x).float()
+        s = s - F.relu(s) @ (F.softplus(self.inhibition).view_as(self.others) * self.others).t()
+        winners = (s + self.balance).topk(self.k, dim=-1, sorted=False).indices
+        gates = torch.zeros_like(s).scatter(-1, winners, s.sigmoid().gather(-1, winners))
+        ctx.add_loss(lambda: self.BALANCE * (self.balance * above_mean(gates)).sum())
+        return gates.to(x.dtype)
+
+
+def above_mean(gates):
+    """Each group's share of the tokens, less the mean of all groups."""
+    load = (gates > 0).float().flatten(0, -2).mean(dim=0)
+    return load - load.mean()
+
+
+class Gathered(MLP):
+    """An MLP of equal groups of units of which a gate opens a few per token, before the up projection: a
+    decode step reads those groups' rows of both projections and no others."""
+    gathers = True
+
+    def __init__(self, config, layer, groups, width):
+        super().__init__(config, layer, groups * width)
+        self.groups = groups
+        self.register_buffer("offsets", torch.arange(width), persistent=False)
+
+    def forward(self, x, ctx):
+        return (self.live if kernels.takes_rows(x) else self.many)(x, ctx, self.gate(x, ctx))
+
+    def live(self, x, ctx, gates):
+        """A few tokens: the union of the groups that any of them opens."""
+        open_groups = gates.flatten(0, -2).any(dim=0).nonzero()
+        rows = (open_groups * len(self.offsets) + self.offsets).flatten()
+        scale = gates[..., open_groups[:, 0]].repeat_interleave(len(self.offsets), dim=-1)
+        return self.speak(self.select(self.listen(x, rows) * scale, ctx, rows), rows)
+
+
+class Columns(Gathered):
+    """Cortical columns: the hidden units in `columns` groups, of which columns_active answer each token. The
+    training forward computes all of them and multiplies by the gates; only decoding saves."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer, config.columns, 4 * config.n_embd // config.columns)
+        self.gate = ColumnGate(config)
+
+    def many(self, x, ctx, gates):
+        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * gates.unsqueeze(-1)
+        return self.dropout(self.c_proj(self.select(a.flatten(-2), ctx)))
+
+
+def plus(y, bias, rows=EVERY):
+    return y if bias is None else y + bias.to(y.dtype)[rows]
+
+
+class ExpertGate(nn.Module):
+    """Routing of tokens to experts: softmax, the k largest renormalised to sum 1 (1701.06538) -> (..., E).
+
+    The loss holds a term that evens the load (2101.03961) and one that keeps the router's logits small
+    (z-loss, 2202.08906).
+    """
+    BALANCE, Z = 0.01, 0.001
+
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.experts_active
+        self.router = Linear(config.n_embd, config.experts, bias=False, hidden=False)
+
+    def forward(self, x, ctx):
+        logits = self.router(x).float()
+        shares = logits.softmax(dim=-1)
+        top = shares.topk(self.k, dim=-1)
+        shared = top.values / top.values.sum(-1, keepdim=True)
+        gates = torch.zeros_like(shares).scatter(-1, top.indices, shared)
+        ctx.add_loss(lambda: self.BALANCE * imbalance(gates, shares) / self.k
+                     + self.Z * logits.logsumexp(dim=-1).square().mean())
+        return gates.to(x.dtype)
+
+
+def imbalance(gates, shares):
+    """E * sum of (share of tokens sent to an expert) * (mean probability of that expert)."""
+    load, mean = (t.flatten(0, -2).mean(dim=0) for t in ((gates > 0).float(), shares))
+    return shares.size(-1) * (load * mean).sum()
+
+
+class Experts(Gathered):
+    """Routed experts: tokens are sorted by expert and each expert multiplies its own alone, in training too;
+    no token is dropped. expert_width=0 splits a dense MLP's units (equal parameters)."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer, config.experts,
+                         config.expert_width or 4 * config.n_embd // config.experts)
+        self.gate = ExpertGate(config)
+
+    def idle_parameters(self):
+        """Weights that a token does not multiply, on average."""
+        return round((self.c_fc.weight.numel() * 2) * (1 - self.gate.k / self.groups))
+
+    def many(self, x, ctx, gates):
+        gates, k = gates.flatten(0, -2), self.gate.k
+        chosen = gates.topk(k, dim=-1, sorted=False).indices.flatten()
+        order = chosen.argsort(stable=True)                      # (tokens * k,), grouped by expert
+        token, expert = order // k, chosen[order]
+        ends = F.one_hot(chosen, self.groups).sum(dim=0).cumsum(dim=0).int()
+        rows = expert[:, None] * len(self.offsets) + self.offsets
+        up = self.c_fc.weight.to(x.dtype).unflatten(0, (self.groups, -1)).mT
+        down = self.c_proj.weight.to(x.dtype).t().unflatten(0, (self.groups, -1))
+        a = F.grouped_mm(x.flatten(0, -2)[token], up, offs=ends)
+        a = plus(a, self.c_fc.bias, rows)
+        a = self.select(self.act(a, rows) * gates[token, expert, None], ctx, rows)
+        y = F.grouped_mm(a, down, offs=ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
+        return self.dropout(plus(y, self.c_proj.bias).view_as(x))
+
+
+class Dendritic(MLP):
+    """Dendritic neurons: K branches that each see a K-th of the stream and pass a nonlinearity of their own
+    (GELU), a K x K mix of branches, the soma's activation, then the down projection (Poirazi & Mel 2001).
+    W_up is block-diagonal, a K-th of a dense one."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        K, units = config.compartments, 4 * config.n_embd
+        self.c_fc = Linear(config.n_embd // K, units, config.bias)           # unit u: branch u // (units/K)
+        self.mix = nn.Parameter(torch.empty(K, K))
+
+    def init_weights(self, normal_):
+        normal_(self.mix, 0.1)
+        self.mix.diagonal().add_(1.0)
+
+    def forward(self, x, ctx):
+        K = len(self.mix)
+        up = self.c_fc.weight.to(x.dtype).unflatten(0, (K, -1))              # (K, units/K, C/K)
+        branches = torch.einsum("...kc,kuc->...ku", x.unflatten(-1, (K, -1)), up)
+        branches = plus(branches.flatten(-2), self.c_fc.bias).unflatten(-1, (K, -1))
+        soma = torch.einsum("jk,...ku->...ju", self.mix.to(x.dtype), F.gelu(branches)).flatten(-2)
+        return self.dropout(self.c_proj(self.select(self.act(soma), ctx)))
+
+
+class Predictive(MLP):
+    """A predictive sparse MLP: trained with exact top-k winners; beside it, on inputs cut off from the graph,
+    a low-rank predictor (C -> mlp_predict -> units) learns by cross-entropy which units will win. It never
+    touches the other weights' training. With the policy on (GPT.use_policy) it picks the share mlp_active of
+    the units, and only their rows of W_up and W_down are read (Deja Vu, 2310.17157; predictive coding: Rao
+    & Ballard 1999)."""
+    gathers = True
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        units = 4 * config.n_embd
+        self.active, self.policy = max(1, round(config.mlp_active * units)), False
+        self.sense = Linear(config.n_embd, config.mlp_predict, bias=False, aside=True)
+        self.guess = Linear(config.mlp_predict, units, bias=True, aside=True)
+
+    def forward(self, x, ctx):
+        return self.ways[self.policy](self, x, ctx)
+
+    def exact(self, x, ctx):
+        a = self.select(self.act(self.c_fc(x)), ctx)
+        ctx.add_loss(lambda: self.miss(x.detach(), (a.detach() != 0).float()))
+        return self.dropout(self.c_proj(a))
+
+    def miss(self, x, won):
+        return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won)
+
+    def predicted(self, x, ctx):
+        scores = self.guess(self.sense(x))
+        if kernels.takes_rows(x):
+            if x.numel() == x.size(-1):
+                rows = kernels.largest(scores.flatten(), self.active)
+                return self.speak(self.listen(x, rows), rows)
+            chosen = self.chosen(scores)
+            rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+            return self.speak(self.listen(x, rows) * chosen[..., rows], rows)
+        return self.dropout(self.c_proj(self.act(self.c_fc(x)) * self.chosen(scores)))
+
+    ways = {False: exact, True: predicted}
+
+    def chosen(self, scores):
+        """Ones where the predictor expects winners, (..., units)."""
+        winners = scores.topk(self.active, dim=-1, sorted=False).indices
+        return torch.zeros_like(scores).scatter(-1, winners, 1.0)
+
+
+MLPS = {"columns": Columns, "experts": Experts, "compartments": Dendritic, "mlp_predict": Predictive}
+
+# ------------------------------------------------------------------------------------------------------------
+# what the flags may be
+
+NEEDS = {"columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
+         "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate"}
+
+
+def check(c):
+    """The MLP's flags of a GPTConfig: values, needs, conflicts."""
+    defaults = {name: field.default for name, field in type(c).__dataclass_fields__.items()}
+    for key, owner in NEEDS.items():
+        require(getattr(c, key) == defaults[key] or getattr(c, owner),
+                f"{key}={getattr(c, key)} has no effect without {owner}: set {owner} too, or leave {key} out")
+    kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
+    kinds += ["act='swiglu'"] * (c.act == "swiglu")
+    require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")
+    sparse = f"mlp_topk={c.mlp_topk}"
+    require(0 < c.mlp_topk <= 1, f"{sparse} must be in (0, 1]: the share of units left firing")
+    winners = f"mlp_predict={c.mlp_predict}" if c.mlp_predict else sparse
+    require(not (c.event_gate and (c.mlp_topk < 1 or c.mlp_predict)),
+            f"event_gate=True and {winners} both choose which units fire: leave one of them out")
+    require(not (c.experts and c.mlp_topk < 1 and not c.mlp_topk_group),
+            f"experts={c.experts} and {sparse}: an expert sees its own units alone, so there is no top k of "
+            "all; choose one of them, or winners in groups (mlp_topk_group)")
+    require(0 < c.event_rate < 1 and c.event_cost >= 0,
+            f"event_rate={c.event_rate} must be in (0, 1) and event_cost={c.event_cost} not negative")
+    units, C = 4 * c.n_embd, c.n_embd
+    if c.act == "swiglu":
+        units = -(-8 * C // 3 // 64) * 64
+    for flag in ("columns", "experts"):
+        count, active = getattr(c, flag), getattr(c, flag + "_active")
+        require(count >= 0 and (not count or 1 <= active <= count),
+                f"{flag}={count} needs {flag}_active in 1..{count}, it is {active}: type --{flag}_active=1, "
+                "for example")
+        require(not count or units % count == 0, f"{flag}={count} must divide the {units} units of the MLP "
+                                                 f"(4 * n_embd={C})")
+    if c.experts:
+        require(c.expert_width >= 0,
+                f"expert_width={c.expert_width} must not be negative; 0 splits the units")
+        units = c.experts * c.expert_width or units
+    require(c.compartments >= 0 and (not c.compartments or C % c.compartments == 0),
+            f"n_embd={C} is not divisible by compartments={c.compartments}: each branch sees an equal part")
+    g = c.mlp_topk_group
+    require(g >= 0 and (not g or c.mlp_topk < 1),
+            f"mlp_topk_group={g} needs mlp_topk below 1: type --mlp_topk=0.5")
+    group_of = units // (c.columns or c.experts or 1)
+    require(not g or (1 <= round(c.mlp_topk * g) < g and abs(c.mlp_topk * g - round(c.mlp_topk * g)) < 1e-6
+                      and group_of % g == 0),
+            f"mlp_topk_group={g} with {sparse}: the group must divide the {group_of} units and hold a whole "
+            "number of winners, for example --mlp_topk_group=4 --mlp_topk=0.5")
+    require(c.mlp_predict >= 0 and 0 < c.mlp_active <= 1,
+            f"mlp_predict={c.mlp_predict} must be a rank, 0 or more, and mlp_active={c.mlp_active} in (0, 1]")
+    require(not c.mlp_predict or (c.mlp_topk < 1 and not g),
+            f"mlp_predict={c.mlp_predict} learns the winners of mlp_topk below 1 without groups, it is "
+            f"{c.mlp_topk} with mlp_topk_group={g}: type --mlp_topk=0.1")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# counters
+
+
+@torch.no_grad()
+def counters(model, idx):
+    """What the MLPs of a model did on token ids (B, T) -> one dict a layer; {} where no unit can be silent.
+
+    zeros: share of exact zeros in the tensor that enters W_down; dead_units: units that are zero for all
+    tokens; active_groups, dead_groups: of columns or experts; recall: the share of activation energy a**2
+    that the predictor's units hold.
+    """
+    rows, hooks, training = {}, [], model.training
+    for layer, block in enumerate(model.transformer.h):
+        if isinstance(getattr(block.mlp, "c_proj", None), NeuronMajor):
+            rows[layer] = {}
+            hooks += watch(block.mlp, rows[layer])
+    if rows:
+        model.eval()(idx, idx)
+        model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def watch(mlp, row):
+    """Hooks that write an MLP's counters into row."""
+    def see_hidden(module, args):
+        a = args[0].flatten(0, -2)
+        row["zeros"] = (a == 0).float().mean().item()
+        row["dead_units"] = int((a == 0).all(dim=0).sum())
+
+    def see_gates(module, args, gates):
+        opened = gates.flatten(0, -2) > 0
+        row["active_groups"] = opened.float().sum(-1).mean().item()
+        row["dead_groups"] = int((~opened.any(dim=0)).sum())
+
+    def see_input(module, args):
+        energy = module.act(module.c_fc(args[0])).float().square()
+        chosen = module.chosen(module.guess(module.sense(args[0])))
+        row["recall"] = ((energy * chosen).sum() / energy.sum()).item()
+
+    hooks = [mlp.c_proj.register_forward_pre_hook(see_hidden)]
+    if hasattr(mlp, "gate"):
+        hooks.append(mlp.gate.register_forward_hook(see_gates))
+    if hasattr(mlp, "guess"):
+        hooks.append(mlp.register_forward_pre_hook(see_input))
+    return hooks
+
+
+def summary(rows):
+    """The layers' counters as one row for the log: means of shares, sums of the dead."""
+    keys = {key for row in rows.values() for key in row}
+    values = {key: [row[key] for row in rows.values() if key in row] for key in sorted(keys)}
+    return {key: sum(v) if key.startswith("dead") else sum(v) / len(v) for key, v in values.items()}

@@ -20,7 +20,7 @@ class CachedContext:
 
     def __init__(self, cache, start, ids, pads=None):
         T = ids.size(1) - start
-        self.cache, self.start, self.end, self.ids, self.losses = cache, start, start + T, ids, []
+        self.cache, self.start, self.end, self.ids = cache, start, start + T, ids
         self.positions, self.mask = slice(start, self.end), None
         if pads is not None:
             columns = torch.arange(self.end, device=cache.device)
@@ -36,6 +36,9 @@ class CachedContext:
         keys.narrow(2, self.start, self.end - self.start).copy_(k)
         values.narrow(2, self.start, self.end - self.start).copy_(v)
         return keys, values
+
+    def add_loss(self, make):
+        """Decoding wants no loss."""
 
     def with_past(self, idx, count):
         """(B, count + T) ids that end with this call's; -1 where there is no earlier token."""

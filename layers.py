@@ -13,10 +13,14 @@ def cast(tensor, dtype):
 
 
 class Linear(nn.Linear):
-    """nn.Linear computed in its input's dtype: fp32 master weights serve a bf16 stream without autocast."""
+    """nn.Linear computed in its input's dtype: fp32 master weights serve a bf16 stream without autocast.
 
-    def __init__(self, n_in, n_out, bias, std=0.02):
-        self.std = std
+    hidden: a matrix that Muon may take. aside: it learns beside the model, from inputs cut off from the
+    graph, and its gradient is clipped apart.
+    """
+
+    def __init__(self, n_in, n_out, bias, std=0.02, hidden=True, aside=False):
+        self.std, self.hidden, self.aside = std, hidden, aside
         super().__init__(n_in, n_out, bias=bias)
 
     def reset_parameters(self):
@@ -31,8 +35,24 @@ class Linear(nn.Linear):
         return project(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
 
 
+class NeuronMajor(Linear):
+    """A Linear whose (n_out, n_in) weight lies in memory input by input: what one input unit writes is one
+    contiguous row, and a decode step reads the rows of units that are not zero. Values are a Linear's."""
+
+    def __init__(self, n_in, n_out, bias, std=0.02):
+        super().__init__(n_in, n_out, bias, std)
+        self.weight = nn.Parameter(torch.empty(n_in, n_out).t())
+
+    def forward(self, a):
+        if kernels.takes_rows(a):
+            return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
+        return super().forward(a)
+
+
 def project(x, weight, bias):
     """F.linear; a single row in a decode step on a CPU is read by our own kernel, at the memory's speed."""
+    if kernels.tally is not None:
+        kernels.tally.add(x.numel() // x.size(-1), *weight.shape, weight)
     if kernels.takes_matvec(x, weight):
         return kernels.matvec(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -80,6 +100,20 @@ def attend_short(q, k, v, dropout):
 def dropout(config):
     """Dropout, or nothing at all where it would drop nothing: a module call is not free in a decode step."""
     return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+
+class GELU(nn.Module):
+    """GPT-2's activation in its exact form (1606.08415)."""
+
+    def forward(self, x, rows=None):
+        return F.gelu(x)
+
+
+class ReLU2(nn.Module):
+    """max(x, 0) squared (2109.08668): cheap, and most units are exactly zero."""
+
+    def forward(self, x, rows=None):
+        return F.relu(x).square()
 
 
 def residual_std(config):

@@ -16,12 +16,13 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+import bio_modules
 import decoding
 import optimizers
 import pretrained
-from bio_modules import Oscillating
+from bio_modules import ACTS, MLP, MLPS, selector
 from configurator import require
-from layers import Linear, as_is, attend, cast, dropout, residual_std, rms, rotate
+from layers import Linear, NeuronMajor, as_is, attend, cast, dropout, residual_std, rms, rotate
 from pretrained import GPT2_SIZES
 from runtime import peak_flops
 
@@ -54,9 +55,23 @@ class GPTConfig:
     ngram_buckets: int = 0  # rows of a hashed n-gram table added to the embedding; 0: off
     ngram_order: int = 3  # longest n-gram in that table
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
+    # --- the MLP's bio mechanisms ---
+    mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
+    mlp_topk_group: int = 0  # winners in groups of so many neighbours (4, mlp_topk=0.5: 2 of 4); 0: of all
+    event_gate: bool = False  # units speak only above a learned threshold of their own
+    event_rate: float = 0.1  # the share of units that the event gates aim at
+    event_cost: float = 0.1  # weight of that aim in the loss
+    columns: int = 0  # cortical columns: the units in so many groups, gated before the up projection; 0: off
+    columns_active: int = 0  # columns that answer each token
+    compartments: int = 0  # dendritic branches of each MLP, which each see a part of the stream; 0: off
+    experts: int = 0  # routed experts; 0: off
+    experts_active: int = 0  # experts that each token visits
+    expert_width: int = 0  # units of an expert; 0: a dense MLP's units divided by experts
+    mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
+    mlp_active: float = 0.2  # share of the units that the predictor picks
 
     def __post_init__(self):
-        for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", MLPS)):
+        for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", [*ACTS, "swiglu"])):
             require(getattr(self, key) in slot, f"{key}='{getattr(self, key)}' must be {' or '.join(slot)}")
         require(self.softcap >= 0 and self.ngram_buckets >= 0, f"softcap={self.softcap} and "
                 f"ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
@@ -69,6 +84,7 @@ class GPTConfig:
         require(self.pos != "rope" or self.n_embd // self.n_head % 2 == 0,
                 f"pos='rope' rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
+        bio_modules.check(self)
 
     def model_args(self):
         """Keyword arguments that rebuild this config: nanoGPT's seven, and those not at their default."""
@@ -85,9 +101,13 @@ class Context:
     """
     mask = None
 
-    def __init__(self, positions):
-        self.positions = positions
-        self.losses = []
+    def __init__(self, positions, training=False):
+        self.positions, self.losses = positions, [] if training else None
+
+    def add_loss(self, make):
+        """Add make() to the training loss; where no loss is wanted, it is not computed."""
+        if self.losses is not None:
+            self.losses.append(make())
 
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at, (B, H, S, D)."""
@@ -216,20 +236,6 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-class MLP(nn.Module):
-    """Two projections with an activation between them, four times as wide as the stream."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias)
-        self.act = ACTS[config.act](4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, std=residual_std(config))
-        self.dropout = dropout(config)
-
-    def forward(self, x, ctx):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
-
-
 class SwiGLU(nn.Module):
     """A gated MLP with a dense one's parameters: two thirds as many units, three matrices (2002.05202)."""
 
@@ -237,25 +243,24 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = -(-8 * config.n_embd // 3 // 64) * 64
         self.c_fc = Linear(config.n_embd, 2 * hidden, config.bias)
-        self.c_proj = Linear(hidden, config.n_embd, config.bias, std=residual_std(config))
+        self.select = selector(config, hidden)
+        self.c_proj = (Linear if self.select is as_is else NeuronMajor)(hidden, config.n_embd, config.bias,
+                                                                        std=residual_std(config))
         self.dropout = dropout(config)
 
     def forward(self, x, ctx):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
-        return self.dropout(self.c_proj(F.silu(gate) * up))
-
-
-class ReLU2(nn.Module):
-    """max(x, 0) squared (2109.08668): cheap, and most units are exactly zero."""
-
-    def forward(self, x):
-        return F.relu(x).square()
+        return self.dropout(self.c_proj(self.select(F.silu(gate) * up, ctx)))
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
-ACTS = {"gelu": lambda units: nn.GELU(), "relu2": lambda units: ReLU2(), "osc": Oscillating}
-MLPS = {"gelu": MLP, "relu2": MLP, "osc": MLP, "swiglu": SwiGLU}
+
+
+def mlp(config, layer):
+    """The MLP that the flags choose: one of the bio blocks, SwiGLU, or the dense one."""
+    chosen = next((MLPS[flag] for flag in MLPS if getattr(config, flag)), None)
+    return (chosen or (SwiGLU if config.act == "swiglu" else MLP))(config, layer)
 
 
 class Block(nn.Module):
@@ -264,7 +269,7 @@ class Block(nn.Module):
         self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = NORMS[config.norm](config)
-        self.mlp = MLPS[config.act](config, layer)
+        self.mlp = mlp(config, layer)
 
     def forward(self, x, ctx):
         x = x + self.attn(self.ln_1(x), ctx)
@@ -330,13 +335,13 @@ class GPT(nn.Module):
         With targets: logits (B, T, vocab_size), cross-entropy in nats, in training mode with auxiliary terms.
         Without: logits of the last position alone, (B, 1, vocab_size), and None.
         """
-        ctx = Context(self.positions(idx.size(1)))
+        ctx = Context(self.positions(idx.size(1)), self.training)
         x = self.trunk(idx, ctx)
         if targets is None:
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, loss + self.training * sum(ctx.losses)
+        return logits, sum(ctx.losses or (), start=loss)
 
     def positions(self, T):
         """Where a sequence of T tokens stands in the position table; ValueError if it is too long."""
@@ -376,6 +381,26 @@ class GPT(nn.Module):
         model.load_state_dict(weights)
         return model
 
+    def use_policy(self, on=True):
+        """Switch decode-time shortcuts on that change the output (predicted units) -> self. They start off.
+        """
+        for module in self.modules():
+            if hasattr(module, "policy"):
+                module.policy = on
+        return self
+
+    def anneal(self, progress):
+        """Tell the mechanisms that follow a schedule how much of it has passed, in [0, 1]."""
+        for module in self.modules():
+            if hasattr(module, "anneal") and module is not self:
+                module.anneal(progress)
+
+    def parameters_by_clipping(self):
+        """Parameters in lists whose gradients are clipped apart: the model's, and those that learn aside."""
+        aside = {id(p) for m in self.modules() if getattr(m, "aside", False) for p in m.parameters()}
+        parts = ([p for p in self.parameters() if (id(p) in aside) == side] for side in (False, True))
+        return [part for part in parts if part]
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in nanoGPT's two groups, see optimizers.adamw."""
         return optimizers.adamw([p for p in self.parameters() if p.requires_grad],
@@ -385,7 +410,8 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward (PaLM, 2204.02311, appendix B)."""
         c, head = self.config, self.lm_head.weight
         lookups = sum(p.numel() for p in self.transformer.wte.parameters() if p is not head)
-        return 6 * (self.get_num_params() - lookups) + 12 * c.n_layer * c.n_embd * c.block_size
+        idle = sum(m.idle_parameters() for m in self.modules() if hasattr(m, "idle_parameters"))
+        return 6 * (self.get_num_params() - lookups - idle) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """Share of the device's peak FLOP/s that fwdbwd_per_iter sequences in dt s make; None: unknown."""

@@ -9,6 +9,7 @@ import math
 import torch
 
 from configurator import require
+from layers import Linear
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -108,7 +109,7 @@ def muon(model, weight_decay, learning_rate, betas, device_type, muon_learning_r
     """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices: momentum, then Newton-Schulz
     to an update whose singular values are near 1; AdamW for all other parameters. Update length follows
     muon_learning_rate."""
-    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    hidden = [m.weight for m in model.transformer.h.modules() if isinstance(m, Linear) and m.hidden]
     others = [p for p in model.parameters() if not any(p is q for q in hidden)]
     parts = Together(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay, momentum=momentum,
                           ns_steps=steps),

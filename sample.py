@@ -35,6 +35,7 @@ class SampleConfig:
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
     overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
+    policy: bool = False  # take the shortcuts that a model was trained for: predicted units (mlp_predict)
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -83,7 +84,7 @@ def main(cfg):
     model, tokenizer = load(cfg.init_from, cfg.out_dir)
     sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
-    model.to(device=place.device, dtype=place.dtype)
+    model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
     ids = tokenizer.encode(prompt_of(cfg.start))

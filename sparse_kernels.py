@@ -4,6 +4,7 @@ CPU kernels are C, compiled by the machine's own compiler at first use (a quarte
 user's cache folder) and called through ctypes: a call costs 2 us, where a library's matrix product costs 20.
 They share PyTorch's OpenMP threads.
 """
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -78,7 +79,7 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K) {
 }
 """
 
-# for fp32 and bf16; attend: one query per head, q, y (B, H, D), k, v (B, H, S, D), last axis dense
+# Made for fp32 and for bf16. attend: one query per head, q, y (B, H, D), k, v (B, H, S, D), last axis dense
 EACH_TYPE = r"""
 void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long N, long K, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
@@ -109,6 +110,72 @@ void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, l
         for (long d = 0; d < D; d++) y[bh * D + d] = down_NAME(sums[d] / total);
     }
 }
+/* y[m, i] = w[rows[i]] . x[m] + bias[rows[i]]: each row of w in `rows` is read once */
+void rows_dot_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, const long *rows, TYPE *y,
+                   long M, long n, long K, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) {
+        const TYPE *row = w + rows[i] * K;
+        float start = bias ? up_NAME(bias[rows[i]]) : 0.0f;
+        for (long m = 0; m < M; m++) y[m * n + i] = down_NAME(start + dot_NAME(row, x + m * K, K));
+    }
+}
+
+/* y[m] = sum_i a[m, i] w[rows ? rows[i] : i] + bias: rows of zeros in a are never read */
+void rows_sum_NAME(const TYPE *a, const TYPE *w, const TYPE *bias, const long *rows, TYPE *y,
+                   long M, long n, long C, int threads) {
+    long chunk = (C / threads + 31) / 32 * 32;
+    chunk = chunk ? chunk : 32;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < C; from += chunk) {
+        long width = C - from < chunk ? C - from : chunk;
+        for (long m = 0; m < M; m++) {
+            float sums[width];
+            for (long c = 0; c < width; c++) sums[c] = bias ? up_NAME(bias[from + c]) : 0.0f;
+            for (long i = 0; i < n;) {
+                const TYPE *row[4];
+                float by[4] = {0};
+                int live = 0;
+                for (; i < n && live < 4; i++) {
+                    by[live] = up_NAME(a[m * n + i]);
+                    row[live] = w + (rows ? rows[i] : i) * C + from;
+                    if (by[live] != 0) __builtin_prefetch(row[live]), live++;
+                }
+                if (live == 4)
+                    for (long c = 0; c < width; c++)
+                        sums[c] += by[0] * up_NAME(row[0][c]) + by[1] * up_NAME(row[1][c])
+                                 + by[2] * up_NAME(row[2][c]) + by[3] * up_NAME(row[3][c]);
+                else
+                    for (int l = 0; l < live; l++)
+                        for (long c = 0; c < width; c++) sums[c] += by[l] * up_NAME(row[l][c]);
+            }
+            for (long c = 0; c < width; c++) y[m * C + from + c] = down_NAME(sums[c]);
+        }
+    }
+}
+
+/* rows = where the k largest of n scores are, ascending; of equal ones the first */
+void largest_NAME(const TYPE *scores, long *rows, long n, long k) {
+    float part[n];
+    for (long i = 0; i < n; i++) part[i] = up_NAME(scores[i]);
+    for (long low = 0, high = n - 1, want = k - 1; low < high;) {         /* Hoare's select, descending */
+        float pivot = part[(low + high) / 2];
+        long i = low, j = high;
+        while (i <= j) {
+            while (part[i] > pivot) i++;
+            while (part[j] < pivot) j--;
+            if (i <= j) { float t = part[i]; part[i++] = part[j]; part[j--] = t; }
+        }
+        if (want <= j) high = j; else if (want >= i) low = i; else break;
+    }
+    float edge = part[k - 1];
+    long above = 0, put = 0;
+    for (long i = 0; i < n; i++) above += up_NAME(scores[i]) > edge;
+    for (long i = 0, ties = k - above; i < n && put < k; i++) {
+        float s = up_NAME(scores[i]);
+        if (s > edge || (s == edge && ties-- > 0)) rows[put++] = i;
+    }
+}
 """
 for kind, name in (("float", "f32"), ("uint16_t", "bf16")):
     SOURCE += EACH_TYPE.replace("TYPE", kind).replace("NAME", name)
@@ -134,7 +201,10 @@ def cpu_library():
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"attend_{name}").argtypes = ([pointer] * 4 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
-    return library, "C kernels for single-token decode"
+        for kernel in ("rows_dot", "rows_sum"):
+            getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
+        getattr(library, f"largest_{name}").argtypes = [pointer] * 2 + [number] * 2
+    return library, "C kernels for decode steps"
 
 
 def compiled(compiler):
@@ -196,6 +266,109 @@ def takes_matvec(x, weight):
     return (inferring() and x.numel() == weight.size(1) and x.device.type == "cpu"
             and x.dtype == weight.dtype and x.dtype in NAMES and weight.is_contiguous() and x.is_contiguous()
             and cpu_library()[0] is not None)
+
+
+# ------------------------------------------------ rows of a matrix ---------------------------------------
+
+FEW = 8                                          # tokens of a decode step whose live rows are gathered
+tally = None                                     # a Tally while `counting`
+
+
+class Tally:
+    """Work that the products of a decode step have really executed, from the shapes that they ran on."""
+
+    def __init__(self):
+        self.macs = self.bytes = 0
+
+    def add(self, tokens, rows, width, weight):
+        self.macs += tokens * rows * width
+        self.bytes += rows * width * weight.element_size()
+
+
+@contextlib.contextmanager
+def counting():
+    """Count what products of weights execute inside the block -> a Tally."""
+    global tally
+    tally = Tally()
+    try:
+        yield tally
+    finally:
+        tally = None
+
+
+def takes_rows(x):
+    """May a layer gather the rows of its live units for these tokens (..., K)? A few tokens on a CPU, in
+    inference mode; a GPU needs a kernel that chooses rows without the host, and many tokens use all rows."""
+    return inferring() and x.numel() <= FEW * x.size(-1) and x.device.type == "cpu"
+
+
+def has_kernel(*tensors):
+    """Are the C kernels built, and are these contiguous and of one dtype that they take?"""
+    dtype = tensors[0].dtype
+    return (cpu_library()[0] is not None and dtype in NAMES
+            and all(t.is_contiguous() and t.dtype == dtype for t in tensors))
+
+
+def pointer(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_dot_reference(x, weight, bias, rows):
+    """x (..., K), weight (H, K), bias (H,) or None, rows (n,) int64 -> (..., n): products of those rows."""
+    return F.linear(x, weight[rows], None if bias is None else bias[rows])
+
+
+def rows_dot(x, weight, bias, rows):
+    """As the reference, reading n*K weights and copying none. CPU, x contiguous, of `takes_rows`."""
+    if tally is not None:
+        tally.add(x.numel() // x.size(-1), len(rows), x.size(-1), weight)
+    if not has_kernel(x, weight):
+        return rows_dot_reference(x, weight, bias, rows)
+    K, n = x.size(-1), len(rows)
+    y = x.new_empty(*x.shape[:-1], n)
+    kernel = getattr(cpu_library()[0], "rows_dot_" + NAMES[x.dtype])
+    kernel(weight.data_ptr(), x.data_ptr(), pointer(bias), rows.data_ptr(), y.data_ptr(), x.numel() // K, n,
+           K, torch.get_num_threads())
+    return y
+
+
+def rows_sum_reference(a, weight, bias, rows=None):
+    """a (..., n), weight (H, C) with one row per unit, bias (C,) or None, rows (n,) or None for all (n = H)
+    -> (..., C), the sum of the rows weighted by a. Rows where a is zero for every token are not read."""
+    live = a.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+    y = a[..., live] @ weight[live if rows is None else rows[live]]
+    return y if bias is None else y + bias
+
+
+def rows_sum(a, weight, bias, rows=None):
+    """As the reference; sums in fp32, no row copied. CPU, a contiguous, of `takes_rows`."""
+    if tally is not None:
+        live = a.flatten(0, -2) != 0
+        tally.macs += int(live.sum()) * weight.size(1)
+        tally.bytes += int(live.any(dim=0).sum()) * weight.size(1) * weight.element_size()
+    if not has_kernel(a, weight):
+        return rows_sum_reference(a, weight, bias, rows)
+    n, C = a.size(-1), weight.size(1)
+    y = a.new_empty(*a.shape[:-1], C)
+    kernel = getattr(cpu_library()[0], "rows_sum_" + NAMES[a.dtype])
+    kernel(a.data_ptr(), weight.data_ptr(), pointer(bias), pointer(rows), y.data_ptr(), y.numel() // C, n, C,
+           torch.get_num_threads())
+    return y
+
+
+def largest_reference(scores, k):
+    """scores (n,) -> (k,) int64: where the k largest are, ascending."""
+    return scores.topk(k, sorted=False).indices.sort().values
+
+
+def largest(scores, k):
+    """As the reference; of equal scores the first win. One token's scores on a CPU, contiguous."""
+    if not has_kernel(scores) or len(scores) > LONGEST:
+        return largest_reference(scores, k)
+    rows = torch.empty(k, dtype=torch.int64)
+    kernel = getattr(cpu_library()[0], "largest_" + NAMES[scores.dtype])
+    kernel(scores.data_ptr(), rows.data_ptr(), len(scores), k)
+    return rows
 
 
 # ------------------------------------------------ attention of one query ----------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import bio_modules
 import checkpoint as ckpt
 import dataset as datasets
 import optimizers
@@ -55,6 +56,7 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # Adam's decay of the mean
     beta2: float = 0.95  # Adam's decay of the mean square
     grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
+    mlp_topk_anneal: int = 0  # iterations over which mlp_topk falls from 1 to its value
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
     muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
     muon_momentum: float = 0.95  # muon's decay of the mean gradient
@@ -79,7 +81,7 @@ class TrainConfig(GPTConfig):
                     "batch_size", "max_skipped_steps"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         for key in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip",
-                    "vocab_size"):
+                    "vocab_size", "mlp_topk_anneal"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must be in [0, 1)")
@@ -189,6 +191,7 @@ say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_mode
     f"parameters without positions; data {data_dir}, vocabulary {model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
+clipped = raw_model.parameters_by_clipping()                   # each list has a gradient norm of its own
 scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
 if resumed:
     ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)
@@ -249,8 +252,8 @@ def train_step(iteration, batch):
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
-    total, norm = torch.stack((total, norm.to(total.dtype))).tolist()
+    norms = [torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf) for part in clipped]
+    total, norm = torch.stack((total, sum(norms).to(total.dtype))).tolist()
     total, stops = world.sum([total / world.size, float(stop_signal)])
     if (math.isfinite(total) and math.isfinite(norm)) or scaler.is_enabled():
         scaler.step(optimizer)                                              # a scaler skips by itself
@@ -350,7 +353,10 @@ while True:
         losses = evaluate()
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
         if world.master:
-            tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            seen = bio_modules.counters(raw_model, to_device(eval_streams["val"].batch(0))[0])
+            row |= bio_modules.summary(seen)                    # what the MLPs' units do; nothing if dense
+            tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+                       + "".join(f", {k} {row[k]:.4g}" for k in bio_modules.summary(seen)))
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
@@ -361,6 +367,7 @@ while True:
             log(row | {"seconds": seconds()})
         break
 
+    raw_model.anneal(min(1.0, iter_num / cfg.mlp_topk_anneal) if cfg.mlp_topk_anneal else 1.0)
     lr = optimizers.learning_rate(cfg, iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

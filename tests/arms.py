@@ -26,9 +26,21 @@ ARMS = {
     "untied": dict(tie_weights=False),
     "ngram": dict(ngram_buckets=64, ngram_order=4),
     "recompute": dict(recompute=True),
+    "topk": dict(mlp_topk=0.25),
+    "winners": dict(mlp_topk=0.5, mlp_topk_group=4),
+    "event_gate": dict(event_gate=True),
+    "columns": dict(columns=8, columns_active=2),
+    "compartments": dict(compartments=4),
+    "experts": dict(experts=4, experts_active=2),
+    "predict": dict(mlp_topk=0.25, mlp_predict=4),
 }
 
-PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2)}
+# different MLPs, or two rules for which units fire: construction names both flags
+KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
+RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
+         ("winners", "predict"))
+CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES}
+PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) if (a, b) not in CONFLICTS}
 
 
 def build(arm, std=None, **changes):

@@ -1,4 +1,6 @@
 """Every kernel equals its reference over many shapes; whatever it does not take goes the library's way."""
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -7,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from arms import build, tokens
+from torch.nn import functional as F
 
 import sparse_kernels as kernels
+from layers import project
 
 ROOT = Path(__file__).resolve().parents[1]
 built = pytest.mark.skipif(kernels.cpu_library()[0] is None, reason=kernels.cpu_library()[1])
@@ -47,6 +51,54 @@ def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype):
                 found = kernels.attend_one(q, k, v)
                 assert found.shape == exact.shape and found.dtype == dtype
                 torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@built
+@dtypes
+def test_gathered_rows_equal_their_references_over_120_shapes(dtype):
+    shapes = itertools.product((1, 2, 8), (5, 64), (1, 31, 64, 100, 768), (0, 1, 3, 5))
+    for seed, (tokens_, H, C, n) in enumerate(shapes):
+        weight = normal(H, C, dtype=dtype, seed=seed)
+        bias, out_bias = normal(H, dtype=dtype), normal(C, dtype=dtype)
+        rows = torch.randperm(H, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        x = normal(tokens_, 1, C, dtype=dtype, seed=seed + 1)
+        a = kernels.rows_dot_reference(x, weight, bias, rows) * (normal(tokens_, 1, n, seed=seed) > -0.5)
+        check = functools.partial(torch.testing.assert_close, atol=TOLERANCE[dtype] * C ** 0.5,
+                                  rtol=TOLERANCE[dtype])
+        for b in (bias, None):
+            check(kernels.rows_dot(x, weight, b, rows), kernels.rows_dot_reference(x, weight, b, rows))
+        for b in (out_bias, None):
+            check(kernels.rows_sum(a, weight, b, rows), kernels.rows_sum_reference(a, weight, b, rows))
+        whole = torch.zeros(tokens_, 1, H, dtype=dtype).index_copy(-1, rows, a)
+        check(kernels.rows_sum(whole, weight, None), F.linear(whole, weight.t()))
+
+
+@built
+@dtypes
+def test_the_largest_are_topks_and_of_equal_ones_the_first(dtype):
+    for seed, n in enumerate((1, 2, 7, 64, 1000, 3072)):
+        scores = normal(n, seed=seed).to(dtype).float() + torch.arange(n) * 1e-4
+        scores = scores.to(dtype) if dtype == torch.float32 else torch.randperm(n).float().bfloat16()
+        for k in {1, max(1, n // 10), n}:
+            rows = kernels.largest(scores, k)
+            assert len(rows) == k and rows.equal(rows.unique())
+            assert torch.equal(scores[rows].sort().values, scores.topk(k).values.sort().values)
+    assert kernels.largest(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
+    assert kernels.largest(torch.zeros(9, dtype=dtype), 4).tolist() == [0, 1, 2, 3]
+
+
+@built
+def test_products_are_counted_from_the_shapes_that_run():
+    weight = normal(64, 32)
+    with torch.inference_mode(), kernels.counting() as work:
+        kernels.rows_dot(normal(1, 1, 32), weight, None, torch.arange(5))
+        a = torch.zeros(2, 1, 64)
+        a[0, 0, :3], a[1, 0, 2:4] = 1.0, 1.0
+        kernels.rows_sum(a, weight, None)
+        project(normal(1, 1, 32), weight, None)
+    assert work.macs == 5 * 32 + 5 * 32 + 64 * 32                 # 3 and 2 live units; 4 different rows
+    assert work.bytes == 4 * (5 * 32 + 4 * 32 + 64 * 32)
+    assert kernels.tally is None
 
 
 @built
@@ -90,6 +142,7 @@ def test_a_decode_step_runs_on_the_kernels(monkeypatch):
 GREEDY = """
 import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests']
 from arms import build, tokens
+from torch.nn import functional as F
 import sparse_kernels
 print(sparse_kernels.cpu_library()[1])
 print(build({{}}, std=0.2).generate(tokens(1, 4), 40, temperature=0).tolist())
