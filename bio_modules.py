@@ -91,9 +91,10 @@ class GroupWinners(nn.Module):
 class EventGate(nn.Module):
     """A unit speaks only when |a| exceeds its own learned threshold: a * 1[|a| > theta].
 
-    Thresholds learn through a rectangle of one e-fold around theta (the JumpReLU estimator in log space, so
-    it fits any scale of a: 2407.14435; straight-through: 1308.3432). The loss holds event_cost times the
-    squared log ratio of the share of open gates to event_rate.
+    Thresholds learn through a kernel around theta (the JumpReLU estimator, 2407.14435; straight-through:
+    1308.3432), here in log space, so that it fits any scale of a, and with tails: a rectangle leaves gates
+    that start far too open or too shut without a gradient for ever. The loss holds event_cost times the distance
+    of the share of open gates from event_rate.
     """
     GAIN = 10.0                                  # Adam moves a parameter p by its rate: log theta = GAIN * p
 
@@ -108,12 +109,17 @@ class EventGate(nn.Module):
 
     def forward(self, a, ctx, rows=EVERY):
         gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
-        ctx.add_loss(lambda: self.cost * torch.log((gate.mean() + 1e-4) / self.rate).square())
+        ctx.add_loss(lambda: self.cost * off_target(gate.mean(), self.rate))
         return a * gate.to(a.dtype)
 
 
+def off_target(share, target):
+    """0 at the target, 1 where nothing is open, with a slope that stays finite on both sides."""
+    return ((share - target) / (share + target)).square()
+
+
 class Opened(torch.autograd.Function):
-    """1 where size > exp(edge), else 0; its slope with respect to edge is a rectangle one e-fold wide."""
+    """1 where size > exp(edge), else 0; for the slope with respect to edge the step counts as a sigmoid."""
 
     @staticmethod
     def forward(ctx, size, edge):
@@ -123,8 +129,8 @@ class Opened(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         size, edge = ctx.saved_tensors
-        near = (size.log() - edge).abs() < 0.5
-        return None, -(grad * near).sum_to_size(edge.shape)
+        soft = torch.sigmoid(size.log() - edge)
+        return None, -(grad * soft * (1 - soft)).sum_to_size(edge.shape)
 
 
 SELECTORS = {"mlp_topk_group": GroupWinners, "event_gate": EventGate, "mlp_topk": TopK}
@@ -149,7 +155,7 @@ class MLP(nn.Module):
 
     def __init__(self, config, layer, units=None):
         super().__init__()
-        units = units or 4 * config.n_embd
+        units = units or config.units()
         self.c_fc = Linear(config.n_embd, units, config.bias)
         self.act = ACTS[config.act](units)
         self.select = selector(config, units)
@@ -236,7 +242,7 @@ class Columns(Gathered):
     training forward computes all of them and multiplies by the gates; only decoding saves."""
 
     def __init__(self, config, layer):
-        super().__init__(config, layer, config.columns, 4 * config.n_embd // config.columns)
+        super().__init__(config, layer, config.columns, config.units() // config.columns)
         self.gate = ColumnGate(config)
 
     def many(self, x, ctx, gates):
@@ -284,7 +290,7 @@ class Experts(Gathered):
 
     def __init__(self, config, layer):
         super().__init__(config, layer, config.experts,
-                         config.expert_width or 4 * config.n_embd // config.experts)
+                         config.expert_width or config.units() // config.experts)
         self.gate = ExpertGate(config)
 
     def idle_parameters(self):
@@ -314,7 +320,7 @@ class Dendritic(MLP):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        K, units = config.compartments, 4 * config.n_embd
+        K, units = config.compartments, config.units()
         self.c_fc = Linear(config.n_embd // K, units, config.bias)           # unit u: branch u // (units/K)
         self.mix = nn.Parameter(torch.empty(K, K))
 
@@ -341,7 +347,7 @@ class Predictive(MLP):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        units = 4 * config.n_embd
+        units = config.units()
         self.active, self.policy = max(1, round(config.mlp_active * units)), False
         self.sense = Linear(config.n_embd, config.mlp_predict, bias=False, aside=True)
         self.guess = Linear(config.mlp_predict, units, bias=True, aside=True)
@@ -404,22 +410,23 @@ def check(c):
             "all; choose one of them, or winners in groups (mlp_topk_group)")
     require(0 < c.event_rate < 1 and c.event_cost >= 0,
             f"event_rate={c.event_rate} must be in (0, 1) and event_cost={c.event_cost} not negative")
-    units, C = 4 * c.n_embd, c.n_embd
-    if c.act == "swiglu":
-        units = -(-8 * C // 3 // 64) * 64
+    units, C = c.units(), c.n_embd
+    require(c.mlp_units >= 0, f"mlp_units={c.mlp_units} must not be negative; 0 is four times n_embd")
     for flag in ("columns", "experts"):
         count, active = getattr(c, flag), getattr(c, flag + "_active")
         require(count >= 0 and (not count or 1 <= active <= count),
                 f"{flag}={count} needs {flag}_active in 1..{count}, it is {active}: type --{flag}_active=1, "
                 "for example")
         require(not count or units % count == 0, f"{flag}={count} must divide the {units} units of the MLP "
-                                                 f"(4 * n_embd={C})")
+                                                 f"(mlp_units, or 4 * n_embd={C})")
     if c.experts:
         require(c.expert_width >= 0,
                 f"expert_width={c.expert_width} must not be negative; 0 splits the units")
         units = c.experts * c.expert_width or units
-    require(c.compartments >= 0 and (not c.compartments or C % c.compartments == 0),
-            f"n_embd={C} is not divisible by compartments={c.compartments}: each branch sees an equal part")
+    K = c.compartments
+    require(K >= 0 and (not K or C % K == 0),
+            f"n_embd={C} is not divisible by compartments={K}: each branch sees an equal part")
+    require(not K or units % K == 0, f"the {units} units of the MLP are not divisible by compartments={K}")
     g = c.mlp_topk_group
     require(g >= 0 and (not g or c.mlp_topk < 1),
             f"mlp_topk_group={g} needs mlp_topk below 1: type --mlp_topk=0.5")

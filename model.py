@@ -55,6 +55,7 @@ class GPTConfig:
     ngram_buckets: int = 0  # rows of a hashed n-gram table added to the embedding; 0: off
     ngram_order: int = 3  # longest n-gram in that table
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
+    mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
     # --- the MLP's bio mechanisms ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
     mlp_topk_group: int = 0  # winners in groups of so many neighbours (4, mlp_topk=0.5: 2 of 4); 0: of all
@@ -85,6 +86,11 @@ class GPTConfig:
                 f"pos='rope' rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
         bio_modules.check(self)
+
+    def units(self):
+        """Hidden units of an MLP."""
+        dense = {"swiglu": -(-8 * self.n_embd // 3 // 64) * 64}.get(self.act, 4 * self.n_embd)
+        return self.mlp_units or dense
 
     def model_args(self):
         """Keyword arguments that rebuild this config: nanoGPT's seven, and those not at their default."""
@@ -241,7 +247,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        hidden = -(-8 * config.n_embd // 3 // 64) * 64
+        hidden = config.units()
         self.c_fc = Linear(config.n_embd, 2 * hidden, config.bias)
         self.select = selector(config, hidden)
         self.c_proj = (Linear if self.select is as_is else NeuronMajor)(hidden, config.n_embd, config.bias,

@@ -26,6 +26,7 @@ ARMS = {
     "untied": dict(tie_weights=False),
     "ngram": dict(ngram_buckets=64, ngram_order=4),
     "recompute": dict(recompute=True),
+    "units": dict(mlp_units=48),
     "topk": dict(mlp_topk=0.25),
     "winners": dict(mlp_topk=0.5, mlp_topk_group=4),
     "event_gate": dict(event_gate=True),
