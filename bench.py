@@ -464,11 +464,12 @@ DOCUMENTED = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, bl
                   n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0)
 VALIDATION = dict(batches=200, batch_size=12, block_size=64)     # the fixed batches that judge both sides
 FAIR = "nanoGPT's model and AdamW in our train.py"
-ABLATIONS = {                                    # what is taken out of the race's config, one at a time
-    "rmsnorm": dict(norm="layernorm"), "rope": dict(pos="learned"), "qk_norm": dict(qk_norm=False),
-    "relu2": dict(act="gelu"), "zero_init": dict(zero_init=False), "n-gram table": dict(ngram_buckets=0),
-    "4- and 5-grams": dict(ngram_order=3), "4 Newton-Schulz steps": dict(muon_steps=5),
-    "muon": dict(optimizer="adamw"), "linear decay": dict(lr_schedule="cosine"),
+CHANGES = {                                      # to the race's config, one at a time
+    "no n-gram table": dict(ngram_buckets=0), "n-grams up to 3": dict(ngram_order=3),
+    "AdamW for all": dict(optimizer="adamw"), "5 Newton-Schulz steps": dict(muon_steps=5),
+    "cosine decay": dict(lr_schedule="cosine"), "learned positions": dict(pos="learned"),
+    "no qk_norm": dict(qk_norm=False), "GELU": dict(act="gelu"), "tied head": dict(tie_weights=True),
+    "RMSNorm": dict(norm="rmsnorm"), "zero_init": dict(zero_init=True),
 }
 
 
@@ -479,7 +480,7 @@ class Race(Bench):
     threads: int = 2  # CPU threads of both sides
     input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
     config: str = "config/race_shakespeare_cpu.py"  # config file of our side
-    ablate: bool = False  # also run ours with each switch taken out, one at a time
+    ablate: bool = False  # also run ours with each of its choices changed, one at a time
     plot: str = ""  # also draw training loss against seconds and tokens into this PNG (needs matplotlib)
 
     def __post_init__(self):
@@ -499,8 +500,8 @@ def race(cfg):
                  OURS: lambda seed: race_ours(cfg, data, work, seed, ROOT / cfg.config),
                  FAIR: lambda seed: race_ours(cfg, data, work, seed, fair)}
         if cfg.ablate:
-            sides |= {f"ours without {name}": partial(race_without, cfg, data, work, change)
-                      for name, change in ABLATIONS.items()}
+            sides |= {f"ours, {name}": partial(race_changed, cfg, data, work, change)
+                      for name, change in CHANGES.items()}
         runs = {name: [] for name in sides}
         for seed in range(cfg.repeats):
             for name, run in sides.items():
@@ -509,7 +510,7 @@ def race(cfg):
     return race_report(cfg, runs)
 
 
-def race_without(cfg, data, work, change, seed):
+def race_changed(cfg, data, work, change, seed):
     return race_ours(cfg, data, work, seed, ROOT / cfg.config, **change)
 
 

@@ -11,27 +11,26 @@ block_size = 64
 batch_size = 12
 gradient_accumulation_steps = 1
 
-norm = 'rmsnorm'
 pos = 'rope'
 qk_norm = True
 act = 'relu2'
-zero_init = True
+tie_weights = False
 ngram_buckets = 32768
 ngram_order = 5
 
 optimizer = 'muon'
 muon_learning_rate = 0.02
-muon_momentum = 0.8
+muon_momentum = 0.7
 muon_steps = 4
 learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = 'linear'
 weight_decay = 0.0
-beta1 = 0.8
+beta1 = 0.7
 beta2 = 0.99
 warmup_iters = 0
-max_iters = 95
-lr_decay_iters = 95
+max_iters = 80
+lr_decay_iters = 80
 
 eval_interval = 1000
 eval_iters = 10
