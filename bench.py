@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -37,12 +39,13 @@ import runtime
 import sparse_kernels
 import tokenizer as tokenizers
 from configurator import ConfigError, close_match, configure, require, say_and_exit
-from model import GPT, GPTConfig
+from model import GPT, Context, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
 SCHEMA = 1                                      # of the JSON record; rises when a field changes its meaning
 QUIET = 0.5                                     # load average above which other work disturbs the timings
 PEER, OURS, OURS_FP32 = "nanoGPT", "ours", "ours float32"
+NO_CONTEXT = Context(slice(0, 1))
 CLONE = "type git clone https://github.com/karpathy/nanoGPT and --nanogpt=nanoGPT"
 
 
@@ -572,13 +575,10 @@ def judged(out_dir, data, seconds, tokens, curve):
     """What a run cost, and its checkpoint's loss on the fixed validation batches, in fp32."""
     path = checkpoint.find(out_dir)
     model = checkpoint.build_model(checkpoint.load(path), path).eval()
-    stream = datasets.TokenStream(data, "val", VALIDATION["block_size"], VALIDATION["batch_size"], seed=0)
-    with torch.no_grad():
-        losses = [model(*stream.batch(k))[1].item() for k in range(VALIDATION["batches"])]
     held, c = model.get_num_params(), model.config
     touched = held - max(0, c.ngram_buckets - (c.ngram_order - 1)) * c.n_embd * (c.ngram_buckets > 0)
-    return {"val_loss": statistics.fmean(losses), "seconds": seconds, "tokens": tokens, "parameters": held,
-            "parameters_touched_per_token": touched, "curve": curve}
+    return {"val_loss": fixed_loss(model, data, VALIDATION), "seconds": seconds, "tokens": tokens,
+            "parameters": held, "parameters_touched_per_token": touched, "curve": curve}
 
 
 def race_report(cfg, runs):
@@ -604,14 +604,20 @@ def race_report(cfg, runs):
     return {"measurements": results, "line": line, "passed": passed, "validation": VALIDATION, "runs": runs}
 
 
-def draw_race(path, runs, line):
-    """Training loss against seconds in the loop and against tokens, one curve a seed; the line to pass."""
+def pyplot():
+    """matplotlib's, drawing into files."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
+    return plt
+
+
+def draw_race(path, runs, line):
+    """Training loss against seconds in the loop and against tokens, one curve a seed; the line to pass."""
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for color, name in zip(("tab:gray", "tab:red", "tab:blue"), (PEER, OURS, FAIR)):
         for number, run in enumerate(runs[name]):
@@ -625,6 +631,270 @@ def draw_race(path, runs, line):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=2, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.88))
     figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------ mlp ---------------------------------------------------
+
+COLD = 128 * 2**20                              # bytes of weight copies in a round: more than caches hold
+DENSE, DENSE_FP32 = "F.linear, bfloat16", "F.linear, float32"
+
+
+@dataclass(frozen=True)
+class Mlp(Bench):
+    """One token through one MLP: what reading the live rows alone saves beside dense F.linear."""
+    threads: int = 1  # CPU threads; more than one collapse where the machine is shared
+    widths: str = "768"  # widths of the stream, by commas; the MLP has four times as many units
+    predict: int = 64  # rank of the predictor
+    active: float = 0.2  # share of the units that the predictor picks
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(all(w.isdigit() and int(w) >= 32 and int(w) % 32 == 0 for w in self.widths.split(",")),
+                f"widths='{self.widths}' must be multiples of 32, by commas: type --widths=384,768")
+        require(self.predict >= 1 and 0 < self.active <= 1,
+                f"predict={self.predict} must be 1 or more and active={self.active} in (0, 1]")
+
+
+def mlp(cfg):
+    """Each side goes once through copies of its weights that no cache holds, with an input each."""
+    print(sparse_kernels.path_taken(torch.device("cpu")))
+    measurements, work = {}, {}
+    arms = {"dense": dict(act="gelu"), "top 10%": dict(mlp_topk=0.1),
+            "columns 3 of 32": dict(columns=32, columns_active=3),
+            f"predicted {cfg.active:.0%}": dict(mlp_topk=0.1, mlp_predict=cfg.predict,
+                                                mlp_active=cfg.active)}
+    for width in map(int, cfg.widths.split(",")):
+        sides, copies = {}, {}
+        for dtype in (torch.bfloat16, torch.float32):
+            ending = str(dtype).removeprefix("torch.")
+            for arm, flags in arms.items():
+                mlps, inputs = cold_mlps(width, flags, dtype)
+                name = f"{arm}, {ending}"
+                sides[name], copies[name] = partial(through, mlps, inputs), len(mlps)
+                work[f"{name}, {width}"] = work_of(mlps[0], inputs[0])
+                if arm == "dense":
+                    name = f"F.linear, {ending}"
+                    sides[name], copies[name] = partial(through_linears, mlps, inputs), len(mlps)
+                elif dtype == torch.bfloat16:
+                    sides[f"{name}, torch alone"] = partial(without_kernels, sides[name])
+                    copies[f"{name}, torch alone"] = len(mlps)
+        us = {name: [1e6 * s / copies[name] for s in values]
+              for name, values in interleave(sides, cfg.repeats).items()}
+        measurements[f"width {width}"] = result = measurement("us", us)
+        result["against"] = {base: {name: statistics.median(us[base]) / statistics.median(values)
+                                    for name, values in us.items()} for base in (DENSE, DENSE_FP32)}
+        print(f"one token, {width} to {4 * width} to {width}, us: median (min to max); times faster than "
+              f"{DENSE} and than {DENSE_FP32}")
+        for name, s in result["sides"].items():
+            faster = "".join(f"{ratios[name]:8.2f}x" for ratios in result["against"].values())
+            print(f"  {name:40}{s['median']:8.1f}  ({s['min']:.1f} to {s['max']:.1f}){faster}")
+    kernels = sparse_kernels.path_taken(torch.device("cpu"))
+    return {"measurements": measurements, "work": work, "kernels": kernels}
+
+
+def cold_mlps(width, flags, dtype):
+    """Copies of one MLP, together larger than caches, and an input (1, 1, width) for each."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=width, bias=False, vocab_size=1, block_size=1,
+                       **dict(act="relu2") | flags)
+    model = GPT(config, seed=0).eval().to(dtype).use_policy()
+    copies = max(2, COLD // (8 * width * width * dtype.itemsize))
+    mlps = [copy.deepcopy(model.transformer.h[0].mlp) for _ in range(copies)]
+    return mlps, torch.randn(copies, 1, 1, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@torch.inference_mode()
+def through(mlps, inputs):
+    for one, x in zip(mlps, inputs):
+        one(x, NO_CONTEXT)
+
+
+@torch.inference_mode()
+def through_linears(mlps, inputs):
+    """The dense MLP as PyTorch alone computes it."""
+    linear, relu = torch.nn.functional.linear, torch.nn.functional.relu
+    for one, x in zip(mlps, inputs):
+        linear(relu(linear(x, one.c_fc.weight)).square(), one.c_proj.weight)
+
+
+def without_kernels(run):
+    with mock.patch.object(sparse_kernels, "cpu_library", lambda: (None, "off")):
+        run()
+
+
+def work_of(one, x):
+    """Multiply-adds of weights and bytes of weights of one call, counted as they are executed."""
+    with torch.inference_mode(), sparse_kernels.counting() as work:
+        one(x, NO_CONTEXT)
+    return {"macs": work.macs, "bytes": work.bytes}
+
+
+# ------------------------------------------------ quality -----------------------------------------------
+
+TWIN = "dense"
+ARMS = {                                         # a file in config/, or keys
+    TWIN: {}, "dense/4": dict(mlp_units=128), "dense/2": dict(mlp_units=256), "gelu": dict(act="gelu"),
+    "osc": "bio_osc", "predict": "bio_predict", "winners": "bio_winners", "event": "bio_event",
+    "columns": "bio_columns", "columns*4": dict(columns=16, columns_active=4, mlp_units=2048),
+    "dendrites": "bio_dendrites", "experts": "bio_experts"}
+COUNTED = ("dead", "active", "zeros", "recall")
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Quality(Bench):
+    """Validation loss of every block beside its dense twin: the same data, seeds, recipe and iterations."""
+    repeats: int = 3  # seeds
+    threads: int = 1  # CPU threads of a run
+    jobs: int = 1  # runs at a time; above 1 their ms per step mean nothing
+    config: str = "config/compare_pylib.py"  # the recipe
+    arms: str = ""  # some of the arms, by commas; empty: all
+    iters: int = 0  # iterations; 0: the recipe's
+    plot: str = ""  # also draw loss against the share of units read into this PNG (needs matplotlib)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1")
+        require(os.path.isfile(ROOT / self.config), f"config='{self.config}' does not exist")
+        unknown = [name for name in self.arms.split(",") if name and name not in ARMS]
+        require(not unknown, f"arms='{self.arms}': {unknown[:1]} must be among {', '.join(ARMS)}")
+
+
+def quality(cfg):
+    data = datasets.prepare_if_missing("pylib").resolve()
+    wanted = [name for name in cfg.arms.split(",") if name] or list(ARMS)
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(cfg.jobs) as pool:
+        todo = [(arm, seed) for seed in range(cfg.repeats) for arm in wanted]
+        done = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), todo))
+    runs = {arm: [run for (name, _), run in zip(todo, done) if name == arm] for arm in wanted}
+    losses = measurement("nats", {arm: [run["val_loss"] for run in runs[arm]] for arm in wanted})
+    print(f"val loss, mean of {cfg.repeats} seeds (least to most); mean difference to the dense twin; "
+          "parameters; shares of zeros")
+    for arm, found in runs.items():
+        values = [run["val_loss"] for run in found]
+        paired = [a - b["val_loss"] for a, b in zip(values, runs.get(TWIN, ()))]
+        losses["sides"][arm] |= {"mean": statistics.fmean(values), "to_twin": paired}
+        print(f"  {arm:32}{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+              + (f"  {statistics.fmean(paired):+.4f}" if paired else "")
+              + f"  {found[0]['parameters']:,}  {tell_counters(found[0])}")
+        for share in found[0]["policy"]:
+            print(f"    {float(share):5.0%} of the units read: "
+                  f"{statistics.fmean(run['policy'][share] for run in found):.4f}")
+    if cfg.plot:
+        draw_quality(cfg.plot, runs)
+    return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "runs": runs}
+
+
+QUALITY_VALIDATION = dict(batches=100, batch_size=16, block_size=128)
+
+
+def quality_run(cfg, data, work, arm, seed):
+    """Train one arm with one seed in a process of its own -> its losses and counters."""
+    flags, out_dir = ARMS[arm], work / f"{list(ARMS).index(arm)}_{seed}"
+    files = [cfg.config] + ([f"config/{flags}.py"] if isinstance(flags, str) else [])
+    keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu")
+    keys |= {} if isinstance(flags, str) else flags
+    keys |= dict.fromkeys(("max_iters", "lr_decay_iters", "eval_interval"), cfg.iters) if cfg.iters else {}
+    _, seconds = timed_script(ROOT / "train.py", [str(ROOT / file) for file in files], keys, work, cfg)
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = checkpoint.find(out_dir)
+    model = checkpoint.build_model(checkpoint.load(path), path).eval()
+    found = {"val_loss": fixed_loss(model, data, QUALITY_VALIDATION), "policy": {}, "seconds": seconds,
+             "ms": statistics.median(row["ms"] for row in rows if "ms" in row),
+             "parameters": model.get_num_params(),
+             "counters": {k: v for k, v in rows[-1].items() if k.startswith(COUNTED)}}
+    for share in SHARES if model.config.mlp_predict else ():
+        for block in model.use_policy().transformer.h:
+            block.mlp.active = max(1, round(share * model.config.units()))
+        found["policy"][str(share)] = fixed_loss(model, data, QUALITY_VALIDATION)
+    shutil.rmtree(out_dir)
+    print(f"seed {seed}, {arm}: val loss {found['val_loss']:.4f}, {seconds:.0f} s", file=sys.stderr,
+          flush=True)
+    return found
+
+
+def fixed_loss(model, data, validation):
+    """Mean loss on fixed validation batches, in fp32."""
+    stream = datasets.TokenStream(data, "val", validation["block_size"], validation["batch_size"], seed=0)
+    with torch.no_grad():
+        return statistics.fmean(model(*stream.batch(k))[1].item() for k in range(validation["batches"]))
+
+
+def tell_counters(run):
+    return ", ".join(f"{key} {value:.4g}" for key, value in run["counters"].items())
+
+
+def draw_quality(path, runs):
+    """Loss against the share of the dense twin's MLP units that a token reads, and the dense frontier."""
+    plt = pyplot()
+    mean = {arm: statistics.fmean(run["val_loss"] for run in found) for arm, found in runs.items()}
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    dense = {0.25: "dense/4", 0.5: "dense/2", 1.0: TWIN}
+    dense = {share: mean[arm] for share, arm in dense.items() if arm in mean}
+    axis.plot(dense.keys(), dense.values(), "o-", color="black", label="dense models of that width")
+    for found in (runs.get("predict") or [])[:1]:
+        curve = {float(s): statistics.fmean(r["policy"][s] for r in runs["predict"]) for s in found["policy"]}
+        axis.plot(curve.keys(), curve.values(), "o-", color="tab:red", label="predicted units of top 10%")
+        axis.axhline(mean["predict"], color="tab:red", lw=0.8, ls=":", label="exact top 10%, W_up read whole")
+    for arm, share in (("columns", 0.25), ("columns*4", 1.0), ("experts", 0.25)):
+        if arm in mean:
+            axis.plot([share], [mean[arm]], "s", label=arm)
+    axis.set(xlabel="share of the dense twin's units whose weights a token reads", xscale="log",
+             ylabel="validation loss, nats")
+    axis.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0], ["5%", "10%", "20%", "50%", "100%"])
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------ memory ------------------------------------------------
+
+@dataclass(frozen=True)
+class Memory(Bench):
+    """GPU memory of a training run, computed: weights, gradients, optimizer, what backward keeps."""
+    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide, block 1024) or baby (6 layers, 384 wide, block 256)
+    cards: str = "8,12,24"  # GiB of the cards, by commas
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.shape in SHAPES, f"shape='{self.shape}' must be {' or '.join(SHAPES)}")
+        require(all(card.isdigit() for card in self.cards.split(",")),
+                f"cards='{self.cards}' must be whole GiB by commas: type --cards=8,12,24")
+
+
+def memory(cfg):
+    """Bytes that autograd keeps for one sequence, summed over what a real bf16 forward saves on
+    a CPU, with and without recompute; the largest batch that fits a card less 1 GiB for all else."""
+    found, T = {}, SHAPES[cfg.shape]["block_size"]
+    for recompute in (False, True):
+        model = GPT(GPTConfig(**SHAPES[cfg.shape], recompute=recompute), seed=0).train()
+        model.compute_dtype = torch.bfloat16
+        parameters, V = sum(p.numel() for p in model.parameters()), model.config.vocab_size
+        fixed, sequence = 16 * parameters, saved_bytes(model, T) + 6 * V * T    # 6 V: the logits' gradients
+        fits = {card: max(0, int((int(card) - 1) * 2**30 - fixed) // sequence)
+                for card in cfg.cards.split(",")}
+        found[f"recompute={recompute}"] = dict(fixed=fixed, sequence=sequence, batch_size=fits)
+        print(f"{cfg.shape}, recompute={recompute}: {fixed / 2**30:.2f} GiB of weights, gradients and AdamW, "
+              f"{sequence / 2**20:.0f} MiB a sequence of {T}; largest batch_size: "
+              + ", ".join(f"{batch} in {card} GiB ({(fixed + batch * sequence) / 2**30:.1f} used)"
+                          for card, batch in fits.items()))
+    return {"measurements": {}, "memory": found}
+
+
+def saved_bytes(model, T):
+    """Bytes of the storages that one forward of T tokens saves for backward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage     # held, so that no address is counted twice
+        return tensor
+
+    idx = torch.zeros(1, T, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(idx, idx)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 # ------------------------------------------------ readme ------------------------------------------------
@@ -659,16 +929,55 @@ def with_table(text, table):
 
 def results_table(folder):
     """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
-    lines = ["| measured | ours | nanoGPT | ratio | record |", "|---|---|---|---|---|"]
+    lines, blocks, mlps = [], [], []
     places = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, result in record.get("measurements", {}).items():
             lines += table_rows(record, name, result, path)
+        blocks += quality_rows(record, path) if record["subcommand"] == "quality" else []
+        mlps += mlp_rows(record, path) if record["subcommand"] == "mlp" else []
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
-    return "\n".join([*lines, "", "Medians; " + "; ".join(dict.fromkeys(places))
+    lines = table("measured | ours | nanoGPT | ratio | record", lines)
+    lines += table("block | val loss | seeds | to its dense twin | parameters | zeros into W_down | record",
+                   blocks)
+    lines += table(f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read "
+                   "| record", mlps)
+    return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
+
+
+def table(head, rows):
+    """Lines of a markdown table with an empty one behind it; none without rows."""
+    return [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *rows, ""] if rows else []
+
+
+def quality_rows(record, path):
+    link = f"[{path.name}](results/{path.name})"
+    for arm, s in record["measurements"]["val loss"]["sides"].items():
+        first = record["runs"][arm][0]
+        zeros = first["counters"].get("zeros")
+        delta = f"{statistics.fmean(s['to_twin']):+.4f}" if s["to_twin"] and arm != TWIN else ""
+        shown = f"{zeros:.0%}" if zeros is not None else ""
+        yield (f"| {arm} | {s['mean']:.4f} ({s['min']:.4f} to {s['max']:.4f}) | {s['repeats']} | {delta} "
+               f"| {first['parameters']:,} | {shown} | {link} |")
+        for share in first["policy"]:
+            losses = [run["policy"][share] for run in record["runs"][arm]]
+            twin = [run["val_loss"] for run in record["runs"].get(TWIN, ())]
+            delta = f"{statistics.fmean(losses) - statistics.fmean(twin):+.4f}" if twin else ""
+            yield (f"| {arm}, {float(share):.0%} of the units read | {statistics.fmean(losses):.4f} "
+                   f"({min(losses):.4f} to {max(losses):.4f}) | {s['repeats']} | {delta} | | | {link} |")
+
+
+def mlp_rows(record, path):
+    for width, result in record["measurements"].items():
+        for side, s in result["sides"].items():
+            work = record["work"].get(f"{side}, {width.removeprefix('width ')}", {})
+            read = f"{work['bytes'] / 2**20:.2f} MiB" if work else ""
+            yield (f"| {width}: {side} | {figure(s)} | {result['against'][DENSE][side]:.2f}x "
+                   f"| {result['against'][DENSE_FP32][side]:.2f}x | {read} "
+                   f"| [{path.name}](results/{path.name}) |")
 
 
 def table_rows(record, name, result, path):
@@ -676,7 +985,7 @@ def table_rows(record, name, result, path):
     config = record["config"]
     what = f"{record['subcommand']} {config.get('shape', '')}".strip() + f": {name}, {result['unit']}"
     for side, s in result["sides"].items() if peer else ():
-        if side != PEER:
+        if side != PEER and not side.startswith("ours, "):      # a changed recipe is in the record alone
             ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
             label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
             yield f"| {label} | {figure(s)} | {figure(peer)} | {ratio} | [{path.name}](results/{path.name}) |"
@@ -692,6 +1001,9 @@ COMMANDS = {
     "train": (Train, train),
     "decode": (Decode, decode),
     "race": (Race, race),
+    "mlp": (Mlp, mlp),
+    "quality": (Quality, quality),
+    "memory": (Memory, memory),
     "readme": (Readme, readme),
 }
 

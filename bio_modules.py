@@ -93,8 +93,8 @@ class EventGate(nn.Module):
 
     Thresholds learn through a kernel around theta (the JumpReLU estimator, 2407.14435; straight-through:
     1308.3432), here in log space, so that it fits any scale of a, and with tails: a rectangle leaves gates
-    that start far too open or too shut without a gradient for ever. The loss holds event_cost times the distance
-    of the share of open gates from event_rate.
+    that start far too open or too shut without a gradient for ever. The loss holds event_cost times how far
+    the share of open gates is from event_rate.
     """
     GAIN = 10.0                                  # Adam moves a parameter p by its rate: log theta = GAIN * p
 

@@ -29,8 +29,8 @@ weight_decay = 0.0
 beta1 = 0.7
 beta2 = 0.99
 warmup_iters = 0
-max_iters = 80
-lr_decay_iters = 80
+max_iters = 75
+lr_decay_iters = 75
 
 eval_interval = 1000
-eval_iters = 10
+eval_iters = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Trainer, same, words
+from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, same, words
 
 import checkpoint
 import dataset
@@ -42,6 +42,35 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, fi
     same(train.checkpoint(), whole.checkpoint(), skip=TIMES)
     assert train.losses() == whole.losses()
     assert len(train.losses()) == 16
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "config").glob("bio_*.py")), ids=lambda path: path.stem)
+def test_every_block_trains_stops_resumes_and_samples(train, file):
+    def keys(name, **more):
+        more = dict(max_iters=8, n_embd=32, optimizer="muon") | more
+        return [str(file), *words(out_dir=train.folder / name, **more)]
+    train(*keys("whole"))
+    train(*keys("parts", max_iters=4))
+    train.resume(out="parts", max_iters=8)
+    same(train.checkpoint("parts"), train.checkpoint("whole"), skip=TIMES)
+    assert train.losses("parts") == train.losses("whole") and len(train.losses("whole")) == 8
+    assert file.stem == "bio_osc" or {"zeros", "dead_units"} & train.metrics("whole")[-1].keys() \
+        or "active_groups" in train.metrics("whole")[-1]
+    sampling = words(out_dir=train.folder / "whole", num_samples=1, max_new_tokens=12, device="cpu", seed=3)
+    texts = [Job("sample.py", [*sampling, *words(policy=policy)], train.folder, name=f"sample{policy}").wait()
+             for policy in (False, True)]
+    assert all(text.status == 0 for text in texts), texts[0].err + texts[1].err
+    assert (texts[0].out == texts[1].out) or file.stem == "bio_predict"
+
+
+def test_an_annealed_top_k_resumes_where_it_was(train):
+    keys = dict(mlp_topk=0.25, mlp_topk_anneal=10)
+    train(out="whole", **keys)
+    train(out="parts", max_iters=7, **keys)
+    train.resume(out="parts", max_iters=16)
+    assert train.losses("parts") == train.losses("whole")
+    train(out="none", mlp_topk=0.25)
+    assert train.losses("none") != train.losses("whole")
 
 
 def test_rows_of_metrics_rise_without_duplicates_after_two_resumes(train, finished):
@@ -121,20 +150,22 @@ def in_parallel(trainer, ranks, resume=False, **keys):
     return results
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_share_one_batch_and_one_loss_curve(train, ranks):
-    keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel")
+@pytest.mark.parametrize("ranks, optimizer, tolerance", [
+    (2, "adamw", 1e-6), (2, "muon", 1e-3),                 # Newton-Schulz is in bf16: it magnifies a last bit
+    pytest.param(4, "adamw", 1e-6, marks=pytest.mark.slow)])
+def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, tolerance):
+    keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel", optimizer=optimizer)
     results = in_parallel(train, ranks, max_iters=9, **keys)
     assert "step 0:" in results[0].out and not any(result.out for result in results[1:])  # the master speaks
     in_parallel(train, ranks, resume=True, max_iters=16, **keys)
     train(**keys | dict(out="single"))
     single, parallel = train.losses("single"), train.losses("parallel")
     assert single.keys() == parallel.keys() == set(range(16))
-    assert all(abs(single[i] - parallel[i]) <= 1e-6 * single[i] for i in single)
+    assert all(abs(single[i] - parallel[i]) <= tolerance * single[i] for i in single)
     assert sorted(p.name for p in (train.folder / "parallel").iterdir()) == ["ckpt.pt", "metrics.jsonl"]
     one, many = ([row["val_loss"] for row in train.metrics(out) if "val_loss" in row] for out in ("single",
                                                                                                   "parallel"))
-    assert one == pytest.approx(many, rel=1e-6)
+    assert one == pytest.approx(many, rel=tolerance)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv there")
