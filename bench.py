@@ -200,6 +200,7 @@ class Decode(Bench):
     new: int = 128  # tokens that every side generates
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # of ours; nanoGPT runs as in its sample.py: fp32 on a CPU, autocast on CUDA
+    blocks: bool = False  # also models of this shape with bio blocks, random weights, beside their dense twin
 
     def __post_init__(self):
         super().__post_init__()
@@ -219,6 +220,10 @@ def decode(cfg):
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
+    for name, flags in (decoded_blocks(64, 0.2) if cfg.blocks else {}).items():
+        config = GPTConfig(**SHAPES[cfg.shape], act="relu2", **flags)
+        models[name] = GPT(config, seed=1337).eval().to(place.device, place.dtype).use_policy()
+        contexts[name] = contextlib.nullcontext()
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats)
     rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
@@ -226,13 +231,24 @@ def decode(cfg):
              else cached_step(model, prompt) for name, model in models.items()}
     ms = {name: [1e3 * s for s in values] for name, values in interleave(steps, 4 * cfg.repeats).items()}
     results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
-    print(f"{cfg.shape}, {parameters:,} parameters, the same weights on every side; "
+    results["decode"]["to_twin"] = {name: statistics.median(rates[name]) / statistics.median(rates[OURS])
+                                    for name in rates if name not in (PEER, OURS, OURS_FP32)}
+    print(f"{cfg.shape}, {parameters:,} parameters, the same weights on every side of them; "
           f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
     show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
+    for name, ratio in results["decode"]["to_twin"].items():
+        count = sum(p.numel() for p in models[name].parameters())
+        print(f"  {name}: {ratio:.2f}x its dense twin's tokens/s, {count:,} parameters, random weights")
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
     tell_agreement(agreement)
     return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
             "kernels": sparse_kernels.path_taken(place.device)}
+
+
+def decoded_blocks(rank, active):
+    """{name: flags} of the blocks whose decode reads a share of the MLP that no weight decides."""
+    return {"top 10%": dict(mlp_topk=0.1), "columns 3 of 32": dict(columns=32, columns_active=3),
+            f"predicted {active:.0%}": dict(mlp_topk=0.1, mlp_predict=rank, mlp_active=active)}
 
 
 def decoders(cfg, place):
@@ -659,10 +675,7 @@ def mlp(cfg):
     """Each side goes once through copies of its weights that no cache holds, with an input each."""
     print(sparse_kernels.path_taken(torch.device("cpu")))
     measurements, work = {}, {}
-    arms = {"dense": dict(act="gelu"), "top 10%": dict(mlp_topk=0.1),
-            "columns 3 of 32": dict(columns=32, columns_active=3),
-            f"predicted {cfg.active:.0%}": dict(mlp_topk=0.1, mlp_predict=cfg.predict,
-                                                mlp_active=cfg.active)}
+    arms = {"dense": dict(act="gelu")} | decoded_blocks(cfg.predict, cfg.active)
     for width in map(int, cfg.widths.split(",")):
         sides, copies = {}, {}
         for dtype in (torch.bfloat16, torch.float32):

@@ -69,8 +69,7 @@ class TopK(nn.Module):
         return super().train(mode)
 
     def forward(self, a, ctx, rows=EVERY):
-        winners = a.abs().topk(min(self.k, a.size(-1)), dim=-1, sorted=False).indices
-        return torch.zeros_like(a).scatter(-1, winners, a.gather(-1, winners))
+        return kernels.keep_largest(a, min(self.k, a.size(-1)))
 
 
 class GroupWinners(nn.Module):
@@ -83,9 +82,7 @@ class GroupWinners(nn.Module):
         self.k = round(config.mlp_topk * self.group)
 
     def forward(self, a, ctx, rows=EVERY):
-        groups = a.unflatten(-1, (-1, self.group))
-        winners = groups.abs().topk(self.k, dim=-1, sorted=False).indices
-        return torch.zeros_like(groups).scatter(-1, winners, groups.gather(-1, winners)).flatten(-2)
+        return kernels.keep_largest_reference(a.unflatten(-1, (-1, self.group)), self.k).flatten(-2)
 
 
 class EventGate(nn.Module):
@@ -197,17 +194,38 @@ class ColumnGate(nn.Module):
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
         self.register_buffer("others", 1 - torch.eye(N), persistent=False)
+        self.kept = None, None, None
 
     def init_weights(self, normal_):
         nn.init.constant_(self.inhibition, -4.0)
 
     def forward(self, x, ctx):
         s = self.router(x).float()
-        s = s - F.relu(s) @ (F.softplus(self.inhibition).view_as(self.others) * self.others).t()
+        s = s - F.relu(s) @ self.inhibits().t()
         winners = (s + self.balance).topk(self.k, dim=-1, sorted=False).indices
         gates = torch.zeros_like(s).scatter(-1, winners, s.sigmoid().gather(-1, winners))
         ctx.add_loss(lambda: self.BALANCE * (self.balance * above_mean(gates)).sum())
         return gates.to(x.dtype)
+
+    def inhibits(self):
+        """S (N, N) in fp32: what the activity of column d takes from column c."""
+        return F.softplus(self.inhibition.float()).view_as(self.others) * self.others
+
+    def few(self, x, ctx):
+        """For a few tokens: the columns that any of them opens (n,), and each token's gates of these."""
+        if x.numel() > x.size(-1):
+            return opened(self(x, ctx))
+        now = kernels.stamp(self.inhibition, self.balance)
+        if self.kept[0] != now:                  # a decode step does not compute N * N softplus again
+            self.kept = now, self.inhibits(), self.balance.float()
+        columns, gates = kernels.column_winners(self.router(x).flatten(), *self.kept[1:], self.k)
+        return columns, gates.view(*x.shape[:-1], -1)
+
+
+def opened(gates):
+    """Gates (..., N) -> the groups that any token opens (n,), and the gates of these (..., n)."""
+    groups = gates.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+    return groups, gates[..., groups]
 
 
 def above_mean(gates):
@@ -227,13 +245,13 @@ class Gathered(MLP):
         self.register_buffer("offsets", torch.arange(width), persistent=False)
 
     def forward(self, x, ctx):
-        return (self.live if kernels.takes_rows(x) else self.many)(x, ctx, self.gate(x, ctx))
+        return (self.live if kernels.takes_rows(x) else self.many)(x, ctx)
 
-    def live(self, x, ctx, gates):
+    def live(self, x, ctx):
         """A few tokens: the union of the groups that any of them opens."""
-        open_groups = gates.flatten(0, -2).any(dim=0).nonzero()
-        rows = (open_groups * len(self.offsets) + self.offsets).flatten()
-        scale = gates[..., open_groups[:, 0]].repeat_interleave(len(self.offsets), dim=-1)
+        groups, gates = self.gate.few(x, ctx)
+        rows = (groups[:, None] * len(self.offsets) + self.offsets).flatten()
+        scale = gates.repeat_interleave(len(self.offsets), dim=-1)
         return self.speak(self.select(self.listen(x, rows) * scale, ctx, rows), rows)
 
 
@@ -245,8 +263,8 @@ class Columns(Gathered):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
         self.gate = ColumnGate(config)
 
-    def many(self, x, ctx, gates):
-        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * gates.unsqueeze(-1)
+    def many(self, x, ctx):
+        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * self.gate(x, ctx).unsqueeze(-1)
         return self.dropout(self.c_proj(self.select(a.flatten(-2), ctx)))
 
 
@@ -278,6 +296,10 @@ class ExpertGate(nn.Module):
         return gates.to(x.dtype)
 
 
+    def few(self, x, ctx):
+        return opened(self(x, ctx))
+
+
 def imbalance(gates, shares):
     """E * sum of (share of tokens sent to an expert) * (mean probability of that expert)."""
     load, mean = (t.flatten(0, -2).mean(dim=0) for t in ((gates > 0).float(), shares))
@@ -297,8 +319,8 @@ class Experts(Gathered):
         """Weights that a token does not multiply, on average."""
         return round((self.c_fc.weight.numel() * 2) * (1 - self.gate.k / self.groups))
 
-    def many(self, x, ctx, gates):
-        gates, k = gates.flatten(0, -2), self.gate.k
+    def many(self, x, ctx):
+        gates, k = self.gate(x, ctx).flatten(0, -2), self.gate.k
         chosen = gates.topk(k, dim=-1, sorted=False).indices.flatten()
         order = chosen.argsort(stable=True)                      # (tokens * k,), grouped by expert
         token, expert = order // k, chosen[order]

@@ -41,6 +41,21 @@ static inline uint16_t down_bf16(float f) {                     /* to nearest, t
 static inline float up_f32(float v) { return v; }
 static inline float down_f32(float v) { return v; }
 
+/* the k-th largest of part, which is reordered (Hoare's select) */
+static float kth(float *part, long n, long k) {
+    for (long low = 0, high = n - 1, want = k - 1; low < high;) {
+        float pivot = part[(low + high) / 2];
+        long i = low, j = high;
+        while (i <= j) {
+            while (part[i] > pivot) i++;
+            while (part[j] < pivot) j--;
+            if (i <= j) { float t = part[i]; part[i++] = part[j]; part[j--] = t; }
+        }
+        if (want <= j) high = j; else if (want >= i) low = i; else break;
+    }
+    return part[k - 1];
+}
+
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
 
 static inline float dot_f32(const float *w, const float *x, long K) {
@@ -154,21 +169,45 @@ void rows_sum_NAME(const TYPE *a, const TYPE *w, const TYPE *bias, const long *r
     }
 }
 
+/* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept */
+void keep_largest_NAME(const TYPE *a, TYPE *kept, long M, long n, long k) {
+    for (long m = 0; m < M; m++, a += n, kept += n) {
+        float part[n];
+        for (long i = 0; i < n; i++) part[i] = fabsf(up_NAME(a[i]));
+        float edge = kth(part, n, k);
+        long ties = k;
+        for (long i = 0; i < n; i++) ties -= fabsf(up_NAME(a[i])) > edge;
+        for (long i = 0; i < n; i++) {
+            float size = fabsf(up_NAME(a[i]));
+            kept[i] = size > edge || (size == edge && ties-- > 0) ? a[i] : 0;
+        }
+    }
+}
+
+/* k winners of N columns under lateral inhibition: t_c = s_c - sum_d by[c, d] relu(s_d); the k largest of
+   t + balance, ascending, and their gates sigmoid(t) */
+void column_winners_NAME(const TYPE *scores, const float *by, const float *balance, long *columns,
+                         TYPE *gates, long N, long k) {
+    float active[N], t[N], key[N];
+    for (long c = 0; c < N; c++) active[c] = up_NAME(scores[c]) > 0 ? up_NAME(scores[c]) : 0;
+    for (long c = 0; c < N; c++) {
+        float inhibited = 0;
+        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * active[d];
+        t[c] = up_NAME(scores[c]) - inhibited;
+        key[c] = t[c] + balance[c];
+    }
+    for (long c = 0, put = 0; c < N && put < k; c++) {
+        long ahead = 0;
+        for (long d = 0; d < N; d++) ahead += key[d] > key[c] || (key[d] == key[c] && d < c);
+        if (ahead < k) { columns[put] = c; gates[put++] = down_NAME(1 / (1 + expf(-t[c]))); }
+    }
+}
+
 /* rows = where the k largest of n scores are, ascending; of equal ones the first */
 void largest_NAME(const TYPE *scores, long *rows, long n, long k) {
     float part[n];
     for (long i = 0; i < n; i++) part[i] = up_NAME(scores[i]);
-    for (long low = 0, high = n - 1, want = k - 1; low < high;) {         /* Hoare's select, descending */
-        float pivot = part[(low + high) / 2];
-        long i = low, j = high;
-        while (i <= j) {
-            while (part[i] > pivot) i++;
-            while (part[j] < pivot) j--;
-            if (i <= j) { float t = part[i]; part[i++] = part[j]; part[j--] = t; }
-        }
-        if (want <= j) high = j; else if (want >= i) low = i; else break;
-    }
-    float edge = part[k - 1];
+    float edge = kth(part, n, k);
     long above = 0, put = 0;
     for (long i = 0; i < n; i++) above += up_NAME(scores[i]) > edge;
     for (long i = 0, ties = k - above; i < n && put < k; i++) {
@@ -204,6 +243,8 @@ def cpu_library():
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"largest_{name}").argtypes = [pointer] * 2 + [number] * 2
+        getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
+        getattr(library, f"column_winners_{name}").argtypes = [pointer] * 5 + [number] * 2
     return library, "C kernels for decode steps"
 
 
@@ -309,6 +350,11 @@ def has_kernel(*tensors):
             and all(t.is_contiguous() and t.dtype == dtype for t in tensors))
 
 
+def stamp(*tensors):
+    """Changes whenever one of the tensors does: what was computed from them can be kept until then."""
+    return [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]
+
+
 def pointer(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -369,6 +415,42 @@ def largest(scores, k):
     kernel = getattr(cpu_library()[0], "largest_" + NAMES[scores.dtype])
     kernel(scores.data_ptr(), rows.data_ptr(), len(scores), k)
     return rows
+
+
+def keep_largest_reference(a, k):
+    """a (..., n) -> the same with all but the k largest |a| of each token at zero."""
+    winners = a.abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(a).scatter(-1, winners, a.gather(-1, winners))
+
+
+def keep_largest(a, k):
+    """As the reference; for a few tokens in a decode step on a CPU in one pass, of equal ones the first."""
+    if not (takes_rows(a) and has_kernel(a) and a.size(-1) <= LONGEST):
+        return keep_largest_reference(a, k)
+    kept, n = torch.empty_like(a), a.size(-1)
+    kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
+    kernel(a.data_ptr(), kept.data_ptr(), a.numel() // n, n, k)
+    return kept
+
+
+def column_winners_reference(scores, by, balance, k):
+    """scores (N,), by (N, N) fp32 (what column d's activity takes from c), balance (N,) -> columns (k,) int64
+    ascending, their gates (k,) in scores' dtype."""
+    s = scores.float()
+    s = s - by @ F.relu(s)
+    columns = (s + balance).topk(k, sorted=False).indices.sort().values
+    return columns, s[columns].sigmoid().to(scores.dtype)
+
+
+def column_winners(scores, by, balance, k):
+    """As the reference: one token's scores on a CPU; by and balance fp32; all contiguous."""
+    if not has_kernel(scores):
+        return column_winners_reference(scores, by, balance, k)
+    columns, gates = torch.empty(k, dtype=torch.int64), scores.new_empty(k)
+    kernel = getattr(cpu_library()[0], "column_winners_" + NAMES[scores.dtype])
+    kernel(scores.data_ptr(), by.data_ptr(), balance.data_ptr(), columns.data_ptr(), gates.data_ptr(),
+           len(scores), k)
+    return columns, gates
 
 
 # ------------------------------------------------ attention of one query ----------------------------------

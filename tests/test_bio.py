@@ -117,6 +117,23 @@ def test_exactly_the_winners_answer_and_inhibition_can_change_who_wins():
     assert inhibited[0, 0] > 0.99 and inhibited[0, 1:].max() < 1e-6
 
 
+def test_one_tokens_winners_are_the_dense_ones_and_follow_every_change_of_the_weights():
+    config = GPTConfig(**TINY, columns=8, columns_active=3)
+    gate = bio.ColumnGate(config).requires_grad_(False)
+    for step in range(40):
+        with torch.no_grad():
+            for p in gate.parameters():
+                p.normal_(generator=torch.Generator().manual_seed(step))
+        x = torch.randn(1, 1, 16)
+        expected = gate(x, Context(None))
+        with torch.inference_mode():
+            columns, gates = gate.few(x, Context(None))
+        assert columns.tolist() == expected.flatten().nonzero()[:, 0].tolist()
+        torch.testing.assert_close(gates, expected[..., columns])
+        if step == 20:
+            gate.double().float()
+
+
 def test_an_idle_column_gains_until_it_wins():
     gate = bio.ColumnGate(GPTConfig(**TINY, columns=4, columns_active=1)).train()
     with torch.no_grad():

@@ -88,6 +88,36 @@ def test_the_largest_are_topks_and_of_equal_ones_the_first(dtype):
 
 
 @built
+@dtypes
+def test_the_largest_are_kept_and_all_others_zero(dtype):
+    for seed, (rows, n) in enumerate(itertools.product((1, 2, 8), (1, 2, 7, 64, 3072))):
+        a = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).float()[None, None] - n / 3
+        a = (a + torch.arange(rows).view(-1, 1, 1) * 0.25).to(dtype)
+        for k in {1, max(1, n // 10), n}:
+            with torch.inference_mode():
+                kept = kernels.keep_largest(a, k)
+            assert ((kept != 0).sum(-1) <= k).all() and torch.equal(kept[kept != 0], a[kept != 0])
+            sizes = [t.abs().sort(descending=True).values[..., :k] for t in (kept, a)]
+            assert torch.equal(*sizes)
+    with torch.inference_mode():
+        assert kernels.keep_largest(torch.tensor([[-2.0, 2.0, 1.0, 2.0]]), 2).tolist() == [[-2.0, 2.0, 0, 0]]
+
+
+@built
+@dtypes
+def test_column_winners_equal_their_reference(dtype):
+    for seed in range(60):
+        N = (1, 2, 5, 16, 32, 100)[seed % 6]
+        k = 1 + seed % N
+        scores, balance = normal(N, seed=seed).to(dtype), normal(N, seed=seed + 1)
+        by = normal(N, N, seed=seed + 2).abs() * (1 - torch.eye(N)) * (seed % 3) / N
+        columns, gates = kernels.column_winners(scores, by, balance, k)
+        expected = kernels.column_winners_reference(scores, by, balance, k)
+        assert torch.equal(columns, expected[0])
+        torch.testing.assert_close(gates, expected[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@built
 def test_products_are_counted_from_the_shapes_that_run():
     weight = normal(64, 32)
     with torch.inference_mode(), kernels.counting() as work:
