@@ -756,7 +756,7 @@ SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 @dataclass(frozen=True)
 class Quality(Bench):
     """Validation loss of every block beside its dense twin: the same data, seeds, recipe and iterations."""
-    repeats: int = 3  # seeds
+    repeats: int = 3  # seeds of each arm
     threads: int = 1  # CPU threads of a run
     jobs: int = 1  # runs at a time; above 1 their ms per step mean nothing
     config: str = "config/compare_pylib.py"  # the recipe
@@ -797,7 +797,7 @@ def quality(cfg):
     return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "runs": runs}
 
 
-QUALITY_VALIDATION = dict(batches=100, batch_size=16, block_size=128)
+QUALITY_VALIDATION = dict(batches=160, batch_size=20, block_size=64)
 
 
 def quality_run(cfg, data, work, arm, seed):

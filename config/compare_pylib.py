@@ -7,8 +7,8 @@ dataset = 'pylib'
 n_layer = 4
 n_head = 4
 n_embd = 128
-block_size = 128
-batch_size = 16
+block_size = 64
+batch_size = 20
 gradient_accumulation_steps = 1
 
 norm = 'rmsnorm'
