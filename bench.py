@@ -499,34 +499,71 @@ class Race(Bench):
     threads: int = 2  # CPU threads of both sides
     input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
     config: str = "config/race_shakespeare_cpu.py"  # config file of our side
-    ablate: bool = False  # also run ours with each of its choices changed, one at a time
     plot: str = ""  # also draw training loss against seconds and tokens into this PNG (needs matplotlib)
 
     def __post_init__(self):
         super().__post_init__()
         require(self.nanogpt, f"a race needs both sides: {CLONE}")
-        require((ROOT / self.config).is_file(), f"config='{self.config}' does not exist")
+        require(os.path.isfile(ROOT / self.config), f"config='{self.config}' does not exist")
 
 
 def race(cfg):
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
-        if cfg.input:
-            datasets.write_text(work / "text", cfg.input, "char", 0.1)
-        data = work / "text" if cfg.input else datasets.prepare_if_missing("shakespeare_char").resolve()
+        data = race_data(cfg, work)
         fair = ROOT / "config" / "train_shakespeare_char_cpu.py"
         sides = {PEER: lambda seed: race_peer(cfg, data, work, seed),
                  OURS: lambda seed: race_ours(cfg, data, work, seed, ROOT / cfg.config),
                  FAIR: lambda seed: race_ours(cfg, data, work, seed, fair)}
-        if cfg.ablate:
-            sides |= {f"ours, {name}": partial(race_changed, cfg, data, work, change)
-                      for name, change in CHANGES.items()}
-        runs = {name: [] for name in sides}
-        for seed in range(cfg.repeats):
-            for name, run in sides.items():
-                runs[name].append(run(seed))
-                print(f"seed {seed}, {name}: {tell(runs[name][-1])}", file=sys.stderr, flush=True)
-    return race_report(cfg, runs)
+        return race_report(cfg, race_runs(cfg, sides))
+
+
+def race_data(cfg, work):
+    """The characters of cfg.input, or of data/shakespeare_char, as token files."""
+    if cfg.input:
+        datasets.write_text(work / "text", cfg.input, "char", 0.1)
+    return work / "text" if cfg.input else datasets.prepare_if_missing("shakespeare_char").resolve()
+
+
+def race_runs(cfg, sides):
+    """Every side with every seed, in turns -> {side: what judged() says of each seed}."""
+    runs = {name: [] for name in sides}
+    for seed in range(cfg.repeats):
+        for name, run in sides.items():
+            runs[name].append(run(seed))
+            print(f"seed {seed}, {name}: {tell(runs[name][-1])}", file=sys.stderr, flush=True)
+    return runs
+
+
+@dataclass(frozen=True)
+class Ablate(Bench):
+    """The race's config with each of its choices changed, one at a time: what every switch is worth."""
+    repeats: int = 3  # seeds of each change
+    threads: int = 2  # CPU threads of a run
+    input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
+    config: str = "config/race_shakespeare_cpu.py"  # config file that is changed
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(os.path.isfile(ROOT / self.config), f"config='{self.config}' does not exist")
+
+
+def ablate(cfg):
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        data = race_data(cfg, work)
+        changes = {OURS: {}} | CHANGES
+        runs = race_runs(cfg, {name: partial(race_changed, cfg, data, work, change)
+                               for name, change in changes.items()})
+    losses = measurement("nats", {name: [run["val_loss"] for run in done] for name, done in runs.items()})
+    base = [run["val_loss"] for run in runs[OURS]]
+    for name, done in runs.items():
+        losses["sides"][name]["mean"] = mean = statistics.fmean(run["val_loss"] for run in done)
+        losses["sides"][name]["to_ours"] = delta = mean - statistics.fmean(base)
+        found = losses["sides"][name]
+        print(f"{name:24}{mean:.4f} ({found['min']:.4f} to {found['max']:.4f})  {delta:+.4f}  "
+              f"{statistics.median(run['seconds'] for run in done):.1f} s")
+    return {"measurements": {"val loss": losses}, "validation": VALIDATION, "runs": runs}
 
 
 def race_changed(cfg, data, work, change, seed):
@@ -651,7 +688,6 @@ def draw_race(path, runs, line):
 
 # ------------------------------------------------ mlp ---------------------------------------------------
 
-COLD = 128 * 2**20                              # bytes of weight copies in a round: more than caches hold
 DENSE, DENSE_FP32 = "F.linear, bfloat16", "F.linear, float32"
 
 
@@ -662,9 +698,11 @@ class Mlp(Bench):
     widths: str = "768"  # widths of the stream, by commas; the MLP has four times as many units
     predict: int = 64  # rank of the predictor
     active: float = 0.2  # share of the units that the predictor picks
+    cold: int = 128  # MiB of weight copies that a side reads in a round: more than caches hold
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.cold >= 1, f"cold={self.cold} must be at least 1 (MiB)")
         require(all(w.isdigit() and int(w) >= 32 and int(w) % 32 == 0 for w in self.widths.split(",")),
                 f"widths='{self.widths}' must be multiples of 32, by commas: type --widths=384,768")
         require(self.predict >= 1 and 0 < self.active <= 1,
@@ -681,7 +719,7 @@ def mlp(cfg):
         for dtype in (torch.bfloat16, torch.float32):
             ending = str(dtype).removeprefix("torch.")
             for arm, flags in arms.items():
-                mlps, inputs = cold_mlps(width, flags, dtype)
+                mlps, inputs = cold_mlps(width, flags, dtype, cfg.cold * 2**20)
                 name = f"{arm}, {ending}"
                 sides[name], copies[name] = partial(through, mlps, inputs), len(mlps)
                 work[f"{name}, {width}"] = work_of(mlps[0], inputs[0])
@@ -705,12 +743,12 @@ def mlp(cfg):
     return {"measurements": measurements, "work": work, "kernels": kernels}
 
 
-def cold_mlps(width, flags, dtype):
-    """Copies of one MLP, together larger than caches, and an input (1, 1, width) for each."""
+def cold_mlps(width, flags, dtype, cold):
+    """Copies of one MLP, together `cold` bytes, and an input (1, 1, width) for each."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=width, bias=False, vocab_size=1, block_size=1,
                        **dict(act="relu2") | flags)
     model = GPT(config, seed=0).eval().to(dtype).use_policy()
-    copies = max(2, COLD // (8 * width * width * dtype.itemsize))
+    copies = max(2, cold // (8 * width * width * dtype.itemsize))
     mlps = [copy.deepcopy(model.transformer.h[0].mlp) for _ in range(copies)]
     return mlps, torch.randn(copies, 1, 1, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
@@ -759,7 +797,7 @@ class Quality(Bench):
     repeats: int = 3  # seeds of each arm
     threads: int = 1  # CPU threads of a run
     jobs: int = 1  # runs at a time; above 1 their ms per step mean nothing
-    config: str = "config/compare_pylib.py"  # the recipe
+    config: str = "config/compare_pylib.py"  # config file of the recipe they share
     arms: str = ""  # some of the arms, by commas; empty: all
     iters: int = 0  # iterations; 0: the recipe's
     plot: str = ""  # also draw loss against the share of units read into this PNG (needs matplotlib)
@@ -942,13 +980,13 @@ def with_table(text, table):
 
 def results_table(folder):
     """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
-    lines, blocks, mlps = [], [], []
-    places = []
+    lines, blocks, mlps, changes, places = [], [], [], [], []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, result in record.get("measurements", {}).items():
             lines += table_rows(record, name, result, path)
         blocks += quality_rows(record, path) if record["subcommand"] == "quality" else []
+        changes += change_rows(record, path) if record["subcommand"] == "ablate" else []
         mlps += mlp_rows(record, path) if record["subcommand"] == "mlp" else []
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
@@ -957,6 +995,7 @@ def results_table(folder):
                    blocks)
     lines += table(f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read "
                    "| record", mlps)
+    lines += table("the race's config with | val loss | seeds | to ours | record", changes)
     return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
 
@@ -983,6 +1022,12 @@ def quality_rows(record, path):
                    f"({min(losses):.4f} to {max(losses):.4f}) | {s['repeats']} | {delta} | | | {link} |")
 
 
+def change_rows(record, path):
+    for name, s in record["measurements"]["val loss"]["sides"].items():
+        yield (f"| {name} | {s['mean']:.4f} ({s['min']:.4f} to {s['max']:.4f}) | {s['repeats']} "
+               f"| {s['to_ours']:+.4f} | [{path.name}](results/{path.name}) |")
+
+
 def mlp_rows(record, path):
     for width, result in record["measurements"].items():
         for side, s in result["sides"].items():
@@ -998,7 +1043,7 @@ def table_rows(record, name, result, path):
     config = record["config"]
     what = f"{record['subcommand']} {config.get('shape', '')}".strip() + f": {name}, {result['unit']}"
     for side, s in result["sides"].items() if peer else ():
-        if side != PEER and not side.startswith("ours, "):      # a changed recipe is in the record alone
+        if side != PEER:
             ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
             label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
             yield f"| {label} | {figure(s)} | {figure(peer)} | {ratio} | [{path.name}](results/{path.name}) |"
@@ -1014,6 +1059,7 @@ COMMANDS = {
     "train": (Train, train),
     "decode": (Decode, decode),
     "race": (Race, race),
+    "ablate": (Ablate, ablate),
     "mlp": (Mlp, mlp),
     "quality": (Quality, quality),
     "memory": (Memory, memory),

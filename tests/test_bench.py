@@ -234,6 +234,48 @@ def test_train_beside_nanogpt_measures_every_iteration_of_both(tmp_path):
     assert abs(ours - theirs) < 0.2, f"the same model on the same data starts alike: {ours} and {theirs}"
 
 
+# ------------------------------------------------ blocks ---------------------------------------
+
+def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
+    record = record_of(run(tmp_path, "mlp", "--widths=32,64", "--repeats=1", "--predict=4", "--cold=1"))
+    assert record["measurements"].keys() == {"width 32", "width 64"}
+    sides = record["measurements"]["width 64"]
+    assert {"F.linear, bfloat16", "dense, float32", "columns 3 of 32, bfloat16, torch alone",
+            "predicted 20%, bfloat16"} <= sides["sides"].keys()
+    assert all(ratio > 0 for ratios in sides["against"].values() for ratio in ratios.values())
+    read = {name: work["bytes"] for name, work in record["work"].items()}
+    dense = 2 * 4 * 64 * 64 * 2
+    assert read["dense, bfloat16, 64"] == dense and read["dense, float32, 64"] == 2 * dense
+    up, gate = dense * 3 // 64, 32 * 64 * 2                      # of W_down only units that ReLU leaves above 0
+    assert gate + up < read["columns 3 of 32, bfloat16, 64"] < gate + 2 * up
+    up, predictor = 2 * 51 * 64, 2 * 4 * (64 + 256)
+    assert predictor + up < read["predicted 20%, bfloat16, 64"] < predictor + 2 * up
+    one_sentence(run(tmp_path, "mlp", "--widths=33"), "bench.py", "widths='33'", "--widths=384,768")
+
+
+def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
+    record = record_of(run(tmp_path, *SHORT, "--blocks=True"))
+    ratios = record["measurements"]["decode"]["to_twin"]
+    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%"} and min(ratios.values()) > 0
+
+
+def test_memory_says_what_recomputing_leaves(tmp_path):
+    found = record_of(run(tmp_path, "memory", "--shape=baby", "--cards=8"))["memory"]
+    plain, recomputed = found["recompute=False"], found["recompute=True"]
+    assert plain["fixed"] == recomputed["fixed"] > 16 * 10e6
+    assert recomputed["sequence"] < 0.4 * plain["sequence"]
+    assert recomputed["batch_size"]["8"] > 2 * plain["batch_size"]["8"]
+
+
+@pytest.mark.slow
+def test_quality_trains_every_arm_and_reads_the_predictors_curve(tmp_path):
+    words = ["quality", "--iters=3", "--repeats=1", "--arms=dense,predict,experts", "--plot=p.png"]
+    record = record_of(run(tmp_path, *words))
+    assert list(record["runs"]) == ["dense", "predict", "experts"]
+    assert record["runs"]["predict"][0]["policy"].keys() == {str(share) for share in bench.SHARES}
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
 # ------------------------------------------------ race and readme ------------------------------
 
 def test_a_race_without_a_rival_is_refused(tmp_path):
