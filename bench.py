@@ -787,7 +787,7 @@ ARMS = {                                         # a file in config/, or keys
     "osc": "bio_osc", "predict": "bio_predict", "winners": "bio_winners", "event": "bio_event",
     "columns": "bio_columns", "columns*4": dict(columns=16, columns_active=4, mlp_units=2048),
     "dendrites": "bio_dendrites", "experts": "bio_experts"}
-COUNTED = ("dead", "active", "zeros", "recall")
+COUNTED = ("dead", "active", "zeros", "recall", "mlp")
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -1073,6 +1073,11 @@ def menu():
                       "python bench.py SUBCOMMAND --help lists its keys."])
 
 
+def without_folders(word):
+    """A word of the command line with absolute paths cut to their last part: a record names no machine."""
+    return re.sub(r"(^|=)/(?:[^/]*/)*([^/]+)/?$", r"\1\2", word)
+
+
 def main(words):
     """Run the subcommand that the words name; the JSON record is the last line of stdout."""
     sys.excepthook = say_and_exit
@@ -1092,8 +1097,10 @@ def main(words):
     where = header(cfg)
     result = function(cfg)
     where["load_average"]["after"] = load_average()
-    command = shlex.join(["python", "bench.py", *words])
-    record = json.dumps({"schema": SCHEMA, "subcommand": name, "command": command, "config": asdict(cfg),
+    command = shlex.join(["python", "bench.py", *map(without_folders, words)])
+    keys = {key: without_folders(value) if isinstance(value, str) else value
+            for key, value in asdict(cfg).items()}
+    record = json.dumps({"schema": SCHEMA, "subcommand": name, "command": command, "config": keys,
                          **where, **result}, allow_nan=False)
     print(record, flush=True)
     if cfg.out:

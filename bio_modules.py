@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import decoding
 import sparse_kernels as kernels
 from configurator import require
 from layers import GELU, Linear, NeuronMajor, ReLU2, as_is, cast, dropout, residual_std
@@ -474,7 +475,8 @@ def counters(model, idx):
 
     zeros: share of exact zeros in the tensor that enters W_down; dead_units: units that are zero for all
     tokens; active_groups, dead_groups: of columns or experts; recall: the share of activation energy a**2
-    that the predictor's units hold.
+    that the predictor's units hold; mlp_macs, mlp_bytes: multiply-adds of weights and bytes of weights that
+    the MLP's part of one decode step has executed behind idx (policy and all), counted as they run.
     """
     rows, hooks, training = {}, [], model.training
     for layer, block in enumerate(model.transformer.h):
@@ -483,10 +485,34 @@ def counters(model, idx):
             hooks += watch(block.mlp, rows[layer])
     if rows:
         model.eval()(idx, idx)
-        model.train(training)
     for hook in hooks:
         hook.remove()
+    if rows:
+        count_step(model, idx[:1], rows)
+        model.train(training)
     return rows
+
+
+@torch.inference_mode()
+def count_step(model, idx, rows):
+    """Run the last of the tokens (1, T) as a cached decode step and write each MLP's work into its row."""
+    T, work = idx.size(1), {}
+    cache = decoding.new_cache(model, 1, T)
+    model.trunk(idx[:, :-1], decoding.CachedContext(cache, 0, idx[:, :-1]))
+    hooks = []
+    with kernels.counting() as tally:
+        for layer in rows:
+            mlp = model.transformer.h[layer].mlp
+            hooks.append(mlp.register_forward_pre_hook(
+                lambda *_, layer=layer: work.update({layer: (tally.macs, tally.bytes)})))
+            hooks.append(mlp.register_forward_hook(
+                lambda *_, layer=layer: work.update({layer: (tally.macs - work[layer][0],
+                                                             tally.bytes - work[layer][1])})))
+        model.trunk(idx[:, -1:], decoding.CachedContext(cache, T - 1, idx))
+    for hook in hooks:
+        hook.remove()
+    for layer, row in rows.items():
+        row["mlp_macs"], row["mlp_bytes"] = work[layer]
 
 
 def watch(mlp, row):

@@ -84,6 +84,13 @@ def test_help_of_a_subcommand_tells_the_meaning_of_each_key(tmp_path, command):
     assert all(len(line[42:].strip()) > 10 for line in keys.values()), out
 
 
+@pytest.mark.parametrize("word, kept", [
+    ("--out=/a/b/c.json", "--out=c.json"), ("--nanogpt=/a/nanoGPT/", "--nanogpt=nanoGPT"), ("/a/b", "b"),
+    ("config/x.py", "config/x.py"), ("--shape=gpt2", "--shape=gpt2")])
+def test_records_name_no_folder_of_the_machine(word, kept):
+    assert bench.without_folders(word) == kept
+
+
 # ------------------------------------------------ the record ----------------------------------
 
 def test_the_last_line_is_the_record_and_out_holds_the_same(alone):
@@ -246,7 +253,7 @@ def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
     read = {name: work["bytes"] for name, work in record["work"].items()}
     dense = 2 * 4 * 64 * 64 * 2
     assert read["dense, bfloat16, 64"] == dense and read["dense, float32, 64"] == 2 * dense
-    up, gate = dense * 3 // 64, 32 * 64 * 2                      # of W_down only units that ReLU leaves above 0
+    up, gate = dense * 3 // 64, 32 * 64 * 2                      # of W_down only the units above 0
     assert gate + up < read["columns 3 of 32, bfloat16, 64"] < gate + 2 * up
     up, predictor = 2 * 51 * 64, 2 * 4 * (64 + 256)
     assert predictor + up < read["predicted 20%, bfloat16, 64"] < predictor + 2 * up

@@ -304,6 +304,10 @@ def test_counters_are_the_tensors_own(arm):
         a = a.flatten(0, -2)
         assert counted[layer]["zeros"] == pytest.approx((a == 0).sum().item() / a.numel())
         assert counted[layer]["dead_units"] == sum(bool((a[:, u] == 0).all()) for u in range(UNITS))
+    for row in counted.values():
+        up, gate = {"columns": (16, 8 * 16)}.get(arm, (UNITS, 0))
+        assert gate + 16 * up <= row["mlp_macs"] <= gate + 2 * 16 * up
+        assert row["mlp_bytes"] == 4 * row["mlp_macs"]
     groups = {"columns": 2}.get(arm)
     assert counted[0].get("active_groups") == groups
 
