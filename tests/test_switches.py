@@ -80,7 +80,7 @@ def test_zero_init_starts_every_block_as_the_identity():
 
 def test_swiglu_has_the_parameters_of_a_dense_mlp():
     for width in (384, 768, 1024):
-        config = GPTConfig(n_embd=width, n_head=2, bias=False)
+        config = GPTConfig(act="swiglu", n_embd=width, n_head=2, bias=False)
         count = sum(p.numel() for p in SwiGLU(config, 0).parameters())
         assert abs(count / (8 * width ** 2) - 1) < 0.05
 
