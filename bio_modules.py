@@ -160,19 +160,37 @@ class MLP(nn.Module):
         down = NeuronMajor if config.act == "relu2" or self.select is not as_is or self.gathers else Linear
         self.c_proj = down(units, config.n_embd, config.bias, std=residual_std(config))
         self.dropout = dropout(config)
+        simple = isinstance(self.select, TopK) or self.select is as_is
+        self.one_call = config.act if down is NeuronMajor and simple and config.act in kernels.ACTS else None
 
     gathers = False                              # does a decode step choose units before it computes them?
 
     def forward(self, x, ctx):
+        return (self.few if kernels.takes_rows(x) else self.many)(x, ctx)
+
+    def many(self, x, ctx):
         return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
 
-    def listen(self, x, rows):
-        """Activations of some units alone, (..., n): only their rows of W_up are read."""
-        a = kernels.rows_dot(x, self.c_fc.weight.to(x.dtype), cast(self.c_fc.bias, x.dtype), rows)
-        return self.act(a, rows)
+    def few(self, x, ctx):
+        """The few tokens of a decode step on a CPU."""
+        return self.through_one_call(x) if self.in_one_call(x) else self.many(x, ctx)
 
-    def speak(self, a, rows):
-        """What those units write into the stream, (..., C): only their rows of W_down are read."""
+    def in_one_call(self, x):
+        return self.one_call and kernels.takes_mlp(x, self.c_fc.weight, self.c_proj.weight.t())
+
+    def through_one_call(self, x, rows=None, scale=None):
+        """One token through some units, or all, in one kernel."""
+        y = kernels.mlp_one(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias,
+                            self.one_call, rows, scale, getattr(self.select, "k", None))
+        return self.dropout(y)
+
+    def live(self, x, ctx, rows, scale):
+        """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
+        or W_down is read."""
+        if self.in_one_call(x):
+            return self.through_one_call(x, rows, scale)
+        a = kernels.rows_dot(x, self.c_fc.weight.to(x.dtype), cast(self.c_fc.bias, x.dtype), rows)
+        a = self.select(self.act(a, rows) * scale, ctx, rows)
         return self.dropout(kernels.rows_sum(a, self.c_proj.weight.t().to(a.dtype),
                                              cast(self.c_proj.bias, a.dtype), rows))
 
@@ -187,10 +205,10 @@ class ColumnGate(nn.Module):
     """
     BALANCE = 0.01                               # leaves the gradient's norm alone; Adam sets the bias's pace
 
-    def __init__(self, config):
+    def __init__(self, config, width):
         super().__init__()
         N = config.columns
-        self.k = config.columns_active
+        self.k, self.width = config.columns_active, width
         self.router = Linear(config.n_embd, N, bias=False, hidden=False)
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
@@ -212,21 +230,22 @@ class ColumnGate(nn.Module):
         """S (N, N) in fp32: what the activity of column d takes from column c."""
         return F.softplus(self.inhibition.float()).view_as(self.others) * self.others
 
-    def few(self, x, ctx):
-        """For a few tokens: the columns that any of them opens (n,), and each token's gates of these."""
-        if x.numel() > x.size(-1):
-            return opened(self(x, ctx))
+    def rows(self, x, ctx):
+        """For a few tokens: the units of the columns that any of them opens (n,), and each token's gates."""
+        if not kernels.takes_mlp(x, self.router.weight):
+            return opened(self(x, ctx), self.width)
         now = kernels.stamp(self.inhibition, self.balance)
         if self.kept[0] != now:                  # a decode step does not compute N * N softplus again
             self.kept = now, self.inhibits(), self.balance.float()
-        columns, gates = kernels.column_winners(self.router(x).flatten(), *self.kept[1:], self.k)
-        return columns, gates.view(*x.shape[:-1], -1)
+        return kernels.column_rows(x, self.router.weight, *self.kept[1:], self.k, self.width)
 
 
-def opened(gates):
-    """Gates (..., N) -> the groups that any token opens (n,), and the gates of these (..., n)."""
-    groups = gates.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-    return groups, gates[..., groups]
+def opened(gates, width):
+    """Gates (..., N) of groups of `width` units -> the units of the groups that any token opens (n,), and
+    each token's gates of these (..., n)."""
+    groups = gates.flatten(0, -2).any(dim=0).nonzero()
+    rows = groups * width + torch.arange(width, device=gates.device)
+    return rows.flatten(), gates[..., groups[:, 0]].repeat_interleave(width, dim=-1)
 
 
 def above_mean(gates):
@@ -242,18 +261,10 @@ class Gathered(MLP):
 
     def __init__(self, config, layer, groups, width):
         super().__init__(config, layer, groups * width)
-        self.groups = groups
-        self.register_buffer("offsets", torch.arange(width), persistent=False)
+        self.groups, self.width = groups, width
 
-    def forward(self, x, ctx):
-        return (self.live if kernels.takes_rows(x) else self.many)(x, ctx)
-
-    def live(self, x, ctx):
-        """A few tokens: the union of the groups that any of them opens."""
-        groups, gates = self.gate.few(x, ctx)
-        rows = (groups[:, None] * len(self.offsets) + self.offsets).flatten()
-        scale = gates.repeat_interleave(len(self.offsets), dim=-1)
-        return self.speak(self.select(self.listen(x, rows) * scale, ctx, rows), rows)
+    def few(self, x, ctx):
+        return self.live(x, ctx, *self.gate.rows(x, ctx))
 
 
 class Columns(Gathered):
@@ -262,7 +273,7 @@ class Columns(Gathered):
 
     def __init__(self, config, layer):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
-        self.gate = ColumnGate(config)
+        self.gate = ColumnGate(config, self.width)
 
     def many(self, x, ctx):
         a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * self.gate(x, ctx).unsqueeze(-1)
@@ -281,9 +292,9 @@ class ExpertGate(nn.Module):
     """
     BALANCE, Z = 0.01, 0.001
 
-    def __init__(self, config):
+    def __init__(self, config, width):
         super().__init__()
-        self.k = config.experts_active
+        self.k, self.width = config.experts_active, width
         self.router = Linear(config.n_embd, config.experts, bias=False, hidden=False)
 
     def forward(self, x, ctx):
@@ -296,9 +307,8 @@ class ExpertGate(nn.Module):
                      + self.Z * logits.logsumexp(dim=-1).square().mean())
         return gates.to(x.dtype)
 
-
-    def few(self, x, ctx):
-        return opened(self(x, ctx))
+    def rows(self, x, ctx):
+        return opened(self(x, ctx), self.width)
 
 
 def imbalance(gates, shares):
@@ -314,7 +324,7 @@ class Experts(Gathered):
     def __init__(self, config, layer):
         super().__init__(config, layer, config.experts,
                          config.expert_width or config.units() // config.experts)
-        self.gate = ExpertGate(config)
+        self.gate = ExpertGate(config, self.width)
 
     def idle_parameters(self):
         """Weights that a token does not multiply, on average."""
@@ -326,7 +336,7 @@ class Experts(Gathered):
         order = chosen.argsort(stable=True)                      # (tokens * k,), grouped by expert
         token, expert = order // k, chosen[order]
         ends = F.one_hot(chosen, self.groups).sum(dim=0).cumsum(dim=0).int()
-        rows = expert[:, None] * len(self.offsets) + self.offsets
+        rows = expert[:, None] * self.width + torch.arange(self.width, device=x.device)
         up = self.c_fc.weight.to(x.dtype).unflatten(0, (self.groups, -1)).mT
         down = self.c_proj.weight.to(x.dtype).t().unflatten(0, (self.groups, -1))
         a = F.grouped_mm(x.flatten(0, -2)[token], up, offs=ends)
@@ -343,6 +353,7 @@ class Dendritic(MLP):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
+        self.one_call = None
         K, units = config.compartments, config.units()
         self.c_fc = Linear(config.n_embd // K, units, config.bias)           # unit u: branch u // (units/K)
         self.mix = nn.Parameter(torch.empty(K, K))
@@ -351,7 +362,7 @@ class Dendritic(MLP):
         normal_(self.mix, 0.1)
         self.mix.diagonal().add_(1.0)
 
-    def forward(self, x, ctx):
+    def many(self, x, ctx):
         K = len(self.mix)
         up = self.c_fc.weight.to(x.dtype).unflatten(0, (K, -1))              # (K, units/K, C/K)
         branches = torch.einsum("...kc,kuc->...ku", x.unflatten(-1, (K, -1)), up)
@@ -364,8 +375,8 @@ class Predictive(MLP):
     """A predictive sparse MLP: trained with exact top-k winners; beside it, on inputs cut off from the graph,
     a low-rank predictor (C -> mlp_predict -> units) learns by cross-entropy which units will win. It never
     touches the other weights' training. With the policy on (GPT.use_policy) it picks the share mlp_active of
-    the units, and only their rows of W_up and W_down are read (Deja Vu, 2310.17157; predictive coding: Rao
-    & Ballard 1999)."""
+    the units: only their rows of W_up are read, and of W_down those of the winners among them (Deja Vu,
+    2310.17157; predictive coding: Rao & Ballard 1999)."""
     gathers = True
 
     def __init__(self, config, layer):
@@ -375,7 +386,7 @@ class Predictive(MLP):
         self.sense = Linear(config.n_embd, config.mlp_predict, bias=False, aside=True)
         self.guess = Linear(config.mlp_predict, units, bias=True, aside=True)
 
-    def forward(self, x, ctx):
+    def many(self, x, ctx):
         return self.ways[self.policy](self, x, ctx)
 
     def exact(self, x, ctx):
@@ -387,17 +398,22 @@ class Predictive(MLP):
         return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won)
 
     def predicted(self, x, ctx):
-        scores = self.guess(self.sense(x))
-        if kernels.takes_rows(x):
-            if x.numel() == x.size(-1):
-                rows = kernels.largest(scores.flatten(), self.active)
-                return self.speak(self.listen(x, rows), rows)
-            chosen = self.chosen(scores)
-            rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-            return self.speak(self.listen(x, rows) * chosen[..., rows], rows)
-        return self.dropout(self.c_proj(self.act(self.c_fc(x)) * self.chosen(scores)))
+        a = self.act(self.c_fc(x)) * self.chosen(self.guess(self.sense(x)))
+        return self.dropout(self.c_proj(self.select(a, ctx)))
 
     ways = {False: exact, True: predicted}
+
+    def few(self, x, ctx):
+        return self.live(x, ctx, *self.winners(x)) if self.policy else super().few(x, ctx)
+
+    def winners(self, x):
+        """For a few tokens: the units expected to win for any of them (n,); ones where they are, (..., n)."""
+        if self.in_one_call(x):
+            guess = self.guess
+            return kernels.predicted_rows(x, self.sense.weight, guess.weight, guess.bias, self.active), None
+        chosen = self.chosen(self.guess(self.sense(x)))
+        rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+        return rows, chosen[..., rows]
 
     def chosen(self, scores):
         """Ones where the predictor expects winners, (..., units)."""

@@ -56,14 +56,28 @@ static float kth(float *part, long n, long k) {
     return part[k - 1];
 }
 
+/* all but the k largest |a| become zero; of equal ones the first stay */
+static void keep_floats(float *a, long n, long k) {
+    float part[n];
+    for (long i = 0; i < n; i++) part[i] = fabsf(a[i]);
+    float edge = kth(part, n, k);
+    long ties = k;
+    for (long i = 0; i < n; i++) ties -= fabsf(a[i]) > edge;
+    for (long i = 0; i < n; i++) {
+        float size = fabsf(a[i]);
+        if (!(size > edge || (size == edge && ties-- > 0))) a[i] = 0;
+    }
+}
+
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
 
-static inline float dot_f32(const float *w, const float *x, long K) {
+/* w . x over K; `ahead` is where the weights lie that are needed soon: they are fetched meanwhile */
+static inline float dot_f32(const float *w, const float *x, long K, const float *ahead) {
     vec a = {0}, b = {0};
     long k = 0;
-    for (; k + 32 <= K; k += 32) {               /* weights stream from memory: fetch 4 KB ahead */
-        __builtin_prefetch((const char *)(w + k) + 4096);
-        __builtin_prefetch((const char *)(w + k) + 4160);
+    for (; k + 32 <= K; k += 32) {
+        __builtin_prefetch(ahead + k);
+        __builtin_prefetch(ahead + k + 16);
         a += *(const vec *)(w + k) * *(const vec *)(x + k);
         b += *(const vec *)(w + k + 16) * *(const vec *)(x + k + 16);
     }
@@ -72,17 +86,18 @@ static inline float dot_f32(const float *w, const float *x, long K) {
     return s;
 }
 
-static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K) {
+static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K, const uint16_t *ahead) {
     float s = 0;
     long k = 0;
 #ifdef __AVX512BF16__
     __m512 a = _mm512_setzero_ps(), b = a;
     for (; k + 64 <= K; k += 64) {
-        __builtin_prefetch((const char *)(w + k) + 4096);
-        __builtin_prefetch((const char *)(w + k) + 4160);
+        __builtin_prefetch(ahead + k);
+        __builtin_prefetch(ahead + k + 32);
         a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
         b = _mm512_dpbf16_ps(b, load(w + k + 32), load(x + k + 32));
     }
+    for (; k + 32 <= K; k += 32) a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
     s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
 #else
     #pragma omp simd reduction(+:s)
@@ -94,14 +109,19 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K) {
 }
 """
 
-# Made for fp32 and for bf16. attend: one query per head, q, y (B, H, D), k, v (B, H, S, D), last axis dense
+# Made for fp32 and for bf16
 EACH_TYPE = r"""
+#define AHEAD_NAME (4096 / (long)sizeof(TYPE))   /* weights that stream from memory are fetched 4 KB ahead */
+
 void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long N, long K, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long n = 0; n < N; n++)
-        y[n] = down_NAME(dot_NAME(w + n * K, x, K) + (bias ? up_NAME(bias[n]) : 0.0f));
+    for (long n = 0; n < N; n++) {
+        const TYPE *row = w + n * K;
+        y[n] = down_NAME(dot_NAME(row, x, K, row + AHEAD_NAME) + (bias ? up_NAME(bias[n]) : 0.0f));
+    }
 }
 
+/* one query per head: q, y (B, H, D), k, v (B, H, S, D), last axis dense */
 void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, long H, long S, long D,
                  const long *qs, const long *ks, const long *vs, int threads) {
     float scale = 1.0f / sqrtf((float)D);
@@ -112,7 +132,7 @@ void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, l
         const TYPE *K = k + b * ks[0] + h * ks[1], *V = v + b * vs[0] + h * vs[1];
         float score[S], sums[D], top = -INFINITY, total = 0;
         for (long j = 0; j < S; j++) {
-            score[j] = scale * dot_NAME(K + j * ks[2], Q, D);
+            score[j] = scale * dot_NAME(K + j * ks[2], Q, D, K + j * ks[2] + AHEAD_NAME);
             top = score[j] > top ? score[j] : top;
         }
         for (long d = 0; d < D; d++) sums[d] = 0;
@@ -125,95 +145,166 @@ void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, l
         for (long d = 0; d < D; d++) y[bh * D + d] = down_NAME(sums[d] / total);
     }
 }
+
+static inline const TYPE *row_NAME(const TYPE *w, const long *rows, long i, long n, long K) {
+    i = i < n ? i : n - 1;
+    return w + (rows ? rows[i] : i) * K;
+}
+
 /* y[m, i] = w[rows[i]] . x[m] + bias[rows[i]]: each row of w in `rows` is read once */
 void rows_dot_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, const long *rows, TYPE *y,
                    long M, long n, long K, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < n; i++) {
-        const TYPE *row = w + rows[i] * K;
+        const TYPE *row = w + rows[i] * K, *ahead = row_NAME(w, rows, i + 3, n, K);
         float start = bias ? up_NAME(bias[rows[i]]) : 0.0f;
-        for (long m = 0; m < M; m++) y[m * n + i] = down_NAME(start + dot_NAME(row, x + m * K, K));
+        for (long m = 0; m < M; m++) y[m * n + i] = down_NAME(start + dot_NAME(row, x + m * K, K, ahead));
     }
 }
+
+/* sums[c] += sum over live i of by[i] w[rows ? rows[i] : i][from + c], c < width: other rows are not read */
+static void add_rows_NAME(float *sums, const float *by, const TYPE *w, const long *rows, const int *live,
+                          long n, long C, long from, long width) {
+    for (long i = 0; i < n; i += 4) {
+        const TYPE *row[4], *next[4];
+        float b[4];
+        for (int l = 0; l < 4; l++) {
+            long j = i + l < n ? live[i + l] : 0, k = i + l + 4 < n ? live[i + l + 4] : live[n - 1];
+            b[l] = i + l < n ? by[j] : 0;
+            row[l] = i + l < n ? w + (rows ? rows[j] : j) * C + from : row[0];
+            next[l] = w + (rows ? rows[k] : k) * C + from;
+        }
+        long c = 0;
+        for (; c + 32 <= width; c += 32) {
+            for (int l = 0; l < 4; l++) {
+                __builtin_prefetch(next[l] + c);
+                if (sizeof(TYPE) == 4) __builtin_prefetch(next[l] + c + 16);
+            }
+            for (long e = c; e < c + 32; e++)
+                sums[e] += b[0] * up_NAME(row[0][e]) + b[1] * up_NAME(row[1][e])
+                         + b[2] * up_NAME(row[2][e]) + b[3] * up_NAME(row[3][e]);
+        }
+        for (; c < width; c++)
+            for (int l = 0; l < 4; l++) sums[c] += b[l] * up_NAME(row[l][c]);
+    }
+}
+
+/* a thread's share of C outputs, whole lines of 32 */
+static inline long share_NAME(long C, int threads) { return ((C + threads - 1) / threads + 31) / 32 * 32; }
 
 /* y[m] = sum_i a[m, i] w[rows ? rows[i] : i] + bias: rows of zeros in a are never read */
 void rows_sum_NAME(const TYPE *a, const TYPE *w, const TYPE *bias, const long *rows, TYPE *y,
                    long M, long n, long C, int threads) {
-    long chunk = (C / threads + 31) / 32 * 32;
-    chunk = chunk ? chunk : 32;
+    long chunk = share_NAME(C, threads);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long from = 0; from < C; from += chunk) {
         long width = C - from < chunk ? C - from : chunk;
         for (long m = 0; m < M; m++) {
-            float sums[width];
+            float sums[width], by[n];
+            int live[n];
+            long count = 0;
             for (long c = 0; c < width; c++) sums[c] = bias ? up_NAME(bias[from + c]) : 0.0f;
-            for (long i = 0; i < n;) {
-                const TYPE *row[4];
-                float by[4] = {0};
-                int live = 0;
-                for (; i < n && live < 4; i++) {
-                    by[live] = up_NAME(a[m * n + i]);
-                    row[live] = w + (rows ? rows[i] : i) * C + from;
-                    if (by[live] != 0) __builtin_prefetch(row[live]), live++;
-                }
-                if (live == 4)
-                    for (long c = 0; c < width; c++)
-                        sums[c] += by[0] * up_NAME(row[0][c]) + by[1] * up_NAME(row[1][c])
-                                 + by[2] * up_NAME(row[2][c]) + by[3] * up_NAME(row[3][c]);
-                else
-                    for (int l = 0; l < live; l++)
-                        for (long c = 0; c < width; c++) sums[c] += by[l] * up_NAME(row[l][c]);
+            for (long i = 0; i < n; i++) {
+                by[i] = up_NAME(a[m * n + i]);
+                live[count] = i;
+                count += by[i] != 0;
             }
+            add_rows_NAME(sums, by, w, rows, live, count, C, from, width);
             for (long c = 0; c < width; c++) y[m * C + from + c] = down_NAME(sums[c]);
         }
     }
 }
 
+/* A whole MLP for one token: of n units, rows[i] or all of them in order, a = act(up . x + up_bias) * scale;
+   where keep < n all but the keep largest |a| are zero; y = sum of the live units' rows of down + down_bias.
+   Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
+long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias,
+                  const long *rows, const TYPE *scale, TYPE *y, long n, long C, long keep, int act,
+                  int threads) {
+    float a[n];
+    int live[n];
+    long count = 0, chunk = share_NAME(C, threads);
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (long i = 0; i < n; i++) {
+            long r = rows ? rows[i] : i;
+            const TYPE *row = up + r * C, *ahead = rows ? row_NAME(up, rows, i + 3, n, C) : row + AHEAD_NAME;
+            float v = dot_NAME(row, x, C, ahead) + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
+            v = act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
+            a[i] = v * (scale ? up_NAME(scale[i]) : 1.0f);
+        }
+        #pragma omp single
+        {
+            if (keep < n) keep_floats(a, n, keep);
+            for (long i = 0; i < n; i++) { live[count] = i; count += a[i] != 0; }
+        }
+        #pragma omp for schedule(static)
+        for (long from = 0; from < C; from += chunk) {
+            long width = C - from < chunk ? C - from : chunk;
+            float sums[width];
+            for (long c = 0; c < width; c++) sums[c] = down_bias ? up_NAME(down_bias[from + c]) : 0.0f;
+            add_rows_NAME(sums, a, down, rows, live, count, C, from, width);
+            for (long c = 0; c < width; c++) y[from + c] = down_NAME(sums[c]);
+        }
+    }
+    return count;
+}
+
 /* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept */
 void keep_largest_NAME(const TYPE *a, TYPE *kept, long M, long n, long k) {
     for (long m = 0; m < M; m++, a += n, kept += n) {
-        float part[n];
-        for (long i = 0; i < n; i++) part[i] = fabsf(up_NAME(a[i]));
-        float edge = kth(part, n, k);
-        long ties = k;
-        for (long i = 0; i < n; i++) ties -= fabsf(up_NAME(a[i])) > edge;
-        for (long i = 0; i < n; i++) {
-            float size = fabsf(up_NAME(a[i]));
-            kept[i] = size > edge || (size == edge && ties-- > 0) ? a[i] : 0;
-        }
+        float size[n];
+        for (long i = 0; i < n; i++) size[i] = up_NAME(a[i]);
+        keep_floats(size, n, k);
+        for (long i = 0; i < n; i++) kept[i] = size[i] != 0 ? a[i] : 0;
     }
 }
 
-/* k winners of N columns under lateral inhibition: t_c = s_c - sum_d by[c, d] relu(s_d); the k largest of
-   t + balance, ascending, and their gates sigmoid(t) */
-void column_winners_NAME(const TYPE *scores, const float *by, const float *balance, long *columns,
-                         TYPE *gates, long N, long k) {
-    float active[N], t[N], key[N];
-    for (long c = 0; c < N; c++) active[c] = up_NAME(scores[c]) > 0 ? up_NAME(scores[c]) : 0;
+/* k winners of N columns of `width` units under lateral inhibition: s = router . x, t_c = s_c - sum_d
+   by[c, d] relu(s_d); the k largest of t + balance, ascending -> rows (k * width) of their units, and each
+   one's gate sigmoid(t) */
+void column_rows_NAME(const TYPE *x, const TYPE *router, const float *by, const float *balance, long *rows,
+                      TYPE *gates, long N, long C, long k, long width) {
+    float s[N], t[N], key[N];
+    for (long c = 0; c < N; c++)
+        s[c] = up_NAME(down_NAME(dot_NAME(router + c * C, x, C, router + c * C + AHEAD_NAME)));
     for (long c = 0; c < N; c++) {
         float inhibited = 0;
-        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * active[d];
-        t[c] = up_NAME(scores[c]) - inhibited;
+        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * (s[d] > 0 ? s[d] : 0);
+        t[c] = s[c] - inhibited;
         key[c] = t[c] + balance[c];
     }
     for (long c = 0, put = 0; c < N && put < k; c++) {
         long ahead = 0;
         for (long d = 0; d < N; d++) ahead += key[d] > key[c] || (key[d] == key[c] && d < c);
-        if (ahead < k) { columns[put] = c; gates[put++] = down_NAME(1 / (1 + expf(-t[c]))); }
+        if (ahead >= k) continue;
+        TYPE gate = down_NAME(1 / (1 + expf(-t[c])));
+        for (long i = put * width; i < (put + 1) * width; i++) {
+            rows[i] = c * width + i - put * width;
+            gates[i] = gate;
+        }
+        put++;
     }
 }
 
-/* rows = where the k largest of n scores are, ascending; of equal ones the first */
-void largest_NAME(const TYPE *scores, long *rows, long n, long k) {
-    float part[n];
-    for (long i = 0; i < n; i++) part[i] = up_NAME(scores[i]);
+/* rows = where the k largest of n scores guess . (sense . x) + bias are, ascending; of equal the first */
+void predicted_rows_NAME(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias, long *rows,
+                         long n, long R, long C, long k, int threads) {
+    TYPE felt[R];
+    float score[n], part[n];
+    for (long r = 0; r < R; r++)
+        felt[r] = down_NAME(dot_NAME(sense + r * C, x, C, sense + r * C + AHEAD_NAME));
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) {
+        score[i] = dot_NAME(guess + i * R, felt, R, guess + i * R + AHEAD_NAME) + up_NAME(bias[i]);
+        part[i] = score[i] = up_NAME(down_NAME(score[i]));
+    }
     float edge = kth(part, n, k);
     long above = 0, put = 0;
-    for (long i = 0; i < n; i++) above += up_NAME(scores[i]) > edge;
-    for (long i = 0, ties = k - above; i < n && put < k; i++) {
-        float s = up_NAME(scores[i]);
-        if (s > edge || (s == edge && ties-- > 0)) rows[put++] = i;
-    }
+    for (long i = 0; i < n; i++) above += score[i] > edge;
+    for (long i = 0, ties = k - above; i < n && put < k; i++)
+        if (score[i] > edge || (score[i] == edge && ties-- > 0)) rows[put++] = i;
 }
 """
 for kind, name in (("float", "f32"), ("uint16_t", "bf16")):
@@ -242,9 +333,11 @@ def cpu_library():
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
-        getattr(library, f"largest_{name}").argtypes = [pointer] * 2 + [number] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
-        getattr(library, f"column_winners_{name}").argtypes = [pointer] * 5 + [number] * 2
+        getattr(library, f"column_rows_{name}").argtypes = [pointer] * 6 + [number] * 4
+        getattr(library, f"predicted_rows_{name}").argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int]
+        one = getattr(library, f"mlp_one_{name}")
+        one.argtypes, one.restype = [pointer] * 8 + [number] * 3 + [ctypes.c_int] * 2, number
     return library, "C kernels for decode steps"
 
 
@@ -402,21 +495,6 @@ def rows_sum(a, weight, bias, rows=None):
     return y
 
 
-def largest_reference(scores, k):
-    """scores (n,) -> (k,) int64: where the k largest are, ascending."""
-    return scores.topk(k, sorted=False).indices.sort().values
-
-
-def largest(scores, k):
-    """As the reference; of equal scores the first win. One token's scores on a CPU, contiguous."""
-    if not has_kernel(scores) or len(scores) > LONGEST:
-        return largest_reference(scores, k)
-    rows = torch.empty(k, dtype=torch.int64)
-    kernel = getattr(cpu_library()[0], "largest_" + NAMES[scores.dtype])
-    kernel(scores.data_ptr(), rows.data_ptr(), len(scores), k)
-    return rows
-
-
 def keep_largest_reference(a, k):
     """a (..., n) -> the same with all but the k largest |a| of each token at zero."""
     winners = a.abs().topk(k, dim=-1, sorted=False).indices
@@ -433,24 +511,82 @@ def keep_largest(a, k):
     return kept
 
 
-def column_winners_reference(scores, by, balance, k):
-    """scores (N,), by (N, N) fp32 (what column d's activity takes from c), balance (N,) -> columns (k,) int64
-    ascending, their gates (k,) in scores' dtype."""
-    s = scores.float()
+# ------------------------------------------------ a token through an MLP --------------------------------
+
+ACTS = {"relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}      # in the order of the kernel's numbers
+
+
+def takes_mlp(x, *weights):
+    """Is this one token through weights that `mlp_one` reads: inference mode, a CPU, one dtype, kernels?"""
+    return (inferring() and x.numel() == x.size(-1) and x.device.type == "cpu" and has_kernel(x, *weights)
+            and len(weights[0]) <= LONGEST)
+
+
+def mlp_one_reference(x, up, up_bias, down, down_bias, act, rows=None, scale=None, keep=None):
+    """One token x (..., C) through the units `rows` (n,), or all: up, down (H, C) by unit -> (..., C).
+
+    a = act(up x) * scale (n,), all but the `keep` largest |a| at zero; the sum of a's rows of down.
+    """
+    rows = torch.arange(len(up)) if rows is None else rows
+    a = ACTS[act](rows_dot_reference(x, up, up_bias, rows)) * (1 if scale is None else scale)
+    a = a if keep is None else keep_largest_reference(a, keep)
+    return rows_sum_reference(a, down, down_bias, rows)
+
+
+def mlp_one(x, up, up_bias, down, down_bias, act, rows=None, scale=None, keep=None):
+    """As the reference, in one call: reads n rows of up and the live units' rows of down; fp32 between them.
+    """
+    n, C = len(up) if rows is None else len(rows), x.size(-1)
+    y = torch.empty_like(x)
+    kernel = getattr(cpu_library()[0], "mlp_one_" + NAMES[x.dtype])
+    live = kernel(x.data_ptr(), up.data_ptr(), pointer(up_bias), down.data_ptr(), pointer(down_bias),
+                  pointer(rows), pointer(scale), y.data_ptr(), n, C, n if keep is None else min(keep, n),
+                  act == "gelu", torch.get_num_threads())
+    if tally is not None:
+        tally.add(1, n, C, up)
+        tally.add(1, live, C, down)
+    return y
+
+
+def column_rows_reference(x, router, by, balance, k, width):
+    """One token x (..., C), router (N, C), by (N, N) (what column d's activity takes from c), balance (N,) ->
+    rows (k * width,) int64, ascending, of the k winning columns' units, and each one's gate, in x's dtype."""
+    s = F.linear(x.flatten(), router).float()
     s = s - by @ F.relu(s)
     columns = (s + balance).topk(k, sorted=False).indices.sort().values
-    return columns, s[columns].sigmoid().to(scores.dtype)
+    rows = columns[:, None] * width + torch.arange(width)
+    return rows.flatten(), s[columns].sigmoid().to(x.dtype).repeat_interleave(width)
 
 
-def column_winners(scores, by, balance, k):
-    """As the reference: one token's scores on a CPU; by and balance fp32; all contiguous."""
-    if not has_kernel(scores):
-        return column_winners_reference(scores, by, balance, k)
-    columns, gates = torch.empty(k, dtype=torch.int64), scores.new_empty(k)
-    kernel = getattr(cpu_library()[0], "column_winners_" + NAMES[scores.dtype])
-    kernel(scores.data_ptr(), by.data_ptr(), balance.data_ptr(), columns.data_ptr(), gates.data_ptr(),
-           len(scores), k)
-    return columns, gates
+def column_rows(x, router, by, balance, k, width):
+    """As the reference, of `takes_mlp`; by and balance fp32."""
+    N, C = router.shape
+    if tally is not None:
+        tally.add(1, N, C, router)
+    rows, gates = torch.empty(k * width, dtype=torch.int64), x.new_empty(k * width)
+    kernel = getattr(cpu_library()[0], "column_rows_" + NAMES[x.dtype])
+    kernel(x.data_ptr(), router.data_ptr(), by.data_ptr(), balance.data_ptr(), rows.data_ptr(),
+           gates.data_ptr(), N, C, k, width)
+    return rows, gates
+
+
+def predicted_rows_reference(x, sense, guess, bias, k):
+    """One token x (..., C), sense (R, C), guess (H, R), bias (H,) -> rows (k,) int64, ascending: where the k
+    largest of guess (sense x) + bias are."""
+    scores = F.linear(F.linear(x.flatten(), sense), guess, bias)
+    return scores.topk(k, sorted=False).indices.sort().values
+
+
+def predicted_rows(x, sense, guess, bias, k):
+    """As the reference, of `takes_mlp`; of equal scores the first win."""
+    if tally is not None:
+        tally.add(1, *sense.shape, sense)
+        tally.add(1, *guess.shape, guess)
+    rows = torch.empty(k, dtype=torch.int64)
+    kernel = getattr(cpu_library()[0], "predicted_rows_" + NAMES[x.dtype])
+    kernel(x.data_ptr(), sense.data_ptr(), guess.data_ptr(), bias.data_ptr(), rows.data_ptr(), len(guess),
+           *sense.shape, k, torch.get_num_threads())
+    return rows
 
 
 # ------------------------------------------------ attention of one query ----------------------------------
