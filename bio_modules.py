@@ -172,27 +172,29 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
 
     def few(self, x, ctx):
-        """The few tokens of a decode step on a CPU."""
-        return self.through_one_call(x) if self.in_one_call(x) else self.many(x, ctx)
+        """The few tokens of a decode step on a CPU: one of them through one kernel, where that is written."""
+        up, up_bias, down, down_bias = weights = self.stored_by_unit()
+        if self.one_call and kernels.takes_mlp(x, up, down):
+            return self.dropout(self.one(x, weights, getattr(self.select, "k", None)))
+        return self.union(x, ctx)
 
-    def in_one_call(self, x):
-        return self.one_call and kernels.takes_mlp(x, self.c_fc.weight, self.c_proj.weight.t())
+    def stored_by_unit(self):
+        """W_up, its bias, W_down^T, its bias."""
+        up, down = (self._modules[name]._parameters for name in ("c_fc", "c_proj"))     # a third of the time
+        return up["weight"], up["bias"], down["weight"].t(), down["bias"]
 
-    def through_one_call(self, x, rows=None, scale=None):
-        """One token through some units, or all, in one kernel."""
-        y = kernels.mlp_one(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias,
-                            self.one_call, rows, scale, getattr(self.select, "k", None))
-        return self.dropout(y)
+    def one(self, x, weights, keep):
+        return kernels.mlp_one(x, *weights, self.one_call, keep)
+
+    def union(self, x, ctx):
+        return self.many(x, ctx)
 
     def live(self, x, ctx, rows, scale):
         """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
         or W_down is read."""
-        if self.in_one_call(x):
-            return self.through_one_call(x, rows, scale)
-        a = kernels.rows_dot(x, self.c_fc.weight.to(x.dtype), cast(self.c_fc.bias, x.dtype), rows)
-        a = self.select(self.act(a, rows) * scale, ctx, rows)
-        return self.dropout(kernels.rows_sum(a, self.c_proj.weight.t().to(a.dtype),
-                                             cast(self.c_proj.bias, a.dtype), rows))
+        up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
+        a = self.select(self.act(kernels.rows_dot(x, up, up_bias, rows), rows) * scale, ctx, rows)
+        return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
 
 
 class ColumnGate(nn.Module):
@@ -205,10 +207,10 @@ class ColumnGate(nn.Module):
     """
     BALANCE = 0.01                               # leaves the gradient's norm alone; Adam sets the bias's pace
 
-    def __init__(self, config, width):
+    def __init__(self, config):
         super().__init__()
         N = config.columns
-        self.k, self.width = config.columns_active, width
+        self.k = config.columns_active
         self.router = Linear(config.n_embd, N, bias=False, hidden=False)
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
@@ -230,14 +232,12 @@ class ColumnGate(nn.Module):
         """S (N, N) in fp32: what the activity of column d takes from column c."""
         return F.softplus(self.inhibition.float()).view_as(self.others) * self.others
 
-    def rows(self, x, ctx):
-        """For a few tokens: the units of the columns that any of them opens (n,), and each token's gates."""
-        if not kernels.takes_mlp(x, self.router.weight):
-            return opened(self(x, ctx), self.width)
+    def one(self):
+        """What a kernel chooses one token's columns by: router, S, balance."""
         now = kernels.stamp(self.inhibition, self.balance)
         if self.kept[0] != now:                  # a decode step does not compute N * N softplus again
             self.kept = now, self.inhibits(), self.balance.float()
-        return kernels.column_rows(x, self.router.weight, *self.kept[1:], self.k, self.width)
+        return self.router.weight, *self.kept[1:]
 
 
 def opened(gates, width):
@@ -263,8 +263,8 @@ class Gathered(MLP):
         super().__init__(config, layer, groups * width)
         self.groups, self.width = groups, width
 
-    def few(self, x, ctx):
-        return self.live(x, ctx, *self.gate.rows(x, ctx))
+    def union(self, x, ctx):
+        return self.live(x, ctx, *opened(self.gate(x, ctx), self.width))
 
 
 class Columns(Gathered):
@@ -273,7 +273,10 @@ class Columns(Gathered):
 
     def __init__(self, config, layer):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
-        self.gate = ColumnGate(config, self.width)
+        self.gate = ColumnGate(config)
+
+    def one(self, x, weights, keep):
+        return kernels.columns_one(x, *self.gate.one(), *weights, self.one_call, self.gate.k, keep)
 
     def many(self, x, ctx):
         a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * self.gate(x, ctx).unsqueeze(-1)
@@ -292,9 +295,9 @@ class ExpertGate(nn.Module):
     """
     BALANCE, Z = 0.01, 0.001
 
-    def __init__(self, config, width):
+    def __init__(self, config):
         super().__init__()
-        self.k, self.width = config.experts_active, width
+        self.k = config.experts_active
         self.router = Linear(config.n_embd, config.experts, bias=False, hidden=False)
 
     def forward(self, x, ctx):
@@ -306,9 +309,6 @@ class ExpertGate(nn.Module):
         ctx.add_loss(lambda: self.BALANCE * imbalance(gates, shares) / self.k
                      + self.Z * logits.logsumexp(dim=-1).square().mean())
         return gates.to(x.dtype)
-
-    def rows(self, x, ctx):
-        return opened(self(x, ctx), self.width)
 
 
 def imbalance(gates, shares):
@@ -324,7 +324,8 @@ class Experts(Gathered):
     def __init__(self, config, layer):
         super().__init__(config, layer, config.experts,
                          config.expert_width or config.units() // config.experts)
-        self.gate = ExpertGate(config, self.width)
+        self.one_call = None
+        self.gate = ExpertGate(config)
 
     def idle_parameters(self):
         """Weights that a token does not multiply, on average."""
@@ -403,17 +404,19 @@ class Predictive(MLP):
 
     ways = {False: exact, True: predicted}
 
-    def few(self, x, ctx):
-        return self.live(x, ctx, *self.winners(x)) if self.policy else super().few(x, ctx)
+    def one(self, x, weights, keep):
+        if not self.policy:
+            return super().one(x, weights, keep)
+        sense, guess = self.sense.weight, self.guess
+        return kernels.predicted_one(x, sense, guess.weight, guess.bias, *weights, self.one_call, self.active,
+                                     keep)
 
-    def winners(self, x):
-        """For a few tokens: the units expected to win for any of them (n,); ones where they are, (..., n)."""
-        if self.in_one_call(x):
-            guess = self.guess
-            return kernels.predicted_rows(x, self.sense.weight, guess.weight, guess.bias, self.active), None
+    def union(self, x, ctx):
+        if not self.policy:
+            return super().union(x, ctx)
         chosen = self.chosen(self.guess(self.sense(x)))
         rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-        return rows, chosen[..., rows]
+        return self.live(x, ctx, rows, chosen[..., rows])
 
     def chosen(self, scores):
         """Ones where the predictor expects winners, (..., units)."""

@@ -99,7 +99,7 @@ def attend_short(q, k, v, dropout):
 
 def dropout(config):
     """Dropout, or nothing at all where it would drop nothing: a module call is not free in a decode step."""
-    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+    return nn.Dropout(config.dropout) if config.dropout else as_is
 
 
 class GELU(nn.Module):

@@ -306,7 +306,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
-            drop=dropout(config),
+            drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i)
                              for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),

@@ -24,6 +24,9 @@ from torch.nn import functional as F
 SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
+#define FETCH(p) __builtin_prefetch(p, 0, 2)     /* into the second-level cache, where more misses can wait */
+#define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 static inline __m512bh load(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -38,12 +41,23 @@ static inline uint16_t down_bf16(float f) {                     /* to nearest, t
     union { float f; uint32_t u; } c = { f };
     return f != f ? 0x7fc0 : (c.u + 0x7fff + ((c.u >> 16) & 1)) >> 16;
 }
+static inline uint32_t bin(float f) {                           /* rises with f; NaN counts as largest */
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return (u >> 31 ? ~u : u | 0x80000000u) >> 20;
+}
 static inline float up_f32(float v) { return v; }
 static inline float down_f32(float v) { return v; }
 
-/* the k-th largest of part, which is reordered (Hoare's select) */
+/* the k-th largest of n, which are reordered: bins by the leading 12 bits, then Hoare's select in one bin */
 static float kth(float *part, long n, long k) {
-    for (long low = 0, high = n - 1, want = k - 1; low < high;) {
+    uint32_t count[4096] = {0};
+    for (long i = 0; i < n; i++) count[bin(part[i])]++;
+    uint32_t b = 4095;
+    while (k > count[b]) k -= count[b--];
+    long m = 0;
+    for (long i = 0; i < n; i++) if (bin(part[i]) == b) part[m++] = part[i];
+    for (long low = 0, high = m - 1, want = k - 1; low < high;) {
         float pivot = part[(low + high) / 2];
         long i = low, j = high;
         while (i <= j) {
@@ -76,8 +90,8 @@ static inline float dot_f32(const float *w, const float *x, long K, const float 
     vec a = {0}, b = {0};
     long k = 0;
     for (; k + 32 <= K; k += 32) {
-        __builtin_prefetch(ahead + k);
-        __builtin_prefetch(ahead + k + 16);
+        FETCH(ahead + k);
+        FETCH(ahead + k + 16);
         a += *(const vec *)(w + k) * *(const vec *)(x + k);
         b += *(const vec *)(w + k + 16) * *(const vec *)(x + k + 16);
     }
@@ -92,8 +106,8 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K, const
 #ifdef __AVX512BF16__
     __m512 a = _mm512_setzero_ps(), b = a;
     for (; k + 64 <= K; k += 64) {
-        __builtin_prefetch(ahead + k);
-        __builtin_prefetch(ahead + k + 32);
+        FETCH(ahead + k);
+        FETCH(ahead + k + 32);
         a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
         b = _mm512_dpbf16_ps(b, load(w + k + 32), load(x + k + 32));
     }
@@ -156,7 +170,7 @@ void rows_dot_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, const long *r
                    long M, long n, long K, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < n; i++) {
-        const TYPE *row = w + rows[i] * K, *ahead = row_NAME(w, rows, i + 3, n, K);
+        const TYPE *row = w + rows[i] * K, *ahead = row_NAME(w, rows, i + SOON, n, K);
         float start = bias ? up_NAME(bias[rows[i]]) : 0.0f;
         for (long m = 0; m < M; m++) y[m * n + i] = down_NAME(start + dot_NAME(row, x + m * K, K, ahead));
     }
@@ -177,8 +191,8 @@ static void add_rows_NAME(float *sums, const float *by, const TYPE *w, const lon
         long c = 0;
         for (; c + 32 <= width; c += 32) {
             for (int l = 0; l < 4; l++) {
-                __builtin_prefetch(next[l] + c);
-                if (sizeof(TYPE) == 4) __builtin_prefetch(next[l] + c + 16);
+                FETCH(next[l] + c);
+                if (sizeof(TYPE) == 4) FETCH(next[l] + c + 16);
             }
             for (long e = c; e < c + 32; e++)
                 sums[e] += b[0] * up_NAME(row[0][e]) + b[1] * up_NAME(row[1][e])
@@ -229,8 +243,8 @@ long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE
         #pragma omp for schedule(static)
         for (long i = 0; i < n; i++) {
             long r = rows ? rows[i] : i;
-            const TYPE *row = up + r * C, *ahead = rows ? row_NAME(up, rows, i + 3, n, C) : row + AHEAD_NAME;
-            float v = dot_NAME(row, x, C, ahead) + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
+            const TYPE *row = up + r * C, *soon = rows ? row_NAME(up, rows, i + SOON, n, C) : row + AHEAD_NAME;
+            float v = dot_NAME(row, x, C, soon) + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
             v = act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
             a[i] = v * (scale ? up_NAME(scale[i]) : 1.0f);
         }
@@ -261,12 +275,14 @@ void keep_largest_NAME(const TYPE *a, TYPE *kept, long M, long n, long k) {
     }
 }
 
-/* k winners of N columns of `width` units under lateral inhibition: s = router . x, t_c = s_c - sum_d
-   by[c, d] relu(s_d); the k largest of t + balance, ascending -> rows (k * width) of their units, and each
-   one's gate sigmoid(t) */
-void column_rows_NAME(const TYPE *x, const TYPE *router, const float *by, const float *balance, long *rows,
-                      TYPE *gates, long N, long C, long k, long width) {
+/* The same through k winning columns of `width` units, of N under lateral inhibition: s = router . x, t_c
+   = s_c - sum_d by[c, d] relu(s_d); the k largest of t + balance win, and sigmoid(t) scales their units. */
+long columns_one_NAME(const TYPE *x, const TYPE *router, const float *by, const float *balance,
+                      const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
+                      long N, long C, long k, long width, long keep, int act, int threads) {
     float s[N], t[N], key[N];
+    long rows[k * width], put = 0;
+    TYPE gates[k * width];
     for (long c = 0; c < N; c++)
         s[c] = up_NAME(down_NAME(dot_NAME(router + c * C, x, C, router + c * C + AHEAD_NAME)));
     for (long c = 0; c < N; c++) {
@@ -275,36 +291,37 @@ void column_rows_NAME(const TYPE *x, const TYPE *router, const float *by, const 
         t[c] = s[c] - inhibited;
         key[c] = t[c] + balance[c];
     }
-    for (long c = 0, put = 0; c < N && put < k; c++) {
-        long ahead = 0;
-        for (long d = 0; d < N; d++) ahead += key[d] > key[c] || (key[d] == key[c] && d < c);
-        if (ahead >= k) continue;
+    for (long c = 0; c < N && put < k * width; c++) {
+        long before = 0;
+        for (long d = 0; d < N; d++) before += key[d] > key[c] || (key[d] == key[c] && d < c);
         TYPE gate = down_NAME(1 / (1 + expf(-t[c])));
-        for (long i = put * width; i < (put + 1) * width; i++) {
-            rows[i] = c * width + i - put * width;
-            gates[i] = gate;
+        for (long i = 0; i < width && before < k; i++, put++) {
+            rows[put] = c * width + i;
+            gates[put] = gate;
         }
-        put++;
     }
+    return mlp_one_NAME(x, up, up_bias, down, down_bias, rows, gates, y, put, C, keep, act, threads);
 }
 
-/* rows = where the k largest of n scores guess . (sense . x) + bias are, ascending; of equal the first */
-void predicted_rows_NAME(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias, long *rows,
-                         long n, long R, long C, long k, int threads) {
+/* The same through the k of H units where guess . (sense . x) + bias is largest; of equal ones the first. */
+long predicted_one_NAME(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias,
+                        const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
+                        long H, long R, long C, long k, long keep, int act, int threads) {
     TYPE felt[R];
-    float score[n], part[n];
+    float score[H], part[H];
+    long rows[k], put = 0, ties = k;
     for (long r = 0; r < R; r++)
         felt[r] = down_NAME(dot_NAME(sense + r * C, x, C, sense + r * C + AHEAD_NAME));
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < n; i++) {
-        score[i] = dot_NAME(guess + i * R, felt, R, guess + i * R + AHEAD_NAME) + up_NAME(bias[i]);
-        part[i] = score[i] = up_NAME(down_NAME(score[i]));
+    for (long i = 0; i < H; i++) {
+        float v = dot_NAME(guess + i * R, felt, R, guess + i * R + AHEAD_NAME) + up_NAME(bias[i]);
+        part[i] = score[i] = up_NAME(down_NAME(v));
     }
-    float edge = kth(part, n, k);
-    long above = 0, put = 0;
-    for (long i = 0; i < n; i++) above += score[i] > edge;
-    for (long i = 0, ties = k - above; i < n && put < k; i++)
+    float edge = kth(part, H, k);
+    for (long i = 0; i < H; i++) ties -= score[i] > edge;
+    for (long i = 0; i < H && put < k; i++)
         if (score[i] > edge || (score[i] == edge && ties-- > 0)) rows[put++] = i;
+    return mlp_one_NAME(x, up, up_bias, down, down_bias, rows, 0, y, put, C, keep, act, threads);
 }
 """
 for kind, name in (("float", "f32"), ("uint16_t", "bf16")):
@@ -334,10 +351,9 @@ def cpu_library():
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
-        getattr(library, f"column_rows_{name}").argtypes = [pointer] * 6 + [number] * 4
-        getattr(library, f"predicted_rows_{name}").argtypes = [pointer] * 5 + [number] * 4 + [ctypes.c_int]
-        one = getattr(library, f"mlp_one_{name}")
-        one.argtypes, one.restype = [pointer] * 8 + [number] * 3 + [ctypes.c_int] * 2, number
+        for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
+            one = getattr(library, f"{kernel}_one_{name}")
+            one.argtypes, one.restype = [pointer] * pointers + [number] * numbers + [ctypes.c_int] * 2, number
     return library, "C kernels for decode steps"
 
 
@@ -433,7 +449,7 @@ def counting():
 def takes_rows(x):
     """May a layer gather the rows of its live units for these tokens (..., K)? A few tokens on a CPU, in
     inference mode; a GPU needs a kernel that chooses rows without the host, and many tokens use all rows."""
-    return inferring() and x.numel() <= FEW * x.size(-1) and x.device.type == "cpu"
+    return x.is_cpu and x.numel() <= FEW * x.size(-1) and inferring()
 
 
 def has_kernel(*tensors):
@@ -516,77 +532,85 @@ def keep_largest(a, k):
 ACTS = {"relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}      # in the order of the kernel's numbers
 
 
-def takes_mlp(x, *weights):
-    """Is this one token through weights that `mlp_one` reads: inference mode, a CPU, one dtype, kernels?"""
-    return (inferring() and x.numel() == x.size(-1) and x.device.type == "cpu" and has_kernel(x, *weights)
-            and len(weights[0]) <= LONGEST)
+def takes_mlp(x, up, down):
+    """Is this, of `takes_rows`, one token through an MLP's up, down (H, C) that the kernels below read: one
+    dtype, all contiguous, C kernels built?"""
+    return (x.numel() == x.size(-1) and x.dtype == up.dtype == down.dtype and x.dtype in NAMES
+            and x.is_contiguous() and up.is_contiguous() and down.is_contiguous() and len(up) <= LONGEST
+            and cpu_library()[0] is not None)
 
 
-def mlp_one_reference(x, up, up_bias, down, down_bias, act, rows=None, scale=None, keep=None):
-    """One token x (..., C) through the units `rows` (n,), or all: up, down (H, C) by unit -> (..., C).
+def mlp_one_reference(x, up, up_bias, down, down_bias, act, keep=None, rows=None, scale=None):
+    """One token x (..., C) through an MLP whose up, down (H, C) are stored by unit -> (..., C).
 
-    a = act(up x) * scale (n,), all but the `keep` largest |a| at zero; the sum of a's rows of down.
+    a = act(up x + up_bias), of the units `rows` (n,) alone and times scale (n,) where they are given; all but
+    the `keep` largest |a| at zero; a's rows of down, summed, + down_bias. act: one of ACTS.
     """
     rows = torch.arange(len(up)) if rows is None else rows
     a = ACTS[act](rows_dot_reference(x, up, up_bias, rows)) * (1 if scale is None else scale)
-    a = a if keep is None else keep_largest_reference(a, keep)
+    a = a if keep is None else keep_largest_reference(a, min(keep, len(rows)))
     return rows_sum_reference(a, down, down_bias, rows)
 
 
-def mlp_one(x, up, up_bias, down, down_bias, act, rows=None, scale=None, keep=None):
-    """As the reference, in one call: reads n rows of up and the live units' rows of down; fp32 between them.
-    """
-    n, C = len(up) if rows is None else len(rows), x.size(-1)
-    y = torch.empty_like(x)
-    kernel = getattr(cpu_library()[0], "mlp_one_" + NAMES[x.dtype])
-    live = kernel(x.data_ptr(), up.data_ptr(), pointer(up_bias), down.data_ptr(), pointer(down_bias),
-                  pointer(rows), pointer(scale), y.data_ptr(), n, C, n if keep is None else min(keep, n),
-                  act == "gelu", torch.get_num_threads())
-    if tally is not None:
-        tally.add(1, n, C, up)
-        tally.add(1, live, C, down)
-    return y
+def mlp_one(x, up, up_bias, down, down_bias, act, keep=None, rows=None, scale=None):
+    """As the reference, in one call: of down only the live units' rows are read; fp32 between the two."""
+    n = len(up) if rows is None else len(rows)
+    return run_mlp("mlp", x, (up, up_bias, down, down_bias), (rows, scale), n, (n, x.size(-1)), act, keep)
 
 
-def column_rows_reference(x, router, by, balance, k, width):
-    """One token x (..., C), router (N, C), by (N, N) (what column d's activity takes from c), balance (N,) ->
-    rows (k * width,) int64, ascending, of the k winning columns' units, and each one's gate, in x's dtype."""
+def columns_one_reference(x, router, by, balance, up, up_bias, down, down_bias, act, k, keep=None):
+    """One token x (..., C) through an MLP of N columns of units: router (N, C), by (N, N) fp32 (what column
+    d's activity takes from c), balance (N,) fp32. The units of the k winners, scaled by their gates."""
     s = F.linear(x.flatten(), router).float()
     s = s - by @ F.relu(s)
     columns = (s + balance).topk(k, sorted=False).indices.sort().values
-    rows = columns[:, None] * width + torch.arange(width)
-    return rows.flatten(), s[columns].sigmoid().to(x.dtype).repeat_interleave(width)
+    width = len(up) // len(router)
+    rows = (columns[:, None] * width + torch.arange(width)).flatten()
+    scale = s[columns].sigmoid().to(x.dtype).repeat_interleave(width)
+    return mlp_one_reference(x, up, up_bias, down, down_bias, act, keep, rows, scale)
 
 
-def column_rows(x, router, by, balance, k, width):
-    """As the reference, of `takes_mlp`; by and balance fp32."""
+def columns_one(x, router, by, balance, up, up_bias, down, down_bias, act, k, keep=None):
+    """As the reference, in one call: only the winners' rows of up and down are read."""
     N, C = router.shape
+    width = len(up) // N
     if tally is not None:
         tally.add(1, N, C, router)
-    rows, gates = torch.empty(k * width, dtype=torch.int64), x.new_empty(k * width)
-    kernel = getattr(cpu_library()[0], "column_rows_" + NAMES[x.dtype])
-    kernel(x.data_ptr(), router.data_ptr(), by.data_ptr(), balance.data_ptr(), rows.data_ptr(),
-           gates.data_ptr(), N, C, k, width)
-    return rows, gates
+    return run_mlp("columns", x, (router, by, balance, up, up_bias, down, down_bias), (), k * width,
+                   (N, C, k, width), act, keep)
 
 
-def predicted_rows_reference(x, sense, guess, bias, k):
-    """One token x (..., C), sense (R, C), guess (H, R), bias (H,) -> rows (k,) int64, ascending: where the k
-    largest of guess (sense x) + bias are."""
+def predicted_one_reference(x, sense, guess, bias, up, up_bias, down, down_bias, act, k, keep=None):
+    """One token x (..., C) through the k units of an MLP where guess (sense x) + bias, (H,), is largest;
+    sense (R, C), guess (H, R)."""
     scores = F.linear(F.linear(x.flatten(), sense), guess, bias)
-    return scores.topk(k, sorted=False).indices.sort().values
+    rows = scores.topk(k, sorted=False).indices.sort().values
+    return mlp_one_reference(x, up, up_bias, down, down_bias, act, keep, rows)
 
 
-def predicted_rows(x, sense, guess, bias, k):
-    """As the reference, of `takes_mlp`; of equal scores the first win."""
+def predicted_one(x, sense, guess, bias, up, up_bias, down, down_bias, act, k, keep=None):
+    """As the reference, in one call; of equal scores the first win."""
     if tally is not None:
         tally.add(1, *sense.shape, sense)
         tally.add(1, *guess.shape, guess)
-    rows = torch.empty(k, dtype=torch.int64)
-    kernel = getattr(cpu_library()[0], "predicted_rows_" + NAMES[x.dtype])
-    kernel(x.data_ptr(), sense.data_ptr(), guess.data_ptr(), bias.data_ptr(), rows.data_ptr(), len(guess),
-           *sense.shape, k, torch.get_num_threads())
-    return rows
+    return run_mlp("predicted", x, (sense, guess, bias, up, up_bias, down, down_bias), (), k,
+                   (len(guess), *sense.shape, k), act, keep)
+
+
+@functools.cache
+def mlp_kernel(kernel, dtype):
+    return getattr(cpu_library()[0], f"{kernel}_one_{NAMES[dtype]}")
+
+
+def run_mlp(kernel, x, weights, units, n, sizes, act, keep):
+    """Call the C kernel `kernel`_one on `n` units of an MLP and count its work -> (..., C)."""
+    y = torch.empty_like(x)
+    live = mlp_kernel(kernel, x.dtype)(
+        x.data_ptr(), *map(pointer, weights), *map(pointer, units), y.data_ptr(), *sizes,
+        n if keep is None else min(keep, n), act == "gelu", torch.get_num_threads())
+    if tally is not None:
+        tally.add(1, n + live, x.size(-1), x)
+    return y
 
 
 # ------------------------------------------------ attention of one query ----------------------------------

@@ -73,21 +73,20 @@ def test_gathered_rows_equal_their_references_over_120_shapes(dtype):
         check(kernels.rows_sum(whole, weight, None), F.linear(whole, weight.t()))
 
 
-@built
-@dtypes
-def test_predicted_rows_are_where_the_largest_scores_are_and_of_equal_ones_the_first(dtype):
-    for seed, (C, R, H) in enumerate(itertools.product((1, 33, 128), (1, 4, 32, 64), (1, 7, 64, 1000))):
-        x, sense = normal(1, 1, C, dtype=dtype, seed=seed), normal(R, C, dtype=dtype, seed=1) / C ** 0.5
-        guess, bias = normal(H, R, dtype=dtype, seed=2), normal(H, dtype=dtype, seed=3)
-        scores = F.linear(F.linear(x, sense), guess, bias).flatten()
-        for k in {1, max(1, H // 10), H}:
-            rows = kernels.predicted_rows(x, sense, guess, bias, k)
-            assert len(rows) == k and rows.equal(rows.unique())
-            torch.testing.assert_close(scores[rows].sort().values, scores.topk(k).values.sort().values,
-                                       atol=TOLERANCE[dtype] * 8, rtol=TOLERANCE[dtype])
-    zero = torch.zeros(9, 4, dtype=dtype)
-    assert kernels.predicted_rows(x[..., :4].contiguous(), zero[:4], zero, torch.tensor(
-        [1, 2, 2, 2, 0, 0, 0, 0, 0], dtype=dtype), 2).tolist() == [1, 2]
+def mlp_weights(H, C, dtype, biased):
+    up, down = normal(H, C, dtype=dtype, seed=1) / C ** 0.5, normal(H, C, dtype=dtype, seed=2)
+    biases = [normal(n, dtype=dtype, seed=3) if biased else None for n in (H, C)]
+    return up, biases[0], down, biases[1]
+
+
+def same(kernel, *arguments):
+    """kernel(...) in its dtype is its reference in fp32."""
+    with torch.inference_mode():
+        found = getattr(kernels, kernel)(*arguments)
+        exact = getattr(kernels, kernel + "_reference")(
+            *(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments))
+    tolerance = TOLERANCE[found.dtype] * 8
+    torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
 
 
 @built
@@ -96,18 +95,30 @@ def test_predicted_rows_are_where_the_largest_scores_are_and_of_equal_ones_the_f
 def test_a_token_through_an_mlp_equals_the_reference(act, dtype):
     shapes = itertools.product((1, 64, 100), (1, 31, 64, 768), (False, True), (None, 1, 7))
     for seed, (H, C, some, keep) in enumerate(shapes):
-        x = normal(1, 1, C, dtype=dtype, seed=seed)
-        up, down = normal(H, C, dtype=dtype, seed=1) / C ** 0.5, normal(H, C, dtype=dtype, seed=2)
-        biases = [normal(n, dtype=dtype, seed=3) if seed % 2 else None for n in (H, C)]
+        x, weights = normal(1, 1, C, dtype=dtype, seed=seed), mlp_weights(H, C, dtype, seed % 2)
         rows = torch.randperm(H, generator=torch.Generator().manual_seed(seed))[:H // 3 + 1].sort().values
-        scale = normal(len(rows), dtype=dtype, seed=5).abs() if some else None
-        rows = rows if some else None
-        with torch.inference_mode():
-            found = kernels.mlp_one(x, up, biases[0], down, biases[1], act, rows, scale, keep)
-            wide = [t if t is None else t.float() for t in (x, up, biases[0], down, biases[1])]
-            exact = kernels.mlp_one_reference(*wide, act, rows, scale if scale is None else scale.float(),
-                                              keep and min(keep, H if rows is None else len(rows)))
-        torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype] * 8, rtol=TOLERANCE[dtype])
+        scale = normal(len(rows), dtype=dtype, seed=5).abs() + 0.1
+        same("mlp_one", x, *weights, act, keep, *((rows, scale) if some else ()))
+
+
+@built
+@dtypes
+def test_a_token_through_predicted_units_equals_the_reference(dtype):
+    for seed, (C, R, H) in enumerate(itertools.product((1, 33, 128), (1, 4, 32, 64), (1, 7, 64, 1000))):
+        x, sense = torch.ones(1, 1, C, dtype=dtype), torch.eye(R, C).to(dtype)      # sums that are exact,
+        guess = torch.eye(H, R).to(dtype)                                           # in bf16 too
+        bias = (torch.randperm(H, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+        if dtype == torch.float32:
+            x, guess = normal(1, 1, C, seed=seed), normal(H, R, seed=seed + 1)
+        for k in {1, max(1, H // 10), H}:
+            if len(bias.unique()) == H or k == H:
+                weights = mlp_weights(H, C, dtype, seed % 2)
+                same("predicted_one", x, sense, guess, bias, *weights, "relu2", k, k)
+    x, weights = torch.ones(1, 1, 4, dtype=dtype), mlp_weights(9, 4, dtype, False)
+    zero, bias = torch.zeros(9, 4, dtype=dtype), torch.tensor([1, 2, 2, 2, 0, 0, 0, 0, 0], dtype=dtype)
+    with torch.inference_mode():
+        first = kernels.mlp_one(x, *weights, "relu2", None, torch.tensor([1, 2]))
+        assert torch.equal(kernels.predicted_one(x, zero[:4], zero, bias, *weights, "relu2", 2), first)
 
 
 @built
@@ -128,17 +139,14 @@ def test_the_largest_are_kept_and_all_others_zero(dtype):
 
 @built
 @dtypes
-def test_column_rows_equal_their_reference(dtype):
+def test_a_token_through_columns_equals_the_reference(dtype):
     for seed in range(60):
         N, width = (1, 2, 5, 16, 32, 100)[seed % 6], (1, 3, 64)[seed % 3]
         k = 1 + seed % N
         x, router, balance = normal(1, 1, 64, dtype=dtype), torch.eye(N, 64), normal(N, seed=seed + 1)
         router = (router + normal(N, 64, seed=seed) * (dtype == torch.float32)).to(dtype)   # bf16: exact sums
         by = normal(N, N, seed=seed + 2).abs() * (1 - torch.eye(N)) * (seed % 3) / N
-        rows, gates = kernels.column_rows(x, router, by, balance, k, width)
-        expected = kernels.column_rows_reference(x, router, by, balance, k, width)
-        assert torch.equal(rows, expected[0])
-        torch.testing.assert_close(gates, expected[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        same("columns_one", x, router, by, balance, *mlp_weights(N * width, 64, dtype, seed % 2), "gelu", k)
 
 
 @built
@@ -153,10 +161,11 @@ def test_products_are_counted_from_the_shapes_that_run():
     assert work.macs == 5 * 32 + 5 * 32 + 64 * 32                 # 3 and 2 live units; 4 different rows
     assert work.bytes == 4 * (5 * 32 + 4 * 32 + 64 * 32)
     with torch.inference_mode(), kernels.counting() as work:
-        kernels.mlp_one(normal(1, 1, 32), weight, None, weight, None, "gelu", torch.arange(9), None, 4)
-        kernels.column_rows(normal(1, 1, 32), weight, torch.zeros(64, 64), torch.zeros(64), 2, 3)
-        kernels.predicted_rows(normal(1, 1, 32), weight[:8], normal(100, 8), normal(100), 7)
-    assert work.macs == work.bytes / 4 == (9 + 4) * 32 + 64 * 32 + 8 * 32 + 100 * 8
+        mlp = weight, None, weight, None, "gelu"
+        kernels.mlp_one(normal(1, 1, 32), *mlp, 4, torch.arange(9))
+        kernels.columns_one(normal(1, 1, 32), weight[:16], torch.zeros(16, 16), torch.zeros(16), *mlp, 2)
+        kernels.predicted_one(normal(1, 1, 32), weight[:8], normal(64, 8), normal(64), *mlp, 7, 5)
+    assert work.macs == work.bytes / 4 == 32 * (9 + 4 + 16 + 2 * 8 + 8 + 7 + 5) + 64 * 8
     assert kernels.tally is None
 
 
