@@ -303,12 +303,12 @@ def whole_context(model, prompt, context):
 def cached_step(model, prompt):
     """What ours computes for one token, over a cache of those before it -> a function that does it."""
     past = prompt.size(1) - 1
-    cache = decoding.new_cache(model, 1, prompt.size(1))
-    model.trunk(prompt[:, :past], decoding.CachedContext(cache, 0, prompt[:, :past]))
+    cache = decoding.Cache(model, 1, prompt.size(1))
+    model.trunk(prompt[:, :past], decoding.CachedContext(cache, 0, past, prompt))
 
     @torch.inference_mode()                     # as generation does
     def run():
-        model.head(model.trunk(prompt[:, past:], decoding.CachedContext(cache, past, prompt)))
+        model.head(model.trunk(prompt[:, past:], decoding.CachedContext(cache, past, 1, prompt)))
     return run
 
 

@@ -11,7 +11,20 @@ from torch.nn import functional as F
 import decoding
 import sparse_kernels as kernels
 from configurator import require
-from layers import GELU, Linear, NeuronMajor, ReLU2, as_is, cast, dropout, residual_std
+from layers import (
+    GELU,
+    Linear,
+    NeuronMajor,
+    ReLU2,
+    as_is,
+    attention,
+    cast,
+    dropout,
+    project,
+    residual_std,
+    rms,
+    rotate,
+)
 
 EVERY = slice(None)
 
@@ -144,7 +157,15 @@ def selector(config, units):
 # MLPs
 
 
-class MLP(nn.Module):
+class Stepwise(nn.Module):
+    """A module with two ways: `many` for training and prompts, `few` for the few tokens of a decode step on a
+    CPU, which reads the rows of live units alone."""
+
+    def forward(self, x, ctx):
+        return (self.few if kernels.takes_rows(x) else self.many)(x, ctx)
+
+
+class MLP(Stepwise):
     """Two projections with an activation between them, four times as wide as the stream.
 
     Where an activation or a selector leaves exact zeros, W_down is stored by unit and a decode step reads the
@@ -165,14 +186,11 @@ class MLP(nn.Module):
 
     gathers = False                              # does a decode step choose units before it computes them?
 
-    def forward(self, x, ctx):
-        return (self.few if kernels.takes_rows(x) else self.many)(x, ctx)
-
     def many(self, x, ctx):
         return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
 
     def few(self, x, ctx):
-        """The few tokens of a decode step on a CPU: one of them through one kernel, where that is written."""
+        """One token through one kernel, where that is written; more through the union of their units."""
         up, up_bias, down, down_bias = weights = self.stored_by_unit()
         if self.one_call and kernels.takes_mlp(x, up, down):
             return self.dropout(self.one(x, weights, getattr(self.select, "k", None)))
@@ -243,9 +261,19 @@ class ColumnGate(nn.Module):
 def opened(gates, width):
     """Gates (..., N) of groups of `width` units -> the units of the groups that any token opens (n,), and
     each token's gates of these (..., n)."""
-    groups = gates.flatten(0, -2).any(dim=0).nonzero()
-    rows = groups * width + torch.arange(width, device=gates.device)
-    return rows.flatten(), gates[..., groups[:, 0]].repeat_interleave(width, dim=-1)
+    groups, gates = opened_groups(gates)
+    return units_of(groups, width), gates.repeat_interleave(width, dim=-1)
+
+
+def opened_groups(gates):
+    """Gates (..., N) -> the groups that any token opens (n,), and each token's gates of these (..., n)."""
+    groups = gates.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+    return groups, gates[..., groups]
+
+
+def units_of(groups, width):
+    """Groups (n,) of `width` units -> the units of all of them (n * width,)."""
+    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
 
 
 def above_mean(gates):
@@ -427,18 +455,168 @@ class Predictive(MLP):
 MLPS = {"columns": Columns, "experts": Experts, "compartments": Dendritic, "mlp_predict": Predictive}
 
 # ------------------------------------------------------------------------------------------------------------
+# attention
+
+
+class BranchGate(nn.Module):
+    """Which branches of its dendrites a token opens: (..., C) -> (..., D) gates, zero for the closed ones.
+
+    Open are those of the dendrites_active largest gates sigmoid(w_d.x + b_d) that are a half or more; the
+    largest always. Closed ones get the gradient that they would have open (straight-through, 1308.3432), and
+    the loss holds dendrite_cost times how far the mean gate is from dendrites_active / dendrites.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.k, self.cost = config.dendrites_active, config.dendrite_cost
+        self.router = Linear(config.n_embd, config.dendrites, bias=True, hidden=False)
+
+    def init_weights(self, normal_):
+        self.router.init_weights(normal_)
+        nn.init.constant_(self.router.bias, 1.0)                   # all begin open, as far as k lets them
+
+    def forward(self, x, ctx):
+        g = self.router(x).float().sigmoid()
+        largest = torch.zeros_like(g).scatter(-1, g.topk(self.k, dim=-1, sorted=False).indices, 1.0)
+        kept = largest * (g >= g.amax(dim=-1, keepdim=True).clamp(max=0.5))
+        ctx.add_loss(lambda: self.cost * off_target(g.mean(), self.k / g.size(-1)))
+        return (g + (g * kept - g).detach()).to(x.dtype)
+
+
+class DendriticAttention(Stepwise):
+    """Attention of dendritic neurons: each head's width in D branches, in one fused projection. A branch
+    attends with its own part of query, key and value, passes a nonlinearity, and a gate of the token decides
+    whether the soma (c_proj) hears it (Poirazi, Brannon & Mel 2003; gated heads: 2210.05144).
+
+    A decode step computes the queries, the attention and the part of c_proj of the open branches alone; keys
+    and values are owed for all, because later tokens may look at them.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.heads, self.width = config.heads()                    # head h of branch d: d * n_head + h
+        self.part = config.n_embd // config.dendrites
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
+        self.gate = BranchGate(config)
+        self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
+        self.resid_dropout = dropout(config)
+        self.normalise = rms if config.qk_norm else as_is
+        self.rotate = rotate if config.pos == "rope" else as_is
+        self.window = config.window_of(layer)
+        self.attend = attention(self.window)
+
+    def many(self, x, ctx):
+        qk, v = self.by_head(self.c_attn(x)).split((2 * self.heads, self.heads), dim=2)
+        q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
+        y = self.heard(q, *ctx.extend(self.layer, k, v.transpose(1, 2)), self.gate(x, ctx))
+        return self.resid_dropout(self.c_proj(y))
+
+    def by_head(self, flat):
+        """(B, T, n * width) -> (B, T, n, width)."""
+        return flat.unflatten(-1, (-1, self.width))
+
+    def heard(self, q, k, v, mask, gates):
+        """Branches' answers by their gates (B, T, n branches) -> (B, T, n * C / D)."""
+        y = self.attend(q, k, v, mask, self.dropout * self.training).transpose(1, 2)
+        return (F.gelu(y).unflatten(2, (gates.size(-1), -1)) * gates[..., None, None]).flatten(2)
+
+    def few(self, x, ctx):
+        """The branches that any of the tokens opens."""
+        branches, gates = opened_groups(self.gate(x, ctx))
+        C, every_head = x.size(-1), self.part // self.width
+        rows, heads = (units_of(branches, n) for n in (self.part, every_head))
+        weight, bias = self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
+        k, v = self.by_head(project(x, weight[C:], bias if bias is None else bias[C:])).chunk(2, dim=2)
+        q = self.by_head(kernels.rows_dot(x, weight, bias, rows))
+        q, k = (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
+        k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
+        y = self.heard(q, k[:, heads], v[:, heads], mask, gates)
+        y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
+        return self.resid_dropout(y)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# depth: how a token passes the layers
+
+
+def straight(blocks, x, ctx):
+    """Every token through every block."""
+    for block in blocks:
+        x = block(x, ctx)
+    return x
+
+
+class Hourglass(nn.Module):
+    """A causal hourglass: the outer layers run on every token, those between them on groups of `hierarchy`
+    tokens. A group's state is a weighted mean of its tokens'; what the middle layers make of it is added to
+    the tokens that come when it is complete, from its own last one on (2110.13711)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.every, self.outer = config.hierarchy, config.outer_layers()
+        self.pool = nn.Parameter(torch.full((self.every, config.n_embd), 1 / self.every))
+        self.spread = nn.Parameter(torch.ones(self.every, config.n_embd))
+
+    def forward(self, blocks, x, ctx):
+        first, middle, last = blocks[:self.outer], blocks[self.outer:-self.outer], blocks[-self.outer:]
+        x = straight(first, x, ctx)
+        x = x + ctx.coarse(self, x, lambda groups, inner: straight(middle, groups, inner))
+        return straight(last, x, ctx)
+
+    def pool_groups(self, x):
+        """(B, T, C) -> the states of its completed groups, (B, T // every, C)."""
+        groups = x[:, :x.size(1) // self.every * self.every].unflatten(1, (-1, self.every))
+        return (groups * self.pool.to(x.dtype)).sum(dim=2)
+
+    def spread_groups(self, said, T):
+        """What the groups said (B, n, C) -> what each of T tokens hears (B, T, C): zeros before the first."""
+        heard = (said.unsqueeze(2) * self.spread.to(said.dtype)).flatten(1, 2)
+        return F.pad(heard, (0, 0, self.every - 1, max(0, T - heard.size(1))))[:, :T]
+
+    def spread_one(self, said, phase):
+        """The same for one token, `phase` tokens behind the group's last: an int, or (B,)."""
+        return said * self.spread[phase].to(said.dtype).view(-1, 1, said.size(2))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # what the flags may be
 
 NEEDS = {"columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
-         "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate"}
+         "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate",
+         "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites"}
+
+
+def check_attention(c):
+    """The flags of a GPTConfig that change attention and depth."""
+    require(c.window >= 0, f"window={c.window} must not be negative; 0 is off")
+    require(c.window_pattern and set(c.window_pattern) <= {"S", "L"},
+            f"window_pattern='{c.window_pattern}' must be letters S (the window) and L (everything): type "
+            "--window_pattern=SSSL, for example")
+    D, width = c.dendrites, c.n_embd // c.n_head
+    require(D >= 0 and (not D or width % D == 0),
+            f"dendrites={D} must divide the {width} dimensions of a head (n_embd={c.n_embd} / "
+            f"n_head={c.n_head})")
+    require(not D or 1 <= c.dendrites_active <= D, f"dendrites={D} needs dendrites_active in 1..{D}, it is "
+            f"{c.dendrites_active}: type --dendrites_active={max(1, D // 2)}, for example")
+    require(c.dendrite_cost >= 0, f"dendrite_cost={c.dendrite_cost} must not be negative")
+    branch = width // max(1, D)
+    require(not D or c.pos != "rope" or branch % 2 == 0,
+            f"pos='rope' rotates pairs: a branch's {branch} dimensions (dendrites={D}) must be even")
+    require(c.hierarchy == 0 or c.hierarchy >= 2,
+            f"hierarchy={c.hierarchy} must be at least 2 tokens in a group; 0 is off")
+    require(not c.hierarchy or c.n_layer >= 3,
+            f"hierarchy={c.hierarchy} needs layers at both ends and between: n_layer={c.n_layer} must"
+            " be 3 or more")
 
 
 def check(c):
-    """The MLP's flags of a GPTConfig: values, needs, conflicts."""
+    """The flags of a GPTConfig that choose mechanisms: values, needs, conflicts."""
     defaults = {name: field.default for name, field in type(c).__dataclass_fields__.items()}
     for key, owner in NEEDS.items():
         require(getattr(c, key) == defaults[key] or getattr(c, owner),
                 f"{key}={getattr(c, key)} has no effect without {owner}: set {owner} too, or leave {key} out")
+    check_attention(c)
     kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
     kinds += ["act='swiglu'"] * (c.act == "swiglu")
     require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")
@@ -516,8 +694,8 @@ def counters(model, idx):
 def count_step(model, idx, rows):
     """Run the last of the tokens (1, T) as a cached decode step and write each MLP's work into its row."""
     T, work = idx.size(1), {}
-    cache = decoding.new_cache(model, 1, T)
-    model.trunk(idx[:, :-1], decoding.CachedContext(cache, 0, idx[:, :-1]))
+    cache = decoding.Cache(model, 1, T)
+    model.trunk(idx[:, :-1], decoding.CachedContext(cache, 0, T - 1, idx))
     hooks = []
     with kernels.counting() as tally:
         for layer in rows:
@@ -527,7 +705,7 @@ def count_step(model, idx, rows):
             hooks.append(mlp.register_forward_hook(
                 lambda *_, layer=layer: work.update({layer: (tally.macs - work[layer][0],
                                                              tally.bytes - work[layer][1])})))
-        model.trunk(idx[:, -1:], decoding.CachedContext(cache, T - 1, idx))
+        model.trunk(idx[:, -1:], decoding.CachedContext(cache, T - 1, 1, idx))
     for hook in hooks:
         hook.remove()
     for layer, row in rows.items():

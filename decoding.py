@@ -1,8 +1,7 @@
-"""Generation: one static KV cache, prompts of different lengths in one batch, the sampling filters.
+"""Generation: a static cache, prompts of different lengths in one batch, the sampling filters.
 
-Prompts are aligned to the right, so every row writes the same cache column and a step is one slice; the
-columns before a shorter prompt are masked, and its positions start at its own first token: a row's output
-does not depend on its neighbours.
+Every row begins at column 0 of the cache, and where rows stand at different lengths each writes a column of
+its own: a row's output does not depend on its neighbours.
 """
 import torch
 from torch.nn import functional as F
@@ -10,53 +9,173 @@ from torch.nn import functional as F
 from configurator import require
 
 
-class CachedContext:
-    """model.Context with a cache behind it: T new columns that begin at column `start` of the cache.
+class Cache:
+    """What decoding keeps of the tokens it has read.
 
-    cache: (n_layer, 2, B, H, S, D).
-    pads: None, or the number of empty columns before each row's first token, (B,) int64.
-    ids: the cache's token ids with those of this call at their end, (B, start + T), -1 in empty columns.
+    layers: keys and values of each layer, (2, B, H, S, D), views of one tensor. S is `length`, or for a layer
+    with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
+    has a column for each group. states: what else a module keeps, by name.
     """
 
-    def __init__(self, cache, start, ids, pads=None):
-        T = ids.size(1) - start
-        self.cache, self.start, self.end, self.ids = cache, start, start + T, ids
-        self.positions, self.mask = slice(start, self.end), None
-        if pads is not None:
-            columns = torch.arange(self.end, device=cache.device)
-            self.positions = (columns[start:] - pads[:, None]).clamp_(min=0)
-            self.mask = visible(columns[start:], columns, pads)
-        elif start > 0 and T > 1:
-            columns = torch.arange(self.end, device=cache.device)
-            self.mask = columns <= columns[start:, None]
+    def __init__(self, model, batch_size, length):
+        c, weight = model.config, model.lm_head.weight
+        self.windows = [block.attn.window for block in model.transformer.h]
+        sizes = [min(columns, window or columns)
+                 for columns, window in zip(c.columns_of_layers(length), self.windows)]
+        heads, D = c.heads()
+        flat = torch.zeros(2 * batch_size * heads * D * sum(sizes), device=weight.device,
+                           dtype=model.compute_dtype or weight.dtype)      # 0 times what is masked must be 0
+        parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
+        self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
+        self.states = {}
 
-    def extend(self, layer, k, v):
-        """Write the new keys and values behind the old ones -> views of all of them, (B, H, end, D)."""
-        keys, values = (half.narrow(2, 0, self.end) for half in self.cache[layer].unbind(0))
-        keys.narrow(2, self.start, self.end - self.start).copy_(k)
-        values.narrow(2, self.start, self.end - self.start).copy_(v)
-        return keys, values
+    def nbytes(self):
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class CachedContext:
+    """model.Context with a cache behind it: T new columns, the first at column `start`.
+
+    start: an int, or (B,) int64 where rows stand at different columns. ends: columns of each row that hold
+    tokens after this call, an int or (B,); less than start + T where a row's prompt is shorter than the
+    batch's. ids: (B, start + T or more) token ids of the columns, for modules that look back at them.
+    """
+
+    def __init__(self, cache, start, T, ids=None, ends=None):
+        self.cache, self.start, self.T, self.ids = cache, start, T, ids
+        self.ends = start + T if ends is None else ends
+        self.even = isinstance(start, int)
+        self.positions = slice(start, start + T) if self.even else self.columns()
+        self.masks = {}
+
+    turn = staticmethod(lambda positions: None)
+
+    def columns(self):
+        """(B, T) or (T,): the column of each new token."""
+        device = self.cache.layers[0].device
+        return torch.as_tensor(self.start, device=device)[..., None] + torch.arange(self.T, device=device)
 
     def add_loss(self, make):
         """Decoding wants no loss."""
 
     def with_past(self, idx, count):
         """(B, count + T) ids that end with this call's; -1 where there is no earlier token."""
-        return F.pad(self.ids, (count, 0), value=-1)[:, self.start:]
+        if self.even:
+            return F.pad(self.ids, (count, 0), value=-1)[:, self.start:self.start + count + self.T]
+        columns = self.columns()
+        before = columns[:, :1] - count + torch.arange(count, device=idx.device)
+        columns = torch.cat((before, columns), dim=1)
+        return self.ids.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+
+    def extend(self, layer, k, v):
+        """Write the new keys and values (B, H, T, D) -> what the queries may look at (B, H, S, D), and the
+        mask that they need, (B or 1, 1, T, S) bool; None: causal among themselves, or everything."""
+        window, kept = self.cache.windows[layer], self.cache.layers[layer]
+        keep = self.keep_ring if window else self.keep_all
+        return keep(kept, (k, v), window)
+
+    def keep_all(self, kept, new, _):
+        if self.even:
+            end = self.start + self.T
+            torch.stack(new, out=kept.narrow(3, self.start, self.T))
+            return *kept.narrow(3, 0, end).unbind(0), self.mask(end, self.start > 0 and self.T > 1)
+        write_rows(kept, torch.stack(new), self.columns())
+        return *kept.unbind(0), self.mask(kept.size(3), True)
+
+    def mask(self, end, needed):
+        """Column j is visible to a token at column i if j <= i."""
+        if needed and end not in self.masks:
+            columns = torch.arange(end, device=self.cache.layers[0].device)
+            at = self.columns()
+            self.masks[end] = (columns <= at[..., None]).view(-1, 1, self.T, end)
+        return self.masks[end] if needed else None
+
+    def keep_ring(self, kept, new, window):
+        size = kept.size(3)
+        if self.even and self.T == 1:
+            torch.stack(new, out=kept.narrow(3, self.start % size, 1))
+            return *kept.narrow(3, 0, min(self.start + 1, size)).unbind(0), None
+        if self.even and self.start == 0:
+            write_ring(kept, torch.stack(new), 0, self.ends)
+            return *new, None
+        new = torch.stack(new)
+        at = self.columns().view(-1, self.T)                          # (B or 1, T)
+        past = at[:, :1] - size + torch.arange(size, device=at.device)          # the columns before them
+        old = take(kept, past % size)
+        write_ring(kept, new, self.start, self.ends)
+        columns = torch.cat((past, at), dim=1)[:, None]
+        seen = (columns <= at[..., None]) & (columns > at[..., None] - window) & (columns >= 0)
+        return *torch.cat((old, new), dim=3).unbind(0), seen[:, None]
+
+    def coarse(self, hourglass, x, run):
+        """The middle layers' part of a step, (B, T, C): run (states (B, n, C), a context of groups) for every
+        group of `every` tokens that this call completes. Between two of those nothing of them is computed.
+        """
+        if self.even and self.start == 0:
+            return self.read_groups(hourglass, x, run)
+        parts = [self.read_one(hourglass, x[:, i:i + 1], self.start + i, run) for i in range(self.T)]
+        return torch.cat(parts, dim=1)
+
+    def read_groups(self, hourglass, x, run):
+        """The first tokens of every row; what they leave is kept: the last group's states as far as they go,
+        and what the middle layers said of the group before it."""
+        s, B, states = hourglass.every, len(x), self.cache.states
+        ends = torch.as_tensor(self.ends, device=x.device).expand(B)
+        begun = ends // s
+        groups = self.inner(0, self.T // s, begun)
+        said = run(hourglass.pool_groups(x), groups) if groups.T else x[:, :0]
+        latest = take_tokens(said, begun[:, None] - 1) if groups.T else x.new_zeros(B, 1, x.size(2))
+        states["said"] = latest * (begun > 0)[:, None, None]
+        states["group"] = take_tokens(x, (begun * s)[:, None] + torch.arange(s, device=x.device))
+        return hourglass.spread_groups(said, self.T)
+
+    def read_one(self, hourglass, x, start, run):
+        s, states = hourglass.every, self.cache.states
+        group, phase, done = states["group"], (start + 1) % s, (start + 1) // s
+        if isinstance(start, int):
+            group[:, start % s] = x[:, 0]
+            if phase == 0:
+                states["said"] = run(hourglass.pool_groups(group), self.inner(done - 1, 1, done))
+        else:
+            group[torch.arange(len(x), device=x.device), start % s] = x[:, 0]
+            if (phase == 0).any():               # all rows run, each in its next column; it counts if done
+                said = run(hourglass.pool_groups(group), self.inner(start // s, 1, done))
+                states["said"] = torch.where((phase == 0)[:, None, None], said, states["said"])
+        return hourglass.spread_one(states["said"], phase)
+
+    def inner(self, start, T, ends):
+        """The context of the middle layers: groups `start` to start + T."""
+        ctx = CachedContext(self.cache, start, T, ends=ends)
+        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
+        return ctx
 
 
-def visible(queries, keys, pads):
-    """(B, 1, T, S) bool: causal, no empty columns; an empty column sees itself, or its softmax is 0/0."""
-    causal = keys <= queries[:, None]
-    filled = keys >= pads[:, None]
-    return (causal & filled[:, None] | (keys == queries[:, None]))[:, None]
+def take(kept, columns):
+    """kept (2, B, H, S, D), columns (B or 1, n) -> (2, B, H, n, D)."""
+    columns = columns[:, None, :, None].expand(kept.size(1), kept.size(2), -1, kept.size(4))
+    return kept.gather(3, columns[None].expand(2, -1, -1, -1, -1))
 
 
-def new_cache(model, batch_size, length):
-    """The one tensor that holds every layer's keys and values, (n_layer, 2, B, H, length, D)."""
-    c, weight = model.config, model.lm_head.weight
-    shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
-    return torch.empty(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
+def take_tokens(x, columns):
+    """x (B, T, C), columns (B, n) -> (B, n, C); a column outside x gives its nearest."""
+    return x.gather(1, columns.clamp(0, x.size(1) - 1)[..., None].expand(-1, -1, x.size(2)))
+
+
+def write_rows(kept, new, columns):
+    """Put new (2, B, H, T, D) at columns (B, T) of kept; those that kept does not have are dropped."""
+    columns = columns.clamp(max=kept.size(3) - 1)
+    kept.scatter_(3, columns[None, :, None, :, None].expand_as(new), new)
+
+
+def write_ring(kept, new, start, ends):
+    """Put new (2, B, H, T, D), the columns from `start` on, into a ring: place p takes the last column below
+    `ends` with column % S == p, if it is among the new."""
+    places = torch.arange(kept.size(3), device=kept.device)
+    start, ends = (torch.as_tensor(t, device=kept.device).view(-1, 1) for t in (start, ends))
+    columns = ends - 1 - (ends - 1 - places) % kept.size(3)                     # (B or 1, S)
+    fresh = (columns >= start).view(1, -1, 1, len(places), 1)
+    found = take(new, (columns - start).clamp(0, new.size(3) - 1))
+    kept.copy_(torch.where(fresh, found, kept))
 
 
 class Sampler:
@@ -109,50 +228,60 @@ class Sampler:
 def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     """Yield the next token ids (B, 1), max_new_tokens times.
 
-    overflow decides what happens past block_size. "exact": nanoGPT's meaning, every token sees the last
-    block_size tokens at positions 0..block_size-1, so the window is recomputed for each one. "slide": keep
-    the last half of the window and go on with the cache, one recomputation every block_size/2 tokens: cheap,
-    not identical.
+    overflow decides what happens to a row past block_size. "exact": nanoGPT's meaning, every token sees the
+    last block_size tokens at positions 0..block_size-1, so the window is recomputed for each one. "slide":
+    keep the last half of the window and go on with the cache, one recomputation every block_size/2 tokens:
+    cheap, not identical.
     """
-    block = model.config.block_size
+    block, V = model.config.block_size, model.config.vocab_size
     keep = {"exact": block, "slide": max(1, block // 2)}.get(overflow)
     require(keep is not None, f"overflow='{overflow}' must be exact or slide")
     require(idx.size(1) > 0, "the prompt is empty: give at least one token, for example a newline")
-    T, V = idx.size(1), model.config.vocab_size
-    history, pads = align_right(idx, lengths, T + max_new_tokens)
-    seen = torch.zeros(len(idx), V + 1, dtype=torch.bool, device=idx.device)
+    B, T = idx.shape
+    ends = [T] * B if lengths is None else [int(n) for n in lengths]
+    require(len(ends) == B and all(1 <= n <= T for n in ends),
+            f"lengths={ends} must be {B} numbers in 1..{T}")
+    rows = torch.arange(B, device=idx.device)[:, None]
+    history = torch.full((B, T + max_new_tokens), -1, device=idx.device)
+    history[:, :T] = idx.masked_fill(torch.arange(T, device=idx.device) >= column(ends, idx.device), -1)
+    seen = torch.zeros(B, V + 1, dtype=torch.bool, device=idx.device)
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
-    cache = new_cache(model, len(idx), min(block, T + max_new_tokens))
-    base = cached = 0                                      # the cache holds columns base .. base + cached
-    for n in range(T, T + max_new_tokens):
-        if n - base > block:
-            base, cached = n - keep, 0
-        ctx = CachedContext(cache, cached, history[:, base:n], shifted(pads, base, idx.device))
-        states = model.trunk(history[:, base + cached:n].clamp(min=0), ctx)
-        cached = n - base
-        token = sampler(model.head(states[:, -1]), seen[:, :V])
-        history[:, n:n + 1] = token
+    cache = Cache(model, B, min(block, T + max_new_tokens))
+    firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
+    for _ in range(max_new_tokens):
+        for row, (first, end) in enumerate(zip(firsts, ends)):
+            if end - first > block:
+                firsts[row], cached = end - keep, False
+        states = read(model, cache, history, firsts, ends, cached)
+        cached = True
+        token = sampler(model.head(states), seen[:, :V])
+        history[rows, column(ends, idx.device)] = token
         seen.scatter_(1, token, True)
+        ends = [end + 1 for end in ends]
         yield token
 
 
-def align_right(idx, lengths, width):
-    """Prompts at the left of (B, T) -> (history (B, width) with prompts ending at column T, empty columns
-    before each); an empty column holds -1."""
-    B, T = idx.shape
-    lengths = [T] * B if lengths is None else [int(n) for n in lengths]
-    require(len(lengths) == B and all(1 <= n <= T for n in lengths),
-            f"lengths={lengths} must be {B} numbers in 1..{T}")
-    history = torch.full((B, width), -1, device=idx.device)
-    for row, n in enumerate(lengths):
-        history[row, T - n:T] = idx[row, :n]
-    return history, [T - n for n in lengths]
+def read(model, cache, history, firsts, ends, cached):
+    """States (B, C) of the last tokens of history's windows firsts .. ends; all but these may be cached."""
+    sizes = [end - first for first, end in zip(firsts, ends)]
+    alike, device = len(set(sizes)) == 1, history.device
+    window = history
+    if any(firsts):
+        columns = column(firsts, device) + torch.arange(max(sizes), device=device)
+        window = history.gather(1, columns.clamp(max=history.size(1) - 1))
+    if cached:
+        start = sizes[0] - 1 if alike else column(sizes, device)[:, 0] - 1
+        last = window[:, start:start + 1] if alike else window.gather(1, start[:, None])
+        return model.trunk(last, CachedContext(cache, start, 1, window))[:, 0]
+    T = max(sizes)
+    ctx = CachedContext(cache, 0, T, window, T if alike else column(sizes, device)[:, 0])
+    states = model.trunk(window[:, :T].clamp(min=0), ctx)
+    return states[:, -1] if alike else take_tokens(states, column(sizes, device) - 1)[:, 0]
 
 
-def shifted(pads, base, device):
-    """Empty columns that remain in a window that begins at column `base`; None when every row is full."""
-    left = [max(0, pad - base) for pad in pads]
-    return torch.tensor(left, device=device) if any(left) else None
+def column(numbers, device):
+    """(B, 1) int64."""
+    return torch.tensor(numbers, device=device)[:, None]
 
 
 def join(idx, new, lengths):

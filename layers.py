@@ -1,5 +1,6 @@
 """What models are built from: a Linear in its input's dtype, attention as functions."""
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -95,6 +96,38 @@ def attend_short(q, k, v, dropout):
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(-1)
     return torch.bmm(F.dropout(weights, dropout), v).view(B, H, T, D)
+
+
+def attention(window):
+    """What computes a layer's attention: attend, or the same over a window."""
+    return partial(attend_window, window) if window else attend
+
+
+def attend_window(window, q, k, v, mask, dropout):
+    """attend, where each of T tokens sees itself and the window - 1 before it: exact, in O(T * window).
+
+    A mask, and a single query, say by themselves what is seen: the cache holds no more than the window.
+    """
+    if mask is not None or q.size(2) <= min(window, k.size(2)):
+        return attend(q, k, v, mask, dropout)
+    return attend_blocks(q, k, v, window, dropout)
+
+
+def attend_blocks(q, k, v, window, dropout):
+    """Queries in blocks of `window`, each over the keys of its own block and the one before it
+    (2004.05150)."""
+    B, H, T, D = q.shape
+    blocks = -(-T // window)
+    q, k, v = (F.pad(t.reshape(B * H, T, D), (0, 0, 0, blocks * window - T)).view(B * H, blocks, window, D)
+               for t in (q, k, v))
+    k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), dim=2).flatten(0, 1) for t in (k, v))
+    age = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
+    unseen = torch.zeros(window, 2 * window, dtype=q.dtype, device=q.device)
+    unseen.masked_fill_((age < 0) | (age >= window), -math.inf)
+    scores = torch.baddbmm(unseen, q.flatten(0, 1), k.transpose(1, 2), alpha=D ** -0.5)
+    scores.view(B * H, blocks, window, -1)[:, 0, :, :window] = -math.inf        # nothing before the first
+    y = torch.bmm(F.dropout(scores.softmax(-1), dropout), v)
+    return y.view(B, H, blocks * window, D)[:, :, :T]
 
 
 def dropout(config):

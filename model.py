@@ -20,9 +20,9 @@ import bio_modules
 import decoding
 import optimizers
 import pretrained
-from bio_modules import ACTS, MLP, MLPS, selector
+from bio_modules import ACTS, MLP, MLPS, DendriticAttention, Hourglass, selector, straight
 from configurator import require
-from layers import Linear, NeuronMajor, as_is, attend, cast, dropout, residual_std, rms, rotate
+from layers import Linear, NeuronMajor, as_is, attention, cast, dropout, residual_std, rms, rotate
 from pretrained import GPT2_SIZES
 from runtime import peak_flops
 
@@ -70,6 +70,13 @@ class GPTConfig:
     expert_width: int = 0  # units of an expert; 0: a dense MLP's units divided by experts
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
+    # --- attention's bio mechanisms ---
+    window: int = 0  # tokens that a local layer sees, itself included; 0: all layers see everything
+    window_pattern: str = "SSSL"  # layers in turn: S sees the window, L everything
+    dendrites: int = 0  # dendritic branches of each head, gated per token; 0: off
+    dendrites_active: int = 0  # branches that each token may open
+    dendrite_cost: float = 0.1  # weight in the loss of the aim that so many are open
+    hierarchy: int = 0  # tokens in a group that the middle layers run on; 0: off
 
     def __post_init__(self):
         for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", [*ACTS, "swiglu"])):
@@ -87,6 +94,25 @@ class GPTConfig:
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
         bio_modules.check(self)
 
+    def heads(self):
+        """Heads that attend on their own, and the width of each: a branch of a head is one."""
+        heads = self.n_head * max(1, self.dendrites)
+        return heads, self.n_embd // heads
+
+    def outer_layers(self):
+        """How many layers at each end run on every token; those between them run on groups."""
+        return max(1, self.n_layer // 4) if self.hierarchy else self.n_layer
+
+    def columns_of_layers(self, tokens):
+        """For each layer, how many columns so many tokens make: tokens, or their completed groups."""
+        outer, every = self.outer_layers(), max(1, self.hierarchy)
+        return [tokens if min(i, self.n_layer - 1 - i) < outer else tokens // every
+                for i in range(self.n_layer)]
+
+    def window_of(self, layer):
+        """Columns that a layer sees, 0: all of them."""
+        return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+
     def units(self):
         """Hidden units of an MLP."""
         dense = {"swiglu": -(-8 * self.n_embd // 3 // 64) * 64}.get(self.act, 4 * self.n_embd)
@@ -102,10 +128,9 @@ class Context:
     """What one call carries past the blocks: positions, the attention mask, auxiliary losses.
 
     positions: a slice or a (B, T) tensor of indices into the position table.
-    mask: None (causal) or (B or 1, 1, T, S) bool.
     decoding.CachedContext is the same with a KV cache behind it.
     """
-    mask = None
+    turn = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
 
     def __init__(self, positions, training=False):
         self.positions, self.losses = positions, [] if training else None
@@ -116,12 +141,22 @@ class Context:
             self.losses.append(make())
 
     def extend(self, layer, k, v):
-        """Keys and values (B, H, T, D) of this call -> all that the queries may look at, (B, H, S, D)."""
-        return k, v
+        """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
+        mask that they need, (B or 1, 1, T, S) bool; None: causal among themselves."""
+        return k, v, None
 
     def with_past(self, idx, count):
         """(B, count + T) ids that end with idx (B, T); -1 where there is no earlier token."""
         return F.pad(idx, (count, 0), value=-1)
+
+    def coarse(self, hourglass, x, run):
+        """What the middle layers tell each token, (B, T, C): run (states (B, n, C), context) on the n
+        completed groups of x (B, T, C)."""
+        groups = x.size(1) // hourglass.every
+        inner = Context(slice(0, groups))
+        inner.losses, inner.turn, inner.rotation = self.losses, self.turn, self.turn(inner.positions)
+        said = run(hourglass.pool_groups(x), inner) if groups else x[:, :0]
+        return hourglass.spread_groups(said, x.size(1))
 
 
 class Table(nn.Embedding):
@@ -183,15 +218,18 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D = config.n_embd // config.n_head
+        _, D = config.heads()
         frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
         angles = torch.arange(config.block_size)[:, None, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
         self.register_buffer("sin", torch.cat((sin, -sin), dim=-1), persistent=False)
 
+    def turn(self, positions):
+        return self.cos[positions], self.sin[positions]
+
     def forward(self, x, ctx):
-        ctx.rotation = self.cos[ctx.positions], self.sin[ctx.positions]
+        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
         return x
 
     def crop(self, block_size):
@@ -227,6 +265,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.window = config.window_of(layer)
+        self.attend = attention(self.window)
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
         self.resid_dropout = dropout(config)
@@ -237,8 +277,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qk, v = self.c_attn(x).view(B, T, 3 * self.n_head, -1).split((2 * self.n_head, self.n_head), dim=2)
         q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
-        k, v = ctx.extend(self.layer, k, v.transpose(1, 2))
-        y = attend(q, k, v, ctx.mask, self.dropout * self.training)
+        k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
+        y = self.attend(q, k, v, mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -273,7 +313,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = (DendriticAttention if config.dendrites else CausalSelfAttention)(config, layer)
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = mlp(config, layer)
 
@@ -310,7 +350,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i)
                              for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
-        ))
+        ) | (dict(hourglass=Hourglass(config)) if config.hierarchy else {}))
+        self.through = self.transformer.hourglass if config.hierarchy else straight
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False,
                               std=0.02 * (config.tie_weights or not config.zero_init))
         if config.tie_weights:
@@ -360,9 +401,7 @@ class GPT(nn.Module):
         """Token ids (B, T) -> normalised states (B, T, C)."""
         x = self.transformer.wpe(self.transformer.wte(idx, ctx), ctx)
         x = self.transformer.drop(x.to(self.compute_dtype or x.dtype))
-        for block in self.transformer.h:
-            x = block(x, ctx)
-        return self.transformer.ln_f(x)
+        return self.transformer.ln_f(self.through(self.transformer.h, x, ctx))
 
     def head(self, x):
         """States -> logits in fp32."""
@@ -417,7 +456,12 @@ class GPT(nn.Module):
         c, head = self.config, self.lm_head.weight
         lookups = sum(p.numel() for p in self.transformer.wte.parameters() if p is not head)
         idle = sum(m.idle_parameters() for m in self.modules() if hasattr(m, "idle_parameters"))
-        return 6 * (self.get_num_params() - lookups - idle) + 12 * c.n_layer * c.n_embd * c.block_size
+        seen = 0                                  # per token: the layers' shares of tokens times columns seen
+        for i, columns in enumerate(c.columns_of_layers(c.block_size)):
+            share = columns / c.block_size
+            idle += (1 - share) * sum(p.numel() for p in self.transformer.h[i].parameters())
+            seen += share * min(columns, c.window_of(i) or columns)
+        return round(6 * (self.get_num_params() - lookups - idle) + 12 * c.n_embd * seen)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """Share of the device's peak FLOP/s that fwdbwd_per_iter sequences in dt s make; None: unknown."""

@@ -244,7 +244,8 @@ long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE
         for (long i = 0; i < n; i++) {
             long r = rows ? rows[i] : i;
             const TYPE *row = up + r * C, *soon = row + AHEAD_NAME;
-            float v = dot_NAME(row, x, C, rows ? row_NAME(up, rows, i + SOON, n, C) : soon) + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
+            float v = dot_NAME(row, x, C, rows ? row_NAME(up, rows, i + SOON, n, C) : soon)
+                    + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
             v = act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
             a[i] = v * (scale ? up_NAME(scale[i]) : 1.0f);
         }

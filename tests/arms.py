@@ -34,6 +34,10 @@ ARMS = {
     "compartments": dict(compartments=4),
     "experts": dict(experts=4, experts_active=2),
     "predict": dict(mlp_topk=0.25, mlp_predict=4),
+    "window": dict(window=3, window_pattern="S"),
+    "window_pattern": dict(window=5, window_pattern="SL"),
+    "dendrites": dict(dendrites=4, dendrites_active=2),
+    "hierarchy": dict(hierarchy=3, n_layer=3),
 }
 
 # different MLPs, or two rules for which units fire: construction names both flags
@@ -41,7 +45,9 @@ KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
 RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
 CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES}
-PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) if (a, b) not in CONFLICTS}
+SAME_FLAG = {("window", "window_pattern")}
+PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
+         if (a, b) not in CONFLICTS | SAME_FLAG}
 
 
 def build(arm, std=None, **changes):
