@@ -95,7 +95,7 @@ def attend_short(q, k, v, dropout):
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
     weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(-1)
-    return torch.bmm(F.dropout(weights, dropout), v).view(B, H, T, D)
+    return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v).view(B, H, T, D)
 
 
 def attention(window):
@@ -114,20 +114,23 @@ def attend_window(window, q, k, v, mask, dropout):
 
 
 def attend_blocks(q, k, v, window, dropout):
-    """Queries in blocks of `window`, each over the keys of its own block and the one before it
-    (2004.05150)."""
+    """Queries in blocks of half a window, each over the keys of its own block and the window before it: the
+    blocks of 2004.05150."""
     B, H, T, D = q.shape
-    blocks = -(-T // window)
-    q, k, v = (F.pad(t.reshape(B * H, T, D), (0, 0, 0, blocks * window - T)).view(B * H, blocks, window, D)
-               for t in (q, k, v))
-    k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), dim=2).flatten(0, 1) for t in (k, v))
-    age = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
-    unseen = torch.zeros(window, 2 * window, dtype=q.dtype, device=q.device)
-    unseen.masked_fill_((age < 0) | (age >= window), -math.inf)
-    scores = torch.baddbmm(unseen, q.flatten(0, 1), k.transpose(1, 2), alpha=D ** -0.5)
-    scores.view(B * H, blocks, window, -1)[:, 0, :, :window] = -math.inf        # nothing before the first
-    y = torch.bmm(F.dropout(scores.softmax(-1), dropout), v)
-    return y.view(B, H, blocks * window, D)[:, :, :T]
+    size = window // 2 if window % 2 == 0 else window
+    blocks = -(-T // size)
+    q = F.pad(q.reshape(B * H, T, D), (0, 0, 0, blocks * size - T)).view(-1, size, D)
+    k, v = (F.pad(t.reshape(B * H, T, D), (0, 0, window, blocks * size - T)) for t in (k, v))
+    k, v = (torch.cat([t[:, i:i + blocks * size].reshape(-1, size, D)
+                       for i in range(0, window + 1, size)], dim=1) for t in (k, v))
+    age = torch.arange(size)[:, None] + window - torch.arange(size + window)
+    unseen = torch.zeros(age.shape, dtype=q.dtype).masked_fill_((age < 0) | (age >= window), -math.inf)
+    scores = torch.baddbmm(unseen.to(q.device), q, k.transpose(1, 2), alpha=D ** -0.5)
+    for i in range(min(blocks, window // size)):                               # no keys before the first
+        scores.view(B * H, blocks, size, -1)[:, i, :, :window - i * size] = -math.inf
+    weights = scores.softmax(-1)
+    y = torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
+    return y.view(B, H, blocks * size, D)[:, :, :T]
 
 
 def dropout(config):
