@@ -221,7 +221,7 @@ def decode(cfg):
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
-    for name, flags in (decoded_blocks(64, 0.2) if cfg.blocks else {}).items():
+    for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS if cfg.blocks else {}).items():
         config = GPTConfig(**SHAPES[cfg.shape], act="relu2", **flags)
         models[name] = GPT(config, seed=1337).eval().to(place.device, place.dtype).use_policy()
         contexts[name] = contextlib.nullcontext()
@@ -244,6 +244,11 @@ def decode(cfg):
     tell_agreement(agreement)
     return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
             "kernels": sparse_kernels.path_taken(place.device)}
+
+
+# blocks whose decode saves outside the MLP
+OTHER_BLOCKS = {"window 128": dict(window=128, window_pattern="S"), "hierarchy 4": dict(hierarchy=4),
+                "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1)}
 
 
 def decoded_blocks(rank, active):
@@ -887,12 +892,14 @@ def draw_contexts(path, contexts, sides, cached):
 # ------------------------------------------------ quality -----------------------------------------------
 
 TWIN = "dense"
-ARMS = {                                         # a file in config/, or keys
+ARMS = {                                         # a file in config/, keys, or both
     TWIN: {}, "dense/4": dict(mlp_units=128), "dense/2": dict(mlp_units=256), "gelu": dict(act="gelu"),
     "osc": "bio_osc", "predict": "bio_predict", "winners": "bio_winners", "event": "bio_event",
-    "columns": "bio_columns", "columns*4": dict(columns=16, columns_active=4, mlp_units=2048),
-    "dendrites": "bio_dendrites", "experts": "bio_experts"}
-COUNTED = ("dead", "active", "zeros", "recall", "mlp")
+    "columns": "bio_columns", "columns*2": ("bio_columns", dict(mlp_units=1024)),
+    "columns*4": ("bio_columns", dict(mlp_units=2048)),
+    "dendrites": "bio_dendrites", "experts": "bio_experts", "window": "bio_window",
+    "branches": "bio_branches", "hierarchy": "bio_hierarchy"}
+COUNTED = ("dead", "active", "open", "zeros", "recall", "mlp", "attn")
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -902,15 +909,19 @@ class Quality(Bench):
     repeats: int = 3  # seeds of each arm
     threads: int = 1  # CPU threads of a run
     jobs: int = 1  # runs at a time; above 1 their ms per step mean nothing
-    config: str = "config/compare_pylib.py"  # config file of the recipe they share
+    config: str = "config/compare_pylib.py"  # config files of the recipe they share, by commas
     arms: str = ""  # some of the arms, by commas; empty: all
+    equal_time: bool = False  # also train every arm for as long as its dense twin takes; with jobs=1
     iters: int = 0  # iterations; 0: the recipe's
     plot: str = ""  # also draw loss against the share of units read into this PNG (needs matplotlib)
 
     def __post_init__(self):
         super().__post_init__()
         require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1")
-        require(os.path.isfile(ROOT / self.config), f"config='{self.config}' does not exist")
+        require(not self.equal_time or self.jobs == 1,
+                f"equal_time=True needs steps that are timed alone: type --jobs=1 instead of {self.jobs}")
+        for file in self.config.split(","):
+            require(os.path.isfile(ROOT / file), f"config='{file}' does not exist")
         unknown = [name for name in self.arms.split(",") if name and name not in ARMS]
         require(not unknown, f"arms='{self.arms}': {unknown[:1]} must be among {', '.join(ARMS)}")
 
@@ -922,7 +933,10 @@ def quality(cfg):
         todo = [(arm, seed) for seed in range(cfg.repeats) for arm in wanted]
         done = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), todo))
     runs = {arm: [run for (name, _), run in zip(todo, done) if name == arm] for arm in wanted}
-    losses = measurement("nats", {arm: [run["val_loss"] for run in runs[arm]] for arm in wanted})
+    if cfg.equal_time:
+        with tempfile.TemporaryDirectory() as work:
+            runs |= as_long_as_the_twin(cfg, data, Path(work), runs)
+    losses = measurement("nats", {arm: [run["val_loss"] for run in found] for arm, found in runs.items()})
     print(f"val loss, mean of {cfg.repeats} seeds (least to most); mean difference to the dense twin; "
           "parameters; shares of zeros")
     for arm, found in runs.items():
@@ -935,33 +949,57 @@ def quality(cfg):
         for share in found[0]["policy"]:
             print(f"    {float(share):5.0%} of the units read: "
                   f"{statistics.fmean(run['policy'][share] for run in found):.4f}")
-    if cfg.plot:
+    if cfg.plot and "branches" in runs:
+        draw_branches(cfg.plot, runs["branches"])
+    elif cfg.plot:
         draw_quality(cfg.plot, runs)
-    return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "runs": runs}
+    step = {arm: spread([run["ms"] for run in found]) for arm, found in runs.items()} if cfg.jobs == 1 else {}
+    for arm, s in step.items():
+        print(f"  {arm:32}{s['median']:8.2f} ms a step ({s['min']:.2f} to {s['max']:.2f})")
+    return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "ms": step, "runs": runs}
 
 
-QUALITY_VALIDATION = dict(batches=160, batch_size=20, block_size=64)
+QUALITY_VALIDATION = dict(batches=160, tokens=1280)
 
 
-def quality_run(cfg, data, work, arm, seed):
+def as_long_as_the_twin(cfg, data, work, runs):
+    """Every arm again, with as many iterations as its dense twin's time allows."""
+    ms = {arm: statistics.median(run["ms"] for run in found) for arm, found in runs.items()}
+    found = {}
+    for arm in runs.keys() - {TWIN}:
+        iters = round(runs[TWIN][0]["iters"] * ms[TWIN] / ms[arm])
+        found[f"{arm}, equal time"] = [quality_run(cfg, data, work, arm, seed, iters)
+                                       for seed in range(cfg.repeats)]
+    return found
+
+
+def quality_run(cfg, data, work, arm, seed, iters=0):
     """Train one arm with one seed in a process of its own -> its losses and counters."""
-    flags, out_dir = ARMS[arm], work / f"{list(ARMS).index(arm)}_{seed}"
-    files = [cfg.config] + ([f"config/{flags}.py"] if isinstance(flags, str) else [])
-    keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu")
-    keys |= {} if isinstance(flags, str) else flags
-    keys |= dict.fromkeys(("max_iters", "lr_decay_iters", "eval_interval"), cfg.iters) if cfg.iters else {}
+    flags, out_dir, iters = ARMS[arm], work / f"{list(ARMS).index(arm)}_{seed}", iters or cfg.iters
+    if not isinstance(flags, tuple):
+        flags = (flags, {}) if isinstance(flags, str) else ("", flags)
+    file, flags = flags
+    files = cfg.config.split(",") + [f"config/{file}.py"] * bool(file)
+    keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu") | flags
+    keys |= dict.fromkeys(("max_iters", "lr_decay_iters", "eval_interval"), iters) if iters else {}
+    keys |= dict(eval_interval=50, eval_iters=1) if arm == "branches" else {}      # for the plot
     _, seconds = timed_script(ROOT / "train.py", [str(ROOT / file) for file in files], keys, work, cfg)
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     path = checkpoint.find(out_dir)
     model = checkpoint.build_model(checkpoint.load(path), path).eval()
-    found = {"val_loss": fixed_loss(model, data, QUALITY_VALIDATION), "policy": {}, "seconds": seconds,
+    block = model.config.block_size
+    validation = dict(batches=QUALITY_VALIDATION["batches"], block_size=block,
+                      batch_size=QUALITY_VALIDATION["tokens"] // block)
+    found = {"val_loss": fixed_loss(model, data, validation), "policy": {}, "seconds": seconds,
+             "iters": rows[-1]["iter"],
+             "open_branches": [[row["iter"], row["open_branches"]] for row in rows if "open_branches" in row],
              "ms": statistics.median(row["ms"] for row in rows if "ms" in row),
-             "parameters": model.get_num_params(),
+             "parameters": model.get_num_params(), "model_args": model.config.model_args(),
              "counters": {k: v for k, v in rows[-1].items() if k.startswith(COUNTED)}}
     for share in SHARES if model.config.mlp_predict else ():
         for block in model.use_policy().transformer.h:
             block.mlp.active = max(1, round(share * model.config.units()))
-        found["policy"][str(share)] = fixed_loss(model, data, QUALITY_VALIDATION)
+        found["policy"][str(share)] = fixed_loss(model, data, validation)
     shutil.rmtree(out_dir)
     print(f"seed {seed}, {arm}: val loss {found['val_loss']:.4f}, {seconds:.0f} s", file=sys.stderr,
           flush=True)
@@ -991,13 +1029,25 @@ def draw_quality(path, runs):
         curve = {float(s): statistics.fmean(r["policy"][s] for r in runs["predict"]) for s in found["policy"]}
         axis.plot(curve.keys(), curve.values(), "o-", color="tab:red", label="predicted units of top 10%")
         axis.axhline(mean["predict"], color="tab:red", lw=0.8, ls=":", label="exact top 10%, W_up read whole")
-    for arm, share in (("columns", 0.25), ("columns*4", 1.0), ("experts", 0.25)):
+    for arm, share in (("columns", 0.25), ("columns*2", 0.5), ("columns*4", 1.0), ("experts", 0.25)):
         if arm in mean:
             axis.plot([share], [mean[arm]], "s", label=arm)
     axis.set(xlabel="share of the dense twin's units whose weights a token reads", xscale="log",
              ylabel="validation loss, nats")
     axis.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0], ["5%", "10%", "20%", "50%", "100%"])
     axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def draw_branches(path, found):
+    """Share of closed dendritic branches over training, one line a seed."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    branches = GPTConfig(**found[0]["model_args"]).dendrites
+    for run in found:
+        axis.plot(*zip(*[(i, 1 - opened / branches) for i, opened in run["open_branches"]]), lw=1)
+    axis.set(xlabel="iterations", ylabel="share of branches closed, mean of layers", ylim=(0, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

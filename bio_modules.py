@@ -4,6 +4,8 @@ model.py.
 An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTORS), c_proj. `rows` names the
 units that a call is about when a decode step computes only some of them; None or a full slice is all.
 """
+from functools import partial
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -60,27 +62,33 @@ ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Osc
 # selectors: (..., units) -> the same with the losers at exactly zero
 
 
-class TopK(nn.Module):
-    """Of each token's units the share mlp_topk with the largest |a| keep firing (1312.5663); no rescaling.
+class Narrowing(nn.Module):
+    """Something of which `goal` of `total` parts are active, self.k in this mode.
 
-    In training the share may fall from 1 to its value (GPT.anneal): units that never win get no gradient, and
-    a gentle start leaves fewer of them (k-winners with a schedule: 1903.11257).
+    In training k may fall from all of them to the goal (GPT.anneal): parts that never win get no gradient,
+    and a gentle start leaves fewer of them (k-winners with a schedule: 1903.11257).
     """
 
-    def __init__(self, config, units):
+    def __init__(self, total, goal):
         super().__init__()
-        self.units, self.share, self.progress = units, config.mlp_topk, 5
+        self.total, self.goal, self.progress = total, goal, 1.0
         self.train(self.training)
 
     def anneal(self, progress):
         """progress in [0, 1], taken in six steps so that a compiled model is compiled at most six times."""
-        self.progress = int(5 * progress)
+        self.progress = int(5 * progress) / 5
         self.train(self.training)
 
     def train(self, mode=True):
-        share = 1 - (1 - self.share) * self.progress / 5 if mode else self.share
-        self.k = max(1, round(share * self.units))
+        self.k = round(self.total - (self.total - self.goal) * self.progress) if mode else self.goal
         return super().train(mode)
+
+
+class TopK(Narrowing):
+    """Of each token's units the share mlp_topk with the largest |a| keep firing (1312.5663); no rescaling."""
+
+    def __init__(self, config, units):
+        super().__init__(units, max(1, round(config.mlp_topk * units)))
 
     def forward(self, a, ctx, rows=EVERY):
         return kernels.keep_largest(a, min(self.k, a.size(-1)))
@@ -215,7 +223,7 @@ class MLP(Stepwise):
         return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
 
 
-class ColumnGate(nn.Module):
+class ColumnGate(Narrowing):
     """Which columns answer a token: (..., C) -> (..., N) gates, zero for all but the winners.
 
     Column c hears r_c.x, less what the other active columns inhibit it by: s_c - sum_d S_cd relu(s_d), S >= 0
@@ -226,10 +234,9 @@ class ColumnGate(nn.Module):
     BALANCE = 0.01                               # leaves the gradient's norm alone; Adam sets the bias's pace
 
     def __init__(self, config):
-        super().__init__()
         N = config.columns
-        self.k = config.columns_active
-        self.router = Linear(config.n_embd, N, bias=False, hidden=False)
+        super().__init__(N, config.columns_active)
+        self.router = Linear(config.n_embd, N, bias=False)
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
         self.register_buffer("others", 1 - torch.eye(N), persistent=False)
@@ -668,18 +675,21 @@ def check(c):
 
 @torch.no_grad()
 def counters(model, idx):
-    """What the MLPs of a model did on token ids (B, T) -> one dict a layer; {} where no unit can be silent.
+    """What gated and sparse layers of a model did on token ids (B, T) -> one dict a layer; {} where no unit
+    can be silent.
 
     zeros: share of exact zeros in the tensor that enters W_down; dead_units: units that are zero for all
     tokens; active_groups, dead_groups: of columns or experts; recall: the share of activation energy a**2
-    that the predictor's units hold; mlp_macs, mlp_bytes: multiply-adds of weights and bytes of weights that
-    the MLP's part of one decode step has executed behind idx (policy and all), counted as they run.
+    that the predictor's units hold; open_branches, dead_branches: of dendrites; mlp_macs, mlp_bytes,
+    attn_macs, attn_bytes: multiply-adds of weights and bytes of weights that this part of one decode step has
+    executed behind idx (policy and all), counted as they run.
     """
     rows, hooks, training = {}, [], model.training
     for layer, block in enumerate(model.transformer.h):
-        if isinstance(getattr(block.mlp, "c_proj", None), NeuronMajor):
-            rows[layer] = {}
-            hooks += watch(block.mlp, rows[layer])
+        row = {}
+        hooks += watch_branches(block.attn, row) + watch(block.mlp, row)
+        if hooks:
+            rows[layer] = row
     if rows:
         model.eval()(idx, idx)
     for hook in hooks:
@@ -692,28 +702,43 @@ def counters(model, idx):
 
 @torch.inference_mode()
 def count_step(model, idx, rows):
-    """Run the last of the tokens (1, T) as a cached decode step and write each MLP's work into its row."""
-    T, work = idx.size(1), {}
+    """Run the last of the tokens (1, T) as a cached decode step and write each layer's work into its row."""
+    T, hooks = idx.size(1), []
     cache = decoding.Cache(model, 1, T)
     model.trunk(idx[:, :-1], decoding.CachedContext(cache, 0, T - 1, idx))
-    hooks = []
     with kernels.counting() as tally:
-        for layer in rows:
-            mlp = model.transformer.h[layer].mlp
-            hooks.append(mlp.register_forward_pre_hook(
-                lambda *_, layer=layer: work.update({layer: (tally.macs, tally.bytes)})))
-            hooks.append(mlp.register_forward_hook(
-                lambda *_, layer=layer: work.update({layer: (tally.macs - work[layer][0],
-                                                             tally.bytes - work[layer][1])})))
+        for layer, row in rows.items():
+            for part in ("attn", "mlp"):
+                row |= {f"{part}_macs": 0, f"{part}_bytes": 0}
+                module = getattr(model.transformer.h[layer], part)
+                hooks.append(module.register_forward_pre_hook(partial(count, tally, row, part, -1)))
+                hooks.append(module.register_forward_hook(partial(count, tally, row, part, 1)))
         model.trunk(idx[:, -1:], decoding.CachedContext(cache, T - 1, 1, idx))
     for hook in hooks:
         hook.remove()
-    for layer, row in rows.items():
-        row["mlp_macs"], row["mlp_bytes"] = work[layer]
+
+
+def count(tally, row, part, sign, *_):
+    """Less the work before a part, plus the work behind it."""
+    row[f"{part}_macs"] += sign * tally.macs
+    row[f"{part}_bytes"] += sign * tally.bytes
+
+
+def watch_branches(attn, row):
+    """Hooks that write what dendritic branches do into row."""
+    def see_gates(module, args, gates):
+        opened = gates.flatten(0, -2) > 0
+        row["open_branches"] = opened.float().sum(-1).mean().item()
+        row["dead_branches"] = int((~opened.any(dim=0)).sum())
+
+    return [attn.gate.register_forward_hook(see_gates)] if hasattr(attn, "gate") else []
 
 
 def watch(mlp, row):
-    """Hooks that write an MLP's counters into row."""
+    """Hooks that write the counters of an MLP whose units can be silent into row."""
+    if not isinstance(getattr(mlp, "c_proj", None), NeuronMajor):
+        return []
+
     def see_hidden(module, args):
         a = args[0].flatten(0, -2)
         row["zeros"] = (a == 0).float().mean().item()

@@ -119,7 +119,7 @@ def attend_blocks(q, k, v, window, dropout):
     B, H, T, D = q.shape
     size = window // 2 if window % 2 == 0 else window
     blocks = -(-T // size)
-    q = F.pad(q.reshape(B * H, T, D), (0, 0, 0, blocks * size - T)).view(-1, size, D)
+    q = F.pad(q.reshape(B * H, T, D), (0, 0, 0, blocks * size - T)).reshape(-1, size, D)
     k, v = (F.pad(t.reshape(B * H, T, D), (0, 0, window, blocks * size - T)) for t in (k, v))
     k, v = (torch.cat([t[:, i:i + blocks * size].reshape(-1, size, D)
                        for i in range(0, window + 1, size)], dim=1) for t in (k, v))

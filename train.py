@@ -56,7 +56,7 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # Adam's decay of the mean
     beta2: float = 0.95  # Adam's decay of the mean square
     grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
-    mlp_topk_anneal: int = 0  # iterations over which mlp_topk falls from 1 to its value
+    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk and columns_active fall from all to theirs
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
     muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
     muon_momentum: float = 0.95  # muon's decay of the mean gradient
@@ -81,10 +81,13 @@ class TrainConfig(GPTConfig):
                     "batch_size", "max_skipped_steps"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         for key in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip",
-                    "vocab_size", "mlp_topk_anneal"):
+                    "vocab_size"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must be in [0, 1)")
+        require(0 <= self.anneal <= 1, f"anneal={self.anneal} must be in [0, 1]: a share of the run")
+        require(not self.anneal or self.mlp_topk < 1 or self.columns,
+                f"anneal={self.anneal} has no effect without mlp_topk or columns: leave it out")
         require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
         optimizers.check(self)
         runtime.check_compile(self.compile)
@@ -367,7 +370,7 @@ while True:
             log(row | {"seconds": seconds()})
         break
 
-    raw_model.anneal(min(1.0, iter_num / cfg.mlp_topk_anneal) if cfg.mlp_topk_anneal else 1.0)
+    raw_model.anneal(min(1.0, iter_num / (cfg.anneal * cfg.lr_decay_iters)) if cfg.anneal else 1.0)
     lr = optimizers.learning_rate(cfg, iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -263,7 +263,8 @@ def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
 def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
     record = record_of(run(tmp_path, *SHORT, "--blocks=True"))
     ratios = record["measurements"]["decode"]["to_twin"]
-    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%"} and min(ratios.values()) > 0
+    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%", *bench.OTHER_BLOCKS}
+    assert min(ratios.values()) > 0
 
 
 def test_memory_says_what_recomputing_leaves(tmp_path):
@@ -272,6 +273,28 @@ def test_memory_says_what_recomputing_leaves(tmp_path):
     assert plain["fixed"] == recomputed["fixed"] > 16 * 10e6
     assert recomputed["sequence"] < 0.4 * plain["sequence"]
     assert recomputed["batch_size"]["8"] > 2 * plain["batch_size"]["8"]
+
+
+def test_window_times_local_attention_beside_full_and_a_token_at_every_context(tmp_path):
+    words = ["window", "--tokens=40", "--window=8", "--heads=2", "--contexts=16,64", "--repeats=1"]
+    record = record_of(run(tmp_path, *words, "--plot=p.png"))
+    layer, token = record["measurements"]["layer"], record["measurements"]["decoded token"]
+    assert len(layer["sides"]) == 6 and layer["against"].keys() == {"window, float32", "window, bfloat16"}
+    assert token["sides"].keys() == {"window, 16", "window, 64", "full, 16", "full, 64"}
+    cached = record["cache_bytes"]
+    assert cached["window, 64"] == cached["window, 16"] == cached["full, 64"] / 8
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_quality_gives_an_arm_its_twins_time_and_draws_closed_branches(tmp_path):
+    words = ["quality", "--iters=60", "--repeats=1", "--arms=dense,branches", "--plot=p.png",
+             "--equal_time=True", "--config=config/compare_pylib.py,config/longer_context.py"]
+    record = record_of(run(tmp_path, *words))
+    assert list(record["runs"]) == ["dense", "branches", "branches, equal time"]
+    run_, longer = (record["runs"][arm][0] for arm in ("branches", "branches, equal time"))
+    assert run_["iters"] == 60 and longer["iters"] != 60 and len(run_["open_branches"]) == 3
+    assert (tmp_path / "p.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
