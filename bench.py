@@ -692,6 +692,54 @@ def draw_race(path, runs, line):
     figure.savefig(path, dpi=120)
 
 
+# ------------------------------------------------ reach -------------------------------------------------
+
+@dataclass(frozen=True)
+class Reach(Bench):
+    """Tokens until a config's validation loss passes nanoGPT's longer line, characters of Shakespeare."""
+    repeats: int = 1  # seeds, one run each
+    threads: int = 2  # CPU threads of a run
+    input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
+    config: str = "config/long_shakespeare.py"  # config file of the run
+    line: float = 1.4697  # best val loss of nanoGPT's GPU run, as its README says
+    line_tokens: int = 81_920_000  # what that run reads: 5000 iterations of 64 sequences of 256
+    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(os.path.isfile(ROOT / self.config), f"config='{self.config}' does not exist")
+
+
+def reach(cfg):
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        data = race_data(cfg, work)
+        runs = [reaching(cfg, data, work, seed) for seed in range(cfg.repeats)]
+    for run in runs:
+        print(f"best val loss {run['best']:.4f} at {run['best_tokens']:,} tokens, "
+              + (f"{cfg.line} passed at {run['passed_tokens']:,} tokens, {run['passed_seconds']:.0f} s, "
+                 f"{cfg.line_tokens / run['passed_tokens']:.1f}x fewer tokens" if run["passed_tokens"] else
+                 f"{cfg.line} not passed in {run['tokens']:,} tokens")
+              + f"; {run['parameters']:,} parameters")
+    return {"measurements": {}, "line": cfg.line, "line_tokens": cfg.line_tokens, "runs": runs}
+
+
+def reaching(cfg, data, work, seed):
+    """One run of the config with a seed -> its validation curve, and where that passes the line."""
+    out_dir = work / "reach"
+    shutil.rmtree(out_dir, ignore_errors=True)
+    keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device=cfg.device)
+    timed_script(ROOT / "train.py", [str(ROOT / cfg.config)], keys, work, cfg)
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = [[row["tokens"], row["seconds"], row["val_loss"]] for row in rows if row.get("val_loss")]
+    curve = curve[1:]                            # not the untrained model
+    best = min(curve, key=lambda point: point[2])
+    passed = next((point for point in curve if point[2] <= cfg.line), (None, None))
+    model = checkpoint.build_model(checkpoint.load(checkpoint.find(out_dir)), checkpoint.find(out_dir))
+    return {"best": best[2], "best_tokens": best[0], "passed_tokens": passed[0], "passed_seconds": passed[1],
+            "tokens": curve[-1][0], "parameters": model.get_num_params(), "curve": curve}
+
+
 # ------------------------------------------------ mlp ---------------------------------------------------
 
 DENSE, DENSE_FP32 = "F.linear, bfloat16", "F.linear, float32"
@@ -895,8 +943,8 @@ TWIN = "dense"
 ARMS = {                                         # a file in config/, keys, or both
     TWIN: {}, "dense/4": dict(mlp_units=128), "dense/2": dict(mlp_units=256), "gelu": dict(act="gelu"),
     "osc": "bio_osc", "predict": "bio_predict", "winners": "bio_winners", "event": "bio_event",
-    "columns": "bio_columns", "columns*2": ("bio_columns", dict(mlp_units=1024)),
-    "columns*4": ("bio_columns", dict(mlp_units=2048)),
+    "columns": "bio_columns", "columns*2": ("bio_columns", dict(mlp_units=960)),
+    "columns*4": ("bio_columns", dict(mlp_units=1920)),
     "dendrites": "bio_dendrites", "experts": "bio_experts", "window": "bio_window",
     "branches": "bio_branches", "hierarchy": "bio_hierarchy"}
 COUNTED = ("dead", "active", "open", "zeros", "recall", "mlp", "attn")
@@ -1135,7 +1183,7 @@ def with_table(text, table):
 
 def results_table(folder):
     """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
-    lines, blocks, mlps, changes, places = [], [], [], [], []
+    lines, blocks, mlps, changes, windows, places = [], [], [], [], [], []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, result in record.get("measurements", {}).items():
@@ -1143,6 +1191,7 @@ def results_table(folder):
         blocks += quality_rows(record, path) if record["subcommand"] == "quality" else []
         changes += change_rows(record, path) if record["subcommand"] == "ablate" else []
         mlps += mlp_rows(record, path) if record["subcommand"] == "mlp" else []
+        windows += window_rows(record, path) if record["subcommand"] == "window" else []
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
     lines = table("measured | ours | nanoGPT | ratio | record", lines)
@@ -1150,6 +1199,8 @@ def results_table(folder):
                    blocks)
     lines += table(f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read "
                    "| record", mlps)
+    lines += table(f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache | record",
+                   windows)
     lines += table("the race's config with | val loss | seeds | to ours | record", changes)
     return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
@@ -1184,13 +1235,26 @@ def change_rows(record, path):
 
 
 def mlp_rows(record, path):
+    """All sides at one width; of the other widths what gates before the up projection, in bf16."""
+    whole = "width 768" if "width 768" in record["measurements"] else next(iter(record["measurements"]))
     for width, result in record["measurements"].items():
         for side, s in result["sides"].items():
+            if width != whole and not re.fullmatch(r"(columns|predicted) .*, bfloat16", side):
+                continue
             work = record["work"].get(f"{side}, {width.removeprefix('width ')}", {})
             read = f"{work['bytes'] / 2**20:.2f} MiB" if work else ""
             yield (f"| {width}: {side} | {figure(s)} | {result['against'][DENSE][side]:.2f}x "
                    f"| {result['against'][DENSE_FP32][side]:.2f}x | {read} "
                    f"| [{path.name}](results/{path.name}) |")
+
+
+def window_rows(record, path):
+    for title, result in record["measurements"].items():
+        for side, s in result["sides"].items():
+            faster = f"{result['against'][side]:.2f}x" if side in result.get("against", {}) else ""
+            cache = record["cache_bytes"].get(side)
+            yield (f"| {title}: {side} | {figure(s)} | {faster} | "
+                   f"{f'{cache / 2**20:.1f} MiB' if cache else ''} | [{path.name}](results/{path.name}) |")
 
 
 def table_rows(record, name, result, path):
@@ -1215,6 +1279,7 @@ COMMANDS = {
     "decode": (Decode, decode),
     "race": (Race, race),
     "ablate": (Ablate, ablate),
+    "reach": (Reach, reach),
     "mlp": (Mlp, mlp),
     "window": (Window, window),
     "quality": (Quality, quality),

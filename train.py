@@ -56,7 +56,7 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # Adam's decay of the mean
     beta2: float = 0.95  # Adam's decay of the mean square
     grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
-    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk and columns_active fall from all to theirs
+    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk, columns_active fall from all to theirs
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
     muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
     muon_momentum: float = 0.95  # muon's decay of the mean gradient

@@ -286,6 +286,19 @@ def test_window_times_local_attention_beside_full_and_a_token_at_every_context(t
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_reach_says_where_the_line_is_passed_or_that_it_is_not(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "tiny.py").write_text("n_layer = n_head = 1\nn_embd = block_size = 16\nbatch_size = 4\n"
+                                      "gradient_accumulation_steps = 1\nmax_iters = 20\nwarmup_iters = 0\n"
+                                      "eval_interval = 5\neval_iters = 2\nlearning_rate = 1e-2\n")
+    for line, passed in ((99.0, 5 * 64), (0.1, None)):
+        record = record_of(run(tmp_path, "reach", f"--line={line}", f"--config={tmp_path / 'tiny.py'}",
+                               f"--input={tmp_path / 'text.txt'}"))
+        found = record["runs"][0]
+        assert found["passed_tokens"] == passed and found["tokens"] == 20 * 64 and len(found["curve"]) == 4
+        assert found["best"] == min(loss for *_, loss in found["curve"])
+
+
 @pytest.mark.slow
 def test_quality_gives_an_arm_its_twins_time_and_draws_closed_branches(tmp_path):
     words = ["quality", "--iters=60", "--repeats=1", "--arms=dense,branches", "--plot=p.png",
