@@ -959,6 +959,7 @@ class Quality(Bench):
     jobs: int = 1  # runs at a time; above 1 their ms per step mean nothing
     config: str = "config/compare_pylib.py"  # config files of the recipe they share, by commas
     arms: str = ""  # some of the arms, by commas; empty: all
+    keep: str = ""  # an earlier record of this recipe: its runs of arms that are not trained now stay
     equal_time: bool = False  # also train every arm for as long as its dense twin takes; with jobs=1
     iters: int = 0  # iterations; 0: the recipe's
     plot: str = ""  # also draw loss against the share of units read into this PNG (needs matplotlib)
@@ -968,6 +969,7 @@ class Quality(Bench):
         require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1")
         require(not self.equal_time or self.jobs == 1,
                 f"equal_time=True needs steps that are timed alone: type --jobs=1 instead of {self.jobs}")
+        require(not self.keep or os.path.isfile(self.keep), f"keep='{self.keep}' does not exist")
         for file in self.config.split(","):
             require(os.path.isfile(ROOT / file), f"config='{file}' does not exist")
         unknown = [name for name in self.arms.split(",") if name and name not in ARMS]
@@ -981,6 +983,9 @@ def quality(cfg):
         todo = [(arm, seed) for seed in range(cfg.repeats) for arm in wanted]
         done = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), todo))
     runs = {arm: [run for (name, _), run in zip(todo, done) if name == arm] for arm in wanted}
+    if cfg.keep:
+        earlier = json.loads(Path(cfg.keep).read_text(encoding="utf-8"))["runs"]
+        runs = {arm: runs.get(arm) or earlier[arm] for arm in ARMS if arm in runs | earlier}
     if cfg.equal_time:
         with tempfile.TemporaryDirectory() as work:
             runs |= as_long_as_the_twin(cfg, data, Path(work), runs)
@@ -1001,10 +1006,11 @@ def quality(cfg):
         draw_branches(cfg.plot, runs["branches"])
     elif cfg.plot:
         draw_quality(cfg.plot, runs)
-    step = {arm: spread([run["ms"] for run in found]) for arm, found in runs.items()} if cfg.jobs == 1 else {}
+    step = {} if cfg.jobs > 1 else {arm: spread([run["ms"] for run in found]) for arm, found in runs.items()}
     for arm, s in step.items():
         print(f"  {arm:32}{s['median']:8.2f} ms a step ({s['min']:.2f} to {s['max']:.2f})")
-    return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "ms": step, "runs": runs}
+    return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "ms": step,
+            "trained_now": wanted, "runs": runs}
 
 
 QUALITY_VALIDATION = dict(batches=160, tokens=1280)

@@ -1,7 +1,10 @@
-# The predictive sparse MLP. python train.py config/train_pylib.py config/bio_predict.py, then
+# The predictive sparse MLP: 448 units and a predictor of rank 32 have a dense MLP's weights at 128 wide.
+# python train.py config/train_pylib.py config/bio_predict.py, then
 # python sample.py --out_dir=out-bio-predict --policy=True
 out_dir = 'out-bio-predict'
 act = 'relu2'
+mlp_units = 448
 mlp_topk = 0.1
 mlp_predict = 32
 mlp_active = 0.2
+anneal = 0.25
