@@ -1080,7 +1080,9 @@ def draw_quality(path, runs):
     dense = {share: mean[arm] for share, arm in dense.items() if arm in mean}
     axis.plot(dense.keys(), dense.values(), "o-", color="black", label="dense models of that width")
     for found in (runs.get("predict") or [])[:1]:
-        curve = {float(s): statistics.fmean(r["policy"][s] for r in runs["predict"]) for s in found["policy"]}
+        units = [GPTConfig(**runs[arm][0]["model_args"]).units() for arm in ("predict", TWIN)]
+        curve = {float(s) * units[0] / units[1]: statistics.fmean(r["policy"][s] for r in runs["predict"])
+                 for s in found["policy"]}
         axis.plot(curve.keys(), curve.values(), "o-", color="tab:red", label="predicted units of top 10%")
         axis.axhline(mean["predict"], color="tab:red", lw=0.8, ls=":", label="exact top 10%, W_up read whole")
     for arm, share in (("columns", 0.25), ("columns*2", 0.5), ("columns*4", 1.0), ("experts", 0.25)):
