@@ -516,17 +516,17 @@ class DendriticAttention(Stepwise):
     def many(self, x, ctx):
         qk, v = self.by_head(self.c_attn(x)).split((2 * self.heads, self.heads), dim=2)
         q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
-        y = self.heard(q, *ctx.extend(self.layer, k, v.transpose(1, 2)), self.gate(x, ctx))
-        return self.resid_dropout(self.c_proj(y))
+        y = self.attend(q, *ctx.extend(self.layer, k, v.transpose(1, 2)), self.dropout * self.training)
+        return self.resid_dropout(self.c_proj(self.heard(y, self.gate(x, ctx))))
 
     def by_head(self, flat):
         """(B, T, n * width) -> (B, T, n, width)."""
         return flat.unflatten(-1, (-1, self.width))
 
-    def heard(self, q, k, v, mask, gates):
-        """Branches' answers by their gates (B, T, n branches) -> (B, T, n * C / D)."""
-        y = self.attend(q, k, v, mask, self.dropout * self.training).transpose(1, 2)
-        return (F.gelu(y).unflatten(2, (gates.size(-1), -1)) * gates[..., None, None]).flatten(2)
+    def heard(self, y, gates):
+        """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
+        y = F.gelu(y.transpose(1, 2)).unflatten(2, (gates.size(-1), -1))
+        return (y * gates[..., None, None]).flatten(2)
 
     def few(self, x, ctx):
         """The branches that any of the tokens opens."""
@@ -538,7 +538,11 @@ class DendriticAttention(Stepwise):
         q = self.by_head(kernels.rows_dot(x, weight, bias, rows))
         q, k = (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
-        y = self.heard(q, k[:, heads], v[:, heads], mask, gates)
+        if kernels.takes_attend_one(q, k, v, mask):
+            y = kernels.attend_one(q, k, v, heads)
+        else:
+            y = self.attend(q, k[:, heads], v[:, heads], mask, 0.0)
+        y = self.heard(y, gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
 

@@ -123,9 +123,10 @@ def attend_blocks(q, k, v, window, dropout):
     k, v = (F.pad(t.reshape(B * H, T, D), (0, 0, window, blocks * size - T)) for t in (k, v))
     k, v = (torch.cat([t[:, i:i + blocks * size].reshape(-1, size, D)
                        for i in range(0, window + 1, size)], dim=1) for t in (k, v))
-    age = torch.arange(size)[:, None] + window - torch.arange(size + window)
-    unseen = torch.zeros(age.shape, dtype=q.dtype).masked_fill_((age < 0) | (age >= window), -math.inf)
-    scores = torch.baddbmm(unseen.to(q.device), q, k.transpose(1, 2), alpha=D ** -0.5)
+    columns = torch.arange(size + window, device=q.device)
+    age = columns[:size, None] + window - columns
+    unseen = torch.zeros_like(age, dtype=q.dtype).masked_fill_((age < 0) | (age >= window), -math.inf)
+    scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=D ** -0.5)
     for i in range(min(blocks, window // size)):                               # no keys before the first
         scores.view(B * H, blocks, size, -1)[:, i, :, :window - i * size] = -math.inf
     weights = scores.softmax(-1)

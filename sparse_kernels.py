@@ -135,15 +135,16 @@ void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long N
     }
 }
 
-/* one query per head: q, y (B, H, D), k, v (B, H, S, D), last axis dense */
-void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, long H, long S, long D,
-                 const long *qs, const long *ks, const long *vs, int threads) {
+/* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
+   of head heads[h], or h */
+void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long *heads, long B, long H,
+                 long S, long D, const long *qs, const long *ks, const long *vs, int threads) {
     float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long bh = 0; bh < B * H; bh++) {
-        long b = bh / H, h = bh % H;
+        long b = bh / H, h = bh % H, kh = heads ? heads[h] : h;
         const TYPE *Q = q + b * qs[0] + h * qs[1];
-        const TYPE *K = k + b * ks[0] + h * ks[1], *V = v + b * vs[0] + h * vs[1];
+        const TYPE *K = k + b * ks[0] + kh * ks[1], *V = v + b * vs[0] + kh * vs[1];
         float score[S], sums[D], top = -INFINITY, total = 0;
         for (long j = 0; j < S; j++) {
             score[j] = scale * dot_NAME(K + j * ks[2], Q, D, K + j * ks[2] + AHEAD_NAME);
@@ -347,7 +348,7 @@ def cpu_library():
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
-        getattr(library, f"attend_{name}").argtypes = ([pointer] * 4 + [number] * 4 + [pointer] * 3
+        getattr(library, f"attend_{name}").argtypes = ([pointer] * 5 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
@@ -616,23 +617,25 @@ def run_mlp(kernel, x, weights, units, n, sizes, act, keep):
 
 # ------------------------------------------------ attention of one query ----------------------------------
 
-def attend_one_reference(q, k, v):
-    """q (B, H, 1, D), k, v (B, H, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v."""
+def attend_one_reference(q, k, v, heads=None):
+    """q (B, H, 1, D), k, v (B, H or more, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v; query h looks at
+    keys and values of head heads[h], (H,) int64, or h."""
+    k, v = (t if heads is None else t[:, heads] for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attend_one(q, k, v):
+def attend_one(q, k, v, heads=None):
     """As the reference, reading each key and value once: 2*B*H*S*D elements. Scores and sums are in fp32.
 
     CPU tensors of fp32 or bf16, any strides but a dense last axis; the caller has checked `takes_attend_one`.
     """
     library, _ = cpu_library()
-    B, H, S, D = k.shape
+    (B, H, _, D), S = q.shape, k.size(2)
     y = q.new_empty(B, 1, H, D)
     strides = [(ctypes.c_long * 3)(*t.stride()[:3]) for t in (q, k, v)]
     kernel = getattr(library, "attend_" + NAMES[q.dtype])
     pointers = (t.data_ptr() for t in (q, k, v, y))
-    kernel(*pointers, B, H, S, D, *strides, torch.get_num_threads())
+    kernel(*pointers, pointer(heads), B, H, S, D, *strides, torch.get_num_threads())
     return y.transpose(1, 2)
 
 
