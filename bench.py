@@ -956,39 +956,38 @@ class Quality(Bench):
     """Validation loss of every block beside its dense twin: the same data, seeds, recipe and iterations."""
     repeats: int = 3  # seeds of each arm
     threads: int = 1  # CPU threads of a run
-    jobs: int = 1  # runs at a time; above 1 their ms per step mean nothing
+    jobs: int = 1  # runs at a time
     config: str = "config/compare_pylib.py"  # config files of the recipe they share, by commas
     arms: str = ""  # some of the arms, by commas; empty: all
     keep: str = ""  # an earlier record of this recipe: its runs of arms that are not trained now stay
-    equal_time: bool = False  # also train every arm for as long as its dense twin takes; with jobs=1
+    equal_time: str = ""  # arms, by commas, also trained for as long as their dense twin; steps are timed first
     iters: int = 0  # iterations; 0: the recipe's
     plot: str = ""  # also draw loss against the share of units read into this PNG (needs matplotlib)
 
     def __post_init__(self):
         super().__post_init__()
         require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1")
-        require(not self.equal_time or self.jobs == 1,
-                f"equal_time=True needs steps that are timed alone: type --jobs=1 instead of {self.jobs}")
         require(not self.keep or os.path.isfile(self.keep), f"keep='{self.keep}' does not exist")
-        for file in self.config.split(","):
-            require(os.path.isfile(ROOT / file), f"config='{file}' does not exist")
-        unknown = [name for name in self.arms.split(",") if name and name not in ARMS]
-        require(not unknown, f"arms='{self.arms}': {unknown[:1]} must be among {', '.join(ARMS)}")
+        check_arms(self)
 
 
 def quality(cfg):
     data = datasets.prepare_if_missing("pylib").resolve()
-    wanted = [name for name in cfg.arms.split(",") if name] or list(ARMS)
+    wanted = chosen_arms(cfg)
+    todo = [(arm, seed, 0) for seed in range(cfg.repeats) for arm in wanted]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(cfg.jobs) as pool:
-        todo = [(arm, seed) for seed in range(cfg.repeats) for arm in wanted]
+        longer = [name for name in cfg.equal_time.split(",") if name]
+        step = steps_alone(cfg, data, Path(work), [TWIN, *longer]) if longer else {}
         done = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), todo))
-    runs = {arm: [run for (name, _), run in zip(todo, done) if name == arm] for arm in wanted}
+        longer = [(arm, seed, round(done[0]["iters"] * step[TWIN]["median"] / step[arm]["median"]))
+                  for arm, seed, _ in todo if arm in longer]
+        more = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), longer))
+    runs = {}
+    for (arm, _, iters), run in zip(todo + longer, done + more):
+        runs.setdefault(arm + ", equal time" * bool(iters), []).append(run)
     if cfg.keep:
         earlier = json.loads(Path(cfg.keep).read_text(encoding="utf-8"))["runs"]
         runs = {arm: runs.get(arm) or earlier[arm] for arm in ARMS if arm in runs | earlier}
-    if cfg.equal_time:
-        with tempfile.TemporaryDirectory() as work:
-            runs |= as_long_as_the_twin(cfg, data, Path(work), runs)
     losses = measurement("nats", {arm: [run["val_loss"] for run in found] for arm, found in runs.items()})
     print(f"val loss, mean of {cfg.repeats} seeds (least to most); mean difference to the dense twin; "
           "parameters; shares of zeros")
@@ -1006,7 +1005,6 @@ def quality(cfg):
         draw_branches(cfg.plot, runs["branches"])
     elif cfg.plot:
         draw_quality(cfg.plot, runs)
-    step = {} if cfg.jobs > 1 else {arm: spread([run["ms"] for run in found]) for arm, found in runs.items()}
     for arm, s in step.items():
         print(f"  {arm:32}{s['median']:8.2f} ms a step ({s['min']:.2f} to {s['max']:.2f})")
     return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "ms": step,
@@ -1016,20 +1014,60 @@ def quality(cfg):
 QUALITY_VALIDATION = dict(batches=160, tokens=1280)
 
 
-def as_long_as_the_twin(cfg, data, work, runs):
-    """Every arm again, with as many iterations as its dense twin's time allows."""
-    ms = {arm: statistics.median(run["ms"] for run in found) for arm, found in runs.items()}
-    found = {}
-    for arm in runs.keys() - {TWIN}:
-        iters = round(runs[TWIN][0]["iters"] * ms[TWIN] / ms[arm])
-        found[f"{arm}, equal time"] = [quality_run(cfg, data, work, arm, seed, iters)
-                                       for seed in range(cfg.repeats)]
-    return found
+@dataclass(frozen=True)
+class Steps(Bench):
+    """Milliseconds of a training step of every block beside its dense twin, alone on the machine."""
+    repeats: int = 3  # processes of each arm, in turns
+    threads: int = 2  # CPU threads of a run
+    config: str = "config/compare_pylib.py"  # config files of the recipe they share, by commas
+    arms: str = ""  # some of the arms, by commas; empty: all
+    iters: int = 60  # iterations of a process, the first ten left out
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.iters > 10, f"iters={self.iters} must be above 10, so many are left out")
+        check_arms(self)
 
 
-def quality_run(cfg, data, work, arm, seed, iters=0):
-    """Train one arm with one seed in a process of its own -> its losses and counters."""
-    flags, out_dir, iters = ARMS[arm], work / f"{list(ARMS).index(arm)}_{seed}", iters or cfg.iters
+def check_arms(cfg):
+    """The keys `config` and `arms`, both lists by commas."""
+    for file in cfg.config.split(","):
+        require(os.path.isfile(ROOT / file), f"config='{file}' does not exist")
+    unknown = [name for name in cfg.arms.split(",") if name and name not in ARMS]
+    require(not unknown, f"arms='{cfg.arms}': {unknown[:1]} must be among {', '.join(ARMS)}")
+
+
+def steps(cfg):
+    data = datasets.prepare_if_missing("pylib").resolve()
+    with tempfile.TemporaryDirectory() as work:
+        ms = steps_alone(cfg, data, Path(work), chosen_arms(cfg), cfg.iters)
+    print(f"a training step of {cfg.config}, {cfg.threads} threads, ms: median (least to most)")
+    twin = ms.get(TWIN, {}).get("median")
+    for arm, s in ms.items():
+        s["to_twin"] = s["median"] / twin if twin else None
+        print(f"  {arm:20}{s['median']:8.2f} ({s['min']:.2f} to {s['max']:.2f})"
+              + (f"  {s['to_twin']:.2f} times its dense twin's" if twin else ""))
+    return {"measurements": {"training step": {"unit": "ms", "sides": ms}}}
+
+
+def chosen_arms(cfg):
+    return [name for name in cfg.arms.split(",") if name] or list(ARMS)
+
+
+def steps_alone(cfg, data, work, arms, iters=60):
+    """Milliseconds of a training step of every arm, in short runs one after the other, in turns."""
+    ms = {arm: [] for arm in arms}
+    for _ in range(cfg.repeats):
+        for arm in arms:
+            rows = trained(cfg, data, work / "alone", arm, 0, iters)
+            ms[arm].append(statistics.median(row["ms"] for row in rows[10:] if "ms" in row))
+            shutil.rmtree(work / "alone")
+    return {arm: spread(values) for arm, values in ms.items()}
+
+
+def trained(cfg, data, out_dir, arm, seed, iters):
+    """Train one arm with one seed in a process of its own -> the rows of its metrics."""
+    flags, iters = ARMS[arm], iters or cfg.iters
     if not isinstance(flags, tuple):
         flags = (flags, {}) if isinstance(flags, str) else ("", flags)
     file, flags = flags
@@ -1037,8 +1075,16 @@ def quality_run(cfg, data, work, arm, seed, iters=0):
     keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu") | flags
     keys |= dict.fromkeys(("max_iters", "lr_decay_iters", "eval_interval"), iters) if iters else {}
     keys |= dict(eval_interval=50, eval_iters=1) if arm == "branches" else {}      # for the plot
-    _, seconds = timed_script(ROOT / "train.py", [str(ROOT / file) for file in files], keys, work, cfg)
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    timed_script(ROOT / "train.py", [str(ROOT / file) for file in files], keys, out_dir.parent, cfg)
+    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def quality_run(cfg, data, work, arm, seed, iters):
+    """Train one arm with one seed -> its losses and counters."""
+    out_dir, clock = work / f"{list(ARMS).index(arm)}_{seed}", time.perf_counter()
+    rows = trained(cfg, data, out_dir, arm, seed, iters)
+    seconds = time.perf_counter() - clock
     path = checkpoint.find(out_dir)
     model = checkpoint.build_model(checkpoint.load(path), path).eval()
     block = model.config.block_size
@@ -1047,7 +1093,6 @@ def quality_run(cfg, data, work, arm, seed, iters=0):
     found = {"val_loss": fixed_loss(model, data, validation), "policy": {}, "seconds": seconds,
              "iters": rows[-1]["iter"],
              "open_branches": [[row["iter"], row["open_branches"]] for row in rows if "open_branches" in row],
-             "ms": statistics.median(row["ms"] for row in rows if "ms" in row),
              "parameters": model.get_num_params(), "model_args": model.config.model_args(),
              "counters": {k: v for k, v in rows[-1].items() if k.startswith(COUNTED)}}
     for share in SHARES if model.config.mlp_predict else ():
@@ -1191,7 +1236,7 @@ def with_table(text, table):
 
 def results_table(folder):
     """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
-    lines, blocks, mlps, changes, windows, places = [], [], [], [], [], []
+    lines, blocks, mlps, changes, windows, times, places = [], [], [], [], [], [], []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, result in record.get("measurements", {}).items():
@@ -1199,12 +1244,14 @@ def results_table(folder):
         blocks += quality_rows(record, path) if record["subcommand"] == "quality" else []
         changes += change_rows(record, path) if record["subcommand"] == "ablate" else []
         mlps += mlp_rows(record, path) if record["subcommand"] == "mlp" else []
+        times += step_rows(record, path) if record["subcommand"] == "steps" else []
         windows += window_rows(record, path) if record["subcommand"] == "window" else []
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
     lines = table("measured | ours | nanoGPT | ratio | record", lines)
     lines += table("block | val loss | seeds | to its dense twin | parameters | zeros into W_down | record",
                    blocks)
+    lines += table("a training step with the block | ms | its dense twin's time | record", times)
     lines += table(f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read "
                    "| record", mlps)
     lines += table(f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache | record",
@@ -1256,6 +1303,12 @@ def mlp_rows(record, path):
                    f"| [{path.name}](results/{path.name}) |")
 
 
+def step_rows(record, path):
+    for arm, s in record["measurements"]["training step"]["sides"].items():
+        yield (f"| {arm} | {figure(s)} ({s['min']:.4g} to {s['max']:.4g}) | {s['to_twin']:.2f}x "
+               f"| [{path.name}](results/{path.name}) |")
+
+
 def window_rows(record, path):
     for title, result in record["measurements"].items():
         for side, s in result["sides"].items():
@@ -1272,7 +1325,9 @@ def table_rows(record, name, result, path):
     for side, s in result["sides"].items() if peer else ():
         if side != PEER:
             ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
+            twin = result.get("to_twin", {}).get(side)
             label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
+            label += f", {twin:.2f}x its dense twin" if twin else ""
             yield f"| {label} | {figure(s)} | {figure(peer)} | {ratio} | [{path.name}](results/{path.name}) |"
 
 
@@ -1291,6 +1346,7 @@ COMMANDS = {
     "mlp": (Mlp, mlp),
     "window": (Window, window),
     "quality": (Quality, quality),
+    "steps": (Steps, steps),
     "memory": (Memory, memory),
     "readme": (Readme, readme),
 }

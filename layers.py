@@ -1,4 +1,4 @@
-"""What models are built from: a Linear in its input's dtype, attention as functions."""
+"""What models are built from: a Linear in its input's dtype, embeddings and positions, attention."""
 import math
 from functools import partial
 
@@ -48,6 +48,83 @@ class NeuronMajor(Linear):
         if kernels.takes_rows(a):
             return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
         return super().forward(a)
+
+
+class Table(nn.Embedding):
+    """Rows drawn by name (std 0.02)."""
+
+    def reset_parameters(self):
+        pass
+
+    def init_weights(self, normal_):
+        normal_(self.weight, 0.02)
+
+
+class Embedding(Table):
+    """Token ids (B, T) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, ctx):
+        return F.embedding(idx, self.weight)
+
+
+class NgramEmbedding(Embedding):
+    """Token embedding plus one row of a hashed table for each n-gram, 2 to ngram_order tokens long, that ends
+    at a position: what the first attention layers would otherwise have to learn. The table starts at zero;
+    ngram_order - 1 of its rows are read per token (hashed n-grams: 1607.04606)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.order = config.ngram_order
+        self.ngrams = nn.Parameter(torch.zeros(config.ngram_buckets, config.n_embd))
+
+    def forward(self, idx, ctx):
+        last, *before = (ctx.with_past(idx, self.order - 1) + 1).unfold(1, idx.size(1), 1).flip(1).unbind(1)
+        key, keys = last * 1_000_003, []
+        for n, token in enumerate(before):
+            key = key * 31 + token * 10_007 + n
+            keys.append(key % len(self.ngrams))
+        rows = torch.stack(keys, dim=-1).flatten(0, 1)
+        return super().forward(idx, ctx) + F.embedding_bag(rows, self.ngrams, mode="sum").view(*idx.shape, -1)
+
+
+class LearnedPositions(Table):
+    """GPT-2's table, one row per position, added to the token embedding."""
+
+    def __init__(self, config):
+        super().__init__(config.block_size, config.n_embd)
+
+    def forward(self, x, ctx):
+        return x + self.weight[ctx.positions]
+
+    def crop(self, block_size):
+        self.weight = nn.Parameter(self.weight[:block_size].detach().clone())
+
+
+class RotaryPositions(nn.Module):
+    """Cosines and signed sines of the angles by which q and k turn, (block_size, 1, D), half-split layout
+    (2104.09864)."""
+
+    def __init__(self, config):
+        super().__init__()
+        _, D = config.heads()
+        frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
+        angles = torch.arange(config.block_size)[:, None, None] * frequencies
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((sin, -sin), dim=-1), persistent=False)
+
+    def turn(self, positions):
+        return self.cos[positions], self.sin[positions]
+
+    def forward(self, x, ctx):
+        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
+        return x
+
+    def crop(self, block_size):
+        self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
 
 
 def project(x, weight, bias):

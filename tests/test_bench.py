@@ -302,7 +302,7 @@ def test_reach_says_where_the_line_is_passed_or_that_it_is_not(tmp_path):
 @pytest.mark.slow
 def test_quality_gives_an_arm_its_twins_time_and_draws_closed_branches(tmp_path):
     words = ["quality", "--iters=60", "--repeats=1", "--arms=dense,branches", "--plot=p.png",
-             "--equal_time=True", "--config=config/compare_pylib.py,config/longer_context.py"]
+             "--equal_time=branches", "--config=config/compare_pylib.py,config/longer_context.py"]
     record = record_of(run(tmp_path, *words))
     assert list(record["runs"]) == ["dense", "branches", "branches, equal time"]
     run_, longer = (record["runs"][arm][0] for arm in ("branches", "branches, equal time"))
