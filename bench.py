@@ -960,7 +960,7 @@ class Quality(Bench):
     config: str = "config/compare_pylib.py"  # config files of the recipe they share, by commas
     arms: str = ""  # some of the arms, by commas; empty: all
     keep: str = ""  # an earlier record of this recipe: its runs of arms that are not trained now stay
-    equal_time: str = ""  # arms, by commas, also trained for as long as their dense twin; steps are timed first
+    equal_time: str = ""  # arms, by commas, also trained for their dense twin's time; steps are timed first
     iters: int = 0  # iterations; 0: the recipe's
     plot: str = ""  # also draw loss against the share of units read into this PNG (needs matplotlib)
 
