@@ -976,11 +976,11 @@ def quality(cfg):
     wanted = chosen_arms(cfg)
     todo = [(arm, seed, 0) for seed in range(cfg.repeats) for arm in wanted]
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(cfg.jobs) as pool:
-        longer = [name for name in cfg.equal_time.split(",") if name]
-        step = steps_alone(cfg, data, Path(work), [TWIN, *longer]) if longer else {}
+        also = [name for name in cfg.equal_time.split(",") if name]
+        step = steps_alone(cfg, data, Path(work), [TWIN, *also]) if also else {}
         done = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), todo))
         longer = [(arm, seed, round(done[0]["iters"] * step[TWIN]["median"] / step[arm]["median"]))
-                  for arm, seed, _ in todo if arm in longer]
+                  for arm, seed, _ in todo if arm in also]
         more = list(pool.map(lambda job: quality_run(cfg, data, Path(work), *job), longer))
     runs = {}
     for (arm, _, iters), run in zip(todo + longer, done + more):
