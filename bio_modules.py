@@ -509,19 +509,26 @@ class DendriticAttention(Stepwise):
         self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
         self.resid_dropout = dropout(config)
         self.normalise = rms if config.qk_norm else as_is
+        self.sharpness = config.dendrites ** 0.5 if config.qk_norm else 1.0     # a whole head's: see `turned`
         self.rotate = rotate if config.pos == "rope" else as_is
         self.window = config.window_of(layer)
         self.attend = attention(self.window)
 
     def many(self, x, ctx):
-        qk, v = self.by_head(self.c_attn(x)).split((2 * self.heads, self.heads), dim=2)
-        q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
+        q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
+        q, k = self.turned(q, k, ctx)
         y = self.attend(q, *ctx.extend(self.layer, k, v.transpose(1, 2)), self.dropout * self.training)
         return self.resid_dropout(self.c_proj(self.heard(y, self.gate(x, ctx))))
 
     def by_head(self, flat):
         """(B, T, n * width) -> (B, T, n, width)."""
         return flat.unflatten(-1, (-1, self.width))
+
+    def turned(self, q, k, ctx):
+        """q, k (B, T, heads, width) -> normalised, rotated, (B, heads, T, width). Normalised ones of width D
+        have scores of at most sqrt(D): a branch's q is lengthened until they reach as far as a head's."""
+        q, k = (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
+        return q * self.sharpness, k
 
     def heard(self, y, gates):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
@@ -536,7 +543,7 @@ class DendriticAttention(Stepwise):
         weight, bias = self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
         k, v = self.by_head(project(x, weight[C:], bias if bias is None else bias[C:])).chunk(2, dim=2)
         q = self.by_head(kernels.rows_dot(x, weight, bias, rows))
-        q, k = (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
+        q, k = self.turned(q, k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         if kernels.takes_attend_one(q, k, v, mask):
             y = kernels.attend_one(q, k, v, heads)
