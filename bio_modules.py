@@ -23,6 +23,7 @@ from layers import (
     cast,
     dropout,
     project,
+    query_gain,
     residual_std,
     rms,
     rotate,
@@ -509,15 +510,16 @@ class DendriticAttention(Stepwise):
         self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
         self.resid_dropout = dropout(config)
         self.normalise = rms if config.qk_norm else as_is
-        self.sharpness = config.dendrites ** 0.5 if config.qk_norm else 1.0     # a whole head's: see `turned`
         self.rotate = rotate if config.pos == "rope" else as_is
+        self.sharpen = query_gain(self.heads, config)
         self.window = config.window_of(layer)
         self.attend = attention(self.window)
 
     def many(self, x, ctx):
         q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
         q, k = self.turned(q, k, ctx)
-        y = self.attend(q, *ctx.extend(self.layer, k, v.transpose(1, 2)), self.dropout * self.training)
+        k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
+        y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(self.heard(y, self.gate(x, ctx))))
 
     def by_head(self, flat):
@@ -525,10 +527,8 @@ class DendriticAttention(Stepwise):
         return flat.unflatten(-1, (-1, self.width))
 
     def turned(self, q, k, ctx):
-        """q, k (B, T, heads, width) -> normalised, rotated, (B, heads, T, width). Normalised ones of width D
-        have scores of at most sqrt(D): a branch's q is lengthened until they reach as far as a head's."""
-        q, k = (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
-        return q * self.sharpness, k
+        """q, k (B, T, heads, width) -> normalised, rotated, (B, heads, T, width)."""
+        return (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
 
     def heard(self, y, gates):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
@@ -544,6 +544,7 @@ class DendriticAttention(Stepwise):
         k, v = self.by_head(project(x, weight[C:], bias if bias is None else bias[C:])).chunk(2, dim=2)
         q = self.by_head(kernels.rows_dot(x, weight, bias, rows))
         q, k = self.turned(q, k, ctx)
+        q = self.sharpen(q, heads)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         if kernels.takes_attend_one(q, k, v, mask):
             y = kernels.attend_one(q, k, v, heads)
@@ -600,7 +601,8 @@ class Hourglass(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # what the flags may be
 
-NEEDS = {"columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
+NEEDS = {"qk_gain": "qk_norm",
+         "columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
          "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate",
          "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites"}
 

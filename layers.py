@@ -151,6 +151,22 @@ def rms(x):
     return F.rms_norm(x, x.shape[-1:])
 
 
+class QueryGain(nn.Module):
+    """A learned factor of each head's normalised queries (B, H, T, D): without it no score passes sqrt(D),
+    too little for narrow heads to pick one key of many (2010.04245)."""
+
+    def __init__(self, heads, start):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((heads,), start))
+
+    def forward(self, q, heads=slice(None)):
+        return q * self.weight[heads].to(q.dtype).view(-1, 1, 1)
+
+
+def query_gain(heads, config):
+    return QueryGain(heads, config.qk_gain) if config.qk_gain else as_is
+
+
 def attend(q, k, v, mask, dropout):
     """Softmax attention of queries (B, H, T, D) over (B, H, S, D) -> (B, H, T, D).
 

@@ -33,6 +33,7 @@ from layers import (
     attention,
     cast,
     dropout,
+    query_gain,
     residual_std,
     rms,
     rotate,
@@ -62,6 +63,7 @@ class GPTConfig:
     norm: str = "layernorm"  # layernorm or rmsnorm
     pos: str = "learned"  # position table (learned), or rotation of queries and keys (rope)
     qk_norm: bool = False  # RMS-normalise queries and keys per head
+    qk_gain: float = 0.0  # learned factor of each head's normalised queries, from this on; 0: none
     act: str = "gelu"  # activation of the MLP: gelu, relu2, swiglu (8/3 as wide), osc
     softcap: float = 0.0  # bound logits to (-softcap, softcap) by tanh; 0: off
     zero_init: bool = False  # start the projections into the residual stream, and an untied head, at zero
@@ -97,6 +99,7 @@ class GPTConfig:
             require(getattr(self, key) in slot, f"{key}='{getattr(self, key)}' must be {' or '.join(slot)}")
         require(self.softcap >= 0 and self.ngram_buckets >= 0, f"softcap={self.softcap} and "
                 f"ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
+        require(self.qk_gain >= 0, f"qk_gain={self.qk_gain} must not be negative; 0 is none")
         require(2 <= self.ngram_order <= 8, f"ngram_order={self.ngram_order} must be in 2..8")
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
@@ -209,13 +212,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = dropout(config)
         self.normalise = rms if config.qk_norm else as_is
         self.rotate = rotate if config.pos == "rope" else as_is
+        self.sharpen = query_gain(config.n_head, config)
 
     def forward(self, x, ctx):
         B, T, C = x.shape
         qk, v = self.c_attn(x).view(B, T, 3 * self.n_head, -1).split((2 * self.n_head, self.n_head), dim=2)
         q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
-        y = self.attend(q, k, v, mask, self.dropout * self.training)
+        y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

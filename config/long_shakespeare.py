@@ -14,6 +14,7 @@ dropout = 0.1
 
 pos = 'rope'
 qk_norm = True
+qk_gain = 2.0
 act = 'osc'
 tie_weights = False
 ngram_buckets = 16384

@@ -14,6 +14,7 @@ gradient_accumulation_steps = 1
 norm = 'rmsnorm'
 pos = 'rope'
 qk_norm = True
+qk_gain = 2.0
 act = 'relu2'
 
 optimizer = 'muon'

@@ -18,6 +18,7 @@ ARMS = {
     "rmsnorm": dict(norm="rmsnorm"),
     "rope": dict(pos="rope"),
     "qk_norm": dict(qk_norm=True),
+    "qk_gain": dict(qk_norm=True, qk_gain=2.0),
     "relu2": dict(act="relu2"),
     "swiglu": dict(act="swiglu"),
     "osc": dict(act="osc"),
@@ -45,7 +46,7 @@ KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
 RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
 CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES}
-SAME_FLAG = {("window", "window_pattern")}
+SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain")}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}
 

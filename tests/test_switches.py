@@ -61,6 +61,18 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
     torch.testing.assert_close(model(idx, idx)[0], before, atol=1e-4, rtol=0)
 
 
+def test_a_gain_of_one_is_none_and_a_larger_one_sharpens_attention():
+    plain, one, two = (build(dict(qk_norm=True) | gain, std=0.2)
+                       for gain in ({}, dict(qk_gain=1.0), dict(qk_gain=2.0)))
+    idx = tokens(2, 16)
+    for other, gain in ((one, 1.0), (two, 2.0)):
+        other.load_state_dict(plain.state_dict(), strict=False)
+        for block in other.transformer.h:
+            block.attn.sharpen.weight.data.fill_(gain)
+    assert torch.equal(plain(idx)[0], one(idx)[0])
+    assert not torch.allclose(plain(idx)[0], two(idx)[0], atol=1e-3)
+
+
 def test_softcap_bounds_logits_and_barely_moves_small_ones():
     model, idx = build(dict(softcap=0.5), std=0.2), tokens(2, 16)
     plain = build({}, std=0.2)(idx, idx)[0]
@@ -232,6 +244,7 @@ def test_named_sizes_have_the_parameters_they_say(size, count):
 def test_a_choice_that_does_not_exist_is_named():
     for bad, word in ((dict(norm="batchnorm"), "layernorm or rmsnorm"), (dict(act="mish"), "gelu or relu2"),
                       (dict(pos="alibi"), "learned or rope"), (dict(softcap=-1.0), "softcap"),
+                      (dict(qk_norm=True, qk_gain=-1.0), "qk_gain"), (dict(qk_gain=2.0), "qk_norm"),
                       (dict(pos="rope", n_embd=18, n_head=6), "even")):
         with pytest.raises(ConfigError, match=word):
             GPTConfig(**TINY | bad)
