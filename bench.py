@@ -946,7 +946,8 @@ ARMS = {                                         # a file in config/, keys, or b
     "columns": "bio_columns", "columns*2": ("bio_columns", dict(mlp_units=960)),
     "columns*4": ("bio_columns", dict(mlp_units=1920)),
     "dendrites": "bio_dendrites", "experts": "bio_experts", "window": "bio_window",
-    "branches": "bio_branches", "hierarchy": "bio_hierarchy"}
+    "branches": "bio_branches", "branches1": ("bio_branches", dict(dendrites_active=1)),
+    "branches4": ("bio_branches", dict(dendrites_active=4)), "hierarchy": "bio_hierarchy"}
 COUNTED = ("dead", "active", "open", "zeros", "recall", "mlp", "attn")
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
@@ -1074,7 +1075,7 @@ def trained(cfg, data, out_dir, arm, seed, iters):
     files = cfg.config.split(",") + [f"config/{file}.py"] * bool(file)
     keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu") | flags
     keys |= dict.fromkeys(("max_iters", "lr_decay_iters", "eval_interval"), iters) if iters else {}
-    keys |= dict(eval_interval=50, eval_iters=1) if arm == "branches" else {}      # for the plot
+    keys |= dict(eval_interval=50, eval_iters=1) if arm.startswith("branches") else {}      # for the plot
     timed_script(ROOT / "train.py", [str(ROOT / file) for file in files], keys, out_dir.parent, cfg)
     lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -568,19 +568,20 @@ def straight(blocks, x, ctx):
 
 class Hourglass(nn.Module):
     """A causal hourglass: the outer layers run on every token, those between them on groups of `hierarchy`
-    tokens. A group's state is a weighted mean of its tokens'; what the middle layers make of it is added to
-    the tokens that come when it is complete, from its own last one on (2110.13711)."""
+    tokens. A group's state is a weighted mean of its tokens'; what the middle layers add to it is added to
+    the tokens that come when it is complete, from its own last one on (2110.13711), times factors that begin
+    at zero: a model of the outer layers alone, which learns to listen (ReZero: 2003.04887)."""
 
     def __init__(self, config):
         super().__init__()
         self.every, self.outer = config.hierarchy, config.outer_layers()
         self.pool = nn.Parameter(torch.full((self.every, config.n_embd), 1 / self.every))
-        self.spread = nn.Parameter(torch.ones(self.every, config.n_embd))
+        self.spread = nn.Parameter(torch.zeros(self.every, config.n_embd))
 
     def forward(self, blocks, x, ctx):
         first, middle, last = blocks[:self.outer], blocks[self.outer:-self.outer], blocks[-self.outer:]
         x = straight(first, x, ctx)
-        x = x + ctx.coarse(self, x, lambda groups, inner: straight(middle, groups, inner))
+        x = x + ctx.coarse(self, x, lambda groups, inner: straight(middle, groups, inner) - groups)
         return straight(last, x, ctx)
 
     def pool_groups(self, x):
