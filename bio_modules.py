@@ -15,18 +15,17 @@ import sparse_kernels as kernels
 from configurator import require
 from layers import (
     GELU,
+    Attention,
     Linear,
     NeuronMajor,
     ReLU2,
     as_is,
-    attention,
     cast,
+    cross_entropy,
+    drop_rows,
     dropout,
-    project,
-    query_gain,
     residual_std,
     rms,
-    rotate,
 )
 
 EVERY = slice(None)
@@ -491,44 +490,27 @@ class BranchGate(nn.Module):
         return (g + (g * kept - g).detach()).to(x.dtype)
 
 
-class DendriticAttention(Stepwise):
+class DendriticAttention(Stepwise, Attention):
     """Attention of dendritic neurons: each head's width in D branches, in one fused projection. A branch
     attends with its own part of query, key and value, passes a nonlinearity, and a gate of the token decides
     whether the soma (c_proj) hears it (Poirazi, Brannon & Mel 2003; gated heads: 2210.05144).
 
     A decode step computes the queries, the attention and the part of c_proj of the open branches alone; keys
-    and values are owed for all, because later tokens may look at them.
+    and values are owed for all, because later tokens may look at them. Head h of branch d is d * n_head + h.
     """
 
     def __init__(self, config, layer):
-        super().__init__()
-        self.layer, self.dropout = layer, config.dropout
-        self.heads, self.width = config.heads()                    # head h of branch d: d * n_head + h
+        super().__init__(config, layer)
         self.part = config.n_embd // config.dendrites
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
         self.gate = BranchGate(config)
         self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
-        self.resid_dropout = dropout(config)
-        self.normalise = rms if config.qk_norm else as_is
-        self.rotate = rotate if config.pos == "rope" else as_is
-        self.sharpen = query_gain(self.heads, config)
-        self.window = config.window_of(layer)
-        self.attend = attention(self.window)
 
     def many(self, x, ctx):
         q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
-        q, k = self.turned(q, k, ctx)
+        q, k = self.turned(q, ctx), self.turned(k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(self.heard(y, self.gate(x, ctx))))
-
-    def by_head(self, flat):
-        """(B, T, n * width) -> (B, T, n, width)."""
-        return flat.unflatten(-1, (-1, self.width))
-
-    def turned(self, q, k, ctx):
-        """q, k (B, T, heads, width) -> normalised, rotated, (B, heads, T, width)."""
-        return (self.rotate(self.normalise(t), ctx).transpose(1, 2) for t in (q, k))
 
     def heard(self, y, gates):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
@@ -538,14 +520,11 @@ class DendriticAttention(Stepwise):
     def few(self, x, ctx):
         """The branches that any of the tokens opens."""
         branches, gates = opened_groups(self.gate(x, ctx))
-        C, every_head = x.size(-1), self.part // self.width
-        rows, heads = (units_of(branches, n) for n in (self.part, every_head))
+        rows, heads = (units_of(branches, n) for n in (self.part, self.part // self.width))
         weight, bias = self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
-        k, v = self.by_head(project(x, weight[C:], bias if bias is None else bias[C:])).chunk(2, dim=2)
-        q = self.by_head(kernels.rows_dot(x, weight, bias, rows))
-        q, k = self.turned(q, k, ctx)
+        q = self.turned(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
         q = self.sharpen(q, heads)
-        k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
+        k, v, mask = self.remember(x, ctx)
         if kernels.takes_attend_one(q, k, v, mask):
             y = kernels.attend_one(q, k, v, heads)
         else:
@@ -599,13 +578,91 @@ class Hourglass(nn.Module):
         return said * self.spread[phase].to(said.dtype).view(-1, 1, said.size(2))
 
 
+class Exits(nn.Module):
+    """Every token through every block, or fewer: after each layer of `exits` the model's own final norm and
+    head can already speak (LayerSkip, 2404.16710).
+
+    Training adds the exits' cross-entropies, each in proportion to its depth, and drops layers for whole
+    sequences, late ones more often: layer_dropout for the last, nothing for the first. Beside the model, on
+    states cut off from the graph, a probe of C multiply-adds learns whether an exit's most likely token is
+    the last layer's: to ask it costs one row, where a head costs a vocabulary of rows (2207.07061).
+
+    With the policy on (GPT.use_policy) a token is done at the first exit whose probe is sure by
+    exit_threshold. In the layers above, its keys and values are those of the state that it left with, and a
+    decode step computes nothing else there. layers_run and tokens_run count what that executed.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        last = max(1, config.n_layer - 1)
+        self.after, self.threshold, self.policy = config.exit_layers(), config.exit_threshold, False
+        self.shares = [config.exit_cost * depth / sum(self.after) for depth in self.after]
+        self.drops = [config.layer_dropout * (2 ** (i / last) - 1) for i in range(config.n_layer)]
+        self.probes = nn.ModuleList(Linear(config.n_embd, 1, bias=True, aside=True) for _ in self.after)
+        self.layers_run = self.tokens_run = 0
+
+    def forward(self, blocks, x, ctx):
+        return self.ways[self.policy](self, blocks, x, ctx)
+
+    def whole(self, blocks, x, ctx):
+        for depth, (block, drop) in enumerate(zip(blocks, self.drops), 1):
+            x = drop_rows(x, block(x, ctx), drop * self.training)
+            if depth in self.after:
+                ctx.leave(x)
+        return x
+
+    def losses(self, left, speak, logits, targets):
+        """What the states (B, T, C) at the exits add to the training loss; speak turns states to logits."""
+        final = logits.detach().argmax(-1, keepdim=True)
+        for share, probe, x in zip(self.shares, self.probes, left):
+            early = speak(x)
+            yield share * cross_entropy(early, targets)
+            agrees = (early.detach().argmax(-1, keepdim=True) == final).float()
+            yield F.binary_cross_entropy_with_logits(probe(rms(x.detach())).float(), agrees)
+
+    def early(self, blocks, x, ctx):
+        done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        probes = dict(zip(self.after, self.probes))
+        self.tokens_run += done.numel()
+        for depth, block in enumerate(blocks, 1):
+            going = ~done
+            self.layers_run += int(going.sum())
+            x = (some_rows if x.size(1) == 1 else some_tokens)(block, x, ctx, going)
+            if depth in probes:
+                done = done | (probes[depth](rms(x))[..., 0].float().sigmoid() > self.threshold)
+        return x
+
+    ways = {False: whole, True: early}
+
+
+DEPTHS = {"hierarchy": Hourglass, "exits": Exits}
+
+
+def some_tokens(block, x, ctx, going):
+    """A block for the tokens (B, T) of a prompt that are going on; computed for all of them."""
+    return torch.where(going[..., None], block(x, ctx), x)
+
+
+def some_rows(block, x, ctx, going):
+    """A block for the rows of a decode step that are going on, and nothing but keys and values for others."""
+    rows, others = (side[:, 0].nonzero()[:, 0] for side in (going, ~going))
+    if not len(others):
+        return block(x, ctx)
+    if not len(rows):
+        block.remember(x, ctx)
+        return x
+    block.remember(x[others], ctx.of_rows(others))
+    return x.index_copy(0, rows, block(x[rows], ctx.of_rows(rows)))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # what the flags may be
 
 NEEDS = {"qk_gain": "qk_norm",
          "columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
          "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate",
-         "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites"}
+         "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites",
+         "exit_cost": "exits", "exit_threshold": "exits", "layer_dropout": "exits"}
 
 
 def check_attention(c):
@@ -631,6 +688,22 @@ def check_attention(c):
             " be 3 or more")
 
 
+def check_depth(c):
+    """The flags of a GPTConfig that decide how many layers a token passes."""
+    try:
+        after = c.exit_layers()
+    except ValueError:
+        after = [0]
+    require(after == sorted(set(after)) and all(1 <= depth < c.n_layer for depth in after),
+            f"exits='{c.exits}' must be rising numbers of layers in 1..{c.n_layer - 1}, by commas: type "
+            f"--exits={max(1, c.n_layer // 2)}, for example")
+    require(not (c.exits and c.hierarchy), f"exits='{c.exits}' and hierarchy={c.hierarchy}: groups of tokens "
+            "cannot leave one by one; choose one of them")
+    require(c.exit_cost >= 0, f"exit_cost={c.exit_cost} must not be negative")
+    require(0 <= c.exit_threshold <= 1, f"exit_threshold={c.exit_threshold} must be in [0, 1]")
+    require(0 <= c.layer_dropout < 1, f"layer_dropout={c.layer_dropout} must be in [0, 1)")
+
+
 def check(c):
     """The flags of a GPTConfig that choose mechanisms: values, needs, conflicts."""
     defaults = {name: field.default for name, field in type(c).__dataclass_fields__.items()}
@@ -638,6 +711,7 @@ def check(c):
         require(getattr(c, key) == defaults[key] or getattr(c, owner),
                 f"{key}={getattr(c, key)} has no effect without {owner}: set {owner} too, or leave {key} out")
     check_attention(c)
+    check_depth(c)
     kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
     kinds += ["act='swiglu'"] * (c.act == "swiglu")
     require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")

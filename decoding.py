@@ -29,6 +29,10 @@ class Cache:
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
         self.states = {}
 
+    def rings(self):
+        """The layers whose columns are written over once the window has passed them."""
+        return [kept for kept, window in zip(self.layers, self.windows) if window]
+
     def nbytes(self):
         return sum(layer.nbytes for layer in self.layers)
 
@@ -58,6 +62,13 @@ class CachedContext:
     def add_loss(self, make):
         """Decoding wants no loss."""
 
+    def leave(self, x):
+        """Nor states at early exits."""
+
+    def of_rows(self, rows):
+        """The same call for some rows (n,)."""
+        return SomeRows(self, rows)
+
     def with_past(self, idx, count):
         """(B, count + T) ids that end with this call's; -1 where there is no earlier token."""
         if self.even:
@@ -69,26 +80,29 @@ class CachedContext:
 
     def extend(self, layer, k, v):
         """Write the new keys and values (B, H, T, D) -> what the queries may look at (B, H, S, D), and the
-        mask that they need, (B or 1, 1, T, S) bool; None: causal among themselves, or everything."""
-        window, kept = self.cache.windows[layer], self.cache.layers[layer]
-        keep = self.keep_ring if window else self.keep_all
-        return keep(kept, (k, v), window)
+        mask that they need, (B or 1, 1, T, S) bool; None: they are the last T of S, each sees up to itself.
+        """
+        return self.keep(layer, self.cache.layers[layer], (k, v))
 
-    def keep_all(self, kept, new, _):
+    def keep(self, layer, kept, new):
+        """Write to kept (2, B, H, S, D)."""
+        window = self.cache.windows[layer]
+        return self.keep_ring(kept, new, window) if window else self.keep_all(kept, new)
+
+    def keep_all(self, kept, new):
         if self.even:
             end = self.start + self.T
             torch.stack(new, out=kept.narrow(3, self.start, self.T))
-            return *kept.narrow(3, 0, end).unbind(0), self.mask(end, self.start > 0 and self.T > 1)
+            return *kept.narrow(3, 0, end).unbind(0), None
         write_rows(kept, torch.stack(new), self.columns())
-        return *kept.unbind(0), self.mask(kept.size(3), True)
+        return *kept.unbind(0), self.mask(kept.size(3))
 
-    def mask(self, end, needed):
+    def mask(self, end):
         """Column j is visible to a token at column i if j <= i."""
-        if needed and end not in self.masks:
+        if end not in self.masks:
             columns = torch.arange(end, device=self.cache.layers[0].device)
-            at = self.columns()
-            self.masks[end] = (columns <= at[..., None]).view(-1, 1, self.T, end)
-        return self.masks[end] if needed else None
+            self.masks[end] = (columns <= self.columns()[..., None]).view(-1, 1, self.T, end)
+        return self.masks[end]
 
     def keep_ring(self, kept, new, window):
         size = kept.size(3)
@@ -150,6 +164,22 @@ class CachedContext:
         return ctx
 
 
+class SomeRows(CachedContext):
+    """A CachedContext for some rows (n,) of its batch; others keep what they have."""
+
+    def __init__(self, ctx, rows):
+        of_rows = lambda columns: columns if isinstance(columns, int) else columns[rows]
+        super().__init__(ctx.cache, of_rows(ctx.start), ctx.T, ends=of_rows(ctx.ends))
+        self.rows, self.rotation = rows, ctx.turn(self.positions)
+
+    def extend(self, layer, k, v):
+        kept = self.cache.layers[layer]
+        part = kept[:, self.rows]
+        found = self.keep(layer, part, (k, v))
+        kept[:, self.rows] = part
+        return found
+
+
 def take(kept, columns):
     """kept (2, B, H, S, D), columns (B or 1, n) -> (2, B, H, n, D)."""
     columns = columns[:, None, :, None].expand(kept.size(1), kept.size(2), -1, kept.size(4))
@@ -200,13 +230,23 @@ class Sampler:
 
     def __call__(self, logits, seen):
         """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1)."""
+        if self.temperature == 0:
+            return self.penalised(logits, seen).argmax(-1, keepdim=True)
+        return torch.multinomial(self.probabilities(logits, seen), num_samples=1)
+
+    def probabilities(self, logits, seen):
+        """The distribution (B, V) that the next ids are drawn from."""
+        logits = self.penalised(logits, seen)
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+        return self.filtered(logits / self.temperature).softmax(-1)
+
+    def penalised(self, logits, seen):
         logits, seen = logits[:, :self.vocab_size], seen[:, :self.vocab_size]
         if self.repetition_penalty != 1.0:
             r = self.repetition_penalty
             logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        return torch.multinomial(self.filtered(logits / self.temperature).softmax(-1), num_samples=1)
+        return logits
 
     def filtered(self, logits):
         """Logits with what top_k, top_p and min_p exclude at -inf."""
@@ -277,6 +317,112 @@ def read(model, cache, history, firsts, ends, cached):
     ctx = CachedContext(cache, 0, T, window, T if alike else column(sizes, device)[:, 0])
     states = model.trunk(window[:, :T].clamp(min=0), ctx)
     return states[:, -1] if alike else take_tokens(states, column(sizes, device) - 1)[:, 0]
+
+
+class Speculation:
+    """Self-speculation: the layers below the first exit draft tokens one by one, the layers above read all of
+    them at once. What is accepted is distributed as if every layer had drawn it, one token after the other;
+    greedy, it is the same tokens (LayerSkip, 2404.16710; the rule: 2211.17192).
+
+    drafts: tokens that are guessed at a time. depth: the exit that guesses; None: the first. proposed,
+    accepted: what became of them so far; rounds: how often all layers were asked.
+    """
+
+    def __init__(self, model, drafts, depth=None):
+        require(drafts >= 1, f"speculate={drafts} must be at least 1 drafted token")
+        require(model.config.exits, f"speculate={drafts} needs a model with early exits, which draft: train "
+                f"one with --exits={max(1, model.config.n_layer // 2)}, for example")
+        exits = model.config.exit_layers()
+        depth = exits[0] if depth is None else depth
+        require(depth in exits, f"depth={depth} must be an exit of the model: {model.config.exits}")
+        self.model, self.drafts = model, drafts
+        self.lower, self.upper = model.transformer.h[:depth], model.transformer.h[depth:]
+        self.proposed = self.accepted = self.rounds = 0
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, sampler, overflow="exact"):
+        """As decoding.stream, for one row; past block_size it goes on without drafts."""
+        require(len(idx) == 1, f"speculation decodes one row at a time, there are {len(idx)}")
+        require(idx.size(1) > 0, "the prompt is empty: give at least one token, for example a newline")
+        end, last = idx.size(1), idx.size(1) + max_new_tokens
+        room = min(last, self.model.config.block_size)
+        cache = Cache(self.model, 1, max(1, room))
+        drafts = min([self.drafts, *(kept.size(3) for kept in cache.rings())])
+        history = F.pad(idx, (0, max_new_tokens), value=-1)
+        seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=idx.device)
+        seen.scatter_(1, idx, True)
+        if 1 < end <= room:
+            self.model.trunk(idx[:, :-1], CachedContext(cache, 0, end - 1, history))
+        while end < last and end <= room:
+            count = min(drafts, last - end, room - end + 1)
+            places = Places(cache, end - 1, count)
+            states, chances = self.draft(cache, history, end, count, sampler, seen)
+            tokens = self.verify(cache, history, end, states, chances, sampler, seen)
+            places.restore(len(tokens))
+            for token in tokens:
+                history[:, end] = token
+                end += 1
+                yield token.view(1, 1)
+        yield from stream(self.model, history[:, :end], last - end, sampler, overflow=overflow)
+
+    def draft(self, cache, history, end, count, sampler, seen):
+        """Write `count` guesses behind the tokens 0 .. end - 1 -> the states that made them (1, count, C),
+        and the distributions that they were drawn from."""
+        states, chances, seen = [], [], seen.clone()
+        for at in range(end - 1, end - 1 + count):
+            ctx = CachedContext(cache, at, 1, history)
+            x = self.model.embed(history[:, at:at + 1], ctx)
+            for block in self.lower:
+                x = block(x, ctx)
+            states.append(x)
+            chances.append(sampler.probabilities(self.model.speak(x)[:, 0], seen))
+            history[:, at + 1] = token = draw(chances[-1])
+            seen.scatter_(1, token[:, None], True)
+        return torch.cat(states, dim=1), chances
+
+    def verify(self, cache, history, end, x, chances, sampler, seen):
+        """The tokens, one or more, that all layers let stand or put in a guess's place; noted in `seen`."""
+        ctx = CachedContext(cache, end - 1, x.size(1), history)
+        self.model.transformer.wpe.note(ctx)
+        for block in self.upper:
+            x = block(x, ctx)
+        logits, tokens = self.model.speak(x), []
+        self.rounds, self.proposed = self.rounds + 1, self.proposed + len(chances)
+        for i, guessed in enumerate(chances):
+            wanted, guess = sampler.probabilities(logits[:, i], seen), history[0, end + i]
+            stands = torch.rand((), device=x.device) * guessed[0, guess] < wanted[0, guess]
+            tokens.append(guess.clone() if stands else draw(beyond(wanted, guessed))[0])
+            seen[:, tokens[-1]] = True
+            self.accepted += int(stands)
+            if not stands:
+                break
+        return tokens
+
+
+def beyond(wanted, guessed):
+    """Where the wanted chances exceed the guessed ones; rounding may leave nothing else than `wanted`."""
+    return (wanted - guessed).clamp(min=0) + 1e-9 * wanted
+
+
+def draw(chances):
+    """Chances (1, V), their sum need not be 1 -> one id (1,)."""
+    return torch.multinomial(chances, num_samples=1)[:, 0]
+
+
+class Places:
+    """What the rings of a cache hold where `count` columns from `start` on will be written, to be put back
+    for those that turn out not to be."""
+
+    def __init__(self, cache, start, count):
+        self.old = []
+        for kept in cache.rings():
+            places = torch.arange(start, start + count, device=kept.device) % kept.size(3)
+            self.old.append((kept, places, kept[:, :, :, places]))
+
+    def restore(self, written):
+        """All but the first `written` columns."""
+        for kept, places, old in self.old:
+            kept[:, :, :, places[written:]] = old[:, :, :, written:]
 
 
 def column(numbers, device):

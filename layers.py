@@ -99,6 +99,9 @@ class LearnedPositions(Table):
     def forward(self, x, ctx):
         return x + self.weight[ctx.positions]
 
+    def note(self, ctx):
+        """Tell blocks the positions; they need none: the stream knows."""
+
     def crop(self, block_size):
         self.weight = nn.Parameter(self.weight[:block_size].detach().clone())
 
@@ -120,8 +123,12 @@ class RotaryPositions(nn.Module):
         return self.cos[positions], self.sin[positions]
 
     def forward(self, x, ctx):
-        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
+        self.note(ctx)
         return x
+
+    def note(self, ctx):
+        """Tell blocks the positions of a call."""
+        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
 
     def crop(self, block_size):
         self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
@@ -170,16 +177,30 @@ def query_gain(heads, config):
 def attend(q, k, v, mask, dropout):
     """Softmax attention of queries (B, H, T, D) over (B, H, S, D) -> (B, H, T, D).
 
-    mask: bool (B or 1, 1, T, S), or None: causal where T == S, everything where T == 1.
+    mask: bool (B or 1, 1, T, S), or None: the queries are the last T of S tokens, each sees up to itself.
     On a CPU in bf16 the fused kernel is slower than three plain matmuls up to a few hundred keys, so length
     decides there.
     """
     if kernels.takes_attend_one(q, k, v, mask):
         return kernels.attend_one(q, k, v)
     causal = mask is None and q.size(2) > 1
+    if causal and q.size(2) < k.size(2):
+        return attend_last(q, k, v)
     if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= 256:
         return attend_short(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
+def attend_last(q, k, v):
+    """attend for the last 1 < T < S tokens of S, without dropout; a few on a CPU as they would be one by one.
+    """
+    T, S = q.size(2), k.size(2)
+    if T <= kernels.FEW and kernels.takes_attend_one(q[:, :, :1], k, v, None):
+        seen = range(S - T + 1, S + 1)
+        return torch.cat([kernels.attend_one(q[:, :, i:i + 1], k[:, :, :n], v[:, :, :n])
+                          for i, n in enumerate(seen)], dim=2)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def attend_short(q, k, v, dropout):
@@ -227,9 +248,43 @@ def attend_blocks(q, k, v, window, dropout):
     return y.view(B, H, blocks * size, D)[:, :, :T]
 
 
+def drop_rows(x, y, rate):
+    """y, but x for a share `rate` of the rows (B, T, C), whole sequences each (1603.09382)."""
+    return torch.where(torch.rand(len(x), 1, 1, device=x.device) < rate, x, y) if rate else y
+
+
 def dropout(config):
     """Dropout, or nothing at all where it would drop nothing: a module call is not free in a decode step."""
     return nn.Dropout(config.dropout) if config.dropout else as_is
+
+
+class Attention(nn.Module):
+    """What every attention layer has: one projection to queries, keys and values, and a cached past."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.heads, self.width = config.heads()
+        self.layer, self.dropout, self.window = layer, config.dropout, config.window_of(layer)
+        self.attend = attention(self.window)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
+        self.resid_dropout = dropout(config)
+        self.normalise = rms if config.qk_norm else as_is
+        self.rotate = rotate if config.pos == "rope" else as_is
+        self.sharpen = query_gain(self.heads, config)
+
+    def by_head(self, flat):
+        """(B, T, n * width) -> (B, T, n, width)."""
+        return flat.unflatten(-1, (-1, self.width))
+
+    def turned(self, t, ctx):
+        """Queries or keys (B, T, n, width) -> normalised, rotated, (B, n, T, width)."""
+        return self.rotate(self.normalise(t), ctx).transpose(1, 2)
+
+    def remember(self, x, ctx):
+        """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""
+        C, weight, bias = x.size(-1), self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
+        k, v = self.by_head(project(x, weight[C:], bias if bias is None else bias[C:])).chunk(2, dim=2)
+        return ctx.extend(self.layer, self.turned(k, ctx), v.transpose(1, 2))
 
 
 class GELU(nn.Module):
@@ -249,3 +304,8 @@ class ReLU2(nn.Module):
 def residual_std(config):
     """Init of the projections into the residual stream: scaled down by their number (GPT-2), or zero."""
     return 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+
+
+def cross_entropy(logits, targets):
+    """Mean over the targets (B, T) that are not -1, in nats."""
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)

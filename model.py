@@ -20,9 +20,10 @@ import bio_modules
 import decoding
 import optimizers
 import pretrained
-from bio_modules import ACTS, MLP, MLPS, DendriticAttention, Hourglass, selector, straight
+from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, selector, straight
 from configurator import require
 from layers import (
+    Attention,
     Embedding,
     LearnedPositions,
     Linear,
@@ -30,13 +31,10 @@ from layers import (
     NgramEmbedding,
     RotaryPositions,
     as_is,
-    attention,
     cast,
+    cross_entropy,
     dropout,
-    query_gain,
     residual_std,
-    rms,
-    rotate,
 )
 from pretrained import GPT2_SIZES
 from runtime import peak_flops
@@ -92,7 +90,12 @@ class GPTConfig:
     dendrites: int = 0  # dendritic branches of each head, gated per token; 0: off
     dendrites_active: int = 0  # branches that each token may open
     dendrite_cost: float = 0.1  # weight in the loss of the aim that so many are open
+    # --- depth ---
     hierarchy: int = 0  # tokens in a group that the middle layers run on; 0: off
+    exits: str = ""  # layers after which a token may be done, such as "2,4"
+    exit_cost: float = 0.5  # weight of the exits' losses together, each in proportion to its depth
+    exit_threshold: float = 0.9  # how sure an exit's probe must be for a token to leave
+    layer_dropout: float = 0.0  # in training, share of sequences that skip the last layer; less the earlier
 
     def __post_init__(self):
         for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", [*ACTS, "swiglu"])):
@@ -115,6 +118,10 @@ class GPTConfig:
         """Heads that attend on their own, and the width of each: a branch of a head is one."""
         heads = self.n_head * max(1, self.dendrites)
         return heads, self.n_embd // heads
+
+    def exit_layers(self):
+        """The numbers in `exits`."""
+        return [int(depth) for depth in self.exits.split(",")] if self.exits else []
 
     def outer_layers(self):
         """How many layers at each end run on every token; those between them run on groups."""
@@ -150,16 +157,25 @@ class Context:
     turn = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
 
     def __init__(self, positions, training=False):
-        self.positions, self.losses = positions, [] if training else None
+        self.positions, self.losses, self.left = positions, [] if training else None, []
 
     def add_loss(self, make):
         """Add make() to the training loss; where no loss is wanted, it is not computed."""
         if self.losses is not None:
             self.losses.append(make())
 
+    def leave(self, x):
+        """States (B, T, C) at an early exit: kept for the training loss."""
+        if self.losses is not None:
+            self.left.append(x)
+
+    def of_rows(self, rows):
+        """The same call for some rows (n,)."""
+        return self
+
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
-        mask that they need, (B or 1, 1, T, S) bool; None: causal among themselves."""
+        mask that they need, (B or 1, 1, T, S) bool; None: each sees up to itself."""
         return k, v, None
 
     def with_past(self, idx, count):
@@ -199,28 +215,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
 
 
-class CausalSelfAttention(nn.Module):
+class CausalSelfAttention(Attention):
     """Multi-head causal attention, q, k and v in one projection (1706.03762)."""
 
     def __init__(self, config, layer):
-        super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.window = config.window_of(layer)
-        self.attend = attention(self.window)
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
+        super().__init__(config, layer)
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
-        self.resid_dropout = dropout(config)
-        self.normalise = rms if config.qk_norm else as_is
-        self.rotate = rotate if config.pos == "rope" else as_is
-        self.sharpen = query_gain(config.n_head, config)
 
     def forward(self, x, ctx):
-        B, T, C = x.shape
-        qk, v = self.c_attn(x).view(B, T, 3 * self.n_head, -1).split((2 * self.n_head, self.n_head), dim=2)
-        q, k = self.rotate(self.normalise(qk), ctx).transpose(1, 2).chunk(2, dim=1)
+        qk, v = self.by_head(self.c_attn(x)).split((2 * self.heads, self.heads), dim=2)
+        q, k = self.turned(qk, ctx).chunk(2, dim=1)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 class SwiGLU(nn.Module):
@@ -244,6 +251,11 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
 
 
+def depth(config):
+    """How tokens pass the blocks, where that is not straight: {flag: module}."""
+    return {flag: DEPTHS[flag](config) for flag in DEPTHS if getattr(config, flag)}
+
+
 def mlp(config, layer):
     """The MLP that the flags choose: one of the bio blocks, SwiGLU, or the dense one."""
     chosen = next((MLPS[flag] for flag in MLPS if getattr(config, flag)), None)
@@ -262,6 +274,10 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), ctx)
         x = x + self.mlp(self.ln_2(x), ctx)
         return x
+
+    def remember(self, x, ctx):
+        """Only what later tokens may look at: keys and values of x (B, T, C)."""
+        self.attn.remember(self.ln_1(x), ctx)
 
 
 class RecomputedBlock(Block):
@@ -291,8 +307,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i)
                              for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
-        ) | (dict(hourglass=Hourglass(config)) if config.hierarchy else {}))
-        self.through = self.transformer.hourglass if config.hierarchy else straight
+        ) | depth(config))
+        self.through = next((self.transformer[name] for name in DEPTHS if name in self.transformer), straight)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False,
                               std=0.02 * (config.tie_weights or not config.zero_init))
         if config.tie_weights:
@@ -328,8 +344,12 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, sum(ctx.losses or (), start=loss)
+        also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets)
+        return logits, sum(also, start=cross_entropy(logits, targets))
+
+    def exit_losses(self, ctx, logits, targets):
+        """What early exits add in training; nothing where no state has left."""
+        return self.through.losses(ctx.left, self.speak, logits, targets) if ctx.left else ()
 
     def positions(self, T):
         """Where a sequence of T tokens stands in the position table; ValueError if it is too long."""
@@ -340,9 +360,16 @@ class GPT(nn.Module):
 
     def trunk(self, idx, ctx):
         """Token ids (B, T) -> normalised states (B, T, C)."""
+        return self.transformer.ln_f(self.through(self.transformer.h, self.embed(idx, ctx), ctx))
+
+    def embed(self, idx, ctx):
+        """Token ids (B, T) -> what enters the first block (B, T, C)."""
         x = self.transformer.wpe(self.transformer.wte(idx, ctx), ctx)
-        x = self.transformer.drop(x.to(self.compute_dtype or x.dtype))
-        return self.transformer.ln_f(self.through(self.transformer.h, x, ctx))
+        return self.transformer.drop(x.to(self.compute_dtype or x.dtype))
+
+    def speak(self, x):
+        """States between blocks -> logits in fp32, as if no block followed."""
+        return self.head(self.transformer.ln_f(x))
 
     def head(self, x):
         """States -> logits in fp32."""

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,9 @@ class SampleConfig:
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
     overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
-    policy: bool = False  # take the shortcuts that a model was trained for: predicted units (mlp_predict)
+    policy: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
+    exit_threshold: float = 0.0  # leave at an exit whose probe is so sure; 0: the model's own, with policy
+    speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -46,6 +49,11 @@ class SampleConfig:
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         runtime.check_compile(self.compile)
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be in 0..2**63-1")
+        require(0 <= self.exit_threshold <= 1, f"exit_threshold={self.exit_threshold} must be in [0, 1]")
+        require(self.speculate >= 0, f"speculate={self.speculate} must be 0 (off) or more")
+        require(not self.speculate or not self.exit_threshold,
+                f"speculate={self.speculate} and exit_threshold={self.exit_threshold} both cut depth: choose "
+                "one")
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
 
 
@@ -85,6 +93,7 @@ def main(cfg):
     sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)
+    stream = streaming(model, cfg)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
     ids = tokenizer.encode(prompt_of(cfg.start))
@@ -95,12 +104,40 @@ def main(cfg):
     for _ in range(cfg.num_samples):
         text = tokenizers.StreamDecoder(tokenizer)
         show("".join(text.feed(token) for token in ids))
-        for token in decoding.stream(model, prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow):
+        for token in stream(prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow):
             show(text.feed(int(token)))
             count += 1
         show(text.flush() + "\n---------------\n")
     seconds = time.perf_counter() - clock
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s{depth_used(model, stream)}",
+          file=sys.stderr)
+
+
+def streaming(model, cfg):
+    """What continues a prompt: every token through the model, or drafts that it verifies. Early exits go as
+    far as cfg.exit_threshold says."""
+    exits = model.config.exits and model.transformer.exits
+    if cfg.exit_threshold:
+        require(exits, f"exit_threshold={cfg.exit_threshold} needs a model with early exits: train one with "
+                       f"--exits={max(1, model.config.n_layer // 2)}, for example")
+        exits.threshold, exits.policy = cfg.exit_threshold, True
+    if not cfg.speculate:
+        return partial(decoding.stream, model)
+    speculation = decoding.Speculation(model, cfg.speculate)
+    exits.policy = False                         # its drafts are the exit; all layers verify
+    return speculation.stream
+
+
+def depth_used(model, stream):
+    """What the last line adds of a run that did not take every token through every layer by itself."""
+    speculation, exits = getattr(stream, "__self__", None), model.config.exits and model.transformer.exits
+    if speculation:
+        return (f", {speculation.accepted / max(1, speculation.proposed):.0%} of "
+                f"{speculation.proposed} drafted tokens accepted")
+    if exits and exits.policy:
+        return (f", {exits.layers_run / exits.tokens_run:.2f} of {model.config.n_layer} layers per token, "
+                "the prompt's included")
+    return ""
 
 
 def show(text):

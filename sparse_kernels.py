@@ -127,11 +127,15 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K, const
 EACH_TYPE = r"""
 #define AHEAD_NAME (4096 / (long)sizeof(TYPE))   /* weights that stream from memory are fetched 4 KB ahead */
 
-void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long N, long K, int threads) {
+/* M vectors x (M, K), each summed as it would be alone; a row of w is read from memory once for all */
+void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long M, long N, long K,
+                 int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long n = 0; n < N; n++) {
         const TYPE *row = w + n * K;
-        y[n] = down_NAME(dot_NAME(row, x, K, row + AHEAD_NAME) + (bias ? up_NAME(bias[n]) : 0.0f));
+        float b = bias ? up_NAME(bias[n]) : 0.0f;
+        y[n] = down_NAME(dot_NAME(row, x, K, row + AHEAD_NAME) + b);
+        for (long m = 1; m < M; m++) y[m * N + n] = down_NAME(dot_NAME(row, x + m * K, K, row) + b);
     }
 }
 
@@ -347,7 +351,7 @@ def cpu_library():
         return None, f"no C kernels: {compiler} did not build them ({type(error).__name__})"
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
-        getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
+        getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"attend_{name}").argtypes = ([pointer] * 5 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
@@ -389,13 +393,16 @@ def path_taken(device):
 
 # ------------------------------------------------ matrix times vector ------------------------------------
 
+FEW = 8                                          # tokens of a decode step that reads weights row by row
+
 def matvec_reference(x, weight, bias):
-    """x (..., K) with one row, weight (N, K), bias (N) or None -> (..., N)."""
+    """x (..., K) with a few rows, weight (N, K), bias (N) or None -> (..., N)."""
     return F.linear(x, weight, bias)
 
 
 def matvec(x, weight, bias):
-    """As the reference, reading each weight once: N*K elements, the roofline of one-token decode. fp32 sums.
+    """As the reference, reading each weight once: N*K elements, the roofline of one-token decode. fp32 sums;
+    a row's result does not depend on how many there are.
 
     CPU tensors of fp32 or bf16, weight and x contiguous and of one dtype; the caller has checked `takes`.
     """
@@ -403,8 +410,8 @@ def matvec(x, weight, bias):
     N, K = weight.shape
     y = x.new_empty(*x.shape[:-1], N)
     kernel = getattr(library, "matvec_" + NAMES[x.dtype])
-    kernel(weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), N, K,
-           torch.get_num_threads())
+    kernel(weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+           x.numel() // K, N, K, torch.get_num_threads())
     return y
 
 
@@ -414,15 +421,14 @@ def inferring():
 
 
 def takes_matvec(x, weight):
-    """Is this a product that `matvec` computes: one row, on a CPU, in inference mode, kernels built?"""
-    return (inferring() and x.numel() == weight.size(1) and x.device.type == "cpu"
+    """Is this a product that `matvec` computes: few rows, on a CPU, in inference mode, kernels built?"""
+    return (inferring() and 0 < x.numel() <= FEW * weight.size(1) and x.device.type == "cpu"
             and x.dtype == weight.dtype and x.dtype in NAMES and weight.is_contiguous() and x.is_contiguous()
             and cpu_library()[0] is not None)
 
 
 # ------------------------------------------------ rows of a matrix ---------------------------------------
 
-FEW = 8                                          # tokens of a decode step whose live rows are gathered
 tally = None                                     # a Tally while `counting`
 
 

@@ -153,13 +153,13 @@ def test_branches_of_few_tokens_equal_the_dense_forward():
 
 def test_groups_pass_the_middle_layers_and_reach_the_tokens_from_their_last_one_on():
     model = build(dict(hierarchy=4, n_layer=6), std=0.2)
-    assert model.transformer.hourglass.outer == 1
+    assert model.transformer.hierarchy.outer == 1
     lengths = []
     for block in model.transformer.h:
         block.register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
     model(tokens(2, 15), tokens(2, 15))
     assert lengths == [15, 3, 3, 3, 3, 15]
-    glass = model.transformer.hourglass
+    glass = model.transformer.hierarchy
     heard = glass.spread_groups(torch.ones(1, 3, 16), 15)[0].ne(0).any(-1).tolist()
     assert heard == [False] * 3 + [True] * 12
     said = torch.arange(3.0)[None, :, None].expand(1, 3, 16)
@@ -190,7 +190,7 @@ def test_flops_count_windows_and_groups():
     assert base - local == 12 * C * 2 * (T - 4)
     coarse = build(dict(n_layer=4, hierarchy=4))
     middle = sum(p.numel() for p in coarse.transformer.h[1].parameters())
-    extra = 6 * sum(p.numel() for p in coarse.transformer.hourglass.parameters())
+    extra = 6 * sum(p.numel() for p in coarse.transformer.hierarchy.parameters())
     saved = 2 * (6 * middle * 3 / 4 + 12 * C * (T - T / 16))
     assert base + extra - coarse.flops_per_token() == pytest.approx(saved)
 

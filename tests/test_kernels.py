@@ -36,6 +36,8 @@ def test_matvec_equals_its_reference_over_98_shapes(dtype, bias):
             exact = kernels.matvec_reference(x.float(), w.float(), b if b is None else b.float())
             torch.testing.assert_close(kernels.matvec(x, w, b).float(), exact,
                                        atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+            few = torch.cat((normal(1, 4, K, dtype=dtype, seed=3), x), dim=1)
+            assert torch.equal(kernels.matvec(few, w, b)[:, [4]], kernels.matvec(x, w, b))
 
 
 @built
@@ -183,12 +185,13 @@ def test_large_scores_do_not_overflow_and_nan_stays_nan():
 
 
 @built
-def test_only_single_rows_in_inference_on_matching_dense_tensors_are_taken():
+def test_only_few_rows_in_inference_on_matching_dense_tensors_are_taken():
     x, w = normal(1, 1, 32), normal(8, 32)
     assert not kernels.takes_matvec(x, w), "gradients may be asked for outside inference mode"
     with torch.inference_mode():
         assert kernels.takes_matvec(x, w)
-        for other_x, other_w in ((normal(2, 1, 32), w), (x.bfloat16(), w), (x.double(), w.double()),
+        assert kernels.takes_matvec(normal(2, 4, 32), w)
+        for other_x, other_w in ((normal(9, 1, 32), w), (x.bfloat16(), w), (x.double(), w.double()),
                                  (x, normal(32, 8).t())):
             assert not kernels.takes_matvec(other_x, other_w)
         q, k, v = normal(1, 2, 1, 8), normal(1, 2, 5, 8), normal(1, 2, 5, 8)
@@ -206,8 +209,8 @@ def test_a_decode_step_runs_on_the_kernels(monkeypatch):
                             (counts.__setitem__(n, counts[n] + 1), f(*a))[1])
     model = build({}, std=0.2)
     model.generate(tokens(1, 4), 6, temperature=0)
-    # 4 a block and the head; the prompt's head has one row too
-    assert counts == {"matvec": 5 * 9 + 1, "attend_one": 5 * 2}
+    # 4 a block and the head, of the prompt's few tokens too
+    assert counts == {"matvec": 6 * 9, "attend_one": 5 * 2}
 
 
 GREEDY = """

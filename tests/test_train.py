@@ -47,7 +47,8 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, fi
 @pytest.mark.parametrize("file", sorted((ROOT / "config").glob("bio_*.py")), ids=lambda path: path.stem)
 def test_every_block_trains_stops_resumes_and_samples(train, file):
     def keys(name, **more):
-        more = dict(max_iters=8, n_embd=32, n_layer=3 if "hier" in file.stem else 1, optimizer="muon") | more
+        layers = {"bio_hierarchy": 3, "bio_exits": 5}.get(file.stem, 1)
+        more = dict(max_iters=8, n_embd=32, n_layer=layers, optimizer="muon") | more
         return [str(file), *words(out_dir=train.folder / name, **more)]
     train(*keys("whole"))
     train(*keys("parts", max_iters=4))
@@ -55,12 +56,23 @@ def test_every_block_trains_stops_resumes_and_samples(train, file):
     same(train.checkpoint("parts"), train.checkpoint("whole"), skip=TIMES)
     assert train.losses("parts") == train.losses("whole") and len(train.losses("whole")) == 8
     counted = {"zeros", "dead_units", "active_groups", "open_branches"} & train.metrics("whole")[-1].keys()
-    assert counted or file.stem in ("bio_osc", "bio_window", "bio_hierarchy")
+    assert counted or file.stem in ("bio_osc", "bio_window", "bio_hierarchy", "bio_exits")
     sampling = words(out_dir=train.folder / "whole", num_samples=1, max_new_tokens=12, device="cpu", seed=3)
     texts = [Job("sample.py", [*sampling, *words(policy=policy)], train.folder, name=f"sample{policy}").wait()
              for policy in (False, True)]
     assert all(text.status == 0 for text in texts), texts[0].err + texts[1].err
-    assert (texts[0].out == texts[1].out) or file.stem == "bio_predict"
+    assert (texts[0].out == texts[1].out) or file.stem in ("bio_predict", "bio_exits")
+
+
+def test_a_sample_may_leave_early_or_be_drafted(train):
+    train(n_layer=3, exits="1,2", max_iters=4)
+    keys = dict(out_dir=train.folder / "out", num_samples=1, max_new_tokens=20, device="cpu", temperature=0)
+    whole, drafted, early = (Job("sample.py", words(**keys, **more), train.folder, name=str(more)[2:6]).wait()
+                             for more in ({}, dict(speculate=3), dict(exit_threshold=0.01)))
+    assert whole.status == drafted.status == early.status == 0, whole.err + drafted.err + early.err
+    assert drafted.out == whole.out
+    assert "drafted tokens accepted" in drafted.err
+    assert "1.00 of 3 layers per token" in early.err
 
 
 def test_an_annealed_top_k_resumes_where_it_was(train):

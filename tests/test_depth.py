@@ -1,0 +1,216 @@
+"""Early exits: what a token that leaves early costs, and that it changes nobody else."""
+import pytest
+import torch
+from arms import ARMS, PAIRS, TINY, build, tokens
+
+from configurator import ConfigError
+from decoding import Cache, CachedContext, Sampler, Speculation, stream
+from model import GPT, Context, GPTConfig
+
+EXITS = {name: arm for name, arm in (ARMS | PAIRS).items() if "exits" in arm}
+every_exit = pytest.mark.parametrize("arm", EXITS.values(), ids=EXITS.keys())
+DEEP = dict(exits="1,2,4", n_layer=5, pos="rope", exit_threshold=0.65)
+
+
+def leaving(arm=None, std=0.2):
+    """A model whose tokens leave at every exit, some at none."""
+    model = build(DEEP | (arm or {}), std=std).use_policy()
+    for probe, bias in zip(model.transformer.exits.probes, (-1.0, -1.0, 5.0)):
+        probe.weight.data.mul_(3)
+        probe.bias.data.fill_(bias)
+    return model
+
+
+def step_by_step(model, idx, prompt):
+    """Logits (B, T - prompt + 1, V) after a prompt and each later token, with a cache."""
+    cache = Cache(model, len(idx), idx.size(1))
+    states = [model.trunk(idx[:, :prompt], CachedContext(cache, 0, prompt, idx))[:, -1:]]
+    states += [model.trunk(idx[:, t:t + 1], CachedContext(cache, t, 1, idx))
+               for t in range(prompt, idx.size(1))]
+    return model.head(torch.cat(states, dim=1))
+
+
+@every_exit
+def test_decoding_with_early_exits_is_the_full_forward_with_them(arm):
+    model, idx = build(arm | dict(exit_threshold=0.5), std=0.2).use_policy(), tokens(3, 16)
+    with torch.no_grad():
+        whole = model.head(model.trunk(idx, context(model, idx)))
+        torch.testing.assert_close(step_by_step(model, idx, 5), whole[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+def context(model, idx):
+    return CachedContext(Cache(model, len(idx), idx.size(1)), 0, idx.size(1), idx)
+
+
+def test_tokens_leave_at_every_exit_and_at_none_and_are_counted():
+    model, idx = leaving(), tokens(4, 16)
+    ran = {layer: 0 for layer in range(5)}
+    for layer, block in enumerate(model.transformer.h):
+        block.mlp.register_forward_hook(lambda m, i, o, layer=layer: ran.update({layer: ran[layer] + len(o)}))
+    with torch.no_grad():
+        step_by_step(model, idx, 1)
+    exits = model.transformer.exits
+    assert ran[0] == exits.tokens_run == 64
+    assert 64 > ran[1] > ran[2] == ran[3] > ran[4] > 0, ran
+    assert sum(ran.values()) == exits.layers_run
+
+
+def test_a_token_that_leaves_owes_its_neighbours_nothing():
+    model, idx = leaving(), tokens(4, 16)
+    with torch.no_grad():
+        together = step_by_step(model, idx, 3)
+        for row in range(4):
+            torch.testing.assert_close(together[[row]], step_by_step(model, idx[[row]], 3), atol=1e-5,
+                                       rtol=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["gpt2", "window"])
+def test_prompts_of_different_lengths_leave_as_they_do_alone(arm):
+    model, idx = leaving(ARMS[arm]), tokens(3, 6)
+    lengths = [6, 2, 4]
+    together = model.generate(idx, 8, temperature=0, lengths=lengths)
+    for row, length in enumerate(lengths):
+        alone = model.generate(idx[[row], :length], 8, temperature=0)
+        assert together[row, :length + 8].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("threshold, layers", [(0.0, 1), (1.0, 5)])
+def test_the_threshold_goes_from_the_first_exit_to_full_depth(threshold, layers):
+    model, idx = leaving(dict(exit_threshold=threshold)), tokens(2, 12)
+    with torch.no_grad():
+        early = step_by_step(model, idx, 4)
+        exits = model.transformer.exits
+        assert exits.layers_run == layers * exits.tokens_run
+        whole = step_by_step(model.use_policy(False), idx, 4)
+    assert torch.equal(early, whole) == (layers == 5)
+
+
+def test_without_the_policy_exits_do_not_change_the_output():
+    model, plain, idx = build(DEEP), build(dict(n_layer=5, pos="rope")), tokens(2, 12)
+    assert torch.equal(model(idx)[0], plain(idx)[0])
+
+
+def test_the_loss_is_the_sum_of_the_exits_rising_with_depth():
+    model, idx = build(DEEP, std=0.2), tokens(2, 12)
+    targets = tokens(2, 12, seed=1)
+    plain = model(idx, targets)[1]
+    exits = model.train().transformer.exits
+    assert exits.shares == pytest.approx([0.5 / 7, 1.0 / 7, 2.0 / 7])
+    early = []
+    for depth in (1, 2, 4):
+        shallow = build(dict(n_layer=depth, pos="rope"))
+        shallow.load_state_dict(model.state_dict(), strict=False)
+        early.append(shallow(idx, targets)[1])
+    expected = plain + sum(share * loss for share, loss in zip(exits.shares, early))
+    ce = [loss for loss in exits_losses(model, idx, targets)]
+    assert float(plain + sum(ce[::2])) == pytest.approx(float(expected), rel=1e-5)
+    assert float(model(idx, targets)[1]) == pytest.approx(float(plain + sum(ce)), rel=1e-5)
+
+
+def exits_losses(model, idx, targets):
+    """Cross-entropy and probe loss of each exit in turn."""
+    ctx = Context(model.positions(idx.size(1)), training=True)
+    logits = model.head(model.trunk(idx, ctx))
+    return list(model.exit_losses(ctx, logits, targets))
+
+
+def test_probes_learn_beside_the_model():
+    model, idx = build(DEEP, std=0.2).train(), tokens(2, 12)
+    model(idx, idx)[1].backward()
+    with_probes = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for probe in model.transformer.exits.probes:
+        probe.weight.data.mul_(-3)
+    model(idx, idx)[1].backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, with_probes[name]) == ("probes" not in name), name
+
+
+def test_layer_dropout_skips_late_layers_for_whole_sequences():
+    model = build(DEEP | dict(exits="1", layer_dropout=0.9), std=0.2).train()
+    exits, x = model.transformer.exits, torch.zeros(4000, 1, 16)
+    assert exits.drops == pytest.approx([0.9 * (2 ** (i / 4) - 1) for i in range(5)])
+    for block in model.transformer.h:
+        block.forward = lambda x, ctx: x + 1
+    torch.manual_seed(0)
+    passed = exits.whole(model.transformer.h, x, Context(slice(0, 1), training=True))
+    assert passed.mean() == pytest.approx(5 - sum(exits.drops), abs=0.05)
+    model.eval()
+    assert torch.equal(exits.whole(model.transformer.h, x, Context(slice(0, 1))), x + 5)
+
+
+@pytest.mark.parametrize("bad, word", [(dict(exits="2"), "1..1"), (dict(exits="0"), "1..1"),
+                                       (dict(exits="a"), "rising numbers"),
+                                       (dict(exits="2,1", n_layer=4), "rising"),
+                                       (dict(exits="1", exit_threshold=2.0), "exit_threshold"),
+                                       (dict(exits="1", layer_dropout=1.0), "layer_dropout"),
+                                       (dict(exit_cost=0.1), "exits"),
+                                       (dict(exits="1", hierarchy=2, n_layer=3), "hierarchy")])
+def test_exits_that_cannot_be_are_named(bad, word):
+    with pytest.raises(ConfigError, match=word):
+        GPTConfig(**TINY | bad)
+
+
+def test_a_sequence_of_exits_keeps_its_parameters():
+    assert GPT(GPTConfig(**TINY | DEEP)).get_num_params() == build(
+        dict(n_layer=5, pos="rope")).get_num_params() + 3 * 17
+
+
+def greedy(model, idx, new, drafts, **filters):
+    """(tokens of a Speculation, tokens of all layers one by one, the Speculation)."""
+    speculation, sampler = Speculation(model, drafts), Sampler(temperature=0, **filters)
+    drafted = torch.cat(list(speculation.stream(idx, new, sampler)), dim=1)
+    return drafted, torch.cat(list(stream(model, idx, new, sampler)), dim=1), speculation
+
+
+@every_exit
+def test_speculation_is_greedy_decoding_token_for_token(arm):
+    model = build(arm, std=0.2)
+    for drafts, prompt, new in ((1, 1, 9), (3, 5, 11), (5, 3, 20)):              # 20: past block_size
+        drafted, plain, _ = greedy(model, tokens(1, prompt), new, drafts)
+        assert drafted.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_speculation_is_greedy_decoding_on_the_kernels_of_any_dtype(dtype):
+    model = build(dict(exits="1", n_layer=3, block_size=128, n_embd=32), std=0.2)
+    drafted, plain, speculation = greedy(model.to(dtype), tokens(1, 7), 100, 4, repetition_penalty=1.3)
+    assert drafted.tolist() == plain.tolist()
+    assert 0 < speculation.accepted < speculation.proposed
+
+
+def test_drafts_of_a_model_whose_late_layers_say_nothing_all_stand():
+    model = build(dict(exits="2", n_layer=4), std=0.2)
+    for block in model.transformer.h[2:]:
+        for out in (block.attn.c_proj, block.mlp.c_proj):
+            out.weight.data.zero_()
+            out.bias.data.zero_()
+    for temperature in (0, 1.0):
+        speculation = Speculation(model, 3)
+        assert len(list(speculation.stream(tokens(1, 4), 9, Sampler(temperature)))) == 9
+        assert speculation.accepted == speculation.proposed == 9
+
+
+def test_speculation_draws_from_the_full_models_distribution():
+    model, idx = build(dict(exits="1", n_layer=4, vocab_size=5, tie_weights=False), std=0.4), tokens(1, 3) % 5
+    torch.manual_seed(0)
+    sampler, drawn = Sampler(temperature=0.7, top_k=4), torch.zeros(5, 5)
+    speculation = Speculation(model, 2)
+    for _ in range(4000):
+        a, b = (int(t) for t in speculation.stream(idx, 2, sampler))
+        drawn[a, b] += 1
+    ids = [torch.cat((idx, torch.tensor([[a]])), dim=1) for a in range(5)]
+    with torch.no_grad():
+        first, *second = [sampler.probabilities(model(i)[0][:, -1], torch.zeros(1, 5, dtype=torch.bool))[0]
+                          for i in (idx, *ids)]
+    torch.testing.assert_close(drawn / 4000, first[:, None] * torch.stack(second), atol=0.03, rtol=0)
+    assert 0.2 < speculation.accepted / speculation.proposed < 0.95
+
+
+def test_speculation_needs_exits_and_one_row():
+    with pytest.raises(ConfigError, match="--exits=1"):
+        Speculation(build({}), 3)
+    with pytest.raises(ConfigError, match="one row"):
+        list(Speculation(build(DEEP), 3).stream(tokens(2, 3), 2, Sampler()))
+    with pytest.raises(ConfigError, match="speculate=0"):
+        Speculation(build(DEEP), 0)
