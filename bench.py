@@ -33,6 +33,7 @@ from unittest import mock
 
 import torch
 
+import bio_modules
 import checkpoint
 import dataset as datasets
 import decoding
@@ -1205,10 +1206,7 @@ def depth(cfg):
     depths = [int(n) for n in cfg.exits.split(",")] + [cfg.layers]
     flags = {f"dense, {n} layers": dict(n_layer=n) for n in depths}
     flags["exits"] = dict(n_layer=cfg.layers, exits=cfg.exits, layer_dropout=cfg.layer_dropout)
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(cfg.jobs) as pool:
-        runs = {name: Path(work) / str(i) for i, name in enumerate(flags)}
-        list(pool.map(lambda name: trained_with(cfg, data, runs[name], [], flags[name], 0, cfg.iters), flags))
-        models = {name: trained_model(folder) for name, folder in runs.items()}
+    models = trained_models(cfg, data, flags)
     model, validation = models["exits"], validation_of(models["exits"])
     points = {name: {"layers": n, "val_loss": fixed_loss(models[name], data, validation)}
               for name, n in zip(flags, depths)}
@@ -1313,6 +1311,171 @@ def draw_depth(path, points):
             axis.plot([p[key] for p in shown], [p["val_loss"] for p in shown], style, label=title)
         axis.set(xlabel=label)
     axes[0].set(ylabel="validation loss, nats")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------ ponder ------------------------------------------------
+
+@dataclass(frozen=True)
+class Ponder(Bench):
+    """Adaptive computation: loss and time against mean runs, beside dense models of as much compute."""
+    threads: int = 1  # CPU threads, of a training run too
+    jobs: int = 1  # models trained at a time
+    config: str = "config/compare_pylib.py,config/longer_context.py"  # config files of the recipe, by commas
+    layers: int = 4  # layers of the model that ponders
+    most: int = 4  # most runs of its middle block
+    costs: str = "0.003,0.01,0.03,0.1"  # ponder costs, a model each, by commas
+    iters: int = 0  # iterations; 0: the recipe's
+
+    def __post_init__(self):
+        super().__post_init__()
+        for file in self.config.split(","):
+            require(os.path.isfile(ROOT / file), f"config='{file}' does not exist")
+
+
+def ponder(cfg):
+    data = datasets.prepare_if_missing("pylib").resolve()
+    flags = {f"ponder, cost {cost}": dict(n_layer=cfg.layers, ponder=cfg.most, ponder_cost=float(cost))
+             for cost in cfg.costs.split(",")}
+    flags |= {f"dense, {n} layers": dict(n_layer=n) for n in range(cfg.layers, cfg.layers + cfg.most)}
+    models = trained_models(cfg, data, flags)
+    batch = datasets.TokenStream(data, "val", models[f"dense, {cfg.layers} layers"].config.block_size, 5,
+                                 seed=0).batch(0)
+    points = {name: {"val_loss": fixed_loss(model, data, validation_of(model)),
+                     "layers": layers_run(model, batch[0])} for name, model in models.items()}
+    sides = models | shifted_biases(models[next(iter(models))])
+    steps = interleave({name: partial(train_once, model, batch) for name, model in sides.items()},
+                       cfg.repeats)
+    tokens = interleave({name: partial(decode_row, model, batch[0][:1]) for name, model in sides.items()},
+                        cfg.repeats)
+    for name, model in sides.items():
+        point = points.setdefault(name, {"layers": layers_run(model, batch[0])})
+        point |= {"step_ms": spread([1e3 * t for t in steps[name]]),
+                  "token_ms": spread([1e3 * t / DECODED for t in tokens[name]])}
+    print("mean layers a token, val loss, ms of a training step, ms of a decoded token (medians)")
+    for name, p in sorted(points.items(), key=lambda item: item[1]["layers"]):
+        loss = f"{p['val_loss']:.4f}" if "val_loss" in p else "      "
+        print(f"  {name:24}{p['layers']:6.2f}  {loss}{p['step_ms']['median']:9.1f}"
+              f"{p['token_ms']['median']:8.3f}")
+    return {"measurements": {}, "validation": QUALITY_VALIDATION, "points": points,
+            "parameters": {name: model.get_num_params() for name, model in models.items()}}
+
+
+DECODED = 64                                     # tokens of a timed continuation
+
+
+def trained_models(cfg, data, flags):
+    """{name: flags} -> {name: model trained on the recipe}, cfg.jobs at a time."""
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(cfg.jobs) as pool:
+        folders = {name: Path(work) / str(i) for i, name in enumerate(flags)}
+        list(pool.map(lambda name: trained_with(cfg, data, folders[name], [], flags[name], 0, cfg.iters),
+                      flags))
+        return {name: trained_model(folder) for name, folder in folders.items()}
+
+
+def layers_run(model, idx):
+    """Blocks that a token passes, in the mean."""
+    runs = bio_modules.depth_used(model, idx).get("ponder_steps", 1)
+    return model.config.n_layer - 1 + runs
+
+
+def shifted_biases(model):
+    """Copies of a model that ponders, halting sooner or later: {name: model}."""
+    found = {}
+    for shift in (-4, -2, 2, 4):
+        found[f"halting bias {shift:+d}"] = other = copy.deepcopy(model)
+        other.transformer.h[model.config.pondering_layer()].halting.halt.bias.data += shift
+    return found
+
+
+def train_once(model, batch):
+    """Forward and backward of one batch."""
+    model.train()(*batch)[1].backward()
+    model.zero_grad()
+
+
+def decode_row(model, prompt):
+    model.eval().generate(prompt[:, :model.config.block_size - DECODED], DECODED, temperature=0)
+
+
+# ------------------------------------------------ grow --------------------------------------------------
+
+@dataclass(frozen=True)
+class Grow(Bench):
+    """A model that grows up beside one of full depth from the start: loss against time and against FLOPs."""
+    repeats: int = 3  # seeds of each
+    threads: int = 2  # CPU threads of a run
+    config: str = "config/compare_pylib.py"  # config files of the recipe, by commas
+    layers: int = 6  # layers in the end
+    grow: str = "2:0.25,4:0.25"  # stages of the one that grows, LAYERS:SHARE by commas
+    iters: int = 0  # iterations; 0: the recipe's
+    plot: str = ""  # also draw loss against seconds and against FLOPs into this PNG (needs matplotlib)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for file in self.config.split(","):
+            require(os.path.isfile(ROOT / file), f"config='{file}' does not exist")
+
+
+FROM_THE_START, GROWN, GROWN_LONGER = "full depth", "grown", "grown, equal time"
+
+
+def grow(cfg):
+    data = datasets.prepare_if_missing("pylib").resolve()
+    runs = {FROM_THE_START: [], GROWN: [], GROWN_LONGER: []}
+    with tempfile.TemporaryDirectory() as work:
+        for seed in range(cfg.repeats):
+            full = grown_run(cfg, data, Path(work) / f"{seed}a", {}, seed, cfg.iters)
+            grown = grown_run(cfg, data, Path(work) / f"{seed}b", dict(grow=cfg.grow), seed, cfg.iters)
+            iters = round(grown["iters"] * full["step_seconds"] / grown["step_seconds"])
+            longer = grown_run(cfg, data, Path(work) / f"{seed}c", dict(grow=cfg.grow), seed, iters)
+            for name, run in zip(runs, (full, grown, longer)):
+                runs[name].append(run)
+    losses = measurement("nats", {name: [run["val_loss"] for run in found] for name, found in runs.items()})
+    print("val loss, mean of seeds (least to most); seconds of training steps; TFLOP; iterations")
+    for name, found in runs.items():
+        values = [run["val_loss"] for run in found]
+        losses["sides"][name]["mean"] = statistics.fmean(values)
+        print(f"  {name:20}{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})  "
+              f"{statistics.median(run['step_seconds'] for run in found):6.1f} s  "
+              f"{found[0]['curve'][-1][2] / 1e15:.3f}  {found[0]['iters']}")
+    if cfg.plot:
+        draw_growth(cfg.plot, runs)
+    return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "runs": runs}
+
+
+def grown_run(cfg, data, out_dir, flags, seed, iters):
+    """-> val loss on fixed batches, seconds of all training steps, curve of [seconds, val loss, FLOPs]."""
+    rows = trained_with(cfg, data, out_dir, [], dict(n_layer=cfg.layers) | flags, seed, iters,
+                        eval_interval=100)
+    model, seconds, flops, curve = trained_model(out_dir), 0.0, 0.0, []
+    for row, after in pairwise(rows):
+        model.use_layers(row.get("layers", cfg.layers))
+        if row.get("val_loss") and row["iter"]:
+            curve.append([seconds, row["val_loss"], flops])
+        seconds += row["ms"] / 1e3
+        flops += model.flops_per_token() * (after["tokens"] - row["tokens"])
+    curve.append([seconds, rows[-1]["val_loss"], flops])
+    model.use_layers(cfg.layers)
+    shutil.rmtree(out_dir)
+    found = {"val_loss": fixed_loss(model, data, validation_of(model)), "step_seconds": seconds,
+             "iters": rows[-1]["iter"], "curve": curve}
+    print(f"seed {seed}, {flags}: val loss {found['val_loss']:.4f}, {seconds:.0f} s", file=sys.stderr)
+    return found
+
+
+def draw_growth(path, runs):
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for name, colour in zip(runs, ("black", "tab:red", "tab:orange")):
+        for run in runs[name]:
+            seconds, losses, flops = zip(*run["curve"])
+            axes[0].plot(seconds, losses, color=colour, lw=1, label=name * (run is runs[name][0]))
+            axes[1].plot([f / 1e12 for f in flops], losses, color=colour, lw=1)
+    axes[0].set(xlabel="seconds of training steps", ylabel="validation loss, nats", ylim=(None, 2.2))
+    axes[1].set(xlabel="TFLOP")
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -1513,6 +1676,8 @@ COMMANDS = {
     "quality": (Quality, quality),
     "steps": (Steps, steps),
     "depth": (Depth, depth),
+    "ponder": (Ponder, ponder),
+    "grow": (Grow, grow),
     "memory": (Memory, memory),
     "readme": (Readme, readme),
 }

@@ -621,18 +621,151 @@ class Exits(nn.Module):
             yield F.binary_cross_entropy_with_logits(probe(rms(x.detach())).float(), agrees)
 
     def early(self, blocks, x, ctx):
+        self.tokens_run += x[..., 0].numel()
+        return (self.early_alone if ctx.alone(x) else self.early_together)(blocks, x, ctx)
+
+    def early_together(self, blocks, x, ctx):
         done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        probes = dict(zip(self.after, self.probes))
-        self.tokens_run += done.numel()
+        run = some_rows if x.size(1) == 1 else some_tokens
         for depth, block in enumerate(blocks, 1):
             going = ~done
             self.layers_run += int(going.sum())
-            x = (some_rows if x.size(1) == 1 else some_tokens)(block, x, ctx, going)
-            if depth in probes:
-                done = done | (probes[depth](rms(x))[..., 0].float().sigmoid() > self.threshold)
+            x = run(block, x, ctx, going)
+            done = done | self.sure(depth, x)
         return x
 
+    def early_alone(self, blocks, x, ctx):
+        """One token of one row: the keys and values of the layers that it does not reach are computed for
+        several such tokens at once, when a later one gets there."""
+        for layer, block in enumerate(blocks):
+            ctx.settle(layer, block)
+            self.layers_run += 1
+            x = block(x, ctx)
+            if self.sure(layer + 1, x):
+                ctx.owe(range(layer + 1, len(blocks)), x)
+                return x
+        return x
+
+    def sure(self, depth, x):
+        """Which of the tokens x (B, T, C) may be done after so many layers: (B, T) bool, or False."""
+        if depth not in self.after:
+            return False
+        probe = self.probes[self.after.index(depth)]
+        return probe(rms(x))[..., 0].float().sigmoid() > self.threshold
+
     ways = {False: whole, True: early}
+
+
+class Halting(nn.Module):
+    """When a token has thought enough: adaptive computation time (1603.08983) of one block that is run up to
+    `ponder` times with the same weights (1807.03819).
+
+    After each run the state y halts with probability p = sigmoid(w.y + b). A token's states weigh their p;
+    the last one, where less than EPSILON would be left or after `ponder` runs, weighs all that is left, so
+    that the weights sum to 1. The loss holds ponder_cost times the mean of runs and of what was left. Only
+    tokens that are still thinking are computed; the others keep the keys and values of their last run.
+    steps_run and tokens_run count what that executed.
+    """
+    EPSILON = 0.01
+
+    def __init__(self, config):
+        super().__init__()
+        self.most, self.cost = config.ponder, config.ponder_cost
+        self.halt = Linear(config.n_embd, 1, bias=True, hidden=False)
+        self.steps_run = self.tokens_run = 0
+
+    def init_weights(self, normal_):
+        self.halt.init_weights(normal_)
+        nn.init.constant_(self.halt.bias, -1.0)                    # about four runs
+
+    def forward(self, x, ctx, attn, run):
+        """run(states, context) is the block, attn its attention; -> the weighted states (B, T, C)."""
+        return ctx.ponder(self, x, attn, run)
+
+    def weigh(self, y, left, step):
+        """States (..., C) of run `step`, how much of 1 is left (...) -> their weights, and which halt."""
+        p = self.halt(rms(y))[..., 0].float().sigmoid()
+        halts = (left - p <= self.EPSILON) | (step + 1 == self.most)
+        return torch.where(halts, left, p), halts
+
+    def several(self, x, ctx, attn, run):
+        """Tokens (B, T, C) that begin at column 0."""
+        thoughts, total = Thoughts(ctx, attn.window), torch.zeros_like(x)
+        left = torch.ones(x.shape[:2], device=x.device)
+        thinking, cost = left > 0, 0.0
+        self.tokens_run += thinking.numel()
+        for step in range(self.most):
+            columns, valid = thoughts.choose(thinking, step)
+            if not columns.size(1):
+                thoughts.hand_on(attn.layer, range(step, self.most))
+                break
+            self.steps_run += 0 if torch.compiler.is_compiling() else int(valid.sum())
+            at = columns[..., None].expand(-1, -1, x.size(2))
+            before = x.gather(1, at)
+            y = run(before, thoughts)
+            weights, halts = self.weigh(y, left.gather(1, columns), step)
+            weights = weights * valid
+            total = total.scatter_add(1, at, weights[..., None].to(y.dtype) * y)
+            left = left.scatter_add(1, columns, -weights)
+            x = x.scatter(1, at, torch.where(valid[..., None], y, before))
+            cost = cost + valid.sum() + (weights * halts).sum()
+            thinking = thinking.scatter(1, columns, valid & ~halts)
+        ctx.add_loss(lambda: self.cost * cost / left.numel())
+        return total
+
+    def one(self, x, ctx, attn, run):
+        """One token of each row of a decode step (B, 1, C)."""
+        total, left = torch.zeros_like(x), torch.ones(len(x), 1, device=x.device)
+        rows = torch.arange(len(x), device=x.device)
+        self.tokens_run += len(x)
+        for step in range(self.most):
+            here = ctx.again(step)
+            self.steps_run += len(rows)
+            y = run(x, here) if len(rows) == len(x) else run(x[rows], here.of_rows(rows))
+            weights, halts = self.weigh(y, left[rows], step)
+            total.index_add_(0, rows, weights[..., None].to(y.dtype) * y)
+            left.index_add_(0, rows, -weights)
+            x = x.index_copy(0, rows, y)
+            here.hand_on(attn.layer, rows[halts[:, 0]])
+            rows = rows[~halts[:, 0]]
+            if not len(rows):
+                break
+        return total
+
+
+class Thoughts:
+    """The context of a block that is run again and again for tokens that begin at column 0, for fewer of them
+    every time."""
+
+    def __init__(self, ctx, window):
+        self.ctx, self.window, self.kept, self.add_loss = ctx, window, None, ctx.add_loss
+
+    def choose(self, thinking, step):
+        """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
+        and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
+        R = thinking.size(1) if torch.compiler.is_compiling() else int(thinking.sum(1).max())
+        columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
+        self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
+        self.rotation = self.ctx.turn(columns)
+        return columns, self.valid
+
+    def hand_on(self, layer, runs):
+        """Later runs would write what the last one has written."""
+        for run in runs:
+            self.ctx.again(run).extend(layer, *self.kept)
+
+    def extend(self, layer, k, v):
+        """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
+        if self.kept is not None:
+            at = self.columns[:, None, :, None].expand_as(k)
+            valid = self.valid[:, None, :, None]
+            k, v = (old.scatter(2, at, torch.where(valid, new, old.gather(2, at)))
+                    for old, new in zip(self.kept, (k, v)))
+        self.kept = k, v
+        self.ctx.again(self.step).extend(layer, k, v)
+        columns, at = torch.arange(k.size(2), device=k.device), self.columns[..., None]
+        seen = (columns <= at) & (columns > at - (self.window or k.size(2)))
+        return k, v, seen[:, None] if self.step else None
 
 
 DEPTHS = {"hierarchy": Hourglass, "exits": Exits}
@@ -662,7 +795,7 @@ NEEDS = {"qk_gain": "qk_norm",
          "columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
          "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate",
          "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites",
-         "exit_cost": "exits", "exit_threshold": "exits", "layer_dropout": "exits"}
+         "ponder_cost": "ponder", "exit_cost": "exits", "exit_threshold": "exits", "layer_dropout": "exits"}
 
 
 def check_attention(c):
@@ -699,6 +832,10 @@ def check_depth(c):
             f"--exits={max(1, c.n_layer // 2)}, for example")
     require(not (c.exits and c.hierarchy), f"exits='{c.exits}' and hierarchy={c.hierarchy}: groups of tokens "
             "cannot leave one by one; choose one of them")
+    require(not (c.exits and c.ponder),
+            f"exits='{c.exits}' and ponder={c.ponder} both decide how deep a token goes: choose one of them")
+    require(c.ponder == 0 or c.ponder >= 2, f"ponder={c.ponder} must be at least 2 runs; 0 is off")
+    require(c.ponder_cost >= 0, f"ponder_cost={c.ponder_cost} must not be negative")
     require(c.exit_cost >= 0, f"exit_cost={c.exit_cost} must not be negative")
     require(0 <= c.exit_threshold <= 1, f"exit_threshold={c.exit_threshold} must be in [0, 1]")
     require(0 <= c.layer_dropout < 1, f"layer_dropout={c.layer_dropout} must be in [0, 1)")
@@ -786,6 +923,22 @@ def counters(model, idx):
         count_step(model, idx[:1], rows)
         model.train(training)
     return rows
+
+
+@torch.no_grad()
+def depth_used(model, idx):
+    """Of token ids (B, T): layers_per_token that early exits would take, ponder_steps that halting took."""
+    training, found = model.training, {}
+    halting = [block.halting for block in model.blocks if hasattr(block, "halting")]
+    for module in [model.through] * bool(model.config.exits) + halting:
+        before, module.policy = getattr(module, "policy", None), True
+        module.layers_run = module.steps_run = module.tokens_run = 0
+        model.eval()(idx)
+        found |= ({"ponder_steps": module.steps_run / module.tokens_run} if module in halting
+                  else {"layers_per_token": module.layers_run / module.tokens_run})
+        module.policy = before
+    model.train(training)
+    return found
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 Every row begins at column 0 of the cache, and where rows stand at different lengths each writes a column of
 its own: a row's output does not depend on its neighbours.
 """
+import copy
+
 import torch
 from torch.nn import functional as F
 
@@ -14,20 +16,23 @@ class Cache:
 
     layers: keys and values of each layer, (2, B, H, S, D), views of one tensor. S is `length`, or for a layer
     with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
-    has a column for each group. states: what else a module keeps, by name.
+    has a column for each group; behind the layers come the later runs of a block that ponders. states: what
+    else a module keeps, by name. owed: states whose keys and values a layer has yet to compute, by layer.
     """
 
     def __init__(self, model, batch_size, length):
         c, weight = model.config, model.lm_head.weight
-        self.windows = [block.attn.window for block in model.transformer.h]
-        sizes = [min(columns, window or columns)
-                 for columns, window in zip(c.columns_of_layers(length), self.windows)]
+        self.depth, self.runs = c.n_layer, max(1, c.ponder)
+        of_layers = [*range(c.n_layer), *[c.pondering_layer()] * (self.runs - 1)]
+        windows, columns = [block.attn.window for block in model.transformer.h], c.columns_of_layers(length)
+        self.windows = [windows[layer] for layer in of_layers]
+        sizes = [min(columns[layer], windows[layer] or columns[layer]) for layer in of_layers]
         heads, D = c.heads()
         flat = torch.zeros(2 * batch_size * heads * D * sum(sizes), device=weight.device,
                            dtype=model.compute_dtype or weight.dtype)      # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
-        self.states = {}
+        self.states, self.owed = {}, {}
 
     def rings(self):
         """The layers whose columns are written over once the window has passed them."""
@@ -51,6 +56,8 @@ class CachedContext:
         self.even = isinstance(start, int)
         self.positions = slice(start, start + T) if self.even else self.columns()
         self.masks = {}
+        if self.even and start == 0:
+            cache.owed.clear()                   # the rows are read anew
 
     turn = staticmethod(lambda positions: None)
 
@@ -69,6 +76,27 @@ class CachedContext:
         """The same call for some rows (n,)."""
         return SomeRows(self, rows)
 
+    def alone(self, x):
+        """Is x (B, T, C) one token of one row?"""
+        return self.even and x.size(0) == x.size(1) == 1
+
+    def owe(self, layers, x):
+        """Put off the keys and values of a state (1, 1, C) in layers that its token does not reach."""
+        for layer in layers:
+            self.cache.owed.setdefault(layer, []).append(x)
+
+    def settle(self, layer, block):
+        """Let a block remember what the tokens just before this one owe it."""
+        owed = self.cache.owed.pop(layer, ())
+        if owed:
+            block.remember(torch.cat(owed, dim=1), self.like(self.start - len(owed), len(owed)))
+
+    def like(self, start, T, ends=None):
+        """A call on other columns of the same cache."""
+        ctx = CachedContext(self.cache, start, T, self.ids, ends)
+        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
+        return ctx
+
     def with_past(self, idx, count):
         """(B, count + T) ids that end with this call's; -1 where there is no earlier token."""
         if self.even:
@@ -82,7 +110,35 @@ class CachedContext:
         """Write the new keys and values (B, H, T, D) -> what the queries may look at (B, H, S, D), and the
         mask that they need, (B or 1, 1, T, S) bool; None: they are the last T of S, each sees up to itself.
         """
-        return self.keep(layer, self.cache.layers[layer], (k, v))
+        return self.keep(layer, self.cache.layers[self.place(layer)], (k, v))
+
+    run = 0                                      # of a block that is run several times
+
+    def place(self, layer):
+        """Where the cache holds a layer's keys and values."""
+        return self.cache.depth + self.run - 1 if self.run else layer
+
+    def again(self, run):
+        """The same call for one more run of a block: it has a cache of its own."""
+        ctx = copy.copy(self)
+        ctx.run = run
+        return ctx
+
+    def ponder(self, halting, x, attn, run):
+        """Prompts together; tokens behind them one by one."""
+        if self.even and self.start == 0:
+            return halting.several(x, self, attn, run)
+        calls = [self] if self.T == 1 else [self.like(self.start + i, 1) for i in range(self.T)]
+        return torch.cat([halting.one(t, ctx, attn, run) for t, ctx in zip(x.split(1, dim=1), calls)], dim=1)
+
+    def hand_on(self, layer, rows):
+        """What this run has written for rows (n,) of one new token is what later runs would write."""
+        kept = self.cache.layers[self.place(layer)]
+        rows = rows if self.even else rows[(self.ends > self.start)[rows]]
+        at = self.start % kept.size(3)
+        at = at if self.even else at[rows]
+        for run in range(self.run + 1, self.cache.runs):
+            self.cache.layers[self.again(run).place(layer)][:, rows, :, at] = kept[:, rows, :, at]
 
     def keep(self, layer, kept, new):
         """Write to kept (2, B, H, S, D)."""
@@ -136,7 +192,7 @@ class CachedContext:
         s, B, states = hourglass.every, len(x), self.cache.states
         ends = torch.as_tensor(self.ends, device=x.device).expand(B)
         begun = ends // s
-        groups = self.inner(0, self.T // s, begun)
+        groups = self.like(0, self.T // s, begun)
         said = run(hourglass.pool_groups(x), groups) if groups.T else x[:, :0]
         latest = take_tokens(said, begun[:, None] - 1) if groups.T else x.new_zeros(B, 1, x.size(2))
         states["said"] = latest * (begun > 0)[:, None, None]
@@ -149,19 +205,14 @@ class CachedContext:
         if isinstance(start, int):
             group[:, start % s] = x[:, 0]
             if phase == 0:
-                states["said"] = run(hourglass.pool_groups(group), self.inner(done - 1, 1, done))
+                states["said"] = run(hourglass.pool_groups(group), self.like(done - 1, 1, done))
         else:
             group[torch.arange(len(x), device=x.device), start % s] = x[:, 0]
             if (phase == 0).any():               # all rows run, each in its next column; it counts if done
-                said = run(hourglass.pool_groups(group), self.inner(start // s, 1, done))
+                said = run(hourglass.pool_groups(group), self.like(start // s, 1, done))
                 states["said"] = torch.where((phase == 0)[:, None, None], said, states["said"])
         return hourglass.spread_one(states["said"], phase)
 
-    def inner(self, start, T, ends):
-        """The context of the middle layers: groups `start` to start + T."""
-        ctx = CachedContext(self.cache, start, T, ends=ends)
-        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
-        return ctx
 
 
 class SomeRows(CachedContext):
@@ -170,10 +221,10 @@ class SomeRows(CachedContext):
     def __init__(self, ctx, rows):
         of_rows = lambda columns: columns if isinstance(columns, int) else columns[rows]
         super().__init__(ctx.cache, of_rows(ctx.start), ctx.T, ends=of_rows(ctx.ends))
-        self.rows, self.rotation = rows, ctx.turn(self.positions)
+        self.rows, self.run, self.rotation = rows, ctx.run, ctx.turn(self.positions)
 
     def extend(self, layer, k, v):
-        kept = self.cache.layers[layer]
+        kept = self.cache.layers[self.place(layer)]
         part = kept[:, self.rows]
         found = self.keep(layer, part, (k, v))
         kept[:, self.rows] = part

@@ -20,7 +20,7 @@ import bio_modules
 import decoding
 import optimizers
 import pretrained
-from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, selector, straight
+from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
 from configurator import require
 from layers import (
     Attention,
@@ -95,6 +95,8 @@ class GPTConfig:
     exits: str = ""  # layers after which a token may be done, such as "2,4"
     exit_cost: float = 0.5  # weight of the exits' losses together, each in proportion to its depth
     exit_threshold: float = 0.9  # how sure an exit's probe must be for a token to leave
+    ponder: int = 0  # most runs of the middle layer's block, as many as each token needs; 0: off
+    ponder_cost: float = 0.01  # weight in the loss of the mean number of runs
     layer_dropout: float = 0.0  # in training, share of sequences that skip the last layer; less the earlier
 
     def __post_init__(self):
@@ -122,6 +124,9 @@ class GPTConfig:
     def exit_layers(self):
         """The numbers in `exits`."""
         return [int(depth) for depth in self.exits.split(",")] if self.exits else []
+
+    def pondering_layer(self):
+        return self.n_layer // 2
 
     def outer_layers(self):
         """How many layers at each end run on every token; those between them run on groups."""
@@ -173,10 +178,22 @@ class Context:
         """The same call for some rows (n,)."""
         return self
 
+    def alone(self, x):
+        """Is this one token of a decode step? Here is no cache, so it is not."""
+        return False
+
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
         mask that they need, (B or 1, 1, T, S) bool; None: each sees up to itself."""
         return k, v, None
+
+    def again(self, run):
+        """The same call for one more run of a block."""
+        return self
+
+    def ponder(self, halting, x, attn, run):
+        """Every token from the first on."""
+        return halting.several(x, self, attn, run)
 
     def with_past(self, idx, count):
         """(B, count + T) ids that end with idx (B, T); -1 where there is no earlier token."""
@@ -280,11 +297,29 @@ class Block(nn.Module):
         self.attn.remember(self.ln_1(x), ctx)
 
 
+class PonderingBlock(Block):
+    """A block that is run again on tokens that have not halted."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.halting = Halting(config)
+
+    def forward(self, x, ctx):
+        return self.halting(x, ctx, self.attn, super().forward)
+
+
 class RecomputedBlock(Block):
     """A block that keeps only its input for the backward pass and computes the rest again (1604.06174)."""
 
     def forward(self, x, ctx):
         return activation_checkpoint(super().forward, x, ctx, use_reentrant=False)
+
+
+def block_of(config, layer):
+    """The class of a layer."""
+    if config.ponder and layer == config.pondering_layer():
+        return PonderingBlock
+    return RecomputedBlock if config.recompute else Block
 
 
 class GPT(nn.Module):
@@ -304,10 +339,10 @@ class GPT(nn.Module):
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([(RecomputedBlock if config.recompute else Block)(config, i)
-                             for i in range(config.n_layer)]),
+            h=nn.ModuleList([block_of(config, i)(config, i) for i in range(config.n_layer)]),
             ln_f=NORMS[config.norm](config),
         ) | depth(config))
+        self.blocks = list(self.transformer.h)   # those in use, see use_layers
         self.through = next((self.transformer[name] for name in DEPTHS if name in self.transformer), straight)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False,
                               std=0.02 * (config.tie_weights or not config.zero_init))
@@ -360,7 +395,7 @@ class GPT(nn.Module):
 
     def trunk(self, idx, ctx):
         """Token ids (B, T) -> normalised states (B, T, C)."""
-        return self.transformer.ln_f(self.through(self.transformer.h, self.embed(idx, ctx), ctx))
+        return self.transformer.ln_f(self.through(self.blocks, self.embed(idx, ctx), ctx))
 
     def embed(self, idx, ctx):
         """Token ids (B, T) -> what enters the first block (B, T, C)."""
@@ -402,6 +437,18 @@ class GPT(nn.Module):
                 module.policy = on
         return self
 
+    @torch.no_grad()
+    def begin_with_layers(self, count):
+        """Zero what blocks from `count` on add to the stream: each enters as the identity (1511.05641)."""
+        for block in self.transformer.h[count:]:
+            for part in (block.attn.c_proj, block.mlp.c_proj):
+                for p in part.parameters():
+                    p.zero_()
+
+    def use_layers(self, count):
+        """Run the first `count` blocks alone; the others wait, without gradients."""
+        self.blocks = list(self.transformer.h)[:count]
+
     def anneal(self, progress):
         """Tell the mechanisms that follow a schedule how much of it has passed, in [0, 1]."""
         for module in self.modules():
@@ -426,7 +473,7 @@ class GPT(nn.Module):
         idle = sum(m.idle_parameters() for m in self.modules() if hasattr(m, "idle_parameters"))
         seen = 0                                  # per token: the layers' shares of tokens times columns seen
         for i, columns in enumerate(c.columns_of_layers(c.block_size)):
-            share = columns / c.block_size
+            share = columns / c.block_size * (i < len(self.blocks))
             idle += (1 - share) * sum(p.numel() for p in self.transformer.h[i].parameters())
             seen += share * min(columns, c.window_of(i) or columns)
         return round(6 * (self.get_num_params() - lookups - idle) + 12 * c.n_embd * seen)

@@ -57,6 +57,7 @@ class TrainConfig(GPTConfig):
     beta2: float = 0.95  # Adam's decay of the mean square
     grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
     anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk, columns_active fall from all to theirs
+    grow: str = ""  # grow up: "2:0.2,4:0.3" trains 2 layers for 0.2 of lr_decay_iters, 4 for 0.3, then all
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
     muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
     muon_momentum: float = 0.95  # muon's decay of the mean gradient
@@ -76,7 +77,7 @@ class TrainConfig(GPTConfig):
     max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
 
     def __post_init__(self):
-        self.model_config(vocab_size=self.vocab_size or 50304)
+        self.check_growth(self.model_config(vocab_size=self.vocab_size or 50304).n_layer)
         for key in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps",
                     "batch_size", "max_skipped_steps"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
@@ -91,6 +92,35 @@ class TrainConfig(GPTConfig):
         require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
         optimizers.check(self)
         runtime.check_compile(self.compile)
+
+    def stages(self):
+        """The pairs in `grow`, (layers, share of lr_decay_iters)."""
+        try:
+            return [(int(layers), float(share)) for layers, share in
+                    (stage.split(":") for stage in self.grow.split(",") if stage)]
+        except ValueError:
+            return [(0, 0.0)]
+
+    def check_growth(self, n_layer):
+        layers, shares = zip(*self.stages()) if self.grow else ((), ())
+        require(list(layers) == sorted(set(layers)) and all(1 <= n < n_layer for n in layers)
+                and all(share > 0 for share in shares) and sum(shares) < 1,
+                f"grow='{self.grow}' must be LAYERS:SHARE by commas, layers rising in 1..{n_layer - 1}, "
+                "shares above 0 and together below 1: type --grow=1:0.3, for example")
+        require(not self.grow or not self.hierarchy, f"grow='{self.grow}' and hierarchy={self.hierarchy}: "
+                "the middle layers are those between two ends; choose one of them")
+        require(not self.grow or self.init_from in ("scratch", "resume"),
+                f"grow='{self.grow}' and init_from='{self.init_from}': what is loaded is grown already; "
+                "leave --grow out")
+
+    def layers_at(self, iteration, n_layer):
+        """How many of n_layer layers an iteration trains."""
+        begin = 0.0
+        for layers, share in self.stages():
+            begin += share * self.lr_decay_iters
+            if iteration < begin:
+                return layers
+        return n_layer
 
     def model_config(self, **changes):
         named = SIZES.get(self.size, {})
@@ -143,7 +173,9 @@ def build_model():
     """The model that init_from names -> (GPT on the CPU, iterations done, best val loss, seconds trained)."""
     vocab_size = cfg.vocab_size or meta.get("vocab_size") or 50304
     if cfg.init_from == "scratch":
-        return GPT(cfg.model_config(vocab_size=vocab_size), seed=cfg.seed), 0, 1e9, 0.0
+        model = GPT(cfg.model_config(vocab_size=vocab_size), seed=cfg.seed)
+        model.begin_with_layers(cfg.layers_at(0, model.config.n_layer))
+        return model, 0, 1e9, 0.0
     if resumed:
         model = load_model(resumed, resumed_path)
         return model, resumed["iter_num"], float(resumed["best_val_loss"]), resumed.get("seconds", 0.0)
@@ -211,8 +243,8 @@ eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0,
                                             vocab_size=model_config.vocab_size)
                 for split in ("train", "val")}
 model = torch.compile(raw_model) if place.compile else raw_model
-parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None)
-            if world.size > 1 else model)
+parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,
+                find_unused_parameters=bool(cfg.grow)) if world.size > 1 else model)
 
 
 def to_device(batch):
@@ -263,6 +295,13 @@ def train_step(iteration, batch):
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, norm, batch, stops > 0
+
+
+def grow(iteration):
+    """Run the layers that this iteration trains; what waits has been the identity since the start."""
+    raw_model.use_layers(cfg.layers_at(iteration, model_config.n_layer))
+    if world.master:
+        tqdm.write(f"step {iteration}: {len(raw_model.blocks)} of {model_config.n_layer} layers")
 
 
 def save_checkpoint(path):
@@ -351,15 +390,19 @@ model.train()
 started = time.perf_counter()
 
 while True:
-    row, clock = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}, time.perf_counter()
+    if cfg.layers_at(iter_num, model_config.n_layer) != len(raw_model.blocks):
+        grow(iter_num)
+    row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses = evaluate()
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
         if world.master:
-            seen = bio_modules.counters(raw_model, to_device(eval_streams["val"].batch(0))[0])
-            row |= bio_modules.summary(seen)                    # what the MLPs' units do; nothing if dense
+            example = to_device(eval_streams["val"].batch(0))[0]
+            seen = bio_modules.counters(raw_model, example)
+            seen = bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
+            row |= seen                                         # what the blocks do; nothing if dense
             tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-                       + "".join(f", {k} {row[k]:.4g}" for k in bio_modules.summary(seen)))
+                       + "".join(f", {k} {row[k]:.4g}" for k in seen))
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
@@ -380,6 +423,7 @@ while True:
     finite = math.isfinite(loss) and math.isfinite(norm)
     skipped = 0 if finite else skipped + 1
     row |= {"loss": loss, "grad_norm": norm} if finite else {"skipped": f"loss {loss}, gradient norm {norm}"}
+    row |= {"layers": len(raw_model.blocks)} if cfg.grow else {}
     row |= {"lr": lr, "ms": 1e3 * step_seconds, "tokens_per_s": tokens_per_iter / step_seconds,
             "seconds": seconds()}
     mfu = raw_model.estimate_mfu(cfg.batch_size * accumulation, step_seconds)

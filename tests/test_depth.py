@@ -214,3 +214,142 @@ def test_speculation_needs_exits_and_one_row():
         list(Speculation(build(DEEP), 3).stream(tokens(2, 3), 2, Sampler()))
     with pytest.raises(ConfigError, match="speculate=0"):
         Speculation(build(DEEP), 0)
+
+
+# ------------------------------------------------ pondering ---------------------------------------------
+
+PONDER = {name: arm for name, arm in (ARMS | PAIRS).items() if "ponder" in arm}
+
+
+def pondering(arm=None, bias=1.0, **changes):
+    """A model whose tokens halt after one, two, three and four runs."""
+    model = build(dict(ponder=4, n_layer=3) | (arm or {}), std=0.2, **changes)
+    halt = model.transformer.h[1].halting.halt
+    halt.weight.data.mul_(6)
+    halt.bias.data.fill_(bias)
+    return model
+
+
+def weighed(model):
+    """Collect (step, weights, which halt) of every run."""
+    halting, runs = model.transformer.h[1].halting, []
+    plain = halting.weigh
+
+    def weigh(y, left, step):
+        found = plain(y, left, step)
+        runs.append((step, *found))
+        return found
+    halting.weigh = weigh
+    return runs
+
+
+@torch.no_grad()
+def test_halting_weights_sum_to_one_and_tokens_halt_after_different_runs():
+    model, idx = pondering(), tokens(2, 16)
+    runs = weighed(model)
+    ones = []
+    for row in range(2):
+        for t in range(16):
+            runs.clear()
+            cache = Cache(model, 1, 16)
+            if t:
+                model.trunk(idx[[row], :t], CachedContext(cache, 0, t, idx[[row]]))
+            runs.clear()
+            model.trunk(idx[[row], t:t + 1], CachedContext(cache, t, 1, idx[[row]]))
+            ones.append((len(runs), float(sum(w.sum() for _, w, _ in runs))))
+    assert {n for n, _ in ones} >= {2, 3, 4}
+    assert all(total == pytest.approx(1, abs=1e-6) for _, total in ones)
+
+
+@pytest.mark.parametrize("arm", PONDER.values(), ids=PONDER.keys())
+def test_decoding_of_pondering_tokens_is_the_full_forward(arm):
+    model, idx = build(arm, std=0.2), tokens(3, 16)
+    with torch.no_grad():
+        whole = model.head(model.trunk(idx, context(model, idx)))
+        torch.testing.assert_close(step_by_step(model, idx, 5), whole[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["gpt2", "window", "hierarchy"])
+def test_prompts_of_different_lengths_ponder_as_they_do_alone(arm):
+    model, idx = pondering(ARMS[arm] | dict(pos="rope")), tokens(3, 6)
+    together = model.generate(idx, 8, temperature=0, lengths=[6, 2, 4])
+    for row, length in enumerate([6, 2, 4]):
+        alone = model.generate(idx[[row], :length], 8, temperature=0)
+        assert together[row, :length + 8].tolist() == alone[0].tolist()
+
+
+def test_halted_tokens_are_not_computed():
+    model, idx, ran = pondering(), tokens(3, 16), []
+    block = model.transformer.h[1]
+    block.mlp.register_forward_hook(lambda module, args, out: ran.append(out[..., 0].numel()))
+    model(idx, idx)
+    assert len(ran) == 4
+    assert ran == sorted(ran, reverse=True) and ran[0] == 48 > ran[3] > 0, ran
+    assert block.halting.tokens_run == 48
+    assert 48 < block.halting.steps_run <= sum(ran)
+
+
+def test_leaving_halted_tokens_out_changes_nothing(monkeypatch):
+    model, idx = pondering(dict(pos="rope")).train(), tokens(3, 16)
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        model.zero_grad()
+        loss = model(idx, idx)[1]
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_the_ponder_cost_is_the_runs_and_what_was_left_and_makes_tokens_halt():
+    model, idx = pondering(dict(ponder_cost=0.5)), tokens(3, 16)
+    plain = model(idx, idx)[1]
+    runs = weighed(model.train())
+    loss = model(idx, idx)[1]
+    halting = model.transformer.h[1].halting
+    halting.steps_run = halting.tokens_run = 0
+    model.eval()(idx)
+    left = float(loss - plain) / 0.5 - halting.steps_run / halting.tokens_run
+    assert 0 < left <= 1
+    assert [step for step, _, _ in runs[:4]] == [0, 1, 2, 3]
+    before = halting.steps_run
+    optimizer = torch.optim.SGD(halting.parameters(), lr=1.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model.train()(idx, idx)[1].backward()
+        optimizer.step()
+    halting.steps_run = 0
+    model.eval()(idx)
+    assert halting.steps_run < before
+
+
+@pytest.mark.parametrize("bad, word", [(dict(ponder=1), "at least 2"), (dict(ponder_cost=0.5), "ponder"),
+                                       (dict(ponder=2, exits="1"), "both decide"),
+                                       (dict(ponder=2, ponder_cost=-1.0), "ponder_cost")])
+def test_pondering_that_cannot_be_is_named(bad, word):
+    with pytest.raises(ConfigError, match=word):
+        GPTConfig(**TINY | bad)
+
+
+# ------------------------------------------------ growing up --------------------------------------------
+
+def test_blocks_that_wait_enter_as_the_identity_and_get_no_gradients():
+    for arm in ("gpt2", "columns", "dendrites", "experts", "swiglu"):
+        model, idx = build(ARMS[arm], n_layer=3), tokens(2, 9)
+        model.begin_with_layers(1)
+        logits = []
+        for count in (1, 2, 3):
+            model.use_layers(count)
+            logits.append(model(idx, idx)[0])
+        torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(logits[0], logits[2], atol=1e-6, rtol=1e-6)
+        model.use_layers(1)
+        model.train()(idx, idx)[1].backward()
+        assert all(p.grad is None for block in model.transformer.h[1:] for p in block.parameters())
+        assert all(p.grad is not None for p in model.transformer.h[0].parameters())
+
+
+def test_waiting_layers_cost_no_flops():
+    model, small = build(dict(n_layer=3)), build(dict(n_layer=1))
+    model.use_layers(1)
+    assert model.flops_per_token() == small.flops_per_token()

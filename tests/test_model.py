@@ -114,7 +114,7 @@ def test_no_position_sees_the_future(arm):
     changed = idx.clone()
     changed[:, 9:] = (changed[:, 9:] + 7) % TINY["vocab_size"]
     before, after = model(idx, idx)[0], model(changed, idx)[0]
-    regrouped = 1e-5 if "experts" in arm else 0      # tokens sorted otherwise: sums of another blocking
+    regrouped = 1e-5 if {"experts", "ponder"} & arm.keys() else 0       # products of other shapes
     torch.testing.assert_close(before[:, :9], after[:, :9], atol=regrouped, rtol=0)
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, same, words
+from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, one_sentence, same, words
 
 import checkpoint
 import dataset
@@ -47,7 +47,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, fi
 @pytest.mark.parametrize("file", sorted((ROOT / "config").glob("bio_*.py")), ids=lambda path: path.stem)
 def test_every_block_trains_stops_resumes_and_samples(train, file):
     def keys(name, **more):
-        layers = {"bio_hierarchy": 3, "bio_exits": 5}.get(file.stem, 1)
+        layers = {"bio_hierarchy": 3, "bio_exits": 5, "bio_ponder": 3, "bio_growth": 3}.get(file.stem, 1)
         more = dict(max_iters=8, n_embd=32, n_layer=layers, optimizer="muon") | more
         return [str(file), *words(out_dir=train.folder / name, **more)]
     train(*keys("whole"))
@@ -56,7 +56,8 @@ def test_every_block_trains_stops_resumes_and_samples(train, file):
     same(train.checkpoint("parts"), train.checkpoint("whole"), skip=TIMES)
     assert train.losses("parts") == train.losses("whole") and len(train.losses("whole")) == 8
     counted = {"zeros", "dead_units", "active_groups", "open_branches"} & train.metrics("whole")[-1].keys()
-    assert counted or file.stem in ("bio_osc", "bio_window", "bio_hierarchy", "bio_exits")
+    assert counted or file.stem in ("bio_osc", "bio_window", "bio_hierarchy", "bio_exits", "bio_ponder",
+                                    "bio_growth")
     sampling = words(out_dir=train.folder / "whole", num_samples=1, max_new_tokens=12, device="cpu", seed=3)
     texts = [Job("sample.py", [*sampling, *words(policy=policy)], train.folder, name=f"sample{policy}").wait()
              for policy in (False, True)]
@@ -73,6 +74,24 @@ def test_a_sample_may_leave_early_or_be_drafted(train):
     assert drafted.out == whole.out
     assert "drafted tokens accepted" in drafted.err
     assert "1.00 of 3 layers per token" in early.err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_growing_run_resumes_in_any_stage(train, optimizer):
+    keys = dict(grow="1:0.25,2:0.5", n_layer=3, lr_decay_iters=16, max_iters=16, optimizer=optimizer)
+    train(out="whole", **keys)
+    assert [row["layers"] for row in train.metrics("whole") if "layers" in row] == [1] * 4 + [2] * 8 + [3] * 4
+    for k in (3, 4, 9, 14):
+        train(out=f"parts{k}", **keys | dict(max_iters=k))
+        train.resume(out=f"parts{k}", max_iters=16)
+        same(train.checkpoint(f"parts{k}"), train.checkpoint("whole"), skip=TIMES)
+        assert train.losses(f"parts{k}") == train.losses("whole")
+
+
+@pytest.mark.parametrize("grow", ["3:0.2", "2:0.2,1:0.2", "1:0", "1:0.5,2:0.5", "1", "a:b", "0:0.2"])
+def test_growth_that_cannot_be_is_one_sentence(train, grow):
+    result = Job("train.py", words(out_dir=train.folder / "out", n_layer=3, grow=grow), train.folder).wait()
+    one_sentence(result, "train.py", f"grow='{grow}' must be LAYERS:SHARE")
 
 
 def test_an_annealed_top_k_resumes_where_it_was(train):
