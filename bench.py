@@ -42,7 +42,8 @@ import runtime
 import sparse_kernels
 import tokenizer as tokenizers
 from configurator import ConfigError, close_match, configure, require, say_and_exit
-from model import GPT, Context, GPTConfig
+from context import Cache, CachedContext, Context
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
 SCHEMA = 1                                      # of the JSON record; rises when a field changes its meaning
@@ -311,12 +312,12 @@ def whole_context(model, prompt, context):
 def cached_step(model, prompt):
     """What ours computes for one token, over a cache of those before it -> a function that does it."""
     past = prompt.size(1) - 1
-    cache = decoding.Cache(model, 1, prompt.size(1))
-    model.trunk(prompt[:, :past], decoding.CachedContext(cache, 0, past, prompt))
+    cache = Cache(model, 1, prompt.size(1))
+    model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
 
     @torch.inference_mode()                     # as generation does
     def run():
-        model.head(model.trunk(prompt[:, past:], decoding.CachedContext(cache, past, 1, prompt)))
+        model.head(model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt)))
     return run
 
 
@@ -884,7 +885,7 @@ def window(cfg):
         model.to(cfg.device, torch.bfloat16)
         for context in contexts:
             name = f"{side}, {context}"
-            cache = decoding.Cache(model, 1, context)
+            cache = Cache(model, 1, context)
             steps[name], cached[name] = partial(step_at, model, cache, context), cache.nbytes()
     found = measurement("ms", {name: [1e3 * s for s in values]
                                for name, values in interleave(steps, 4 * cfg.repeats).items()})
@@ -919,7 +920,7 @@ def there_and_back(attend, q, k, v, weights):
 def step_at(model, cache, context):
     """One cached decode step behind context - 1 tokens; what the cache holds does not change its work."""
     idx = torch.zeros(1, context, dtype=torch.int64, device=cache.layers[0].device)
-    model.head(model.trunk(idx[:, -1:], decoding.CachedContext(cache, context - 1, 1, idx)))
+    model.head(model.trunk(idx[:, -1:], CachedContext(cache, context - 1, 1, idx)))
 
 
 def draw_contexts(path, contexts, sides, cached):

@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import decoding
 import sparse_kernels as kernels
 from configurator import require
+from context import Cache, CachedContext
 from layers import (
     GELU,
     Attention,
@@ -945,8 +945,8 @@ def depth_used(model, idx):
 def count_step(model, idx, rows):
     """Run the last of the tokens (1, T) as a cached decode step and write each layer's work into its row."""
     T, hooks = idx.size(1), []
-    cache = decoding.Cache(model, 1, T)
-    model.trunk(idx[:, :-1], decoding.CachedContext(cache, 0, T - 1, idx))
+    cache = Cache(model, 1, T)
+    model.trunk(idx[:, :-1], CachedContext(cache, 0, T - 1, idx))
     with kernels.counting() as tally:
         for layer, row in rows.items():
             for part in ("attn", "mlp"):
@@ -954,7 +954,7 @@ def count_step(model, idx, rows):
                 module = getattr(model.transformer.h[layer], part)
                 hooks.append(module.register_forward_pre_hook(partial(count, tally, row, part, -1)))
                 hooks.append(module.register_forward_hook(partial(count, tally, row, part, 1)))
-        model.trunk(idx[:, -1:], decoding.CachedContext(cache, T - 1, 1, idx))
+        model.trunk(idx[:, -1:], CachedContext(cache, T - 1, 1, idx))
     for hook in hooks:
         hook.remove()
 

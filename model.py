@@ -22,6 +22,7 @@ import optimizers
 import pretrained
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
 from configurator import require
+from context import Context
 from layers import (
     Attention,
     Embedding,
@@ -151,62 +152,6 @@ class GPTConfig:
         """Keyword arguments that rebuild this config: nanoGPT's seven, and those not at their default."""
         return {f.name: getattr(self, f.name) for i, f in enumerate(dataclasses.fields(GPTConfig))
                 if i < 7 or getattr(self, f.name) != f.default}
-
-
-class Context:
-    """What one call carries past the blocks: positions, the attention mask, auxiliary losses.
-
-    positions: a slice or a (B, T) tensor of indices into the position table.
-    decoding.CachedContext is the same with a KV cache behind it.
-    """
-    turn = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
-
-    def __init__(self, positions, training=False):
-        self.positions, self.losses, self.left = positions, [] if training else None, []
-
-    def add_loss(self, make):
-        """Add make() to the training loss; where no loss is wanted, it is not computed."""
-        if self.losses is not None:
-            self.losses.append(make())
-
-    def leave(self, x):
-        """States (B, T, C) at an early exit: kept for the training loss."""
-        if self.losses is not None:
-            self.left.append(x)
-
-    def of_rows(self, rows):
-        """The same call for some rows (n,)."""
-        return self
-
-    def alone(self, x):
-        """Is this one token of a decode step? Here is no cache, so it is not."""
-        return False
-
-    def extend(self, layer, k, v):
-        """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
-        mask that they need, (B or 1, 1, T, S) bool; None: each sees up to itself."""
-        return k, v, None
-
-    def again(self, run):
-        """The same call for one more run of a block."""
-        return self
-
-    def ponder(self, halting, x, attn, run):
-        """Every token from the first on."""
-        return halting.several(x, self, attn, run)
-
-    def with_past(self, idx, count):
-        """(B, count + T) ids that end with idx (B, T); -1 where there is no earlier token."""
-        return F.pad(idx, (count, 0), value=-1)
-
-    def coarse(self, hourglass, x, run):
-        """What the middle layers tell each token, (B, T, C): run (states (B, n, C), context) on the n
-        completed groups of x (B, T, C)."""
-        groups = x.size(1) // hourglass.every
-        inner = Context(slice(0, groups))
-        inner.losses, inner.turn, inner.rotation = self.losses, self.turn, self.turn(inner.positions)
-        said = run(hourglass.pool_groups(x), inner) if groups else x[:, :0]
-        return hourglass.spread_groups(said, x.size(1))
 
 
 class LayerNorm(nn.Module):

@@ -7,11 +7,11 @@ from arms import ARMS, TINY, build, tokens
 from torch.nn import functional as F
 
 import bio_modules as bio
-import decoding
 import sparse_kernels as kernels
 from configurator import ConfigError
+from context import Cache, CachedContext, Context
 from layers import attend_blocks, attend_window
-from model import Context, GPTConfig
+from model import GPTConfig
 
 
 def masked(q, k, v, window):
@@ -59,13 +59,13 @@ def test_layers_follow_the_pattern():
 def test_the_cache_of_a_window_stops_growing_and_so_does_the_work():
     shape = dict(window=8, window_pattern="S", block_size=4096, pos="rope")
     model = build(shape)
-    sizes = [decoding.Cache(model, 1, length).nbytes() for length in (8, 64, 4096)]
+    sizes = [Cache(model, 1, length).nbytes() for length in (8, 64, 4096)]
     assert sizes[0] == sizes[1] == sizes[2]
-    cache = decoding.Cache(model, 1, 4096)
+    cache = Cache(model, 1, 4096)
     kept = [cache.layers[0][0, :, :, :3].clone()]
     with torch.inference_mode():
         for start in range(40):
-            ctx = decoding.CachedContext(cache, start, 1, tokens(1, 41))
+            ctx = CachedContext(cache, start, 1, tokens(1, 41))
             model.trunk(tokens(1, 41)[:, start:start + 1], ctx)
             kept.append(ctx.extend(0, *torch.zeros(2, 1, 2, 1, 8))[0].size(2))
     assert kept[1:] == [min(start + 1, 8) for start in range(40)]
@@ -131,11 +131,11 @@ def test_a_decode_step_computes_the_open_branches_alone(active):
     model, idx = build(arm, std=0.2), tokens(1, 9)
     with torch.no_grad():
         model.transformer.h[0].attn.gate.router.bias.fill_(50.0)       # so that all of them want to be open
-    cache = decoding.Cache(model, 1, 9)
+    cache = Cache(model, 1, 9)
     with torch.inference_mode():
-        model.trunk(idx[:, :8], decoding.CachedContext(cache, 0, 8, idx))
+        model.trunk(idx[:, :8], CachedContext(cache, 0, 8, idx))
         with kernels.counting() as work:
-            model.transformer.h[0].attn(torch.randn(1, 1, 16), decoding.CachedContext(cache, 8, 1, idx))
+            model.transformer.h[0].attn(torch.randn(1, 1, 16), CachedContext(cache, 8, 1, idx))
     kv, gate, rows = 2 * 16 * 16, 4 * 16, 16 * active // 4
     assert work.macs == kv + gate + 2 * rows * 16 and work.bytes == 4 * work.macs
 
@@ -172,12 +172,12 @@ def test_between_two_groups_a_decode_step_computes_nothing_of_the_middle():
     model = build(dict(hierarchy=4, n_layer=4, bias=False), std=0.2)
     idx, calls = tokens(1, 16), []
     model.transformer.h[1].register_forward_pre_hook(lambda *_: calls.append(len(macs)))
-    cache, macs = decoding.Cache(model, 1, 16), []
+    cache, macs = Cache(model, 1, 16), []
     with torch.inference_mode():
-        model.trunk(idx[:, :2], decoding.CachedContext(cache, 0, 2, idx))
+        model.trunk(idx[:, :2], CachedContext(cache, 0, 2, idx))
         for start in range(2, 16):
             with kernels.counting() as work:
-                model.trunk(idx[:, start:start + 1], decoding.CachedContext(cache, start, 1, idx))
+                model.trunk(idx[:, start:start + 1], CachedContext(cache, start, 1, idx))
             macs.append(work.macs)
     assert calls == [1, 5, 9, 13]                               # tokens 3, 7, 11, 15 complete a group
     assert macs[0] * 2 == macs[1] and set(macs) == {macs[0], macs[1]}

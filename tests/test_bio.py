@@ -10,8 +10,9 @@ from torch import nn
 import bio_modules as bio
 import sparse_kernels as kernels
 from configurator import ConfigError
+from context import Context
 from layers import NeuronMajor
-from model import GPT, Context, GPTConfig
+from model import GPT, GPTConfig
 
 SPARSE = ["relu2", "topk", "winners", "event_gate", "columns", "experts", "predict"]
 UNITS = 4 * TINY["n_embd"]

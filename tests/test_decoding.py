@@ -5,6 +5,7 @@ from arms import ARMS, PAIRS, TINY, build, tokens
 
 import decoding
 from configurator import ConfigError
+from context import Cache, CachedContext
 
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 every_arm_and_pair = pytest.mark.parametrize("arm", (ARMS | PAIRS).values(), ids=(ARMS | PAIRS).keys())
@@ -68,12 +69,12 @@ def test_slide_is_exact_until_the_block_is_full_and_goes_on_after():
 
 
 def test_the_cache_is_one_tensor_with_the_columns_that_each_layer_needs():
-    plain = decoding.Cache(build({}), 3, 10)
+    plain = Cache(build({}), 3, 10)
     assert [layer.shape for layer in plain.layers] == [(2, 3, 2, 10, 8)] * 2
     assert len({layer.untyped_storage().data_ptr() for layer in plain.layers}) == 1
     local = build(dict(window=3, window_pattern="SL", hierarchy=2, n_layer=4))
-    assert [layer.size(3) for layer in decoding.Cache(local, 1, 10).layers] == [3, 5, 3, 10]
-    assert decoding.Cache(local, 1, 10).nbytes() == 2 * 16 * 21 * 4
+    assert [layer.size(3) for layer in Cache(local, 1, 10).layers] == [3, 5, 3, 10]
+    assert Cache(local, 1, 10).nbytes() == 2 * 16 * 21 * 4
 
 
 def test_generate_draws_what_an_uncached_loop_draws():
@@ -124,11 +125,11 @@ def test_repetition_penalty_ignores_the_padding_before_short_prompts():
 @every_arm
 def test_prefill_can_continue_a_cache(arm):
     model, idx = build(arm, std=0.2), tokens(2, 12)
-    cache = decoding.Cache(model, 2, 16)
+    cache = Cache(model, 2, 16)
     with torch.no_grad():
-        first = model.trunk(idx[:, :5], decoding.CachedContext(cache, 0, 5, idx))
-        rest = model.trunk(idx[:, 5:], decoding.CachedContext(cache, 5, 7, idx))
-        whole = model.trunk(idx, decoding.CachedContext(decoding.Cache(model, 2, 16), 0, 12, idx))
+        first = model.trunk(idx[:, :5], CachedContext(cache, 0, 5, idx))
+        rest = model.trunk(idx[:, 5:], CachedContext(cache, 5, 7, idx))
+        whole = model.trunk(idx, CachedContext(Cache(model, 2, 16), 0, 12, idx))
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, atol=1e-5, rtol=0)
 
 

@@ -4,8 +4,9 @@ import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
 
 from configurator import ConfigError
-from decoding import Cache, CachedContext, Sampler, Speculation, stream
-from model import GPT, Context, GPTConfig
+from context import Cache, CachedContext, Context
+from decoding import Sampler, Speculation, stream
+from model import GPT, GPTConfig
 
 EXITS = {name: arm for name, arm in (ARMS | PAIRS).items() if "exits" in arm}
 every_exit = pytest.mark.parametrize("arm", EXITS.values(), ids=EXITS.keys())

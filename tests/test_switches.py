@@ -10,8 +10,9 @@ from torch import nn
 import optimizers
 from bio_modules import Oscillating
 from configurator import ConfigError
+from context import Context
 from layers import rotate
-from model import GPT, SIZES, Context, GPTConfig, SwiGLU
+from model import GPT, SIZES, GPTConfig, SwiGLU
 
 
 def at(model, idx, start):
