@@ -10,6 +10,7 @@ import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
 from torch.nn import functional as F
 
+import checkpoint
 from configurator import ConfigError
 from layers import attend
 from model import GPT, GPTConfig
@@ -119,7 +120,7 @@ def test_no_position_sees_the_future(arm):
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
-@every_arm
+@every_arm_and_pair
 def test_a_row_does_not_depend_on_its_neighbours(arm):
     model, idx = build(arm, std=0.2), tokens(4, 16)
     other = tokens(4, 16, seed=9)
@@ -135,17 +136,33 @@ def test_every_parameter_gets_a_finite_nonzero_gradient(arm):
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
 
 
-@every_arm_and_pair
-def test_twenty_steps_lower_the_loss(arm):
-    model, idx = build(arm).train(), tokens(4, 17)
-    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
-    losses = []
-    for _ in range(20):
+def train_on(model, optimizer, steps):
+    """Losses of these steps on one batch."""
+    idx, losses = tokens(4, 17), []
+    for step in steps:
+        torch.manual_seed(step)
         losses.append(model(idx[:, :-1], idx[:, 1:])[1])
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert all(torch.isfinite(loss) for loss in losses) and losses[-1] < 0.8 * losses[0]
+    return [loss.item() for loss in losses]
+
+
+@every_arm_and_pair
+def test_twenty_steps_lower_the_loss_and_resume_in_their_middle(arm, tmp_path):
+    def with_optimizer(model):
+        return model.train(), model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    model, optimizer = with_optimizer(build(arm))
+    losses = train_on(model, optimizer, range(10))
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iter_num=10,
+                         model_args=model.config.model_args(), best_val_loss=1e9, config={}), path)
+    losses += train_on(model, optimizer, range(10, 20))
+    assert all(map(math.isfinite, losses)) and losses[-1] < 0.8 * losses[0]
+    saved = checkpoint.load(path, resume=True)
+    resumed, optimizer = with_optimizer(checkpoint.build_model(saved, path))
+    checkpoint.load_optimizer(optimizer, saved["optimizer"], path)
+    assert train_on(resumed, optimizer, range(10, 20)) == losses[10:]
 
 
 @every_arm
