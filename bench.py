@@ -1565,7 +1565,7 @@ def with_table(text, table):
 
 def results_table(folder):
     """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
-    lines, blocks, mlps, changes, windows, times, places = [], [], [], [], [], [], []
+    lines, blocks, mlps, changes, windows, times, depths, grown, places = ([] for _ in range(9))
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, result in record.get("measurements", {}).items():
@@ -1575,6 +1575,8 @@ def results_table(folder):
         mlps += mlp_rows(record, path) if record["subcommand"] == "mlp" else []
         times += step_rows(record, path) if record["subcommand"] == "steps" else []
         windows += window_rows(record, path) if record["subcommand"] == "window" else []
+        depths += depth_rows(record, path) if record["subcommand"] in ("depth", "ponder") else []
+        grown += growth_rows(record, path) if record["subcommand"] == "grow" else []
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
     lines = table("measured | ours | nanoGPT | ratio | record", lines)
@@ -1585,6 +1587,9 @@ def results_table(folder):
                    "| record", mlps)
     lines += table(f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache | record",
                    windows)
+    lines += table("depth | layers per token | val loss | tokens/s, greedy | a training step, ms | record",
+                   depths)
+    lines += table("growth | val loss | seeds | training steps, s | TFLOP | iterations | record", grown)
     lines += table("the race's config with | val loss | seeds | to ours | record", changes)
     return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
@@ -1645,6 +1650,25 @@ def window_rows(record, path):
             cache = record["cache_bytes"].get(side)
             yield (f"| {title}: {side} | {figure(s)} | {faster} | "
                    f"{f'{cache / 2**20:.1f} MiB' if cache else ''} | [{path.name}](results/{path.name}) |")
+
+
+def depth_rows(record, path):
+    """Models and policies by the layers that a token passes."""
+    for name, p in record["points"].items():
+        rate = p.get("tokens_per_second") or 1e3 / p["token_ms"]["median"]
+        step = figure(p["step_ms"]) if "step_ms" in p else ""
+        loss = f"{p['val_loss']:.4f}" if "val_loss" in p else ""
+        yield (f"| {name} | {p['layers']:.2f} | {loss} | {rate:,.0f} | {step} "
+               f"| [{path.name}](results/{path.name}) |")
+
+
+def growth_rows(record, path):
+    for name, s in record["measurements"]["val loss"]["sides"].items():
+        seconds = statistics.median(run["step_seconds"] for run in record["runs"][name])
+        first = record["runs"][name][0]
+        yield (f"| {name} | {s['mean']:.4f} ({s['min']:.4f} to {s['max']:.4f}) | {s['repeats']} "
+               f"| {seconds:.0f} | {first['curve'][-1][2] / 1e12:.2f} | {first['iters']} "
+               f"| [{path.name}](results/{path.name}) |")
 
 
 def table_rows(record, name, result, path):

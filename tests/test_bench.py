@@ -319,6 +319,28 @@ def test_quality_trains_every_arm_and_reads_the_predictors_curve(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_depth_draws_exits_beside_dense_models_and_drafts_the_same_tokens(tmp_path):
+    words = ["depth", "--iters=20", "--layers=3", "--exits=1,2", "--repeats=1", "--prompts=2", "--new=10",
+             "--thresholds=0.5,0.9", "--drafts=2", "--plot=p.png"]
+    record = record_of(run(tmp_path, *words))
+    assert [p["layers"] for p in record["points"].values()][:4] == [1, 2, 3, 3]
+    assert all(1 <= p["layers"] <= 3 and p["tokens_per_second"] > 0 for p in record["points"].values())
+    assert all(d["equal"] == d["tokens"] == 20 for d in record["drafted"].values())
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_pondering_and_growth_are_measured_beside_dense_models(tmp_path):
+    words = ["ponder", "--iters=10", "--layers=3", "--most=2", "--costs=0.1", "--repeats=1"]
+    points = record_of(run(tmp_path, *words))["points"]
+    assert points["halting bias +4"]["layers"] < points["halting bias -4"]["layers"] == 4
+    words = ["grow", "--iters=12", "--layers=3", "--grow=1:0.5", "--repeats=1", "--plot=p.png"]
+    runs = record_of(run(tmp_path, *words))["runs"]
+    assert runs["grown"][0]["curve"][-1][2] < runs["full depth"][0]["curve"][-1][2]
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
 # ------------------------------------------------ race and readme ------------------------------
 
 def test_a_race_without_a_rival_is_refused(tmp_path):
