@@ -332,7 +332,8 @@ def test_depth_draws_exits_beside_dense_models_and_drafts_the_same_tokens(tmp_pa
 
 @pytest.mark.slow
 def test_pondering_and_growth_are_measured_beside_dense_models(tmp_path):
-    words = ["ponder", "--iters=10", "--layers=3", "--most=2", "--costs=0.1", "--repeats=1"]
+    words = ["ponder", "--iters=10", "--layers=3", "--most=2", "--costs=0.1", "--repeats=1",
+             "--config=config/compare_pylib.py"]
     points = record_of(run(tmp_path, *words))["points"]
     assert points["halting bias +4"]["layers"] < points["halting bias -4"]["layers"] == 4
     words = ["grow", "--iters=12", "--layers=3", "--grow=1:0.5", "--repeats=1", "--plot=p.png"]
