@@ -1354,7 +1354,7 @@ def ponder(cfg):
     for name, model in sides.items():
         point = points.setdefault(name, {"layers": layers_run(model, batch[0])})
         point |= {"step_ms": spread([1e3 * t for t in steps[name]]),
-                  "token_ms": spread([1e3 * t / DECODED for t in tokens[name]])}
+                  "token_ms": spread([1e3 * t / decoded_by(model) for t in tokens[name]])}
     print("mean layers a token, val loss, ms of a training step, ms of a decoded token (medians)")
     for name, p in sorted(points.items(), key=lambda item: item[1]["layers"]):
         loss = f"{p['val_loss']:.4f}" if "val_loss" in p else "      "
@@ -1364,7 +1364,9 @@ def ponder(cfg):
             "parameters": {name: model.get_num_params() for name, model in models.items()}}
 
 
-DECODED = 64                                     # tokens of a timed continuation
+def decoded_by(model):
+    """Tokens of a timed continuation."""
+    return min(64, model.config.block_size // 2)
 
 
 def trained_models(cfg, data, flags):
@@ -1398,7 +1400,8 @@ def train_once(model, batch):
 
 
 def decode_row(model, prompt):
-    model.eval().generate(prompt[:, :model.config.block_size - DECODED], DECODED, temperature=0)
+    new = decoded_by(model)
+    model.eval().generate(prompt[:, :model.config.block_size - new], new, temperature=0)
 
 
 # ------------------------------------------------ grow --------------------------------------------------
