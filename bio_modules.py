@@ -18,12 +18,14 @@ from layers import (
     Attention,
     Linear,
     NeuronMajor,
+    Packed,
     ReLU2,
     as_is,
     cast,
     cross_entropy,
     drop_rows,
     dropout,
+    linear,
     residual_std,
     rms,
 )
@@ -166,11 +168,15 @@ def selector(config, units):
 
 
 class Stepwise(nn.Module):
-    """A module with two ways: `many` for training and prompts, `few` for the few tokens of a decode step on a
-    CPU, which reads the rows of live units alone."""
+    """A module with three ways: `many` for training and prompts, `few` for the few tokens of a decode step on
+    a CPU, which reads the rows of live units alone, `on_card` for the same on a GPU, where nothing may depend
+    on the host."""
 
     def forward(self, x, ctx):
-        return (self.few if kernels.takes_rows(x) else self.many)(x, ctx)
+        return getattr(self, kernels.way(x))(x, ctx)
+
+    def on_card(self, x, ctx):
+        return self.many(x, ctx)
 
 
 class MLP(Stepwise):
@@ -183,14 +189,17 @@ class MLP(Stepwise):
     def __init__(self, config, layer, units=None):
         super().__init__()
         units = units or config.units()
-        self.c_fc = Linear(config.n_embd, units, config.bias)
+        up = Linear if self.gathers else linear(config)
+        self.c_fc = up(config.n_embd, units, config.bias)
         self.act = ACTS[config.act](units)
         self.select = selector(config, units)
-        down = NeuronMajor if config.act == "relu2" or self.select is not as_is or self.gathers else Linear
+        by_unit = config.act == "relu2" or self.select is not as_is or self.gathers
+        down = NeuronMajor if by_unit else linear(config)
         self.c_proj = down(units, config.n_embd, config.bias, std=residual_std(config))
         self.dropout = dropout(config)
         simple = isinstance(self.select, TopK) or self.select is as_is
-        self.one_call = config.act if down is NeuronMajor and simple and config.act in kernels.ACTS else None
+        self.plain = config.act if simple and config.act in kernels.ACTS else None
+        self.one_call = self.plain if by_unit and up is Linear else None
 
     gathers = False                              # does a decode step choose units before it computes them?
 
@@ -199,8 +208,10 @@ class MLP(Stepwise):
 
     def few(self, x, ctx):
         """One token through one kernel, where that is written; more through the union of their units."""
+        if not self.one_call:
+            return self.union(x, ctx)
         up, up_bias, down, down_bias = weights = self.stored_by_unit()
-        if self.one_call and kernels.takes_mlp(x, up, down):
+        if kernels.takes_mlp(x, up, down):
             return self.dropout(self.one(x, weights, getattr(self.select, "k", None)))
         return self.union(x, ctx)
 
@@ -214,6 +225,21 @@ class MLP(Stepwise):
 
     def union(self, x, ctx):
         return self.many(x, ctx)
+
+    def fuse(self):
+        """Packed weights end with the activation, where a kernel knows it."""
+        if isinstance(self.c_fc, Packed) and self.plain:
+            self.c_fc.act, self.act = self.plain, as_is
+
+    def chosen_groups(self, x, ctx, groups, scale, width):
+        """Tokens (B, 1, C) through their own groups (B, k) of `width` units, scaled by (B, k) or not at all,
+        by kernels that ask the host nothing."""
+        if not self.plain:
+            return self.many(x, ctx)
+        up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
+        a = kernels.gathered_up(x.flatten(0, 1), up, up_bias, groups, scale, width, self.plain)
+        y = kernels.gathered_down(self.select(a, ctx), down, down_bias, groups, width)
+        return self.dropout(y.view_as(x))
 
     def live(self, x, ctx, rows, scale):
         """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
@@ -246,12 +272,22 @@ class ColumnGate(Narrowing):
         nn.init.constant_(self.inhibition, -4.0)
 
     def forward(self, x, ctx):
+        winners, scale = self.winners(x)
+        gates = torch.zeros(*x.shape[:-1], self.total, device=x.device).scatter(-1, winners, scale)
+        ctx.add_loss(lambda: self.BALANCE * (self.balance * above_mean(gates)).sum())
+        return gates.to(x.dtype)
+
+    def winners(self, x):
+        """x (..., C) -> the columns that answer (..., k), and their gates in fp32."""
         s = self.router(x).float()
         s = s - F.relu(s) @ self.inhibits().t()
         winners = (s + self.balance).topk(self.k, dim=-1, sorted=False).indices
-        gates = torch.zeros_like(s).scatter(-1, winners, s.sigmoid().gather(-1, winners))
-        ctx.add_loss(lambda: self.BALANCE * (self.balance * above_mean(gates)).sum())
-        return gates.to(x.dtype)
+        return winners, s.sigmoid().gather(-1, winners)
+
+    def chosen(self, x):
+        """The same of tokens (B, 1, C), (B, k) each, the gates in the tokens' dtype."""
+        winners, scale = self.winners(x.flatten(0, 1))
+        return winners, scale.to(x.dtype)
 
     def inhibits(self):
         """S (N, N) in fp32: what the activity of column d takes from column c."""
@@ -301,6 +337,9 @@ class Gathered(MLP):
     def union(self, x, ctx):
         return self.live(x, ctx, *opened(self.gate(x, ctx), self.width))
 
+    def on_card(self, x, ctx):
+        return self.chosen_groups(x, ctx, *self.gate.chosen(x), self.width)
+
 
 class Columns(Gathered):
     """Cortical columns: the hidden units in `columns` groups, of which columns_active answer each token. The
@@ -338,12 +377,20 @@ class ExpertGate(nn.Module):
     def forward(self, x, ctx):
         logits = self.router(x).float()
         shares = logits.softmax(dim=-1)
-        top = shares.topk(self.k, dim=-1)
-        shared = top.values / top.values.sum(-1, keepdim=True)
-        gates = torch.zeros_like(shares).scatter(-1, top.indices, shared)
+        experts, shared = self.largest(shares)
+        gates = torch.zeros_like(shares).scatter(-1, experts, shared)
         ctx.add_loss(lambda: self.BALANCE * imbalance(gates, shares) / self.k
                      + self.Z * logits.logsumexp(dim=-1).square().mean())
         return gates.to(x.dtype)
+
+    def largest(self, shares):
+        top = shares.topk(self.k, dim=-1)
+        return top.indices, top.values / top.values.sum(-1, keepdim=True)
+
+    def chosen(self, x):
+        """Tokens (B, 1, C) -> their experts and what each counts, (B, k)."""
+        experts, shared = self.largest(self.router(x.flatten(0, 1)).float().softmax(dim=-1))
+        return experts, shared.to(x.dtype)
 
 
 def imbalance(gates, shares):
@@ -453,6 +500,12 @@ class Predictive(MLP):
         rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
         return self.live(x, ctx, rows, chosen[..., rows])
 
+    def on_card(self, x, ctx):
+        if not self.policy:
+            return self.many(x, ctx)
+        units = self.guess(self.sense(x.flatten(0, 1))).topk(self.active, dim=-1, sorted=False).indices
+        return self.chosen_groups(x, ctx, units, None, 1)
+
     def chosen(self, scores):
         """Ones where the predictor expects winners, (..., units)."""
         winners = scores.topk(self.active, dim=-1, sorted=False).indices
@@ -498,6 +551,7 @@ class DendriticAttention(Stepwise, Attention):
     A decode step computes the queries, the attention and the part of c_proj of the open branches alone; keys
     and values are owed for all, because later tokens may look at them. Head h of branch d is d * n_head + h.
     """
+    gathers = True
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -841,6 +895,21 @@ def check_depth(c):
     require(0 <= c.layer_dropout < 1, f"layer_dropout={c.layer_dropout} must be in [0, 1)")
 
 
+def check_weights(c):
+    """The flags of a GPTConfig that decide which weights are kept or read."""
+    require(c.weights in ("dense", "2:4"), f"weights='{c.weights}' must be dense or 2:4")
+    pruned, units = f"weights='{c.weights}'", c.units()
+    require(c.sr_ste >= 0, f"sr_ste={c.sr_ste} must not be negative")
+    require(c.weights == "2:4" or c.sr_ste == type(c).sr_ste,
+            f"sr_ste={c.sr_ste} has no effect without weights='2:4': set that too, or leave sr_ste out")
+    require(0 < c.attn_topk <= 1, f"attn_topk={c.attn_topk} must be in (0, 1]: the share of inputs heard")
+    require(c.attn_topk == 1 or not c.dendrites, f"attn_topk={c.attn_topk} and dendrites={c.dendrites} both "
+            "choose what attention reads: leave one of them out")
+    require(c.weights == "dense" or (c.n_embd % 4 == 0 and units % 4 == 0),
+            f"{pruned} keeps two of every four: n_embd={c.n_embd} and the {units} units of the MLP must be "
+            "multiples of 4")
+
+
 def check(c):
     """The flags of a GPTConfig that choose mechanisms: values, needs, conflicts."""
     defaults = {name: field.default for name, field in type(c).__dataclass_fields__.items()}
@@ -849,6 +918,7 @@ def check(c):
                 f"{key}={getattr(c, key)} has no effect without {owner}: set {owner} too, or leave {key} out")
     check_attention(c)
     check_depth(c)
+    check_weights(c)
     kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
     kinds += ["act='swiglu'"] * (c.act == "swiglu")
     require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")

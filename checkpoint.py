@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from configurator import ConfigError, require
+from layers import settle
 from model import GPT, GPTConfig
 
 WEIGHTS = {"model": dict, "model_args": dict}                       # what every checkpoint holds
@@ -108,10 +109,15 @@ def load(path, device="cpu", resume=False):
     return checkpoint
 
 
-def build_model(checkpoint, path, **overrides):
-    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout)."""
+def build_model(checkpoint, path, learns=False, **overrides):
+    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
+    it is to be trained, so packed weights will not do."""
+    packed = any(key.endswith(".meta") for key in checkpoint["model"])
+    require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
+                                     "checkpoint that was packed")
     try:
-        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=False)
+        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
+        model = settle(model) if packed else model
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version "

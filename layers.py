@@ -1,4 +1,5 @@
 """What models are built from: a Linear in its input's dtype, embeddings and positions, attention."""
+import hashlib
 import math
 from functools import partial
 
@@ -7,6 +8,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import sparse_kernels as kernels
+from configurator import require
 
 
 def cast(tensor, dtype):
@@ -33,7 +35,98 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        return project(x, self.weight.to(x.dtype), cast(self.bias, x.dtype))
+        return project(x, self.matrix().to(x.dtype), cast(self.bias, x.dtype))
+
+    def matrix(self):
+        """What inputs are multiplied by, (n_out, n_in)."""
+        return self.weight
+
+    def some(self, x, rows):
+        """Of the outputs only the slice `rows`."""
+        bias = cast(self.bias, x.dtype)
+        return project(x, self.matrix()[rows].to(x.dtype), bias if bias is None else bias[rows])
+
+
+class TwoOfFour(Linear):
+    """A Linear that keeps, of every four consecutive weights of an output, the two largest.
+
+    Training lets every weight take the gradient of a kept one, and pulls what is pruned towards zero by
+    `pull`, so that the choice settles (SR-STE, 2102.04010). For inference see settle.
+    """
+
+    def __init__(self, n_in, n_out, bias, std=0.02, pull=0.0):
+        super().__init__(n_in, n_out, bias, std)
+        self.pull = pull
+
+    def matrix(self):
+        return Pruned.apply(self.weight, self.pull)
+
+
+class Pruned(torch.autograd.Function):
+    """Weights (N, K) -> the same with two of every four at zero; straight through, plus SR-STE's pull."""
+
+    @staticmethod
+    def forward(ctx, weight, pull):
+        kept = kernels.two_of_four(weight.abs())
+        ctx.save_for_backward(weight, kept)
+        ctx.pull = pull
+        return weight * kept
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, kept = ctx.saved_tensors
+        return grad + ctx.pull * (weight * ~kept), None
+
+
+class Packed(nn.Module):
+    """The 2:4 weights of a TwoOfFour in 9/16 of their bytes (bf16), for inference; act: an activation that
+    the product ends with."""
+
+    def __init__(self, linear):
+        super().__init__()
+        values, meta = kernels.pack_24(kernels.prune_24(linear.weight.detach()))
+        self.act, self.bias = "none", linear.bias
+        self.register_buffer("values", values)
+        self.register_buffer("meta", meta)
+
+    def forward(self, x):
+        return self.some(x, slice(None))
+
+    def some(self, x, rows):
+        values, bias = self.values[rows].to(x.dtype), cast(self.bias, x.dtype)
+        return kernels.linear_24(x, values, self.meta[rows], bias if bias is None else bias[rows],
+                                 act=self.act)
+
+
+class Settled(Linear):
+    """The pruned weights of a TwoOfFour for inference where nothing gains from packing them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.weight, self.bias = nn.Parameter(kernels.prune_24(linear.weight.detach())), linear.bias
+
+
+def settle(model, pack=True):
+    """For inference: exchange every TwoOfFour of a model for a Packed, or a Settled -> the model. A module
+    that ends a Packed one with an activation hands it over."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, TwoOfFour):
+                setattr(module, name, (Packed if pack else Settled)(child))
+        getattr(module, "fuse", as_is)()
+    return model
+
+
+def check_pruned(model, config):
+    """weights='2:4' must find a matrix."""
+    require(config.weights == "dense" or any(isinstance(m, TwoOfFour) for m in model.modules()),
+            f"weights='{config.weights}' finds nothing to prune: attention and MLP choose what they read, so "
+            "leave weights out")
+
+
+def linear(config):
+    """The class of a matrix that reads all its inputs and computes all its outputs."""
+    return partial(TwoOfFour, pull=config.sr_ste) if config.weights == "2:4" else Linear
 
 
 class NeuronMajor(Linear):
@@ -45,10 +138,30 @@ class NeuronMajor(Linear):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).t())
 
     def forward(self, a):
-        if kernels.takes_rows(a):
+        if kernels.takes_rows(a) or kernels.takes_units(a):
             return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
         return super().forward(a)
 
+
+class LargestInputs(NeuronMajor):
+    """A Linear that hears, of each token's inputs, the share `heard` with the largest |x|: the weights of the
+    others are not read in a decode step (TEAL thresholds for this, 2408.14690; a fixed count is the same for
+    every token)."""
+
+    def __init__(self, n_in, n_out, bias, std=0.02, heard=1.0):
+        super().__init__(n_in, n_out, bias, std)
+        self.k = max(1, round(heard * n_in))
+
+    def forward(self, x):
+        return super().forward(kernels.keep_largest(x, self.k))
+
+    def some(self, x, rows):
+        return super().some(kernels.keep_largest(x, self.k), rows)
+
+
+def attention_linear(config):
+    """The same for attention's two projections."""
+    return partial(LargestInputs, heard=config.attn_topk) if config.attn_topk < 1 else linear(config)
 
 class Table(nn.Embedding):
     """Rows drawn by name (std 0.02)."""
@@ -149,7 +262,7 @@ def rotate(x, ctx):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
-def as_is(x, *_):
+def as_is(x=None, *_):
     return x
 
 
@@ -260,13 +373,15 @@ def dropout(config):
 
 class Attention(nn.Module):
     """What every attention layer has: one projection to queries, keys and values, and a cached past."""
+    gathers = False                             # does a decode step choose outputs of that projection?
 
     def __init__(self, config, layer):
         super().__init__()
         self.heads, self.width = config.heads()
         self.layer, self.dropout, self.window = layer, config.dropout, config.window_of(layer)
         self.attend = attention(self.window)
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias)
+        of = Linear if self.gathers else attention_linear(config)
+        self.c_attn = of(config.n_embd, 3 * config.n_embd, config.bias)
         self.resid_dropout = dropout(config)
         self.normalise = rms if config.qk_norm else as_is
         self.rotate = rotate if config.pos == "rope" else as_is
@@ -282,8 +397,7 @@ class Attention(nn.Module):
 
     def remember(self, x, ctx):
         """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""
-        C, weight, bias = x.size(-1), self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
-        k, v = self.by_head(project(x, weight[C:], bias if bias is None else bias[C:])).chunk(2, dim=2)
+        k, v = self.by_head(self.c_attn.some(x, slice(x.size(-1), None))).chunk(2, dim=2)
         return ctx.extend(self.layer, self.turned(k, ctx), v.transpose(1, 2))
 
 
@@ -309,3 +423,14 @@ def residual_std(config):
 def cross_entropy(logits, targets):
     """Mean over the targets (B, T) that are not -1, in nats."""
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+
+def soft_cap(cap, logits):
+    """Bound logits to (-cap, cap) smoothly (2408.00118)."""
+    return cap * torch.tanh(logits / cap)
+
+
+def normal_by_name_(tensor, std, seed, name):
+    """Fill with normals of a generator that only (seed, name) decide."""
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(key)).mul_(std))

@@ -7,7 +7,6 @@ GPT-2: Radford et al. 2019,
 https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
 """
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,10 +31,15 @@ from layers import (
     NgramEmbedding,
     RotaryPositions,
     as_is,
+    attention_linear,
     cast,
+    check_pruned,
     cross_entropy,
     dropout,
+    linear,
+    normal_by_name_,
     residual_std,
+    soft_cap,
 )
 from pretrained import GPT2_SIZES
 from runtime import peak_flops
@@ -70,6 +74,8 @@ class GPTConfig:
     ngram_buckets: int = 0  # rows of a hashed n-gram table added to the embedding; 0: off
     ngram_order: int = 3  # longest n-gram in that table
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
+    weights: str = "dense"  # 2:4: of every four weights of an output two are kept; packed when decoding
+    sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
     # --- the MLP's bio mechanisms ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
@@ -86,6 +92,7 @@ class GPTConfig:
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
     # --- attention's bio mechanisms ---
+    attn_topk: float = 1.0  # share of the inputs that attention's projections hear per token, the largest
     window: int = 0  # tokens that a local layer sees, itself included; 0: all layers see everything
     window_pattern: str = "SSSL"  # layers in turn: S sees the window, L everything
     dendrites: int = 0  # dendritic branches of each head, gated per token; 0: off
@@ -182,7 +189,8 @@ class CausalSelfAttention(Attention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
+        self.c_proj = attention_linear(config)(config.n_embd, config.n_embd, config.bias,
+                                               std=residual_std(config))
 
     def forward(self, x, ctx):
         qk, v = self.by_head(self.c_attn(x)).split((2 * self.heads, self.heads), dim=2)
@@ -198,10 +206,10 @@ class SwiGLU(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         hidden = config.units()
-        self.c_fc = Linear(config.n_embd, 2 * hidden, config.bias)
+        self.c_fc = linear(config)(config.n_embd, 2 * hidden, config.bias)
         self.select = selector(config, hidden)
-        self.c_proj = (Linear if self.select is as_is else NeuronMajor)(hidden, config.n_embd, config.bias,
-                                                                        std=residual_std(config))
+        down = linear(config) if self.select is as_is else NeuronMajor
+        self.c_proj = down(hidden, config.n_embd, config.bias, std=residual_std(config))
         self.dropout = dropout(config)
 
     def forward(self, x, ctx):
@@ -293,6 +301,7 @@ class GPT(nn.Module):
                               std=0.02 * (config.tie_weights or not config.zero_init))
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
+        check_pruned(self, config)
         self.cap = partial(soft_cap, config.softcap) if config.softcap else as_is
         if init:
             self.init_weights(torch.initial_seed() if seed is None else seed)
@@ -400,12 +409,6 @@ class GPT(nn.Module):
             if hasattr(module, "anneal") and module is not self:
                 module.anneal(progress)
 
-    def parameters_by_clipping(self):
-        """Parameters in lists whose gradients are clipped apart: the model's, and those that learn aside."""
-        aside = {id(p) for m in self.modules() if getattr(m, "aside", False) for p in m.parameters()}
-        parts = ([p for p in self.parameters() if (id(p) in aside) == side] for side in (False, True))
-        return [part for part in parts if part]
-
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in nanoGPT's two groups, see optimizers.adamw."""
         return optimizers.adamw([p for p in self.parameters() if p.requires_grad],
@@ -442,14 +445,3 @@ class GPT(nn.Module):
         new = torch.cat(list(decoding.stream(self, idx, max_new_tokens, sampler, lengths, overflow))
                         or [idx[:, :0]], dim=1)
         return decoding.join(idx, new, lengths)
-
-
-def soft_cap(cap, logits):
-    """Bound logits to (-cap, cap) smoothly (2408.00118)."""
-    return cap * torch.tanh(logits / cap)
-
-
-def normal_by_name_(tensor, std, seed, name):
-    """Fill with normals of a generator that only (seed, name) decide."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
-    tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(key)).mul_(std))

@@ -136,6 +136,13 @@ def build(model, cfg, device_type):
                 cfg.muon_learning_rate, cfg.muon_momentum, cfg.muon_steps)
 
 
+def by_clipping(model):
+    """Parameters in lists whose gradients are clipped apart: the model's, and those that learn aside."""
+    aside = {id(p) for m in model.modules() if getattr(m, "aside", False) for p in m.parameters()}
+    parts = ([p for p in model.parameters() if (id(p) in aside) == side] for side in (False, True))
+    return [part for part in parts if part]
+
+
 def learning_rate(cfg, iteration):
     """Learning rate of an iteration: linear warm-up, then cfg.lr_schedule down to min_lr at lr_decay_iters.
 

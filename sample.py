@@ -18,6 +18,7 @@ import runtime
 import sparse_kernels
 import tokenizer as tokenizers
 from configurator import configure, require
+from layers import settle
 from model import GPT
 from pretrained import GPT2_SIZES
 
@@ -93,6 +94,10 @@ def main(cfg):
     sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)
+    if model.config.weights == "2:4":
+        pays, why = sparse_kernels.packing_pays(place.device)
+        settle(model, pack=pays)
+        print(why, file=sys.stderr)
     stream = streaming(model, cfg)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)

@@ -8,15 +8,20 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 # ------------------------------------------------ building ------------------------------------------------
@@ -27,8 +32,10 @@ SOURCE = r"""
 #include <string.h>
 #define FETCH(p) __builtin_prefetch(p, 0, 2)     /* into the second-level cache, where more misses can wait */
 #define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#ifdef __AVX512BF16__
 static inline __m512bh load(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
 #endif
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -83,6 +90,11 @@ static void keep_floats(float *a, long n, long k) {
     }
 }
 
+/* act: 0 squared ReLU, 1 GELU, 2 none */
+static inline float activate(float v, int act) {
+    return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
+}
+
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
 
 /* w . x over K; `ahead` is where the weights lie that are needed soon: they are fetched meanwhile */
@@ -121,6 +133,82 @@ static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K, const
     for (; k < K; k++) s += up_bf16(w[k]) * up_bf16(x[k]);
     return s;
 }
+
+/* A 2:4 row . x: kept values, two of every four, and their places of 2 bits each (see pack_24). Instead of
+   spreading values over zeros, the x that they meet are picked by their places. */
+#define REST_OF_ROW(NAME) \
+    for (; k < K; k += 4) { \
+        uint32_t pair = meta[k / 32] >> k % 32; \
+        s += up_##NAME(v[k / 2]) * up_##NAME(x[k + (pair & 3)]) \
+           + up_##NAME(v[k / 2 + 1]) * up_##NAME(x[k + (pair >> 2 & 3)]); \
+    }
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#define PICKS 1
+static inline __m512i low_bits_or(__m512i codes, __m512i mask, __m512i base) {
+    return _mm512_ternarylogic_epi32(codes, mask, base, 0xea);              /* (codes & mask) | base */
+}
+static inline __m512i steps(long long from, long long by) {
+    return _mm512_setr_epi64(from, from + by, from + 2 * by, from + 3 * by, from + 4 * by, from + 5 * by,
+                             from + 6 * by, from + 7 * by);
+}
+#endif
+
+static inline float dot24_f32(const float *v, const uint32_t *meta, const float *x, long K) {
+    float s = 0;
+    long k = 0;
+#ifdef PICKS
+    const __m512i three = _mm512_set1_epi32(3);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i base = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    __m512 a = _mm512_setzero_ps(), b = a;
+    for (; k + 64 <= K; k += 64) {
+        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(meta[k / 32]), shift);
+        __m512i more = _mm512_srlv_epi32(_mm512_set1_epi32(meta[k / 32 + 1]), shift);
+        const float *X = x + k;
+        FETCH(v + k / 2 + 1024);
+        FETCH(v + k / 2 + 1040);
+        a = _mm512_fmadd_ps(_mm512_loadu_ps(v + k / 2), _mm512_permutex2var_ps(
+            _mm512_loadu_ps(X), low_bits_or(codes, three, base), _mm512_loadu_ps(X + 16)), a);
+        b = _mm512_fmadd_ps(_mm512_loadu_ps(v + k / 2 + 16), _mm512_permutex2var_ps(
+            _mm512_loadu_ps(X + 32), low_bits_or(more, three, base), _mm512_loadu_ps(X + 48)), b);
+    }
+    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+#endif
+    REST_OF_ROW(f32)
+    return s;
+}
+
+static inline float dot24_bf16(const uint16_t *v, const uint32_t *meta, const uint16_t *x, long K) {
+    float s = 0;
+    long k = 0;
+#ifdef PICKS
+    const __m512i shift = steps(0x0606040402020000, 0x0808080808080808);    /* 2 j bits, for value j */
+    const __m512i base = steps(0x0004000400000000, 0x0008000800080008);     /* four j / 2 of x */
+    const __m512i three = _mm512_set1_epi16(3);
+    __m512 a = _mm512_setzero_ps(), b = a;
+    for (; k + 64 <= K; k += 64) {
+        int64_t pairs;
+        memcpy(&pairs, meta + k / 32, 8);
+        __m512i at = low_bits_or(_mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(pairs)), three, base);
+        __m512i X = _mm512_permutex2var_epi16(_mm512_loadu_si512(x + k), at, _mm512_loadu_si512(x + k + 32));
+        FETCH(v + k / 2 + 2048);
+        a = _mm512_dpbf16_ps(a, load(v + k / 2), (__m512bh)X);
+        __m512 t = a; a = b; b = t;
+    }
+    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+#endif
+    REST_OF_ROW(bf16)
+    return s;
+}
+
+/* does this processor pick by places in registers? Otherwise packed rows are slower than dense ones */
+int picks(void) {
+#ifdef PICKS
+    return 1;
+#else
+    return 0;
+#endif
+}
 """
 
 # Made for fp32 and for bf16
@@ -137,6 +225,19 @@ void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long M
         y[n] = down_NAME(dot_NAME(row, x, K, row + AHEAD_NAME) + b);
         for (long m = 1; m < M; m++) y[m * N + n] = down_NAME(dot_NAME(row, x + m * K, K, row) + b);
     }
+}
+
+/* The same with 2:4 rows, v (N, K/2 and padding) and meta; y = act(w . x + bias) + onto. act: 2 none,
+   0 squared ReLU, 1 GELU. */
+void matvec24_NAME(const TYPE *v, const uint32_t *meta, const TYPE *x, const TYPE *bias, const TYPE *onto,
+                   TYPE *y, long M, long N, long K, long words, int act, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++)
+        for (long m = 0; m < M; m++) {
+            float s = dot24_NAME(v + n * words * 16, meta + n * words, x + m * K, K);
+            s = activate(s + (bias ? up_NAME(bias[n]) : 0.0f), act);
+            y[m * N + n] = down_NAME(s + (onto ? up_NAME(onto[m * N + n]) : 0.0f));
+        }
 }
 
 /* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
@@ -251,8 +352,7 @@ long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE
             const TYPE *row = up + r * C, *soon = row + AHEAD_NAME;
             float v = dot_NAME(row, x, C, rows ? row_NAME(up, rows, i + SOON, n, C) : soon)
                     + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
-            v = act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
-            a[i] = v * (scale ? up_NAME(scale[i]) : 1.0f);
+            a[i] = activate(v, act) * (scale ? up_NAME(scale[i]) : 1.0f);
         }
         #pragma omp single
         {
@@ -356,6 +456,7 @@ def cpu_library():
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
+        getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
         for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
             one = getattr(library, f"{kernel}_one_{name}")
@@ -386,8 +487,22 @@ def compiled(compiler):
     return path
 
 
+@functools.cache
+def triton_kernels():
+    """The module of that name, or None where there is no Triton (Windows, MPS)."""
+    return importlib.import_module("triton_kernels") if find_spec("triton") else None
+
+
+def takes_triton(x, weight):
+    """Are this and the weights of one type and layout that the gathering Triton kernels read?"""
+    return (triton_kernels() is not None and x.dtype == weight.dtype and x.dtype in triton_kernels().FLOATS
+            and weight.is_contiguous())
+
+
 def path_taken(device):
     """The sentence that a script prints at its start: which kernels a decode step on this device runs on."""
+    if device.type == "cuda":
+        return "Triton kernels" if triton_kernels() else "PyTorch's kernels: no Triton here"
     return cpu_library()[1] if device.type == "cpu" else "PyTorch's kernels"
 
 
@@ -460,6 +575,17 @@ def takes_rows(x):
     return x.is_cpu and x.numel() <= FEW * x.size(-1) and inferring()
 
 
+def takes_units(x):
+    """May a layer read its live units alone for these tokens (B, 1, K), by kernels that run on a GPU?"""
+    return (x.is_cuda and x.dim() == 3 and x.size(1) == 1 and len(x) <= FEW and inferring()
+            and triton_kernels() is not None)
+
+
+def way(x):
+    """Which way a Stepwise module takes with tokens (B, T, C)."""
+    return "few" if takes_rows(x) else "on_card" if takes_units(x) else "many"
+
+
 def has_kernel(*tensors):
     """Are the C kernels built, and are these contiguous and of one dtype that they take?"""
     dtype = tensors[0].dtype
@@ -504,7 +630,10 @@ def rows_sum_reference(a, weight, bias, rows=None):
 
 
 def rows_sum(a, weight, bias, rows=None):
-    """As the reference; sums in fp32, no row copied. CPU, a contiguous, of `takes_rows`."""
+    """As the reference; sums in fp32, no row copied. a contiguous, of `takes_rows` or (B, 1, H) of
+    `takes_units`."""
+    if a.is_cuda:
+        return gathered_down(a.flatten(0, 1), weight, bias, None, 1)[:, None]
     if tally is not None:
         live = a.flatten(0, -2) != 0
         tally.macs += int(live.sum()) * weight.size(1)
@@ -535,9 +664,258 @@ def keep_largest(a, k):
     return kept
 
 
+# ------------------------------------------------ 2:4 weights --------------------------------------------
+#
+# y = act(W x + bias) + onto, where of every four consecutive weights in a row of W (N, K) two are kept. A
+# packed row holds them in order and a place of 2 bits for each, so a bf16 row is 9/16 of its dense bytes (an
+# fp32 row 17/32): 1.78x is the most that a decode step can gain. One pass over the packed bytes, each read
+# once; sums in fp32; the epilogue saves a launch and a trip of y through memory.
+# Pruning and training: 2104.08378, 2102.04010.
+
+ACTS = {"relu2": lambda v: F.relu(v).square(), "gelu": F.gelu, "none": lambda v: v}     # numbered as in C
+ACT_NUMBERS = {act: number for number, act in enumerate(ACTS)}
+SLOPES = {"relu2": lambda grad, v: grad * 2 * F.relu(v), "gelu": torch.ops.aten.gelu_backward,
+          "none": lambda grad, v: grad}
+
+
+def two_of_four(sizes):
+    """sizes (..., 4 * n) -> bool of that shape: the two largest of every four, of equal ones the first."""
+    require_fours(sizes.size(-1))
+    part = sizes.unflatten(-1, (-1, 4)).unbind(-1)
+    beaten = [0, 0, 0, 0]                        # by how many of its neighbours each is
+    for i, j in itertools.combinations(range(4), 2):
+        first = part[i] >= part[j]
+        beaten[i], beaten[j] = beaten[i] + ~first, beaten[j] + first
+    return torch.stack([count < 2 for count in beaten], dim=-1).flatten(-2)
+
+
+def require_fours(K):
+    if K % 4:
+        raise ValueError(f"2:4 keeps two of every four consecutive weights: {K} is not a multiple of 4")
+
+
+def prune_24(weight):
+    """(..., K) -> the same with the smaller two of every four consecutive weights at zero."""
+    return weight * two_of_four(weight.abs())
+
+
+def pack_24(weight):
+    """(N, K) with at most two of every four weights not zero -> values (N, P/2), meta (N, P/32) int32.
+
+    P is K rounded up to 32. values: what is kept, in order. meta: for every four weights the places 0..3 of
+    the two that are kept, 2 bits each, the first in the lower bits; eight fours in a word, the first lowest.
+    """
+    N, K = weight.shape
+    kept = two_of_four(weight.abs()).unflatten(-1, (-1, 4))
+    if (weight.unflatten(-1, (-1, 4)) * ~kept).any():
+        raise ValueError("pack_24: some four weights hold more than two that are not zero: prune_24 first")
+    at = torch.where(kept, torch.arange(4, device=weight.device), 4).sort(dim=-1).values[..., :2]
+    values = weight.unflatten(-1, (-1, 4)).gather(-1, at).flatten(-2)
+    code = F.pad(at[..., 0] | at[..., 1] << 2, (0, -K // 4 % 8), value=0b0100).unflatten(-1, (-1, 8))
+    words = (code << torch.arange(0, 32, 4, device=weight.device)).sum(-1)
+    return F.pad(values, (0, -K // 2 % 16)).contiguous(), (words - (words >> 31 << 32)).int()
+
+
+def unpack_24(values, meta, K):
+    """What pack_24 packed, (N, K)."""
+    code = meta[..., None] >> torch.arange(0, 32, 4, device=meta.device, dtype=torch.int32)
+    at = torch.stack((code & 3, code >> 2 & 3), dim=-1).flatten(1, 2).long()              # (N, P/4, 2)
+    dense = values.new_zeros(*at.shape[:2], 4).scatter(-1, at, values.unflatten(-1, (-1, 2)))
+    return dense.flatten(1)[:, :K]
+
+
+def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, onto: Tensor | None,
+                        act: str) -> Tensor:
+    """x (..., K), a packed W (N, K), bias (N,), onto (..., N) -> act(W x + bias) + onto, (..., N). act: a key
+    of ACTS."""
+    y = ACTS[act](F.linear(x, unpack_24(values, meta, x.size(-1)), bias))
+    return y if onto is None else y + onto
+
+
+def takes_24(x, values):
+    """Are these a few tokens that the C kernel multiplies, at the speed of memory?"""
+    return x.is_cpu and 0 < x.numel() <= FEW * x.size(-1) and has_kernel(x, values) and picks_24()
+
+
+def picks_24():
+    """Does the C kernel gain anything on this processor? It needs AVX-512 VBMI and BF16."""
+    return cpu_library()[0] is not None and bool(cpu_library()[0].picks())
+
+
+def packing_pays(device):
+    """-> (does a decode step on this device gain from packed 2:4 weights, the sentence that says so)."""
+    pays = picks_24() if device.type == "cpu" else device.type == "cuda" and triton_kernels() is not None
+    return pays, ("2:4 weights packed" if pays else "2:4 weights pruned, not packed: packed ones gain on a "
+                  "CPU with AVX-512 VBMI and BF16 and a C compiler, or on a GPU with Triton")
+
+
+def linear_24(x, values, meta, bias=None, onto=None, act="none"):
+    """As the reference, reading the packed bytes once; differentiable in x, bias and onto. Many tokens on a
+    CPU unpack the weights once for all of them; on a GPU see triton_kernels.py."""
+    if tally is not None:
+        tally.macs += x.numel() * len(values) // 2
+        tally.bytes += values.nbytes + meta.nbytes
+    if inferring() and x.is_cpu:                 # a custom op costs a small product, and imports the compiler
+        return linear_24_cpu(x, values, meta, bias, onto, act)
+    return linear_24_op(x, values, meta, bias, onto, act)
+
+
+def linear_24_cpu(x, values, meta, bias, onto, act):
+    if not takes_24(x, values):
+        return linear_24_reference(x, values, meta, bias, onto, act)
+    (N, words), K = meta.shape, x.size(-1)
+    y = x.new_empty(*x.shape[:-1], N)
+    kernel = getattr(cpu_library()[0], "matvec24_" + NAMES[x.dtype])
+    kernel(values.data_ptr(), meta.data_ptr(), x.data_ptr(), pointer(bias), pointer(onto), y.data_ptr(),
+           x.numel() // K, N, K, words, ACT_NUMBERS[act], torch.get_num_threads())
+    return y
+
+
+def linear_24_cuda(x, values, meta, bias, onto, act):
+    """Up to 64 tokens: our kernels. More are bound by arithmetic: the card's own sparse products, where it
+    has them (sm_80 and later), on a second packing that is kept."""
+    if triton_kernels() and triton_kernels().takes_24(x, values):
+        return triton_kernels().linear_24(x, values, meta, bias, onto, act)
+    if not has_sparse_products(x, len(values)):
+        return linear_24_reference(x, values, meta, bias, onto, act)
+    y = ACTS[act](F.linear(x, semi_structured(values, meta, x.size(-1)), bias))
+    return y if onto is None else y + onto
+
+
+def has_sparse_products(x, N):
+    """Does torch multiply 2:4 weights (N, K) on x's card by its sparse units?"""
+    return (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and N % 32 == 0
+            and x.size(-1) % 64 == 0 and x.dtype in (torch.float16, torch.bfloat16))
+
+
+second_packings = {}
+
+
+def semi_structured(values, meta, K):
+    """Torch's packing of the same weights; kept for as long as these are."""
+    key = id(values)
+    if key not in second_packings:
+        second_packings[key] = torch.sparse.to_sparse_semi_structured(unpack_24(values, meta, K))
+        weakref.finalize(values, second_packings.pop, key, None)
+    return second_packings[key]
+
+
+def linear_24_backward(ctx, grad):
+    x, values, meta, bias = ctx.saved_tensors
+    weight = unpack_24(values, meta, x.size(-1))
+    inner = SLOPES[ctx.act](grad, F.linear(x, weight, bias))
+    return (inner @ weight, None, None, None if bias is None else inner.flatten(0, -2).sum(0),
+            grad if ctx.onto else None, None)
+
+
+def save_linear_24(ctx, inputs, output):
+    x, values, meta, bias, onto, ctx.act = inputs
+    ctx.onto = onto is not None
+    ctx.save_for_backward(x, values, meta, bias)
+
+
+linear_24_op = torch.library.custom_op("nanocortex::linear_24", linear_24_reference, mutates_args=())
+linear_24_op.register_kernel("cpu", linear_24_cpu)
+linear_24_op.register_kernel("cuda", linear_24_cuda)
+linear_24_op.register_fake(lambda x, values, meta, bias, onto, act:
+                           x.new_empty(*x.shape[:-1], len(values)))
+linear_24_op.register_autograd(linear_24_backward, setup_context=save_linear_24)
+
+
+# ------------------------------------------------ units that each token chooses ---------------------------
+#
+# The two halves of an MLP whose units are chosen per token, for a GPU: up, down (H, C) hold one unit a row,
+# groups (B, k) int64 name each token's groups of `width` neighbouring units. Bytes: 2 k width C weights a
+# token, plus nothing for the others: no sort, no count on the host, so that a CUDA graph can hold both.
+# gathered_down without groups reads the rows where `a` is not zero out of all: top k, squared ReLU, and
+# inputs that a threshold has silenced (2408.14690). B tokens that choose a share p each on their own touch
+# 1 - (1 - p)^B of the rows.
+
+
+def units_chosen(groups, width):
+    """(B, k) groups -> (B, k * width) units."""
+    return (groups[..., None] * width + torch.arange(width, device=groups.device)).flatten(1)
+
+
+def gathered_up_reference(x: Tensor, up: Tensor, bias: Tensor | None, groups: Tensor, scale: Tensor | None,
+                          width: int, act: str) -> Tensor:
+    """x (B, C), up (H, C), bias (H,), groups, scale (B, k) -> act(up x + bias) * scale of the chosen units,
+    (B, k * width)."""
+    rows = units_chosen(groups, width)
+    z = torch.einsum("bnc,bc->bn", up[rows], x)
+    a = ACTS[act](z if bias is None else z + bias[rows])
+    return a if scale is None else a * scale.repeat_interleave(width, dim=1)
+
+
+def gathered_down_reference(a: Tensor, down: Tensor, bias: Tensor | None, groups: Tensor | None,
+                            width: int) -> Tensor:
+    """a (B, k * width), down (H, C), bias (C,), groups (B, k); or a (B, H) of all units -> (B, C), the sums
+    of the units' rows of down, times a, plus bias."""
+    y = a @ down if groups is None else torch.einsum("bn,bnc->bc", a, down[units_chosen(groups, width)])
+    return y if bias is None else y + bias
+
+
+def gathered_up_cuda(x, up, bias, groups, scale, width, act):
+    if not takes_triton(x, up):
+        return gathered_up_reference(x, up, bias, groups, scale, width, act)
+    return triton_kernels().gathered_up(x, up, bias, groups, scale, width, act)
+
+
+def gathered_down_cuda(a, down, bias, groups, width):
+    if not takes_triton(a, down):
+        return gathered_down_reference(a, down, bias, groups, width)
+    return triton_kernels().gathered_down(a, down, bias, groups, width)
+
+
+def gathered_up_backward(ctx, grad):
+    x, up, bias, groups, scale = ctx.saved_tensors
+    rows = units_chosen(groups, ctx.width)
+    z = torch.einsum("bnc,bc->bn", up[rows], x)
+    z = z if bias is None else z + bias[rows]
+    grad_scale = None
+    if scale is not None:
+        grad_scale = (grad * ACTS[ctx.act](z)).unflatten(1, (-1, ctx.width)).sum(-1)
+        grad = grad * scale.repeat_interleave(ctx.width, dim=1)
+    inner, flat = SLOPES[ctx.act](grad, z), rows.flatten()
+    grad_up = torch.zeros_like(up).index_add(0, flat, (inner[..., None] * x[:, None]).flatten(0, 1))
+    grad_bias = None if bias is None else torch.zeros_like(bias).index_add(0, flat, inner.flatten())
+    return torch.einsum("bn,bnc->bc", inner, up[rows]), grad_up, grad_bias, None, grad_scale, None, None
+
+
+def save_gathered_up(ctx, inputs, output):
+    *tensors, ctx.width, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def gathered_down_backward(ctx, grad):
+    a, down, bias, groups = ctx.saved_tensors
+    grad_bias = None if bias is None else grad.sum(0)
+    if groups is None:
+        return grad @ down.t(), a.t() @ grad, grad_bias, None, None
+    rows = units_chosen(groups, ctx.width)
+    grad_down = torch.zeros_like(down).index_add(0, rows.flatten(),
+                                                 (a[..., None] * grad[:, None]).flatten(0, 1))
+    return torch.einsum("bc,bnc->bn", grad, down[rows]), grad_down, grad_bias, None, None
+
+
+def save_gathered_down(ctx, inputs, output):
+    *tensors, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+gathered_up = torch.library.custom_op("nanocortex::gathered_up", gathered_up_reference, mutates_args=())
+gathered_up.register_kernel("cuda", gathered_up_cuda)
+gathered_up.register_fake(lambda x, up, bias, groups, scale, width, act:
+                          x.new_empty(len(x), groups.size(1) * width))
+gathered_up.register_autograd(gathered_up_backward, setup_context=save_gathered_up)
+gathered_down = torch.library.custom_op("nanocortex::gathered_down", gathered_down_reference, mutates_args=())
+gathered_down.register_kernel("cuda", gathered_down_cuda)
+gathered_down.register_fake(lambda a, down, bias, groups, width: a.new_empty(len(a), down.size(1)))
+gathered_down.register_autograd(gathered_down_backward, setup_context=save_gathered_down)
+
+
 # ------------------------------------------------ a token through an MLP --------------------------------
 
-ACTS = {"relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}      # in the order of the kernel's numbers
 
 
 def takes_mlp(x, up, down):
@@ -615,7 +993,7 @@ def run_mlp(kernel, x, weights, units, n, sizes, act, keep):
     y = torch.empty_like(x)
     live = mlp_kernel(kernel, x.dtype)(
         x.data_ptr(), *map(pointer, weights), *map(pointer, units), y.data_ptr(), *sizes,
-        n if keep is None else min(keep, n), act == "gelu", torch.get_num_threads())
+        n if keep is None else min(keep, n), ACT_NUMBERS[act], torch.get_num_threads())
     if tally is not None:
         tally.add(1, n + live, x.size(-1), x)
     return y

@@ -196,7 +196,7 @@ def load_model(loaded, path):
     args = loaded["model_args"]
     typed = {key: given[key] for key in ("dropout", "recompute") if key in given}
     dropout = args.get("dropout", cfg.dropout) if resumed else cfg.dropout
-    return ckpt.build_model(loaded, path, **{"dropout": dropout} | typed)
+    return ckpt.build_model(loaded, path, learns=True, **{"dropout": dropout} | typed)
 
 
 def same_shape(config):
@@ -226,7 +226,7 @@ say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_mode
     f"parameters without positions; data {data_dir}, vocabulary {model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
-clipped = raw_model.parameters_by_clipping()                   # each list has a gradient norm of its own
+clipped = optimizers.by_clipping(raw_model)                    # each list has a gradient norm of its own
 scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
 if resumed:
     ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)

@@ -41,13 +41,16 @@ ARMS = {
     "hierarchy": dict(hierarchy=3, n_layer=3),
     "exits": dict(exits="1,2", n_layer=3, layer_dropout=0.3),
     "ponder": dict(ponder=3),
+    "two_of_four": dict(weights="2:4"),
+    "attn_topk": dict(attn_topk=0.5),
 }
 
 # different MLPs, or two rules for which units fire: construction names both flags
 KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
 RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
-CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES, ("hierarchy", "exits"), ("exits", "ponder")}
+CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES, ("hierarchy", "exits"), ("exits", "ponder"),
+             ("dendrites", "attn_topk")}
 SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain")}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}

@@ -96,7 +96,7 @@ def same(kernel, *arguments):
 
 @built
 @dtypes
-@pytest.mark.parametrize("act", kernels.ACTS)
+@pytest.mark.parametrize("act", ["relu2", "gelu"])
 def test_a_token_through_an_mlp_equals_the_reference(act, dtype):
     shapes = itertools.product((1, 64, 100), (1, 31, 64, 768), (False, True), (None, 1, 7))
     for seed, (H, C, some, keep) in enumerate(shapes):
