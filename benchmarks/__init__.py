@@ -65,6 +65,18 @@ class Recipe(Bench):
         check_files(self.config)
 
 
+@dataclass(frozen=True)
+class Models(Recipe):
+    """What subcommands understand too that compare several models, one seed of each."""
+    threads: int = 1  # CPU threads, of a training run too
+    jobs: int = 1  # models trained at a time
+    config: str = "config/compare_pylib.py,config/longer_context.py"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.jobs >= 1, f"jobs={self.jobs} must be at least 1")
+
+
 def check_files(config):
     """The key `config`: files of this repository, by commas."""
     for file in config.split(","):

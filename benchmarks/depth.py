@@ -6,7 +6,7 @@ from operator import eq
 
 import dataset as datasets
 import decoding
-from benchmarks import Recipe
+from benchmarks import Models
 from benchmarks.plots import drawing
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, trained_models, validation_of
 from benchmarks.timing import interleave, measurement, spread
@@ -16,11 +16,8 @@ FULL = "all layers"                              # of the model with exits, one 
 
 
 @dataclass(frozen=True)
-class Depth(Recipe):
+class Depth(Models):
     """Early exits and drafts of a trained model beside dense models of every shallower depth."""
-    threads: int = 1  # CPU threads, of a training run too
-    jobs: int = 1  # models trained at a time
-    config: str = "config/compare_pylib.py,config/longer_context.py"
     layers: int = 6  # layers of the model with exits
     exits: str = "1,2,3,4,5"  # its exits, by commas
     layer_dropout: float = 0.1  # of the model with exits
@@ -32,8 +29,8 @@ class Depth(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.jobs >= 1 and self.prompts >= 1 and self.new >= 1,
-                f"jobs={self.jobs}, prompts={self.prompts} and new={self.new} must be at least 1")
+        require(self.prompts >= 1 and self.new >= 1,
+                f"prompts={self.prompts} and new={self.new} must be at least 1")
 
 
 def depth(cfg):

@@ -82,7 +82,7 @@ class HuggingFace:
         @torch.inference_mode()
         def run():
             self.model(prompt[:, past:], past_key_values=cache, use_cache=True)
-            cache.crop(past)                    # the next call finds what this one found
+            cache.crop(-1)                      # the next call finds what this one found
         return run
 
 

@@ -5,17 +5,14 @@ from functools import partial
 
 import bio_modules
 import dataset as datasets
-from benchmarks import Recipe
+from benchmarks import Models
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, trained_models, validation_of
 from benchmarks.timing import interleave, milliseconds, spread
 
 
 @dataclass(frozen=True)
-class Ponder(Recipe):
+class Ponder(Models):
     """Adaptive computation: loss and time against mean runs, beside dense models of as much compute."""
-    threads: int = 1  # CPU threads, of a training run too
-    jobs: int = 1  # models trained at a time
-    config: str = "config/compare_pylib.py,config/longer_context.py"
     layers: int = 4  # layers of the model that ponders
     most: int = 4  # most runs of its middle block
     costs: str = "0.003,0.01,0.03,0.1"  # ponder costs, a model each, by commas

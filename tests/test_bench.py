@@ -2,6 +2,7 @@
 
 NANOGPT=/path/to/nanoGPT python -m pytest tests/test_bench.py runs the comparisons, else they are skipped.
 """
+import contextlib
 import json
 import math
 import os
@@ -198,6 +199,30 @@ def test_caches_are_swept_before_every_call_and_outside_its_time(monkeypatch):
     monkeypatch.setattr(timing, "sweeper", lambda device, cold: lambda: spend(f"sweep {cold}", 100.0))
     assert timing.interleave({"a": lambda: spend("a", 1.0)}, 2, cold=3) == {"a": [1.0, 1.0]}
     assert calls == ["sweep 3", "a"] * 3
+
+
+def test_a_cuda_device_tells_the_time_by_its_events_around_the_call(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            return 1500.0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("idle"))
+    monkeypatch.setattr(timing, "sweeper", lambda device, cold: lambda: None)
+    sides = {"a": lambda: calls.append("call")}
+    assert timing.interleave(sides, 1, warm_up=False, device=torch.device("cuda")) == {"a": [1.5]}
+    assert calls == ["idle", "record", "call", "record", "wait"]
 
 
 def test_a_sweep_touches_every_byte_that_it_is_asked_for():
