@@ -2,18 +2,24 @@
 
 NANOGPT=/path/to/nanoGPT python -m pytest tests/test_bench.py runs the comparisons, else they are skipped.
 """
+import contextlib
 import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from conftest import TEXT, Job, one_sentence
 
 import bench
+from benchmarks import CLONE, decode, peers, quality, race, readme, timing, train
+from benchmarks import record as records
+from benchmarks.record import HF, OURS, OURS_FP32, PEER
 from configurator import ConfigError
 from model import GPT, GPTConfig
 
@@ -50,6 +56,9 @@ def alone(tmp_path_factory):
     (["decode", "--prompt=1025"], ["prompt=1025", "1024"]),
     (["decode", "--repeats=0"], ["repeats=0", "--repeats=5"]),
     (["decode", "--out=no/such/file.json"], ["no/such", "does not exist"]),
+    (["decode", "--shape=baby", "--prompt=200", "--hf"], ["prompt=200 and new=128", "256", "--new=56"]),
+    (["window", "--cold=-1"], ["cold=-1", "MiB"]),
+    (["quality", "--config=config/no.py"], ["config/no.py", "does not exist"]),
     (["train", "--iters=20"], ["drop=20", "1..19"]),
     (["train", "--compile=maybe"], ["compile='maybe'", "--compile=auto"]),
 ])
@@ -57,14 +66,14 @@ def test_bad_command_lines_say_what_to_type(tmp_path, words, parts):
     one_sentence(run(tmp_path, *words), "bench.py", *parts)
 
 
-PEERED = [name for name, (kind, _) in bench.COMMANDS.items() if "nanogpt" in kind.__dataclass_fields__]
+PEERED = [name for name in bench.COMMANDS if "nanogpt" in bench.load(name)[0].__dataclass_fields__]
 
 
 @pytest.mark.parametrize("command", PEERED)
 def test_a_folder_that_is_no_nanogpt_checkout_is_refused_with_the_clone_command(tmp_path, command):
     (tmp_path / "model.py").touch()
     result = run(tmp_path, command, f"--nanogpt={tmp_path}")
-    one_sentence(result, "bench.py", str(tmp_path), "no train.py", bench.CLONE)
+    one_sentence(result, "bench.py", str(tmp_path), "no train.py", CLONE)
     assert "git clone https://github.com/karpathy/nanoGPT" in result.err
     one_sentence(run(tmp_path, command, "--nanogpt=nowhere"), "bench.py", "no model.py and no train.py")
 
@@ -76,11 +85,16 @@ def test_help_lists_every_subcommand_with_one_line(tmp_path):
     assert all(line.endswith(".") for _, line in lines)
 
 
+def test_the_menu_and_the_readme_need_no_torch(tmp_path):
+    code = "import bench, sys; bench.menu(); bench.load('readme'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=bench.__file__.rpartition(os.sep)[0], check=True)
+
+
 @pytest.mark.parametrize("command", bench.COMMANDS)
 def test_help_of_a_subcommand_tells_the_meaning_of_each_key(tmp_path, command):
     out = run(tmp_path, command, "--help").out
     keys = {line.split("=")[0].strip(): line for line in out.splitlines() if line.startswith("  --")}
-    assert keys.keys() == {f"--{key}" for key in bench.COMMANDS[command][0].__dataclass_fields__}
+    assert keys.keys() == {f"--{key}" for key in bench.load(command)[0].__dataclass_fields__}
     assert all(len(line[42:].strip()) > 10 for line in keys.values()), out
 
 
@@ -88,14 +102,14 @@ def test_help_of_a_subcommand_tells_the_meaning_of_each_key(tmp_path, command):
     ("--out=/a/b/c.json", "--out=c.json"), ("--nanogpt=/a/nanoGPT/", "--nanogpt=nanoGPT"), ("/a/b", "b"),
     ("config/x.py", "config/x.py"), ("--shape=gpt2", "--shape=gpt2")])
 def test_records_name_no_folder_of_the_machine(word, kept):
-    assert bench.without_folders(word) == kept
+    assert records.without_folders(word) == kept
 
 
 # ------------------------------------------------ the record ----------------------------------
 
 def test_the_last_line_is_the_record_and_out_holds_the_same(alone):
     result, record, path = alone
-    assert record["schema"] == bench.SCHEMA and record["subcommand"] == "decode"
+    assert record["schema"] == records.SCHEMA and record["subcommand"] == "decode"
     assert record["command"] == "python bench.py " + " ".join([*SHORT, "--out=record.json"])
     assert path.read_text() == result.out.splitlines()[-1] + "\n"
     assert [entry.name for entry in path.parent.glob("record.json*")] == ["record.json"]
@@ -107,12 +121,22 @@ def test_the_record_says_where_it_ran(alone):
     assert record["hardware"]["threads"] == 1 and record["hardware"]["torch"] == torch.__version__
     assert record["load_average"].keys() == {"before", "after"}
     assert record["config"]["new"] == 6 and record["parameters"] == 10_745_088
+    assert record["versions"]["numpy"] == numpy.__version__ and record["seeds"] == [1337]
+
+
+def test_a_record_of_a_later_schema_is_refused_and_one_without_is_the_first(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"schema": records.SCHEMA + 1}))
+    with pytest.raises(ConfigError, match=rf"schema {records.SCHEMA + 1}.*newer bench.py"):
+        records.read(path)
+    path.write_text("{}")
+    assert records.read(path) == {}
 
 
 def test_without_nanogpt_there_is_no_ratio(alone):
     result, record, _ = alone
     for found in record["measurements"].values():
-        assert bench.PEER not in found["sides"] and found["sides"][bench.OURS]["median"] > 0
+        assert PEER not in found["sides"] and found["sides"][OURS]["median"] > 0
         assert found["ratio"] == {}
     people = "\n".join(result.out.splitlines()[:-1])
     assert people.count("ratio") == people.count("no ratio: nanoGPT was not measured") == 2
@@ -121,14 +145,14 @@ def test_without_nanogpt_there_is_no_ratio(alone):
 def test_nothing_is_left_beside_a_record_that_cannot_be_written(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(ConfigError, match=r"taken.*last line of stdout"):
-        bench.write_atomically(tmp_path / "taken", "{}")
+        records.write_atomically(tmp_path / "taken", "{}")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_busy_machine_is_named(monkeypatch, capsys):
     for load, warned in ((0.4, False), (0.6, True)):
-        monkeypatch.setattr(bench, "load_average", lambda load=load: [load, 0, 0])
-        bench.header(SimpleNamespace(nanogpt=""))
+        monkeypatch.setattr(records, "load_average", lambda load=load: [load, 0, 0])
+        records.header(SimpleNamespace(nanogpt=""))
         assert ("the machine is busy" in capsys.readouterr().out) == warned
 
 
@@ -137,15 +161,15 @@ def test_a_commit_is_that_of_the_folder_itself_and_tells_changes(tmp_path):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
                        capture_output=True)
     (tmp_path / "inner").mkdir()
-    assert bench.commit_of(tmp_path) is None
+    assert records.commit_of(tmp_path) is None
     git("init")
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-m", "one")
-    clean = bench.commit_of(tmp_path)
+    clean = records.commit_of(tmp_path)
     (tmp_path / "file").write_text("two")
-    assert len(clean) == 12 and bench.commit_of(tmp_path) == clean + "+changes"
-    assert bench.commit_of(tmp_path / "inner") is None
+    assert len(clean) == 12 and records.commit_of(tmp_path) == clean + "+changes"
+    assert records.commit_of(tmp_path / "inner") is None
 
 
 # ------------------------------------------------ timing and its summary ----------------------
@@ -153,56 +177,99 @@ def test_a_commit_is_that_of_the_folder_itself_and_tells_changes(tmp_path):
 def test_sides_are_called_in_turns_after_one_untimed_round(monkeypatch):
     calls, now = [], [0.0]
     cost = {"a": 1.0, "b": 2.0}
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def side(name):
         calls.append(name)
         now[0] += cost[name] + 100 * (len(calls) <= 2)  # the slow first round must not count
     sides = {"a": lambda: side("a"), "b": lambda: side("b")}
-    assert bench.interleave(sides, 3) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert timing.interleave(sides, 3) == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert "".join(calls) == "abababab"
     calls.clear()
-    assert bench.interleave(sides, 2, warm_up=False) == {"a": [101.0, 1.0], "b": [102.0, 2.0]}
+    assert timing.interleave(sides, 2, warm_up=False) == {"a": [101.0, 1.0], "b": [102.0, 2.0]}
+
+
+def test_caches_are_swept_before_every_call_and_outside_its_time(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def spend(name, seconds):
+        calls.append(name)
+        now[0] += seconds
+    monkeypatch.setattr(timing, "sweeper", lambda device, cold: lambda: spend(f"sweep {cold}", 100.0))
+    assert timing.interleave({"a": lambda: spend("a", 1.0)}, 2, cold=3) == {"a": [1.0, 1.0]}
+    assert calls == ["sweep 3", "a"] * 3
+
+
+def test_a_cuda_device_tells_the_time_by_its_events_around_the_call(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            return 1500.0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("idle"))
+    monkeypatch.setattr(timing, "sweeper", lambda device, cold: lambda: None)
+    sides = {"a": lambda: calls.append("call")}
+    assert timing.interleave(sides, 1, warm_up=False, device=torch.device("cuda")) == {"a": [1.5]}
+    assert calls == ["idle", "record", "call", "record", "wait"]
+
+
+def test_a_sweep_touches_every_byte_that_it_is_asked_for():
+    sweep = timing.sweeper(None, 2)
+    assert sweep().eq(1).all() and sweep().eq(2).all() and sweep().nbytes == 2 * 2**20
+    assert timing.sweeper(None, 0)().numel() == 0
 
 
 def test_a_ratio_is_that_of_medians_and_above_one_where_ours_is_better():
-    times = {bench.PEER: [8.0, 100.0, 9.0], bench.OURS: [3.0, 1.0, 2.0], bench.OURS_FP32: [18.0]}
-    found = bench.measurement("ms", times)
-    assert found["sides"][bench.PEER] == {"median": 9.0, "min": 8.0, "max": 100.0, "repeats": 3}
-    assert found["ratio"] == {bench.OURS: 4.5, bench.OURS_FP32: 0.5}
-    rates = bench.measurement("tokens/s", times, higher_is_better=True)
-    assert rates["ratio"] == {bench.OURS: 2 / 9, bench.OURS_FP32: 2.0}
-    for lonely in ({bench.OURS: [1.0]}, {bench.PEER: [1.0]}, {bench.PEER: [], bench.OURS: [1.0]}):
-        assert bench.measurement("ms", lonely)["ratio"] == {}
+    times = {PEER: [8.0, 100.0, 9.0], OURS: [3.0, 1.0, 2.0], OURS_FP32: [18.0]}
+    found = timing.measurement("ms", times)
+    assert found["sides"][PEER] == {"median": 9.0, "min": 8.0, "max": 100.0, "quartiles": [8.5, 54.5],
+                                    "repeats": 3}
+    assert found["ratio"] == {OURS: 4.5, OURS_FP32: 0.5}
+    rates = timing.measurement("tokens/s", times, higher_is_better=True)
+    assert rates["ratio"] == {OURS: 2 / 9, OURS_FP32: 2.0}
+    for lonely in ({OURS: [1.0]}, {PEER: [1.0]}, {PEER: [], OURS: [1.0]}):
+        assert timing.measurement("ms", lonely)["ratio"] == {}
 
 
 def test_nanogpts_lines_give_ms_and_loss_of_each_iteration():
     said = ("step 0: train loss 4.2, val loss 4.3\niter 0: loss 4.2651, time 812.50ms, mfu -100.00%\n"
             "iter 1: loss nan, time 20.25ms, mfu 0.01%\n")
-    (first, second) = bench.peer_iterations(said)
+    (first, second) = peers.peer_iterations(said)
     assert first == (812.5, 4.2651) and second[0] == 20.25 and math.isnan(second[1])
 
 
 def test_iterations_dropped_at_the_start_do_not_count(capsys):
     def runs(ms):
-        return [bench.Run([1000.0] * 5 + [ms] * 3, [9.0] * 8, "device cpu")]
-    cfg, wall = bench.Train(iters=8, drop=5), {bench.PEER: [4.0], bench.OURS: [2.0]}
-    model = GPT(GPTConfig(**bench.TRAINED, vocab_size=65), init=False)
-    found = bench.train_report(cfg, {bench.PEER: runs(30.0), bench.OURS: runs(10.0)}, wall, model)
-    assert found["measurements"]["iteration"]["ratio"] == {bench.OURS: 3.0}
-    assert found["measurements"]["rate"]["sides"][bench.OURS]["median"] == pytest.approx(12 * 64 / 0.010)
-    assert found["measurements"]["process"]["ratio"] == {bench.OURS: 2.0}
-    assert found["first_iteration_seconds"]["median"] == 1.0 and found["final_losses"][bench.OURS] == [9.0]
+        return [train.Run([1000.0] * 5 + [ms] * 3, [9.0] * 8, "device cpu")]
+    cfg, wall = train.Train(iters=8, drop=5), {PEER: [4.0], OURS: [2.0]}
+    model = GPT(GPTConfig(**train.TRAINED, vocab_size=65), init=False)
+    found = train.train_report(cfg, {PEER: runs(30.0), OURS: runs(10.0)}, wall, model)
+    assert found["measurements"]["iteration"]["ratio"] == {OURS: 3.0}
+    assert found["measurements"]["rate"]["sides"][OURS]["median"] == pytest.approx(12 * 64 / 0.010)
+    assert found["measurements"]["process"]["ratio"] == {OURS: 2.0}
+    assert found["first_iteration_seconds"]["median"] == 1.0 and found["final_losses"][OURS] == [9.0]
 
 
 def test_fp32_ids_that_differ_are_said_loudly_and_bf16_ones_told(capsys):
     expected, other = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 9, 4])
-    found = bench.compare(expected, other)
+    found = decode.compare(expected, other)
     assert found == {"equal": 0.75, "first_difference": 2}
-    assert bench.compare(expected, expected) == {"equal": 1.0, "first_difference": None}
+    assert decode.compare(expected, expected) == {"equal": 1.0, "first_difference": None}
     for dtype, loud in (("float32", True), ("bfloat16", False)):
-        sides = {bench.OURS: found | {"dtype": dtype}}
-        bench.tell_agreement({"of": bench.PEER, "distinct": 4, "sides": sides})
+        sides = {OURS: found | {"dtype": dtype}}
+        decode.tell_agreement({"of": PEER, "distinct": 4, "sides": sides})
         said = capsys.readouterr().out
         assert "0.7500 equal" in said and ("!!! GREEDY IDS DIFFER" in said) == loud
 
@@ -212,7 +279,7 @@ def test_cached_step_is_the_whole_context_for_one_token():
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1]))
     prompt = torch.arange(7)[None]
-    bench.cached_step(model, prompt)()
+    decode.cached_step(model, prompt)()
     model(prompt)
     torch.testing.assert_close(seen[0], seen[1])
 
@@ -223,10 +290,10 @@ def test_cached_step_is_the_whole_context_for_one_token():
 def test_decode_beside_nanogpt_has_both_sides_and_the_same_greedy_ids(tmp_path):
     record = record_of(run(tmp_path, *SHORT, f"--nanogpt={NANOGPT}", "--dtype=bfloat16"))
     for found in record["measurements"].values():
-        assert list(found["sides"]) == [bench.PEER, bench.OURS, bench.OURS_FP32]
-        assert found["ratio"].keys() == {bench.OURS, bench.OURS_FP32}
+        assert list(found["sides"]) == [PEER, OURS, OURS_FP32]
+        assert found["ratio"].keys() == {OURS, OURS_FP32}
     agreement = record["agreement"]
-    assert agreement["of"] == bench.PEER and agreement["sides"][bench.OURS_FP32]["equal"] == 1.0
+    assert agreement["of"] == PEER and agreement["sides"][OURS_FP32]["equal"] == 1.0
     assert agreement["distinct"] > 1, "ids that never change agree for any two models"
 
 
@@ -236,8 +303,8 @@ def test_train_beside_nanogpt_measures_every_iteration_of_both(tmp_path):
     words = ["--iters=6", "--drop=2", "--repeats=1", "--threads=1", "--dtype=float32", "--input=text.txt"]
     record = record_of(run(tmp_path, "train", f"--nanogpt={Path(NANOGPT).resolve()}", *words))
     for key in ("iteration", "rate", "process"):
-        assert record["measurements"][key]["ratio"][bench.OURS] > 0
-    ours, theirs = record["final_losses"][bench.OURS][0], record["final_losses"][bench.PEER][0]
+        assert record["measurements"][key]["ratio"][OURS] > 0
+    ours, theirs = record["final_losses"][OURS][0], record["final_losses"][PEER][0]
     assert abs(ours - theirs) < 0.2, f"the same model on the same data starts alike: {ours} and {theirs}"
 
 
@@ -263,8 +330,34 @@ def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
 def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
     record = record_of(run(tmp_path, *SHORT, "--blocks=True"))
     ratios = record["measurements"]["decode"]["to_twin"]
-    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%", *bench.OTHER_BLOCKS}
+    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%", *decode.OTHER_BLOCKS}
     assert min(ratios.values()) > 0
+
+
+def test_decode_beside_hugging_face_gives_the_same_greedy_ids(tmp_path):
+    pytest.importorskip("transformers")
+    result = run(tmp_path, *SHORT, "--hf", "--dtype=float32")
+    found = record_of(result)
+    sides = found["agreement"]["sides"]
+    assert found["agreement"]["of"] == OURS and found["agreement"]["distinct"] > 1
+    assert sides == {HF: {"equal": 1.0, "first_difference": None, "dtype": "float32"}}
+    for measured in found["measurements"].values():
+        assert measured["against"][HF].keys() == {OURS, HF} and measured["ratio"] == {}
+    assert found["measurements"]["decode"]["to_twin"] == {} and "against Hugging Face" in result.out
+
+
+def test_hugging_faces_cached_step_is_its_whole_context_for_one_token_again_and_again():
+    pytest.importorskip("transformers")
+    ours = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=32), seed=1).eval()
+    rival, seen = peers.HuggingFace(ours), []
+    rival.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output[:, -1]))
+    prompt = torch.arange(7)[None]
+    step = rival.cached_step(prompt)
+    seen.clear()
+    step(), step()
+    for logits in seen:
+        torch.testing.assert_close(logits, ours(prompt)[0][:, -1])
+    assert len(seen) == 2
 
 
 def test_memory_says_what_recomputing_leaves(tmp_path):
@@ -315,7 +408,7 @@ def test_quality_trains_every_arm_and_reads_the_predictors_curve(tmp_path):
     words = ["quality", "--iters=3", "--repeats=1", "--arms=dense,predict,experts", "--plot=p.png"]
     record = record_of(run(tmp_path, *words))
     assert list(record["runs"]) == ["dense", "predict", "experts"]
-    assert record["runs"]["predict"][0]["policy"].keys() == {str(share) for share in bench.SHARES}
+    assert record["runs"]["predict"][0]["policy"].keys() == {str(share) for share in quality.SHARES}
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
@@ -345,18 +438,18 @@ def test_pondering_and_growth_are_measured_beside_dense_models(tmp_path):
 # ------------------------------------------------ race and readme ------------------------------
 
 def test_a_race_without_a_rival_is_refused(tmp_path):
-    one_sentence(run(tmp_path, "race"), "bench.py", "both sides", bench.CLONE)
+    one_sentence(run(tmp_path, "race"), "bench.py", "both sides", CLONE)
 
 
 def test_curves_are_thinned_and_smoothed():
     curve = [[10 * i, i / 2, float(i)] for i in range(1000)]
-    thin = bench.thinned(curve)
+    thin = race.thinned(curve)
     assert len(thin) == 200 and thin[0] == [0, 0.0, 0.0]
     assert thin[100] == [5000, 250.0, 495.0]                        # the mean of 490 .. 500
 
 
 def test_the_readme_says_what_the_records_say():
-    bench.readme(bench.Readme(check=True))
+    readme.readme(readme.Readme(check=True))
 
 
 def test_the_readme_table_is_made_from_records_with_both_sides(tmp_path):
@@ -368,10 +461,10 @@ def test_the_readme_table_is_made_from_records_with_both_sides(tmp_path):
                                         "ratio": {"ours": 2500.0}},
                                "alone": {"unit": "ms", "sides": {"ours": spread}, "ratio": {}}}}
     (tmp_path / "a.json").write_text(json.dumps(record))
-    table = bench.results_table(tmp_path)
+    table = readme.results_table(tmp_path)
     assert "| decode baby: step, ms | 2 | 5,000 | 2500.00x | [a.json](results/a.json) |" in table
     assert "alone" not in table
-    text = f"head {bench.MARKS[0]} old {bench.MARKS[1]} tail"
-    assert bench.with_table(text, "new") == f"head {bench.MARKS[0]}\nnew\n{bench.MARKS[1]} tail"
+    text = f"head {readme.MARKS[0]} old {readme.MARKS[1]} tail"
+    assert readme.with_table(text, "new") == f"head {readme.MARKS[0]}\nnew\n{readme.MARKS[1]} tail"
     with pytest.raises(ConfigError, match="lost its marks"):
-        bench.with_table("no marks", "new")
+        readme.with_table("no marks", "new")

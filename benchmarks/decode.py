@@ -1,0 +1,185 @@
+"""Generation at batch 1: ours, nanoGPT and Hugging Face with the same weights; blocks beside their twin."""
+import contextlib
+import copy
+import importlib.util
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import runtime
+import sparse_kernels
+from benchmarks import Timed
+from benchmarks.peers import HuggingFace, peer_model
+from benchmarks.record import HF, OURS, OURS_FP32, PEER
+from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
+from configurator import require
+from context import Cache, CachedContext
+from model import GPT, GPTConfig
+
+SHAPES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False),
+    "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False),
+}
+
+
+@dataclass(frozen=True)
+class Decode(Timed):
+    """Tokens per second of generation at batch 1: ours against nanoGPT's, same weights, one process."""
+    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide, block 1024) or baby (6 layers, 384 wide, block 256)
+    prompt: int = 128  # tokens of context before the first new one
+    new: int = 128  # tokens that every side generates
+    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
+    dtype: str = "auto"  # of ours; nanoGPT runs as in its sample.py: fp32 on a CPU, autocast on CUDA
+    blocks: bool = False  # also models of this shape with bio blocks, random weights, beside their dense twin
+    hf: bool = False  # also Hugging Face's generate with the same weights, in the dtype of ours
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.shape in SHAPES, f"shape='{self.shape}' must be {' or '.join(SHAPES)}")
+        block = SHAPES[self.shape]["block_size"]
+        require(2 <= self.prompt <= block,
+                f"prompt={self.prompt} must be in 2..{block}, the block of --shape={self.shape}")
+        require(self.new >= 1, f"new={self.new} must be at least 1")
+        require(not self.hf or self.prompt + self.new <= block,
+                f"hf: prompt={self.prompt} and new={self.new} must fit in the block of {block}, where "
+                f"Hugging Face's positions end: type --new={max(1, block - self.prompt)}")
+        require(not self.hf or importlib.util.find_spec("transformers"),
+                "--hf needs transformers: pip install transformers")
+
+
+def decode(cfg):
+    place = runtime.choose(cfg.device, cfg.dtype, False)
+    print(f"ours: {place}, {sparse_kernels.path_taken(place.device)}")
+    models, contexts = decoders(cfg, place)
+    parameters = sum(p.numel() for p in models[OURS].parameters())
+    vocab_size = SHAPES[cfg.shape]["vocab_size"]
+    prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
+    prompt = prompt.to(place.device)
+    agreement = agree(models, prompt, cfg.new)
+    for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS if cfg.blocks else {}).items():
+        config = GPTConfig(**SHAPES[cfg.shape], act="relu2", **flags)
+        models[name] = GPT(config, seed=1337).eval().to(place.device, place.dtype).use_policy()
+        contexts[name] = contextlib.nullcontext()
+    seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
+                          for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold)
+    rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
+    steps = {name: step_of(name, model, prompt, contexts[name]) for name, model in models.items()}
+    ms = milliseconds(interleave(steps, 4 * cfg.repeats, device=place.device, cold=cfg.cold))
+    results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
+    results["decode"]["to_twin"] = {name: ratio for name, ratio in
+                                    times_better(results["decode"]["sides"], OURS, True).items()
+                                    if name not in SAME_WEIGHTS}
+    if cfg.hf:
+        for result in results.values():
+            same = {name: s for name, s in result["sides"].items() if name in SAME_WEIGHTS}
+            result["against"] = {HF: times_better(same, HF, result["unit"] == "tokens/s")}
+    print(f"{cfg.shape}, {parameters:,} parameters, the same weights on every side of them; "
+          f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
+    show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
+    for name, ratio in results["decode"]["to_twin"].items():
+        count = sum(p.numel() for p in models[name].parameters())
+        print(f"  {name}: {ratio:.2f}x its dense twin's tokens/s, {count:,} parameters, random weights")
+    show(f"one token at a context of exactly {cfg.prompt}", results["step"])
+    tell_agreement(agreement)
+    return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
+            "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337]}
+
+
+SAME_WEIGHTS = PEER, OURS, OURS_FP32, HF
+# blocks whose decode saves outside the MLP
+OTHER_BLOCKS = {"window 128": dict(window=128, window_pattern="S"), "hierarchy 4": dict(hierarchy=4),
+                "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1)}
+
+
+def decoded_blocks(rank, active):
+    """{name: flags} of the blocks whose decode reads a share of the MLP that no weight decides."""
+    return {"top 10%": dict(mlp_topk=0.1), "columns 3 of 32": dict(columns=32, columns_active=3),
+            f"predicted {active:.0%}": dict(mlp_topk=0.1, mlp_predict=rank, mlp_active=active)}
+
+
+def decoders(cfg, place):
+    """-> ({side: model in eval mode on the device}, {side: the context it runs in}); same weights in all."""
+    ours = GPT(GPTConfig(**SHAPES[cfg.shape]), seed=1337).eval()
+    models, contexts = {}, {}
+    if cfg.nanogpt:
+        models[PEER] = peer_model(cfg.nanogpt, SHAPES[cfg.shape]).eval()
+        ours.load_state_dict(models[PEER].state_dict())
+    with torch.no_grad():           # at their init greedy ids repeat one token, and then any two models agree
+        for model in (ours, *models.values()):
+            model.transformer.wpe.weight.mul_(30)
+    models[OURS] = copy.deepcopy(ours).to(place.dtype)
+    if place.dtype != torch.float32:
+        models[OURS_FP32] = ours
+    if place.device.type == "cuda":
+        contexts[PEER] = torch.amp.autocast("cuda", dtype=runtime.choose_dtype("auto", place.device)[0])
+    models = {name: model.to(place.device) for name, model in models.items()}
+    if cfg.hf:
+        models[HF] = HuggingFace(models[OURS])
+    return models, {name: contexts.get(name, contextlib.nullcontext()) for name in models}
+
+
+def generate(model, prompt, new, context):
+    """The same call on every side."""
+    with context:
+        model.generate(prompt, new, top_k=1)
+
+
+def step_of(name, model, prompt, context):
+    """-> a function that computes one token behind the rest of the prompt, as the side's generate does."""
+    if name == PEER:
+        return partial(whole_context, model, prompt, context)
+    return model.cached_step(prompt) if name == HF else cached_step(model, prompt)
+
+
+@torch.no_grad()
+def whole_context(model, prompt, context):
+    """What nanoGPT computes for one token: a forward over all of them."""
+    with context:
+        model(prompt)
+
+
+@torch.inference_mode()
+def cached_step(model, prompt):
+    """What ours computes for one token, over a cache of those before it -> a function that does it."""
+    past = prompt.size(1) - 1
+    cache = Cache(model, 1, prompt.size(1))
+    model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
+
+    @torch.inference_mode()                     # as generation does
+    def run():
+        model.head(model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt)))
+    return run
+
+
+def agree(models, prompt, new):
+    """Greedy ids of every side against nanoGPT's in fp32 (without it: against our own in fp32), TF32 off.
+
+    -> {"of": that side, "distinct": different ids in it, "sides": {side: result of compare(), and its dtype}}
+    """
+    of = PEER if PEER in models else OURS_FP32 if OURS_FP32 in models else OURS
+    greedy = {name: dict(top_k=1) if name == PEER else dict(temperature=0) for name in models}
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    ids = {name: model.generate(prompt, new, **greedy[name])[0, -new:] for name, model in models.items()}
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    dtypes = {name: str(model.lm_head.weight.dtype).removeprefix("torch.") for name, model in models.items()}
+    return {"of": of, "distinct": len(ids[of].unique()),
+            "sides": {name: compare(ids[of], found) | {"dtype": dtypes[name]}
+                      for name, found in ids.items() if name != of}}
+
+
+def compare(expected, found):
+    """Share of equal ids; index of the first that differs (the contexts differ after it) or None."""
+    same = (expected == found).tolist()
+    return {"equal": sum(same) / len(same), "first_difference": None if all(same) else same.index(False)}
+
+
+def tell_agreement(agreement):
+    """Print the shares; an fp32 side must agree in every token."""
+    for name, found in agreement["sides"].items():
+        first = found["first_difference"]
+        print(f"greedy ids, {name} ({found['dtype']}) against {agreement['of']}: {found['equal']:.4f} equal"
+              + f", first difference at new token {first}" * (first is not None)
+              + f", {agreement['distinct']} different ids")
+        if found["dtype"] == "float32" and first is not None:
+            print(f"!!! GREEDY IDS DIFFER: {name} is fp32 and must give {agreement['of']}'s; quote nothing")

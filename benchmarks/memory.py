@@ -1,0 +1,58 @@
+"""Memory of a training run, from what a real forward saves."""
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import Bench
+from benchmarks.decode import SHAPES
+from configurator import require
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class Memory(Bench):
+    """GPU memory of a training run, computed: weights, gradients, optimizer, what backward keeps."""
+    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide, block 1024) or baby (6 layers, 384 wide, block 256)
+    cards: str = "8,12,24"  # GiB of the cards, by commas
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.shape in SHAPES, f"shape='{self.shape}' must be {' or '.join(SHAPES)}")
+        require(all(card.isdigit() for card in self.cards.split(",")),
+                f"cards='{self.cards}' must be whole GiB by commas: type --cards=8,12,24")
+
+
+def memory(cfg):
+    """Bytes that autograd keeps for one sequence, summed over what a real bf16 forward saves on
+    a CPU, with and without recompute; the largest batch that fits a card less 1 GiB for all else."""
+    found, T = {}, SHAPES[cfg.shape]["block_size"]
+    for recompute in (False, True):
+        model = GPT(GPTConfig(**SHAPES[cfg.shape], recompute=recompute), seed=0).train()
+        model.compute_dtype = torch.bfloat16
+        parameters, V = sum(p.numel() for p in model.parameters()), model.config.vocab_size
+        fixed, sequence = 16 * parameters, saved_bytes(model, T) + 6 * V * T    # 6 V: the logits' gradients
+        fits = {card: max(0, int((int(card) - 1) * 2**30 - fixed) // sequence)
+                for card in cfg.cards.split(",")}
+        found[f"recompute={recompute}"] = dict(fixed=fixed, sequence=sequence, batch_size=fits)
+        print(f"{cfg.shape}, recompute={recompute}: {fixed / 2**30:.2f} GiB of weights, gradients and AdamW, "
+              f"{sequence / 2**20:.0f} MiB a sequence of {T}; largest batch_size: "
+              + ", ".join(f"{batch} in {card} GiB ({(fixed + batch * sequence) / 2**30:.1f} used)"
+                          for card, batch in fits.items()))
+    return {"measurements": {}, "memory": found, "seeds": [0]}
+
+
+def saved_bytes(model, T):
+    """Bytes of the storages that one forward of T tokens saves for backward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage     # held, so that no address is counted twice
+        return tensor
+
+    idx = torch.zeros(1, T, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(idx, idx)
+    return sum(storage.nbytes() for storage in kept.values())

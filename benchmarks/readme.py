@@ -1,0 +1,160 @@
+"""The README's tables, written from results/*.json."""
+import re
+import statistics
+from dataclasses import dataclass
+
+from benchmarks import ROOT
+from benchmarks.record import CAUSAL, DENSE, DENSE_FP32, OURS, PEER, TWIN, mean_of, read, write_atomically
+from configurator import require
+
+MARKS = "<!-- results: written by `python bench.py readme` from results/*.json -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class Readme:
+    """Write the README's table of measurements from results/*.json."""
+    check: bool = False  # change nothing: exit with status 2 if the README is not up to date
+
+
+def readme(cfg):
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = with_table(old, results_table(ROOT / "results"))
+    require(not cfg.check or new == old,
+            "README.md is not what results/*.json say: type python bench.py readme")
+    if new != old:
+        write_atomically(path, new)
+    print("README.md is up to date" if new == old else "README.md is written anew")
+
+
+def with_table(text, table):
+    """`text` with `table` between the two marks."""
+    head, _, rest = text.partition(MARKS[0])
+    _, mark, tail = rest.partition(MARKS[1])
+    require(mark, f"README.md has lost its marks: put '{MARKS[0]}' and '{MARKS[1]}' where the table belongs")
+    return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
+
+
+def results_table(folder):
+    """Every record of `folder` as rows of the markdown tables TABLES, and the places where they ran."""
+    records = {path.name: read(path) for path in sorted(folder.glob("*.json"))}
+    lines = []
+    for head, subcommands, rows_of in TABLES:
+        lines += table(head, [f"| {row} | [{name}](results/{name}) |" for name, found in records.items()
+                              if found["subcommand"] in subcommands or not subcommands
+                              for row in rows_of(found)])
+    hardware = [found["hardware"] for found in records.values()]
+    places = [f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}" for h in hardware]
+    return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
+                      + ". Each record holds its command, commit, spread and load average."])
+
+
+def table(head, rows):
+    """Lines of a markdown table with an empty one behind it; none without rows."""
+    head += " | record"
+    return [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *rows, ""] if rows else []
+
+
+def peer_rows(record):
+    """Every measurement with nanoGPT beside ours."""
+    for name, result in record.get("measurements", {}).items():
+        what = f"{record['subcommand']} {record['config'].get('shape', '')}".strip()
+        yield from measurement_rows(f"{what}: {name}, {result['unit']}", result)
+
+
+def measurement_rows(what, result):
+    peer = result["sides"].get(PEER)
+    for side, s in result["sides"].items() if peer else ():
+        if side != PEER:
+            ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
+            twin = result.get("to_twin", {}).get(side)
+            label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
+            label += f", {twin:.2f}x its dense twin" if twin else ""
+            yield f"{label} | {figure(s)} | {figure(peer)} | {ratio}"
+
+
+def quality_rows(record):
+    for arm, s in record["measurements"]["val loss"]["sides"].items():
+        first = record["runs"][arm][0]
+        zeros = first["counters"].get("zeros")
+        delta = f"{statistics.fmean(s['to_twin']):+.4f}" if s["to_twin"] and arm != TWIN else ""
+        shown = f"{zeros:.0%}" if zeros is not None else ""
+        yield f"{arm} | {mean_of(s)} | {s['repeats']} | {delta} | {first['parameters']:,} | {shown}"
+        for share in first["policy"]:
+            losses = [run["policy"][share] for run in record["runs"][arm]]
+            twin = [run["val_loss"] for run in record["runs"].get(TWIN, ())]
+            delta = f"{statistics.fmean(losses) - statistics.fmean(twin):+.4f}" if twin else ""
+            seen = {"mean": statistics.fmean(losses), "min": min(losses), "max": max(losses)}
+            yield (f"{arm}, {float(share):.0%} of the units read | {mean_of(seen)} | {s['repeats']} "
+                   f"| {delta} | |")
+
+
+def change_rows(record):
+    for name, s in record["measurements"]["val loss"]["sides"].items():
+        yield f"{name} | {mean_of(s)} | {s['repeats']} | {s['to_ours']:+.4f}"
+
+
+def mlp_rows(record):
+    """All sides at one width; of the other widths what gates before the up projection, in bf16."""
+    whole = "width 768" if "width 768" in record["measurements"] else next(iter(record["measurements"]))
+    for width, result in record["measurements"].items():
+        for side, s in result["sides"].items():
+            if width != whole and not re.fullmatch(r"(columns|predicted) .*, bfloat16", side):
+                continue
+            work = record["work"].get(f"{side}, {width.removeprefix('width ')}", {})
+            mib = f"{work['bytes'] / 2**20:.2f} MiB" if work else ""
+            yield (f"{width}: {side} | {figure(s)} | {result['against'][DENSE][side]:.2f}x "
+                   f"| {result['against'][DENSE_FP32][side]:.2f}x | {mib}")
+
+
+def step_rows(record):
+    for arm, s in record["measurements"]["training step"]["sides"].items():
+        yield f"{arm} | {figure(s)} ({s['min']:.4g} to {s['max']:.4g}) | {s['to_twin']:.2f}x"
+
+
+def window_rows(record):
+    for title, result in record["measurements"].items():
+        for side, s in result["sides"].items():
+            faster = f"{result['against'][side]:.2f}x" if side in result.get("against", {}) else ""
+            cache = record["cache_bytes"].get(side)
+            cache = f"{cache / 2**20:.1f} MiB" if cache else ""
+            yield f"{title}: {side} | {figure(s)} | {faster} | {cache}"
+
+
+def depth_rows(record):
+    """Models and policies by the layers that a token passes."""
+    for name, p in record["points"].items():
+        rate = p.get("tokens_per_second") or 1e3 / p["token_ms"]["median"]
+        step = figure(p["step_ms"]) if "step_ms" in p else ""
+        loss = f"{p['val_loss']:.4f}" if "val_loss" in p else ""
+        yield f"{name} | {p['layers']:.2f} | {loss} | {rate:,.0f} | {step}"
+
+
+def growth_rows(record):
+    for name, s in record["measurements"]["val loss"]["sides"].items():
+        seconds = statistics.median(run["step_seconds"] for run in record["runs"][name])
+        first = record["runs"][name][0]
+        yield (f"{name} | {mean_of(s)} | {s['repeats']} | {seconds:.0f} "
+               f"| {first['curve'][-1][2] / 1e12:.2f} | {first['iters']}")
+
+
+def figure(s):
+    """A median in four digits, thousands apart."""
+    return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
+
+
+# heads, the subcommands whose records have rows here (none named: all), and what gives a record's rows
+TABLES = (
+    ("measured | ours | nanoGPT | ratio", (), peer_rows),
+    ("block | val loss | seeds | to its dense twin | parameters | zeros into W_down", ("quality",),
+     quality_rows),
+    ("a training step with the block | ms | its dense twin's time", ("steps",), step_rows),
+    (f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read", ("mlp",),
+     mlp_rows),
+    (f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache", ("window",),
+     window_rows),
+    ("depth | layers per token | val loss | tokens/s, greedy | a training step, ms", ("depth", "ponder"),
+     depth_rows),
+    ("growth | val loss | seeds | training steps, s | TFLOP | iterations", ("grow",), growth_rows),
+    ("the race's config with | val loss | seeds | to ours", ("ablate",), change_rows),
+)
