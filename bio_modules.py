@@ -229,7 +229,7 @@ class MLP(Stepwise):
     def fuse(self):
         """Packed weights end with the activation, where a kernel knows it."""
         if isinstance(self.c_fc, Packed) and self.plain:
-            self.c_fc.act, self.act = self.plain, as_is
+            self.c_fc.act, self.act = self.plain, nn.Identity()
 
     def chosen_groups(self, x, ctx, groups, scale, width):
         """Tokens (B, 1, C) through their own groups (B, k) of `width` units, scaled by (B, k) or not at all,

@@ -9,6 +9,8 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 SHARED_MEMORY = 101376                           # bytes of a program on sm_86, sm_89 and sm_120
 
@@ -120,6 +122,74 @@ def gemm_24(x, values, meta, bias, onto, out, M, N, K, words, HALF: tl.constexpr
     at = m[None, :] * N + n[:, None]
     finish(sums, bias, onto, out, tl.minimum(n, N - 1)[:, None], at, (m[None, :] < M) & (n[:, None] < N), ACT,
            BIAS, ONTO)
+
+
+@gluon.jit
+def mma_24(x, fragments, places, out, M, N, K, KIND: gl.constexpr, WARPS: gl.constexpr):
+    """y (M, N) fp32 = x W for up to 8 rows of x by sparse tensor cores: a program makes 16 outputs, its warps
+    share K. x holds two elements in an int32; fragments, places: sparse_kernels.fragments_24."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    apart: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    tile, blocks = gl.program_id(0), K // 64
+    thread = gl.arange(0, 32 * WARPS, layout=flat)
+    row = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, wide))
+    register = gl.arange(0, 4, layout=gl.SliceLayout(0, wide))
+    lane = thread % 32
+    token, place = lane // 4, lane % 4
+    c0 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
+    c1 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
+    c2 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
+    c3 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
+    for first in range(0, blocks, WARPS):
+        block, own = first + thread // 32, first + row // 32
+        e = gl.load(places + (tile * blocks + block) * 32 + lane, mask=block < blocks, other=0x44444444)
+        for half in gl.static_range(2):
+            at = (((tile * blocks + own) * 2 + half) * 32 + row % 32) * 4
+            a = gl.load(fragments + at[:, None] + register[None, :], mask=(own < blocks)[:, None], other=0)
+            even, odd = gl.split(a.reshape([32 * WARPS, 2, 2]))
+            a0, a2 = gl.split(even)
+            a1, a3 = gl.split(odd)
+            a0 = gl.convert_layout(a0, flat, assert_trivial=True)
+            a1 = gl.convert_layout(a1, flat, assert_trivial=True)
+            a2 = gl.convert_layout(a2, flat, assert_trivial=True)
+            a3 = gl.convert_layout(a3, flat, assert_trivial=True)
+            b = x + token * (K // 2) + block * 32 + half * 16 + place
+            known = (block < blocks) & (token < M)
+            b0 = gl.load(b, mask=known, other=0)
+            b1 = gl.load(b + 4, mask=known, other=0)
+            b2 = gl.load(b + 8, mask=known, other=0)
+            b3 = gl.load(b + 12, mask=known, other=0)
+            c0, c1, c2, c3 = gl.inline_asm_elementwise(
+                "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + KIND + "." + KIND + ".f32 "
+                "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, $16, "
+                + ("0x1;" if half else "0x0;"), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r",
+                [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, e], is_pure=True, pack=1,
+                dtype=(gl.float32, gl.float32, gl.float32, gl.float32))
+    lanes = gl.arange(0, 32, layout=gl.SliceLayout(0, apart))
+    n, m = tile * 16 + lanes // 4, lanes % 4 * 2
+    y0 = gl.sum(gl.convert_layout(c0.reshape([WARPS, 32]), apart), axis=0)
+    y1 = gl.sum(gl.convert_layout(c1.reshape([WARPS, 32]), apart), axis=0)
+    y2 = gl.sum(gl.convert_layout(c2.reshape([WARPS, 32]), apart), axis=0)
+    y3 = gl.sum(gl.convert_layout(c3.reshape([WARPS, 32]), apart), axis=0)
+    gl.store(out + m * N + n, y0, mask=(m < M) & (n < N))
+    gl.store(out + (m + 1) * N + n, y1, mask=(m + 1 < M) & (n < N))
+    gl.store(out + m * N + n + 8, y2, mask=(m < M) & (n + 8 < N))
+    gl.store(out + (m + 1) * N + n + 8, y3, mask=(m + 1 < M) & (n + 8 < N))
+
+
+MMA_TILES = [dict(WARPS=warps, num_warps=warps) for warps in (4, 8)]
+KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def linear_24_mma(x, fragments, places, N):
+    """x (M, K), M <= 8, 64 dividing K, and fragments_24 of W (N, K) -> W x, (M, N), sums in fp32, no
+    epilogue. Not chosen by linear_24: the order of the places in a warp has only met an emulator so far."""
+    (M, K), tile = x.shape, MMA_TILES[x.size(1) >= 8192]
+    out = torch.empty(M, N, dtype=torch.float32, device=x.device)
+    mma_24[(triton.cdiv(N, 16),)](x.contiguous().view(torch.int32), fragments, places, out, M, N, K,
+                                  KIND=KINDS[x.dtype], **tile)
+    return out.to(x.dtype)
 
 
 HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

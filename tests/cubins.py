@@ -1,0 +1,103 @@
+"""Compile every Triton kernel in every tile for every GPU it is meant for, on a machine without one, and
+print what the machine code uses: a JSON line for each.
+
+    python tests/cubins.py [ARCHITECTURE...]
+"""
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+kernels = importlib.import_module("triton_kernels")
+warnings.filterwarnings("ignore", category=UserWarning, module="triton")
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 86, 89, 90, 120)
+TWICE = (86, 90)                                 # also in fp16, and with units chosen one by one
+OPTIONS = ("num_warps", "num_stages")
+ALIGNED = ("N", "K", "C")                        # sizes that a model's are multiples of 16 in
+# What must be in the machine code of each kernel: 16-byte loads from memory (LDG, or LDGSTS into shared
+# memory), and what multiplies.
+EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
+            "down_kernel": "FFMA"}
+WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
+
+
+def jobs(architectures):
+    """(kernel's name, architecture, 16-bit type, constants, options) of every tile."""
+    for arch in architectures:
+        for half in ("bf16", "fp16")[:1 + (arch in TWICE)]:
+            packed = dict(ACT="relu2", BIAS=True, ONTO=True)
+            for tile in kernels.GEMV_TILES:
+                yield "gemv_24", arch, half, packed, tile
+            for tile in kernels.GEMM_TILES:
+                yield "gemm_24", arch, half, packed | dict(EXACT=False), tile
+            for tile in kernels.MMA_TILES:
+                yield "mma_24", arch, half, dict(KIND={"bf16": "bf16", "fp16": "f16"}[half]), tile
+        for width in (96, 1)[:1 + (arch in TWICE)]:
+            gathered = dict(WIDTH=width, GROUPED=True)
+            for tile in kernels.UP_TILES:
+                yield "up_kernel", arch, "bf16", gathered | dict(ACT="gelu", BIAS=True, SCALE=True), tile
+            for tile in kernels.DOWN_TILES:
+                yield "down_kernel", arch, "bf16", gathered, tile
+
+
+SIZES = ("M", "N", "K", "C", "n", "words", "chosen", "share")
+POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
+INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
+
+
+def types_of(name, half):
+    """The type of every argument, in Triton's words."""
+    known = POINTERS | INPUTS.get(name, {}) | dict.fromkeys(SIZES, "i32")
+    return {key: known.get(key, f"*{half}") for key in getattr(kernels, name).arg_names}
+
+
+def build(job):
+    name, arch, half, constants, tile = job
+    kernel = getattr(kernels, name)
+    constants = constants | {key: value for key, value in tile.items() if key not in OPTIONS}
+    if "HALF" in kernel.arg_names:
+        constants["HALF"] = {"bf16": tl.bfloat16, "fp16": tl.float16}[half]
+    types = {key: kind for key, kind in types_of(name, half).items() if key not in constants}
+    aligned = [i for i, key in enumerate(kernel.arg_names)
+               if types.get(key, "").startswith("*") or (key in ALIGNED and key in types)]
+    language = GluonASTSource if name == "mma_24" else ASTSource
+    source = language(fn=kernel, constexprs=constants,
+                      signature={key: types.get(key, "constexpr") for key in kernel.arg_names},
+                      attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                          options={key: tile[key] for key in OPTIONS if key in tile})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(done.asm["cubin"])
+        used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", path)))
+        code = tool("nvdisasm", "-c", path)
+    return {"kernel": name, "architecture": arch, "type": half, "tile": tile,
+            **{key.lower(): int(value) for key, value in used.items()}, "shared": done.metadata.shared,
+            "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "wide_loads": len(re.findall(WIDE, code)),
+            "expected": EXPECTED[name], "products": len(re.findall(EXPECTED[name], code))}
+
+
+def tool(name, *words):
+    return subprocess.run([TOOLS / name, *words], check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    wanted = list(map(int, sys.argv[1:])) or ARCHITECTURES
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(build, jobs(wanted), chunksize=8):
+            print(json.dumps(found), flush=True)

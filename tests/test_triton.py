@@ -1,0 +1,140 @@
+"""Every Triton kernel equals its reference - on a GPU, or in Triton's interpreter - and its machine code for
+every GPU is what it was designed to be."""
+import functools
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_kernels as kernels
+
+if find_spec("triton") is None:
+    pytest.skip("no Triton on this system", allow_module_level=True)
+if not torch.cuda.is_available():                # read when triton is imported, so before any test runs
+    os.environ["TRITON_INTERPRET"] = "1"
+gpu = kernels.triton_kernels()
+os.environ.pop("TRITON_INTERPRET", None)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+check = functools.partial(torch.testing.assert_close, equal_nan=False)
+ACTS = list(kernels.ACTS)
+
+
+def normal(*shape, seed, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def exact(reference, *arguments):
+    """The reference in fp32: the interpreter's arithmetic in bf16 is wrong."""
+    return reference(*(t.float() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_packed_product_equals_its_reference_over_56_shapes(dtype):
+    for seed, (N, K, M) in enumerate(itertools.product((1, 3, 17, 40), (4, 36, 100, 256), (1, 2, 17, 33))):
+        if M == 33 and seed % 3:
+            continue
+        weight = kernels.prune_24(normal(N, K, seed=seed, dtype=torch.float32) / K ** 0.5).to(dtype)
+        values, meta = kernels.pack_24(weight)
+        x = normal(K, M, seed=seed + 1, dtype=dtype).t() if seed % 2 else normal(M, K, seed=seed, dtype=dtype)
+        bias, onto = normal(N, seed=seed + 2, dtype=dtype), normal(M, N, seed=seed + 3, dtype=dtype)
+        rest = (bias if seed % 3 else None, onto if seed % 4 else None, ACTS[seed % 3])
+        found = gpu.linear_24(x, values, meta, *rest)
+        assert found.dtype == dtype
+        right = exact(kernels.linear_24_reference, x, values, meta, *rest)
+        check(found.float(), right, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gathered_units_equal_their_references_over_38_shapes(dtype):
+    """Units one by one and in groups, none of them, all of them; zeros in `a` are rows that are not read."""
+    shapes = itertools.product((1, 3), (5, 64, 300), ((1, 40), (4, 6), (16, 3)), (0, 1, "all"))
+    for seed, (B, C, (width, count), k) in enumerate(shapes):
+        if seed % 3 == 2 and k:
+            continue
+        k, units, tight = count if k == "all" else k, width * count, TOLERANCE[dtype] * 2
+        random.seed(seed)
+        chosen = torch.tensor([random.sample(range(count), k) for _ in range(B)], dtype=torch.long,
+                              device=DEVICE).view(B, k)
+        x = normal(C, B, seed=seed, dtype=dtype).t() if seed % 2 else normal(B, C, seed=seed, dtype=dtype)
+        up, down = normal(units, C, seed=1, dtype=dtype) / C ** 0.5, normal(units, C, seed=2, dtype=dtype)
+        bias, out_bias = (normal(n, seed=3, dtype=dtype) if seed % 2 else None for n in (units, C))
+        scale = normal(B, k, seed=4, dtype=dtype) if seed % 4 else None
+        arguments = (x, up, bias, chosen, scale, width, ACTS[seed % 3])
+        a = gpu.gathered_up(*arguments)
+        assert a.dtype == dtype and a.shape == (B, k * width)
+        check(a.float(), exact(kernels.gathered_up_reference, *arguments), atol=tight, rtol=tight)
+        some = normal(B, units, seed=5, dtype=dtype) * (normal(B, units, seed=6, dtype=torch.float32) > 0.5)
+        poisoned = down.clone()
+        poisoned[~some.any(dim=0)] = torch.nan   # a row that no token's unit writes must not be read
+        for given, groups in ((a, chosen), (some.to(dtype), None)):
+            found = gpu.gathered_down(given, down, out_bias, groups, width)
+            right = exact(kernels.gathered_down_reference, given, down, out_bias, groups, width)
+            check(found.float(), right, atol=tight * 4, rtol=tight)
+        assert gpu.gathered_down(some.to(dtype), poisoned, None, None, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fragments_mean_to_mma_sp_what_was_packed(dtype):
+    """Lane by lane in pure PyTorch, as the instruction is defined; on a GPU by the instruction."""
+    for seed, (N, K, M) in enumerate(((16, 64, 1), (48, 128, 8), (32, 320, 5))):
+        weight = kernels.prune_24(normal(N, K, seed=seed, dtype=torch.float32) / K ** 0.5).to(dtype)
+        values, meta = kernels.pack_24(weight)
+        fragments, places = kernels.fragments_24(values, meta)
+        assert fragments.nbytes + places.nbytes == values.nbytes + meta.nbytes
+        x = normal(M, K, seed=seed + 1, dtype=dtype)
+        right = x.float() @ weight.float().t()
+        check(kernels.mma_24_reference(x.cpu(), fragments.cpu(), places.cpu()).to(DEVICE), right, atol=1e-4,
+              rtol=1e-4)
+        if DEVICE == "cuda":
+            check(gpu.linear_24_mma(x, fragments, places, N).float(), right, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU: the interpreter runs the launchers above")
+def test_the_ops_run_on_a_gpu_and_in_a_cuda_graph():
+    weight = kernels.prune_24(normal(256, 256, seed=0, dtype=torch.bfloat16))
+    values, meta = kernels.pack_24(weight)
+    x, groups = normal(2, 256, seed=1, dtype=torch.bfloat16), torch.tensor([[0, 2], [3, 1]], device=DEVICE)
+
+    def step():
+        y = kernels.linear_24_op(x, values, meta, None, None, "relu2")
+        a = kernels.gathered_up(y, weight, None, groups, None, 64, "relu2")
+        return kernels.gathered_down(a, weight, None, groups, 64)
+
+    with torch.inference_mode():
+        plain = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+    check(captured, plain)
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """What tests/cubins.py prints, one dict a kernel, tile and architecture."""
+    folder = tmp_path_factory.mktemp("cubins")
+    env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, str(Path(__file__).with_name("cubins.py"))], env=env,
+                         capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA compiler comes with Linux wheels")
+def test_every_kernel_compiles_for_every_gpu_without_spills(cubins):
+    assert {row["architecture"] for row in cubins} == {80, 86, 89, 90, 120} and len(cubins) >= 70
+    assert {row["kernel"] for row in cubins} == {"gemv_24", "gemm_24", "mma_24", "up_kernel", "down_kernel"}
+    for row in cubins:
+        assert row["stack"] == row["local"] == row["spills"] == 0, row
+        assert row["reg"] <= 128 and row["wide_loads"] >= 1 and row["products"] >= 1, row
+        assert row["shared"] <= (232448 if row["architecture"] == 90 else 101376), row
+    assert max(row["reg"] for row in cubins if row["kernel"] == "mma_24") <= 40
