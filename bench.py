@@ -30,6 +30,7 @@ COMMANDS = {
     "ponder": "Ponder",
     "grow": "Grow",
     "memory": "Memory",
+    "kernels": "Kernels",
     "readme": "Readme",
 }
 

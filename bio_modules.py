@@ -20,6 +20,7 @@ from layers import (
     NeuronMajor,
     Packed,
     ReLU2,
+    Winners,
     as_is,
     cast,
     cross_entropy,
@@ -104,9 +105,22 @@ class GroupWinners(nn.Module):
         super().__init__()
         self.group = config.mlp_topk_group
         self.k = round(config.mlp_topk * self.group)
+        self.keep = self.largest_two_of_four if (self.group, self.k) == (4, 2) else self.largest
 
     def forward(self, a, ctx, rows=EVERY):
+        return self.keep(a)
+
+    def largest(self, a):
         return kernels.keep_largest_reference(a.unflatten(-1, (-1, self.group)), self.k).flatten(-2)
+
+    @staticmethod
+    def largest_two_of_four(a):
+        return a * kernels.two_of_four(a.abs())
+
+
+def fours(select):
+    """Does a selector leave two of every four units?"""
+    return isinstance(select, GroupWinners) and (select.group, select.k) == (4, 2)
 
 
 class EventGate(nn.Module):
@@ -194,7 +208,7 @@ class MLP(Stepwise):
         self.act = ACTS[config.act](units)
         self.select = selector(config, units)
         by_unit = config.act == "relu2" or self.select is not as_is or self.gathers
-        down = NeuronMajor if by_unit else linear(config)
+        down = (NeuronMajor if by_unit else linear(config)) if not fours(self.select) else Winners
         self.c_proj = down(units, config.n_embd, config.bias, std=residual_std(config))
         self.dropout = dropout(config)
         simple = isinstance(self.select, TopK) or self.select is as_is

@@ -85,12 +85,14 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=idx.device)
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens))
+    step = Step(model, cache, history) if replays(model, idx.device) else None
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     for _ in range(max_new_tokens):
         for row, (first, end) in enumerate(zip(firsts, ends)):
             if end - first > block:
                 firsts[row], cached = end - keep, False
-        states = read(model, cache, history, firsts, ends, cached)
+        replayed = step and cached and not any(firsts)
+        states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         cached = True
         token = sampler(model.head(states), seen[:, :V])
         history[rows, column(ends, idx.device)] = token
@@ -115,6 +117,44 @@ def read(model, cache, history, firsts, ends, cached):
     ctx = CachedContext(cache, 0, T, window, T if alike else column(sizes, device)[:, 0])
     states = model.trunk(window[:, :T].clamp(min=0), ctx)
     return states[:, -1] if alike else take_tokens(states, column(sizes, device) - 1)[:, 0]
+
+
+HOST_DECIDES = ("hierarchy", "exits", "ponder", "experts")     # flags whose steps depend on the host
+
+
+def replays(model, device):
+    """Does decoding on this device replay a recorded step?"""
+    return device.type == "cuda" and not any(getattr(model.config, flag) for flag in HOST_DECIDES)
+
+
+class Step:
+    """One decode step of a whole batch as a function of tensors alone, each row at its own column: a GPU
+    records it as a CUDA graph and replays it without the host. A cache of fixed size serves: keys of columns
+    that are not written yet are masked."""
+    EAGER = 3                                    # steps that warm kernels up before one is recorded
+
+    def __init__(self, model, cache, history):
+        self.model, self.cache, self.history = model, cache, history
+        self.start = torch.zeros(len(history), dtype=torch.long, device=history.device)
+        self.run, self.calls = self.states, 0
+
+    def __call__(self, ends):
+        """States (B, C) of the tokens at columns ends - 1 of history."""
+        self.start.copy_(torch.tensor(ends) - 1)
+        self.calls += 1
+        if self.calls == self.EAGER and self.start.is_cuda:
+            self.record()
+        return self.run()
+
+    def states(self):
+        ids = self.history.gather(1, self.start[:, None])
+        return self.model.trunk(ids, CachedContext(self.cache, self.start, 1, self.history))[:, 0]
+
+    def record(self):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            states = self.states()
+        self.run = lambda: (graph.replay(), states)[1]
 
 
 class Speculation:

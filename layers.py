@@ -143,6 +143,16 @@ class NeuronMajor(Linear):
         return super().forward(a)
 
 
+class Winners(NeuronMajor):
+    """A NeuronMajor whose inputs are 2 of 4: where a card has sparse units, training multiplies on them."""
+
+    def forward(self, a):
+        if not (a.is_cuda and torch.is_grad_enabled()):
+            return super().forward(a)
+        y = kernels.winners_product(a.flatten(0, -2), self.weight.to(a.dtype)).unflatten(0, a.shape[:-1])
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 class LargestInputs(NeuronMajor):
     """A Linear that hears, of each token's inputs, the share `heard` with the largest |x|: the weights of the
     others are not read in a decode step (TEAL thresholds for this, 2408.14690; a fixed count is the same for

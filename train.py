@@ -22,6 +22,7 @@ import checkpoint as ckpt
 import dataset as datasets
 import optimizers
 import runtime
+import sparse_kernels
 from configurator import ConfigError, convert, require, say_and_exit, typed_words
 from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
@@ -222,6 +223,8 @@ require("block_size" not in given or cfg.block_size == model_config.block_size,
 datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
 raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
+if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
+    say(sparse_kernels.winners_path(place.device))
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
     f"parameters without positions; data {data_dir}, vocabulary {model_config.vocab_size}")
 

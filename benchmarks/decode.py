@@ -15,10 +15,14 @@ from benchmarks.record import HF, OURS, OURS_FP32, PEER
 from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
 from configurator import require
 from context import Cache, CachedContext
+from decoding import Step, replays
+from layers import settle
 from model import GPT, GPTConfig
 
 SHAPES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024, vocab_size=50304, bias=False),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50304, bias=False),
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False),
 }
 
@@ -26,7 +30,7 @@ SHAPES = {
 @dataclass(frozen=True)
 class Decode(Timed):
     """Tokens per second of generation at batch 1: ours against nanoGPT's, same weights, one process."""
-    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide, block 1024) or baby (6 layers, 384 wide, block 256)
+    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide), gpt2-large, gpt2-xl, or baby (6 layers, 384 wide)
     prompt: int = 128  # tokens of context before the first new one
     new: int = 128  # tokens that every side generates
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
@@ -57,9 +61,10 @@ def decode(cfg):
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
+    pays, _ = sparse_kernels.packing_pays(place.device)
     for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS if cfg.blocks else {}).items():
         config = GPTConfig(**SHAPES[cfg.shape], act="relu2", **flags)
-        models[name] = GPT(config, seed=1337).eval().to(place.device, place.dtype).use_policy()
+        models[name] = settle(GPT(config, seed=1337).eval().to(place.device, place.dtype).use_policy(), pays)
         contexts[name] = contextlib.nullcontext()
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold)
@@ -89,7 +94,8 @@ def decode(cfg):
 SAME_WEIGHTS = PEER, OURS, OURS_FP32, HF
 # blocks whose decode saves outside the MLP
 OTHER_BLOCKS = {"window 128": dict(window=128, window_pattern="S"), "hierarchy 4": dict(hierarchy=4),
-                "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1)}
+                "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1), "2:4 weights": dict(weights="2:4"),
+                "2:4, columns 3 of 32": dict(weights="2:4", columns=32, columns_active=3)}
 
 
 def decoded_blocks(rank, active):
@@ -145,10 +151,13 @@ def cached_step(model, prompt):
     past = prompt.size(1) - 1
     cache = Cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
+    recorded = Step(model, cache, prompt) if replays(model, prompt.device) else None
 
     @torch.inference_mode()                     # as generation does
     def run():
-        model.head(model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt)))
+        states = (recorded([past + 1]) if recorded else
+                  model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt)))
+        model.head(states)
     return run
 
 

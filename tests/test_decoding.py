@@ -2,8 +2,10 @@
 import pytest
 import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decoding
+import sparse_kernels as kernels
 from configurator import ConfigError
 from context import Cache, CachedContext
 
@@ -41,6 +43,38 @@ def test_cached_decode_equals_full_forward_past_block_size(arm, length):
     new = torch.cat(list(decoding.stream(model, idx, 25, spy)), dim=1)
     assert torch.equal(torch.cat((idx, new), 1), expected)
     torch.testing.assert_close(torch.stack(spy.logits), logits, atol=1e-5, rtol=0)
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where a number leaves the device, or a shape depends on one: a CUDA graph could not hold it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), name
+        return func(*args, **kwargs or {})
+
+
+REPLAYED = {name: arm for name, arm in (ARMS | PAIRS).items() if not arm.keys() & {*decoding.HOST_DECIDES}
+            and (name in ARMS or "columns" in name or "predict" in name)}
+
+
+@pytest.mark.parametrize("arm", REPLAYED.values(), ids=REPLAYED.keys())
+def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
+    """The way of a GPU, with the references in the kernels' place: the same tokens, no host in the step."""
+    model, idx = build(arm, std=0.2), tokens(2, 5)
+    expected = [model.use_policy(policy).generate(idx, 20, temperature=0) for policy in (False, True)]
+    plain = decoding.Step.states
+
+    def watched(step):
+        with NoHost():
+            return plain(step)
+
+    monkeypatch.setattr(decoding.Step, "states", watched)
+    monkeypatch.setattr(decoding, "replays", lambda model, device: True)
+    monkeypatch.setattr(kernels, "takes_units", lambda x: x.dim() == 3 and x.size(1) == 1)
+    monkeypatch.setattr(kernels, "takes_rows", lambda x: False)
+    for policy, right in zip((False, True), expected):
+        assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
 
 
 @every_arm

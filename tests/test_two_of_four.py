@@ -84,6 +84,7 @@ def ops(dtype=torch.float32):
         yield kernels.linear_24_op, kernels.linear_24_reference, (x, values, meta, None, None, act)
         for rest in ((unit_bias, groups, scale), (None, groups, None)):
             yield kernels.gathered_up, kernels.gathered_up_reference, (x[:, :16].clone(), up, *rest, 2, act)
+    yield kernels.winners_product, kernels.winners_product_reference, (x, grad(5, 64))
     for some, b, of in ((a, out_bias, groups), (grad(3, 10), None, None)):
         yield kernels.gathered_down, kernels.gathered_down_reference, (some, down, b, of, 2)
 
