@@ -27,7 +27,7 @@ class Kernels(Bench):
     share: float = 0.1  # of the units that a token opens in the gated MLP, in groups of 32
     device: str = "auto"  # auto, cpu, cuda, cuda:0
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    threads: int = 1  # CPU threads
+    threads: int = 1  # CPU threads; more than one collapse where the machine is shared
 
     def __post_init__(self):
         super().__post_init__()

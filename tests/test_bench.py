@@ -52,7 +52,7 @@ def alone(tmp_path_factory):
     (["decod"], ["'decod'", "did you mean 'decode'?", "python bench.py"]),
     (["--repeats=3"], ["'--repeats=3'", "python bench.py"]),
     (["decode", "--nanogtp=x"], ["'nanogtp'", "did you mean 'nanogpt'?"]),
-    (["decode", "--shape=gpt3"], ["shape='gpt3'", "gpt2 or baby"]),
+    (["decode", "--shape=gpt3"], ["shape='gpt3'", "gpt2-xl or baby"]),
     (["decode", "--prompt=1025"], ["prompt=1025", "1024"]),
     (["decode", "--repeats=0"], ["repeats=0", "--repeats=5"]),
     (["decode", "--out=no/such/file.json"], ["no/such", "does not exist"]),

@@ -57,7 +57,7 @@ def test_every_block_trains_stops_resumes_and_samples(train, file):
     assert train.losses("parts") == train.losses("whole") and len(train.losses("whole")) == 8
     counted = {"zeros", "dead_units", "active_groups", "open_branches"} & train.metrics("whole")[-1].keys()
     assert counted or file.stem in ("bio_osc", "bio_window", "bio_hierarchy", "bio_exits", "bio_ponder",
-                                    "bio_growth")
+                                    "bio_growth", "bio_two_of_four", "bio_inputs")
     sampling = words(out_dir=train.folder / "whole", num_samples=1, max_new_tokens=12, device="cpu", seed=3)
     texts = [Job("sample.py", [*sampling, *words(policy=policy)], train.folder, name=f"sample{policy}").wait()
              for policy in (False, True)]
