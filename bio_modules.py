@@ -27,6 +27,7 @@ from layers import (
     drop_rows,
     dropout,
     linear,
+    plus,
     residual_std,
     rms,
 )
@@ -369,10 +370,6 @@ class Columns(Gathered):
     def many(self, x, ctx):
         a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * self.gate(x, ctx).unsqueeze(-1)
         return self.dropout(self.c_proj(self.select(a.flatten(-2), ctx)))
-
-
-def plus(y, bias, rows=EVERY):
-    return y if bias is None else y + bias.to(y.dtype)[rows]
 
 
 class ExpertGate(nn.Module):

@@ -15,6 +15,10 @@ def cast(tensor, dtype):
     return tensor if tensor is None else tensor.to(dtype)
 
 
+def plus(y, bias, rows=slice(None)):
+    return y if bias is None else y + bias.to(y.dtype)[rows]
+
+
 class Linear(nn.Linear):
     """nn.Linear computed in its input's dtype: fp32 master weights serve a bf16 stream without autocast.
 
@@ -150,7 +154,7 @@ class Winners(NeuronMajor):
         if not (a.is_cuda and torch.is_grad_enabled()):
             return super().forward(a)
         y = kernels.winners_product(a.flatten(0, -2), self.weight.to(a.dtype)).unflatten(0, a.shape[:-1])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return plus(y, self.bias)
 
 
 class LargestInputs(NeuronMajor):
