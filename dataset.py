@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import vocabulary
 from configurator import ConfigError, close_match, require
 from tokenizer import from_meta, meta_of
 
@@ -82,17 +83,18 @@ def write_dataset(folder, splits, tokenizer, source):
     for GPT-2's, whereas check() and prepare_if_missing() notice a new meta.json beside old or no token files.
     """
     folder, dtype = Path(folder), DTYPES[dtype_for(tokenizer.vocab_size)]
-    names = ["meta.json", *(f"{split}.bin" for split in splits)]
+    texts = text_files(new_meta(tokenizer, source))
+    names = [*texts, *(f"{split}.bin" for split in splits)]
     staged = {name: folder / f"{name}.{os.getpid()}.tmp" for name in names}
-    meta = {"format": 1, **tokenizer.meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
-            "tokens": {}, "sha256": {}, "source": source}
+    meta = new_meta(tokenizer, source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for split, pieces in splits.items():
             size, sha256 = write_blocks(staged[f"{split}.bin"], as_bytes(pieces, tokenizer.vocab_size, dtype))
             require(size, f"no tokens for {split}.bin from {source}: the text is too short to be split")
             meta["tokens"][split], meta["sha256"][split] = size // dtype.itemsize, sha256
-        write_blocks(staged["meta.json"], [json.dumps(meta, indent=1).encode()])
+        for name, content in text_files(meta).items():
+            write_blocks(staged[name], [content])
         for name, temporary in staged.items():
             os.replace(temporary, folder / name)
     except OSError as error:
@@ -103,6 +105,19 @@ def write_dataset(folder, splits, tokenizer, source):
             if temporary.exists():
                 temporary.unlink()
     return meta
+
+
+def new_meta(tokenizer, source):
+    """The dict of a meta.json whose counts and hashes are still to come."""
+    return {"format": 1, **tokenizer.meta(), "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype_for(tokenizer.vocab_size), "tokens": {}, "sha256": {}, "source": source}
+
+
+def text_files(meta):
+    """What a meta dict becomes on disk -> {file name: bytes}; a vocabulary of byte pairs is a file of its
+    own."""
+    files = {"meta.json": json.dumps({k: v for k, v in meta.items() if k != "bpe"}, indent=1).encode()}
+    return files | ({"tokenizer.json": from_meta(meta).file()} if "bpe" in meta else {})
 
 
 def dtype_for(vocab_size):
@@ -135,15 +150,16 @@ def write_blocks(path, blocks):
 # ------------------------------------------------------------------------------------------------------------
 # a text file as a data set
 
-def write_text(folder, path, kind, val_fraction):
-    """Encode the text file `path` with a tokenizer of this kind -> the meta dict.
+def write_text(folder, path, kind, val_fraction, vocab_size=0):
+    """Encode the text file `path` with a tokenizer of this kind, or of this folder -> the meta dict.
 
     The last val_fraction of the characters is for validation and each part is encoded by itself, as in
     nanoGPT. The file is read three times, so that memory does not grow with it.
     """
     length, chars = survey(path)
     cut = int(length * (1 - val_fraction))
-    tokenizer = from_meta({"tokenizer": kind, "chars": sorted(chars)})
+    learned_from = (lambda: [chars]) if kind == "char" else lambda: whole_words(between(path, 0, cut))
+    tokenizer = vocabulary.chosen(kind, learned_from, vocab_size)
     splits = {split: map(tokenizer.encode, whole_words(between(path, start, stop)))
               for split, start, stop in (("train", 0, cut), ("val", cut, length))}
     return write_dataset(folder, splits, tokenizer, f"text file {Path(path).name}")
