@@ -230,11 +230,12 @@ def text_file(given, folder, url, sha256):
     return path
 
 
-def download(url, path, sha256):
-    """Fetch a small file whose hash is known; ConfigError when offline or when something else comes back."""
+def download(url, path, sha256, timeout=10):
+    """Fetch a file that fits memory and whose hash is known; ConfigError when offline or when something else
+    comes back. timeout: seconds without a byte."""
     instead, temporary = "get the text another way and type --input=FILE", Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=timeout) as answer:
             body = answer.read()
         found = hashlib.sha256(body).hexdigest()
         require(found == sha256, f"{url} gave other content than expected, starting {body[:20]!r}: {instead}")

@@ -152,15 +152,30 @@ def korean_symbols():
 # ------------------------------------------------------------------------------------------------------------
 # fertility
 
-def fertility(tokenizer, pieces):
-    """What a tokenizer makes of a text given in pieces -> {"tokens", "chars", "bytes", "tokens_per_char",
-    "bits_per_byte"}; bits as if each id were equally likely: tokens * log2(vocab_size) / bytes."""
-    tokens = chars = size = 0
+def fertility(tokenizers, pieces):
+    """What each of {name: tokenizer} makes of a text in pieces -> {name: {"tokens", "chars", "bytes",
+    "tokens_per_char", "bits_per_byte"}}; bits as if all ids were equally likely, log2(vocab_size) each."""
+    tokens, chars, size = Counter(), 0, 0
     for piece in pieces:
-        tokens, chars, size = (tokens + len(tokenizer.encode(piece)), chars + len(piece),
-                               size + len(piece.encode()))
-    return {"tokens": tokens, "chars": chars, "bytes": size, "tokens_per_char": tokens / max(1, chars),
-            "bits_per_byte": tokens * log2(tokenizer.vocab_size) / max(1, size)}
+        chars, size = chars + len(piece), size + len(piece.encode())
+        for name, tokenizer in tokenizers.items():
+            tokens[name] += len(tokenizer.encode(piece))
+    return {name: {"tokens": tokens[name], "chars": chars, "bytes": size,
+                   "tokens_per_char": tokens[name] / max(1, chars),
+                   "bits_per_byte": tokens[name] * log2(tokenizer.vocab_size) / max(1, size)}
+            for name, tokenizer in tokenizers.items()}
+
+
+def tell_fertility(made, texts):
+    """Print the fertility on {name: pieces of text} beside that of GPT-2's byte pairs, where these are."""
+    gpt2, reason = gpt2_or_reason()
+    sides = {"ours": made} | ({"GPT-2": gpt2} if gpt2 else {})
+    print(f"{'':32}" + "".join(f"{f'{name}: tokens/char, bits/byte':>33}" for name in sides))
+    for name, pieces in texts.items():
+        found = [(s["tokens_per_char"], s["bits_per_byte"]) for s in fertility(sides, pieces).values()]
+        print(f"{name:32}" + "".join(f"{tokens:22.4f}{bits:11.3f}" for tokens, bits in found))
+    if not gpt2:
+        print(f"no comparison with GPT-2: {reason}")
 
 
 def gpt2_or_reason():
@@ -172,6 +187,9 @@ def gpt2_or_reason():
         return None, str(error)
     return tokenizer, ""
 
+
+# ------------------------------------------------------------------------------------------------------------
+# choosing
 
 def chosen(name, pieces, vocab_size=0):
     """The tokenizer that a prepare script's --tokenizer names: a kind, or a folder that has one.
