@@ -124,8 +124,8 @@ class GPT2Tokenizer(BytePairs):
 class TrainedTokenizer(BytePairs):
     """Byte pairs that vocabulary.py has learned, written down as tokenizer.json in the data's folder.
 
-    vocabulary: {"tokens": [the bytes of each id as Latin-1 text], "specials": {text: id}, "extends": n}.
-    Where n is not 0 the first n ids are those of the vocabulary that this one extends.
+    vocabulary: {"tokens": [the bytes of each id as Latin-1 text], "specials": {text: id}, "extends": n,
+    "base": name}. Where n is not 0 the first n ids are those of the tokenizer `base`, see name_of.
     """
 
     def __init__(self, vocabulary):

@@ -18,6 +18,7 @@ from tokenizer import (
     from_meta,
     load,
     meta_of,
+    name_of,
     need,
 )
 
@@ -43,7 +44,7 @@ def learn(words, vocab_size, specials=(), seeds=()):
     require(vocab_size >= 256 + len(specials), f"vocab_size={vocab_size} must hold 256 bytes and "
             f"{len(specials)} specials: type --vocab_size={256 + len(specials)} or more")
     tokens = grown([bytes([b]) for b in range(256)], words, vocab_size - len(specials), seeds)
-    return with_specials(tokens, specials, {}, 0)
+    return with_specials(tokens, specials, {}, extends=0)
 
 
 def extend(old, words, vocab_size, specials=(), seeds=()):
@@ -59,18 +60,18 @@ def extend(old, words, vocab_size, specials=(), seeds=()):
     reserved = frozenset(old.specials.values())
     grow = functools.partial(grown, seeds=seeds, wanted=is_korean, reserved=reserved)
     return with_specials(grow(tokens, korean, vocab_size - len(specials)), specials, old.specials,
-                         extends=len(tokens))
+                         extends=len(tokens), base=name_of(old.meta()))
 
 
 def is_korean(token):
     return not HANGUL_LEADS.isdisjoint(token)
 
 
-def with_specials(tokens, names, specials, extends):
+def with_specials(tokens, names, specials, **origin):
     """Tokens (list of bytes), and behind them the specials `names` -> TrainedTokenizer."""
     specials = specials | {name: len(tokens) + i for i, name in enumerate(names)}
     texts = [token.decode("latin-1") for token in [*tokens, *(name.encode() for name in names)]]
-    return TrainedTokenizer({"tokens": texts, "specials": specials, "extends": extends})
+    return TrainedTokenizer({"tokens": texts, "specials": specials, **origin})
 
 
 def grown(tokens, words, size, seeds=(), wanted=lambda token: True, reserved=frozenset()):
