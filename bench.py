@@ -33,6 +33,7 @@ from unittest import mock
 
 import torch
 
+import bench_data
 import bio_modules
 import checkpoint
 import dataset as datasets
@@ -1594,8 +1595,19 @@ def results_table(folder):
                    depths)
     lines += table("growth | val loss | seeds | training steps, s | TFLOP | iterations | record", grown)
     lines += table("the race's config with | val loss | seeds | to ours | record", changes)
+    lines += data_tables(folder)
     return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
+
+
+def data_tables(folder):
+    """The tables of bench_data.py, one for each of its subcommands that has records."""
+    lines, paths = [], sorted(folder.glob("*.json"))
+    records = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    for name, (head, rows) in bench_data.TABLES.items():
+        lines += table(head, [row for path, record in records.items() if record["subcommand"] == name
+                              for row in rows(record, path)])
+    return lines
 
 
 def table(head, rows):
@@ -1707,6 +1719,7 @@ COMMANDS = {
     "ponder": (Ponder, ponder),
     "grow": (Grow, grow),
     "memory": (Memory, memory),
+    **bench_data.COMMANDS,
     "readme": (Readme, readme),
 }
 
