@@ -15,6 +15,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import tokenizer as tokenizers
 import vocabulary
 from configurator import ConfigError, configure, require
@@ -61,7 +63,7 @@ def prepare(config_class, here, hub, text, argv=None):
 
 def hub_rows(keys):
     """A data set of the Hub as a stream of rows."""
-    load = tokenizers.need("datasets", "corpora of the Hub").load_dataset
+    load = library("corpora of the Hub").load_dataset
     try:
         return tokenizers.within(REACH_SECONDS, lambda: load(**keys, split="train", streaming=True))
     except Exception as error:                  # the Hub's client raises dozens of types
@@ -78,13 +80,23 @@ def local_rows(path):
     long = [file for file in files if kinds == ["text"] and file.stat().st_size > WHOLE_TEXT]
     require(not long, f"{long and long[0]} is too long to be one document among many: prepare it by itself, "
                       "python data/prepare.py --input=FILE")
-    load = tokenizers.need("datasets", "parquet and jsonl files").load_dataset
+    require(any(file.stat().st_size for file in files), f"{path} is empty: expected documents")
+    load = library("parquet and jsonl files").load_dataset
     options = {"sample_by": "document"} if kinds == ["text"] else {}
     try:
         return load(kinds[0], data_files=[str(file) for file in files], split="train", streaming=True,
                     **options)
     except Exception as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)})") from error
+
+
+def library(why):
+    """The package datasets, asked not to tell errors twice and not to import torch, 700 MB that text has no
+    use for."""
+    datasets = tokenizers.need("datasets", why)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.TORCH_AVAILABLE = False
+    return datasets
 
 
 def files_of(path):
@@ -142,8 +154,8 @@ class Documents:
         except (ConfigError, OSError):
             raise
         except Exception as error:              # a network or a file that fails on the way
-            raise ConfigError(f"the documents end after {self.count:,} ({first_line(error)}): type the same "
-                              "command again to go on from there") from error
+            raise ConfigError(f"the documents end after {self.count:,} ({first_line(error)}): mend that "
+                              "and type the same command again to go on") from error
 
     def state(self):
         return {"rows": self.rows.state_dict(), "count": self.count, "passed_over": self.passed_over,
@@ -213,7 +225,7 @@ def encoded(texts, tokenizer, val_fraction):
     encode_many = getattr(tokenizer, "encode_many", lambda texts: map(tokenizer.encode, texts))
     for text, ids in zip(texts, encode_many(texts)):
         held_out = zlib.crc32(text.encode()) < val_fraction * 2**32
-        yield "val" if held_out else "train", [*ids, tokenizer.end_of_text]
+        yield "val" if held_out else "train", np.append(ids, tokenizer.end_of_text)
 
 
 class Parts:

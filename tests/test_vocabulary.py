@@ -21,7 +21,7 @@ from tokenizer import END_OF_TEXT, GPT2Tokenizer, StreamDecoder, from_meta, load
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-KOREAN = "모든 국민은 인간으로서의 존엄과 가치를 가지며, 행복을 추구할 권리를 가진다. API를 통해 보장한다.\n" * 3
+KOREAN = "모든 국민은 인간으로서의 존엄과 가치를 가지며, 행복을 추구할 권리를 가진다. API를 통한다.\n" * 3
 ENGLISH = "All citizens are assured of human worth and dignity, and have the right to pursue happiness.\n" * 3
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
 SAMPLES = ["한국어 문장", "\u1112\u1161\u11ab", "ㄱㄴㄷ", FAMILY, "a\0b", END_OF_TEXT, " \n\n\t x", "API를",
@@ -186,7 +186,7 @@ def test_a_vocabulary_is_a_file_beside_the_meta_which_has_its_hash(tmp_path):
     assert dataset.check(tmp_path, 8, GROWN.vocab_size)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b.replace(b'"<|korean|>"', b'"<|KOREAN|>"', 1), lambda b: b[:-9],
+@pytest.mark.parametrize("damage", [lambda b: b.replace(b"<|korean|>", b"<|KOREAN|>", 1), lambda b: b[:-9],
                                     lambda b: b""])
 def test_a_changed_vocabulary_is_one_sentence(tmp_path, damage):
     path = data_of(tmp_path, GROWN) / "tokenizer.json"
@@ -299,14 +299,16 @@ def test_korean_and_english_become_a_data_set_with_its_tokenizer(tmp_path, capsy
 
 def test_an_extension_of_a_data_folders_vocabulary(tmp_path, capsys):
     folder = data_of(tmp_path / "old", SMALL)
-    bilingual().main([*files(tmp_path), "--vocab_size=560", f"--out_dir={tmp_path}/out", f"--extend={folder}"])
-    made = load(tmp_path / "out")
+    out = tmp_path / "out"
+    bilingual().main([*files(tmp_path), "--vocab_size=560", f"--out_dir={out}", f"--extend={folder}"])
+    made = load(out)
     assert made.extends == 500 and made.encode(ENGLISH) == SMALL.encode(ENGLISH)
     assert len(made.encode(KOREAN)) <= len(SMALL.encode(KOREAN))
 
 
 @pytest.mark.parametrize("argv, expected", [
-    ([], "--korean=FILE --english=FILE"), (["--korean=a", "--english=b", "--korean_share=1.0"], "korean_share"),
+    ([], "--korean=FILE --english=FILE"),
+    (["--korean=a", "--english=b", "--korean_share=1.0"], "korean_share"),
     (["--korean=a", "--english=b", "--extend=c", "--korean_share=0.5"], "leave one of them out"),
     (["--korean=no_such_file", "--english=b"], "does not exist")])
 def test_bad_bilingual_command_lines_say_what_to_type(argv, expected):
