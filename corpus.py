@@ -9,6 +9,7 @@ there, and the result is the same to the byte. Memory does not grow with the cor
 """
 import hashlib
 import json
+import logging
 import os
 import time
 import zlib
@@ -94,7 +95,8 @@ def library(why):
     """The package datasets, asked not to tell errors twice and not to import torch, 700 MB that text has no
     use for."""
     datasets = tokenizers.need("datasets", why)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     datasets.config.TORCH_AVAILABLE = False
     return datasets
 

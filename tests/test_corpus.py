@@ -23,13 +23,11 @@ pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Any socket is an error, in this process."""
-    def refuse(*args, **kwargs):
-        raise OSError("network is unreachable")
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
+def same_excepthook(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
@@ -119,7 +117,8 @@ def test_without_a_network_a_corpus_is_one_sentence(tmp_path, monkeypatch, name)
 
 
 def test_the_hubs_own_client_without_a_network_is_one_sentence(tmp_path):
-    before = ("import socket\n"
+    before = ("import socket, time\n"
+              "time.sleep = lambda seconds: None       # the client waits between its tries\n"
               "def refuse(*a, **k): raise OSError('network is unreachable')\n"
               "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse")
     result = Job("data/tinystories/prepare.py", words(out_dir=tmp_path / "out"), tmp_path,
@@ -232,7 +231,8 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path):
     def start(name, slowly=""):
         argv, before = words(input=tmp_path / "in.jsonl", name=name), SMALL_PARTS.format(str(tmp_path))
         return Job("data/prepare.py", argv, tmp_path, before=before + slowly, name=name)
-    assert start("whole").wait().status == 0
+    rows = corpus.Documents(corpus.local_rows(tmp_path / "in.jsonl"), corpus.column("text"))
+    corpus.write_corpus(tmp_path / "whole", rows, ByteTokenizer(), 0.1, "in one go")
     child, limit = start("killed", SLOWLY), time.time() + 60
     while not (tmp_path / "killed" / "progress.json").exists() and time.time() < limit:
         time.sleep(0.01)

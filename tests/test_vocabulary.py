@@ -1,5 +1,6 @@
 """Byte pairs of our own: any text survives, an extension leaves English alone, no two tokenizers mix."""
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from conftest import Job, one_sentence, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import script
 
 import dataset
 import pretrained
@@ -19,6 +21,7 @@ from configurator import ConfigError
 from model import GPT, GPTConfig
 from tokenizer import END_OF_TEXT, GPT2Tokenizer, StreamDecoder, from_meta, load, merge, name_of
 
+pytestmark = pytest.mark.usefixtures("no_network")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 KOREAN = "모든 국민은 인간으로서의 존엄과 가치를 가지며, 행복을 추구할 권리를 가진다. API를 통한다.\n" * 3
@@ -270,8 +273,12 @@ def test_a_new_row_is_the_mean_of_its_pieces_and_old_logits_stay():
 # ------------------------------------------------------------------------------------------------------------
 # the scripts
 
+@pytest.fixture(autouse=True)
+def same_excepthook(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
 def bilingual():
-    from test_data import script
     return script("bilingual/prepare.py")
 
 
