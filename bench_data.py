@@ -138,8 +138,8 @@ def draw_curve(axes, cfg, curve):
 @dataclass(frozen=True)
 class Corpus(Measured):
     """Memory while a generated corpus is prepared: in one go, and killed half-way and begun again."""
-    gigabytes: float = 1.0  # of text
-    tokenizer: str = "gpt2"  # of data/prepare.py
+    gigabytes: float = 1.0  # size of the generated text
+    tokenizer: str = "gpt2"  # the one that data/prepare.py is to use
     every: float = 0.5  # seconds between looks at the memory
 
     def __post_init__(self):

@@ -69,16 +69,22 @@ def prepare_if_missing(dataset):
 
 def prepare_sources(dataset):
     """What --dataset names -> [(folder, weight)]: one data set, or several as NAME:WEIGHT,NAME:WEIGHT."""
-    sources = []
-    for word in dataset.split(","):
-        name, _, weight = word.rpartition(":")
-        name, weight = (name, float(weight)) if re.fullmatch(r"\d+(\.\d+)?", weight) and name else (word, 1.0)
-        require(weight > 0, f"dataset='{dataset}': the weight of '{name}' must be above 0")
-        sources.append((prepare_if_missing(name), weight))
+    sources = [(prepare_if_missing(name), weight) for name, weight in named(dataset)]
     folders = [folder for folder, _ in sources]
     require(len(set(folders)) == len(folders), f"dataset='{dataset}' names a data set twice: "
                                                "give it one weight")
     return sources
+
+
+def named(dataset):
+    """[(name or path, weight)] of what --dataset names; a weight that is not given is 1."""
+    found = []
+    for word in dataset.split(","):
+        name, _, weight = word.rpartition(":")
+        name, weight = (name, float(weight)) if re.fullmatch(r"\d+(\.\d+)?", weight) and name else (word, 1.0)
+        require(weight > 0, f"dataset='{dataset}': the weight of '{name}' must be above 0")
+        found.append((name, weight))
+    return found
 
 
 def common_meta(sources):

@@ -75,7 +75,8 @@ def tokenizer_of(loaded, folder, vocab_size):
     (GPT-2's if unknown). A folder with another tokenizer than the checkpoint's is an error naming both."""
     own = loaded.get("tokenizer")
     if folder or not isinstance(own, dict):
-        place = datasets.find(folder or loaded.get("config", {}).get("dataset", "openwebtext"))
+        trained_on = loaded.get("config", {}).get("dataset", "openwebtext")
+        place = datasets.find(folder or datasets.named(trained_on)[0][0])
         given = tokenizers.load(place)
         tokenizers.require_same(own, given.meta(), f"the checkpoint and {place}", "leave --tokenizer out")
     else:
