@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import Job, one_sentence, words
+from conftest import Job, Trainer, one_sentence, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import script
@@ -218,7 +218,6 @@ def test_a_vocabulary_that_cannot_encode_every_text_is_one_sentence(tokens):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run on byte pairs: .small its data, .grown data of the extended vocabulary, .other of another one."""
-    from conftest import Trainer
     folder = tmp_path_factory.mktemp("bpe")
     trainer = Trainer(folder, data_of(folder / "small", SMALL))
     trainer.grown, trainer.other = data_of(folder / "grown", GROWN), data_of(folder / "other", learned(490))
@@ -256,6 +255,22 @@ def test_a_pretrained_model_grows_with_its_vocabulary_and_goes_on(trained):
     assert kept["model_args"]["vocab_size"] == GROWN.vocab_size == len(kept["model"]["lm_head.weight"])
     trained.resume(out="grown", max_iters=6)
     assert "국민은" in sample(trained, "--start=국민은", out_dir=trained.folder / "grown").out
+
+
+def test_gpt2s_weights_grow_to_an_extension_of_its_vocabulary(tmp_path, data, extended):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=50257)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    trainer = Trainer(tmp_path, data_of(tmp_path / "data", extended))
+    model = {"n_layer": 1, "n_head": 2, "n_embd": 8}
+    trainer(init_from=tmp_path / "gpt2", max_iters=1, learning_rate=0, min_lr=0, weight_decay=0, **model)
+    rows = trainer.checkpoint()["model"]["transformer.wte.weight"]
+    old = theirs.transformer.wte.weight.detach()
+    assert len(rows) == extended.vocab_size and torch.equal(rows[:50257], old)
+    assert torch.allclose(rows[50257], old[extended.pieces()[0]].mean(dim=0), atol=1e-6)
+    sentence = trainer(status=2, init_from=tmp_path / "gpt2", dataset=data, out="b", **model)
+    one_sentence(sentence, "train.py", "'gpt2'", "'byte'")
 
 
 def test_a_new_row_is_the_mean_of_its_pieces_and_old_logits_stay():
