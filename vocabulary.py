@@ -38,7 +38,7 @@ def learn(words, vocab_size, specials=(), seeds=()):
     """A new vocabulary -> TrainedTokenizer: 256 bytes, seeds, learned merges, <|endoftext|> and specials.
 
     words: Counter of words, see count_words; seeds: texts that become one token each, if they take at most
-    half of the new ids. Text that holds few repeated pairs gives fewer ids than vocab_size.
+    three quarters of the new ids. Text that holds few repeated pairs gives fewer ids than vocab_size.
     """
     specials = [END_OF_TEXT, *specials]
     require(vocab_size >= 256 + len(specials), f"vocab_size={vocab_size} must hold 256 bytes and "
@@ -81,7 +81,7 @@ def grown(tokens, words, size, seeds=(), wanted=lambda token: True, reserved=fro
     """
     ranks = {token: i for i, token in enumerate(tokens) if i not in reserved}
     seeded = {token: None for token in stems(seeds) if token not in ranks and wanted(token)}
-    tokens = list(tokens) + list(seeded) * (2 * len(seeded) <= size - len(tokens))
+    tokens = list(tokens) + list(seeded) * (4 * len(seeded) <= 3 * (size - len(tokens)))
     ranks = {token: i for i, token in enumerate(tokens) if i not in reserved}
     for merged in merges(words, tokens, ranks):
         if len(tokens) == size:
