@@ -31,6 +31,9 @@ COMMANDS = {
     "grow": "Grow",
     "memory": "Memory",
     "kernels": "Kernels",
+    "fertility": "Fertility",
+    "corpus": "Corpus",
+    "compress": "Compression",
     "readme": "Readme",
 }
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+import vocabulary
 from configurator import ConfigError, close_match, require
-from tokenizer import from_meta, meta_of
+from tokenizer import described, from_meta, meta_of, require_same
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "val")
@@ -66,6 +67,36 @@ def prepare_if_missing(dataset):
     return folder
 
 
+def prepare_sources(dataset):
+    """What --dataset names -> [(folder, weight)]: one data set, or several as NAME:WEIGHT,NAME:WEIGHT."""
+    sources = [(prepare_if_missing(name), weight) for name, weight in named(dataset)]
+    folders = [folder for folder, _ in sources]
+    require(len(set(folders)) == len(folders), f"dataset='{dataset}' names a data set twice: "
+                                               "give it one weight")
+    return sources
+
+
+def named(dataset):
+    """[(name or path, weight)] of what --dataset names; a weight that is not given is 1."""
+    found = []
+    for word in dataset.split(","):
+        name, _, weight = word.rpartition(":")
+        name, weight = (name, float(weight)) if re.fullmatch(r"\d+(\.\d+)?", weight) and name else (word, 1.0)
+        require(weight > 0, f"dataset='{dataset}': the weight of '{name}' must be above 0")
+        found.append((name, weight))
+    return found
+
+
+def common_meta(sources):
+    """The meta of [(folder, weight)], whose tokenizers must be the same; its vocab_size is the largest."""
+    first, *others = metas = [meta_of(folder) for folder, _ in sources]
+    for (folder, _), meta in zip(sources[1:], others):
+        require_same(described(first), described(meta), f"{sources[0][0]} and {folder}",
+                     "prepare one of them with the other's tokenizer, --tokenizer=FOLDER")
+    sizes = [meta["vocab_size"] for meta in metas if "vocab_size" in meta]
+    return first | ({"vocab_size": max(sizes)} if sizes else {})
+
+
 def missing_files(folder):
     return [f"{split}.bin" for split in SPLITS if not (folder / f"{split}.bin").is_file()]
 
@@ -82,17 +113,18 @@ def write_dataset(folder, splits, tokenizer, source):
     for GPT-2's, whereas check() and prepare_if_missing() notice a new meta.json beside old or no token files.
     """
     folder, dtype = Path(folder), DTYPES[dtype_for(tokenizer.vocab_size)]
-    names = ["meta.json", *(f"{split}.bin" for split in splits)]
+    texts = text_files(new_meta(tokenizer, source))
+    names = [*texts, *(f"{split}.bin" for split in splits)]
     staged = {name: folder / f"{name}.{os.getpid()}.tmp" for name in names}
-    meta = {"format": 1, **tokenizer.meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
-            "tokens": {}, "sha256": {}, "source": source}
+    meta = new_meta(tokenizer, source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for split, pieces in splits.items():
             size, sha256 = write_blocks(staged[f"{split}.bin"], as_bytes(pieces, tokenizer.vocab_size, dtype))
             require(size, f"no tokens for {split}.bin from {source}: the text is too short to be split")
             meta["tokens"][split], meta["sha256"][split] = size // dtype.itemsize, sha256
-        write_blocks(staged["meta.json"], [json.dumps(meta, indent=1).encode()])
+        for name, content in text_files(meta).items():
+            write_blocks(staged[name], [content])
         for name, temporary in staged.items():
             os.replace(temporary, folder / name)
     except OSError as error:
@@ -103,6 +135,19 @@ def write_dataset(folder, splits, tokenizer, source):
             if temporary.exists():
                 temporary.unlink()
     return meta
+
+
+def new_meta(tokenizer, source):
+    """The dict of a meta.json whose counts and hashes are still to come."""
+    return {"format": 1, **tokenizer.meta(), "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype_for(tokenizer.vocab_size), "tokens": {}, "sha256": {}, "source": source}
+
+
+def text_files(meta):
+    """What a meta dict becomes on disk -> {file name: bytes}; a vocabulary of byte pairs is a file of its
+    own."""
+    files = {"meta.json": json.dumps({k: v for k, v in meta.items() if k != "bpe"}, indent=1).encode()}
+    return files | ({"tokenizer.json": from_meta(meta).file()} if "bpe" in meta else {})
 
 
 def dtype_for(vocab_size):
@@ -135,15 +180,16 @@ def write_blocks(path, blocks):
 # ------------------------------------------------------------------------------------------------------------
 # a text file as a data set
 
-def write_text(folder, path, kind, val_fraction):
-    """Encode the text file `path` with a tokenizer of this kind -> the meta dict.
+def write_text(folder, path, kind, val_fraction, vocab_size=0):
+    """Encode the text file `path` with a tokenizer of this kind, or of this folder -> the meta dict.
 
     The last val_fraction of the characters is for validation and each part is encoded by itself, as in
     nanoGPT. The file is read three times, so that memory does not grow with it.
     """
     length, chars = survey(path)
     cut = int(length * (1 - val_fraction))
-    tokenizer = from_meta({"tokenizer": kind, "chars": sorted(chars)})
+    learned_from = (lambda: [chars]) if kind == "char" else lambda: whole_words(between(path, 0, cut))
+    tokenizer = vocabulary.chosen(kind, learned_from, vocab_size)
     splits = {split: map(tokenizer.encode, whole_words(between(path, start, stop)))
               for split, start, stop in (("train", 0, cut), ("val", cut, length))}
     return write_dataset(folder, splits, tokenizer, f"text file {Path(path).name}")
@@ -214,11 +260,12 @@ def text_file(given, folder, url, sha256):
     return path
 
 
-def download(url, path, sha256):
-    """Fetch a small file whose hash is known; ConfigError when offline or when something else comes back."""
+def download(url, path, sha256, timeout=10):
+    """Fetch a file that fits memory and whose hash is known; ConfigError when offline or when something else
+    comes back. timeout: seconds without a byte."""
     instead, temporary = "get the text another way and type --input=FILE", Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=timeout) as answer:
             body = answer.read()
         found = hashlib.sha256(body).hexdigest()
         require(found == sha256, f"{url} gave other content than expected, starting {body[:20]!r}: {instead}")
@@ -327,38 +374,185 @@ def check_hash(path, expected):
 class TokenStream:
     """Batches of one split without a position to save: batch number `index` is always the same one.
 
-    The offsets are drawn uniformly with replacement over every window of the file, as in nanoGPT, by a
-    generator whose key is (seed, split) and whose counter is `index`. So a resumed run, each rank (ranks take
-    different indices) and an evaluation see the same data whatever happened before.
+    Rows are numbered through the run, row b of batch i is number i * batch_size + b, and the number alone
+    decides which sample it is. So a resumed run, each rank (ranks take different batches) and an evaluation
+    see the same data whatever happened before, and a checkpoint needs no position but its iteration.
+
+    sampling="random": drawn uniformly with replacement over every window of the file, as in nanoGPT, by a
+    generator whose key is (seed, split) and whose counter is the batch. "epoch": without replacement; the
+    file is cut into windows side by side, and each epoch deals all of them in an order of its own.
+    documents: a sample stays in one document, of which the windows are cut from its beginning; what follows
+    the document's end is neither read nor predicted (target -1). Costs 8 bytes of memory a window, and the
+    rest of a window behind a short document.
     """
 
-    def __init__(self, folder, split, block_size, batch_size, seed, vocab_size=None):
+    def __init__(self, folder, split, block_size, batch_size, seed, vocab_size=None, sampling="random",
+                 documents=False):
         """vocab_size: a batch with an id that is not below it raises ConfigError (None: no check)."""
+        require(sampling in SAMPLINGS, f"sampling='{sampling}'{close_match(sampling, SAMPLINGS)}; expected "
+                                       f"one of {', '.join(SAMPLINGS)}")
         meta = meta_of(folder)
         self.path, self.dtype = Path(folder) / f"{split}.bin", stored_dtype(folder, meta, vocab_size or 0)
         self.tokens = count_tokens(self.path, self.dtype, block_size)
         self.key = np.array([seed % 2**64, SPLITS.index(split)], np.uint64)
         self.batch_size, self.window = batch_size, np.arange(block_size + 1)
         self.vocab_size = vocab_size or 2**32
+        self.end = end_of_document(meta, folder) if documents else None
+        self.starts = document_windows(self.path, self.dtype, self.end, block_size) if documents else None
+        self.numbers = {"random": self.drawn, "epoch": self.dealt}[sampling]
+        self.stride = 1 if sampling == "random" or documents else block_size
+
+    @property
+    def samples(self):
+        """How many there are to choose from."""
+        if self.starts is not None:
+            return len(self.starts)
+        return (self.tokens - len(self.window)) // self.stride + 1
 
     def offsets(self, index):
         """Where the rows of a batch start: (batch_size,) integers in [0, tokens - block_size)."""
+        return self.begins(index * self.batch_size, self.batch_size)
+
+    def begins(self, first, count):
+        """Where the windows of the rows first .. first + count - 1 start: (count,) integers."""
+        return self.numbers(first, count) if self.starts is None else self.starts[self.numbers(first, count)]
+
+    def drawn(self, first, count):
+        """Samples of rows, drawn with replacement."""
         # Philox's raw bits, unlike Generator.integers, are promised to stay the same in every numpy. The
-        # index is the counter's top word, so no two batches share bits. The modulo's
-        # bias is below tokens / 2**64.
-        counter = np.array([0, 0, 0, index], np.uint64)
-        bits = np.random.Philox(key=self.key, counter=counter).random_raw(self.batch_size)
-        return bits % np.uint64(self.tokens - len(self.window) + 1)
+        # batch is the counter's top word, so no two batches share bits. The modulo's
+        # bias is below samples / 2**64.
+        batch, skipped = divmod(first, self.batch_size)
+        batches = range(batch, (first + count - 1) // self.batch_size + 1)
+        bits = np.concatenate([random_bits(self.key, index, self.batch_size) for index in batches])
+        return bits[skipped:skipped + count] % np.uint64(self.samples)
+
+    def dealt(self, first, count):
+        """Samples of rows, without replacement; every epoch has another order, and windows that are cut
+        elsewhere by the tokens that are left over."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.samples)
+        out = np.empty(count, np.uint64)
+        for epoch in np.unique(epochs):
+            rows, bits = epochs == epoch, random_bits(self.key, epoch, 5)
+            slack = self.tokens - (self.samples - 1) * self.stride - len(self.window) + 1
+            shift = 0 if self.starts is not None else bits[4] % np.uint64(slack)
+            out[rows] = shuffled(places[rows], self.samples, bits[:4]) * np.uint64(self.stride) + shift
+        return out
 
     def batch(self, index):
-        """(x, y), each (batch_size, block_size) int64; y is x one token later."""
+        """(x, y), each (batch_size, block_size) int64; y is x one token later, -1 behind a document's end."""
+        return self.rows(index * self.batch_size, self.batch_size)
+
+    def rows(self, first, count):
+        """(x, y) of the rows first .. first + count - 1."""
         import torch  # here, because preparing data needs no torch
 
         # mapped anew for each batch: the pages that a map has touched count as our memory until it closes
         file = np.memmap(self.path, self.dtype, "r", shape=(self.tokens,))
-        starts = self.offsets(index).astype(np.int64)
-        ids = file[starts[:, None] + self.window]
+        starts = self.begins(first, count).astype(np.int64)
+        places = starts[:, None] + self.window
+        ids = file[np.minimum(places, self.tokens - 1)]
         if ids.max() >= self.vocab_size:
             row = int(np.argmax(ids.max(axis=1) >= self.vocab_size))
             check_range(ids[row], int(starts[row]), self.path, self.vocab_size)
-        return torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
+        x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        if self.starts is not None:
+            ended = np.cumsum(x == self.end, axis=1) > 0
+            x[ended], y[ended | (places[:, 1:] >= self.tokens)] = self.end, -1
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def epochs(self, rows):
+        """{data set: passes over it} after so many rows."""
+        return {self.path.parent.name: rows / self.samples}
+
+
+SAMPLINGS = ("random", "epoch")
+
+
+class Mixture:
+    """Batches of several data sets by weight. Row r of the run belongs to the data sets in such turns that
+    after any number of rows each has its share of them, give or take one: nothing is drawn, nothing saved."""
+
+    def __init__(self, streams, weights):
+        self.streams, self.batch_size = streams, streams[0].batch_size
+        self.weights = [round(weight / sum(weights) * 2**20) for weight in weights]
+
+    def taken(self, rows):
+        """How many of the first `rows` rows each data set gives."""
+        counts, left, weight = [], rows, sum(self.weights)
+        for own in self.weights[:-1]:
+            counts.append(left * own // weight if weight else 0)
+            left, weight = left - counts[-1], weight - own
+        return [*counts, left]
+
+    def batch(self, index):
+        """(x, y) as TokenStream.batch gives them."""
+        import torch
+
+        before, after = (self.taken(rows * self.batch_size) for rows in (index, index + 1))
+        parts = [stream.rows(first, end - first) for stream, first, end in zip(self.streams, before, after)
+                 if end > first]
+        return tuple(torch.cat(side) for side in zip(*parts))
+
+    def epochs(self, rows):
+        return {name: passes for stream, own in zip(self.streams, self.taken(rows))
+                for name, passes in stream.epochs(own).items()}
+
+
+def open_stream(sources, *args, **keys):
+    """The TokenStream of [(folder, weight)], or the Mixture of several."""
+    streams = [TokenStream(folder, *args, **keys) for folder, _ in sources]
+    return Mixture(streams, [weight for _, weight in sources]) if len(streams) > 1 else streams[0]
+
+
+def random_bits(key, index, count):
+    """(count,) uint64 that (key, index) decide; no two indices share any."""
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64)).random_raw(count)
+
+
+def shuffled(places, count, keys):
+    """Where a permutation of range(count) that the keys (four uint64) choose sends each place.
+
+    A Feistel network on the even number of bits that holds count; what falls outside goes through again
+    (Black and Rogaway 2002). So an epoch's order costs no memory, and no place needs the ones before.
+    """
+    half = np.uint64(max(1, (int(count - 1).bit_length() + 1) // 2))
+    mask, out = (np.uint64(1) << half) - np.uint64(1), places.astype(np.uint64)
+    outside = np.ones(len(out), bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (mixed(right + key) & mask)
+        out[outside] = left << half | right
+        outside = out >= count
+    return out
+
+
+def mixed(x):
+    """uint64 whose bits all depend on all bits of x (the finaliser of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def end_of_document(meta, folder):
+    """The id that ends a document in this data."""
+    end = from_meta(meta if "tokenizer" in meta else {"tokenizer": "gpt2"}).end_of_text
+    require(end is not None, f"documents=True, but the data in {folder} has no token that ends a document: "
+                             "prepare it from .jsonl, .parquet or a folder, or leave --documents out")
+    return end
+
+
+def document_windows(path, dtype, end, block_size):
+    """Where the windows of every document start: (windows,) int64; none crosses a document's end."""
+    size, ends = path.stat().st_size // dtype.itemsize, []
+    for start in range(0, size, SCAN_CHUNK):
+        ids = np.fromfile(path, dtype, SCAN_CHUNK, offset=start * dtype.itemsize)
+        ends.append(np.flatnonzero(ids == end) + start)
+    ends = np.concatenate([*ends, [size - 1]])              # the last document may lack its end
+    begins = np.concatenate(([0], ends[:-1] + 1))
+    counts = np.maximum(0, -(-(ends - begins) // block_size))
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(begins, counts) + block_size * (np.arange(counts.sum()) - before)
+    require(len(starts), f"{path} has no document of two tokens or more: {AGAIN}")
+    return starts

@@ -1,10 +1,13 @@
-"""OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded by transformers."""
+"""OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded by transformers; and
+what a pretrained model needs for a vocabulary that has grown."""
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import torch
 
+import tokenizer as tokenizers
 from configurator import require
 
 GPT2_SIZES = {
@@ -69,3 +72,37 @@ def from_hf_names(weights):
         out[name] = tensor.t() if conv1d else tensor
     out["lm_head.weight"] = out["transformer.wte.weight"]
     return out
+
+
+def fit_vocabulary(model, old, meta):
+    """A loaded model for the data of `meta` -> the model, grown where the data's tokenizer extends its own.
+
+    old: the description of the tokenizer it was trained with, or None. Another tokenizer than that is a
+    ConfigError that names both.
+    """
+    new = tokenizers.described(meta)
+    base = new.get("bpe", {}).get("base")
+    if base and old and base == tokenizers.name_of(old):
+        made = tokenizers.from_meta(new)
+        return grow_vocabulary(model, made.extends, made.pieces())
+    tokenizers.require_same(old, new, "the model of --init_from and the data", "take data that is encoded as "
+                            "the model's was, or start with --init_from=scratch")
+    return model
+
+
+@torch.no_grad()
+def grow_vocabulary(model, old_size, pieces):
+    """A model whose embedding and head have a row more for each of `pieces`, behind those of old_size ids.
+
+    pieces: lists of old ids, how the old vocabulary spells each new token; a new row is the mean of theirs,
+    so that a new token begins as what the model knew of its parts (2310.05773 calls it a strong baseline).
+    """
+    weights = model.state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        rows = weights[name]
+        new = torch.stack([rows[ids].mean(dim=0) for ids in pieces])
+        weights[name] = torch.cat((rows[:old_size], new))
+    config = dataclasses.replace(model.config, vocab_size=old_size + len(pieces))
+    grown = type(model)(config, init=False)
+    grown.load_state_dict(weights)
+    return grown

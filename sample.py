@@ -36,6 +36,7 @@ class SampleConfig:
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
+    tokenizer: str = ""  # data folder whose tokenizer to use, for checkpoints that name none; empty: theirs
     overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
     policy: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave at an exit whose probe is so sure; 0: the model's own, with policy
@@ -58,21 +59,32 @@ class SampleConfig:
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
 
 
-def load(init_from, out_dir):
-    """What init_from names -> (GPT in eval mode on the CPU, its tokenizer)."""
+def load(init_from, out_dir, folder=""):
+    """What init_from names -> (GPT in eval mode on the CPU, its tokenizer); folder: see tokenizer_of."""
     if init_from in GPT2_SIZES or os.path.isfile(Path(init_from) / "config.json"):
-        return GPT.from_pretrained(init_from).eval(), tokenizers.from_meta({"tokenizer": "gpt2"})
+        model = GPT.from_pretrained(init_from).eval()
+        return model, tokenizer_of({"tokenizer": {"tokenizer": "gpt2"}}, folder, model.config.vocab_size)
     path = Path(out_dir if init_from == "resume" else init_from)
     path = path if os.path.isfile(path) else ckpt.find(path)
     loaded = ckpt.load(path)
-    return ckpt.build_model(loaded, path).eval(), tokenizer_of(loaded)
+    model = ckpt.build_model(loaded, path).eval()
+    return model, tokenizer_of(loaded, folder, model.config.vocab_size)
 
 
-def tokenizer_of(loaded):
-    """A checkpoint's tokenizer; for one of nanoGPT's, that of the dataset it names (GPT-2's if unknown)."""
-    if isinstance(loaded.get("tokenizer"), dict):
-        return tokenizers.from_meta(loaded["tokenizer"])
-    return tokenizers.load(datasets.find(loaded.get("config", {}).get("dataset", "openwebtext")))
+def tokenizer_of(loaded, folder, vocab_size):
+    """A checkpoint's tokenizer; for one of nanoGPT's, that of `folder` or of the dataset that it names
+    (GPT-2's if unknown). A folder with another tokenizer than the checkpoint's is an error naming both."""
+    own = loaded.get("tokenizer")
+    if folder or not isinstance(own, dict):
+        trained_on = loaded.get("config", {}).get("dataset", "openwebtext")
+        place = datasets.find(folder or datasets.named(trained_on)[0][0])
+        given = tokenizers.load(place)
+        tokenizers.require_same(own, given.meta(), f"the checkpoint and {place}", "leave --tokenizer out")
+    else:
+        given = tokenizers.from_meta(own)
+    require(given.vocab_size <= vocab_size, f"the tokenizer has {given.vocab_size} ids, the model "
+            f"{vocab_size}: they do not belong together; type --tokenizer=FOLDER of the model's data")
+    return given
 
 
 def prompt_of(start):
@@ -90,7 +102,7 @@ def prompt_of(start):
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
     print(f"{place}, {sparse_kernels.path_taken(place.device)}", file=sys.stderr)
-    model, tokenizer = load(cfg.init_from, cfg.out_dir)
+    model, tokenizer = load(cfg.init_from, cfg.out_dir, cfg.tokenizer)
     sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)

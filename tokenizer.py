@@ -1,14 +1,20 @@
-"""Text to token ids and back: bytes, the characters of one text, or GPT-2's byte pairs.
+"""Text to token ids and back: bytes, the characters of one text, GPT-2's byte pairs, or ones of our own.
 
-Every tokenizer has encode(str) -> list of ids, decode(ids) -> str, token_bytes(id) -> bytes, vocab_size, and
-meta() -> the JSON-able dict from which from_meta() rebuilds it. Data sets and checkpoints carry that dict, so
-text is always read and written with the vocabulary it was trained with.
+Every tokenizer has encode(str) -> list of ids, decode(ids) -> str, token_bytes(id) -> bytes, vocab_size,
+end_of_text (the id that ends a document, or None), and meta() -> the JSON-able dict from which from_meta()
+rebuilds it. Data sets and checkpoints carry that dict, so text is always read and written with the vocabulary
+it was trained with. vocabulary.py learns new ones.
 """
 import codecs
 import functools
+import hashlib
+import importlib
+import itertools
 import json
 import os
 import pickle
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from configurator import ConfigError, close_match, require
@@ -19,11 +25,14 @@ BPE_SHA256 = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0b
 # how GPT-2 cuts text into words before merging bytes (Radford et al. 2019)
 BPE_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+DOWNLOAD_SECONDS = 60       # a vocabulary of 1.5 MB that takes longer has not been reached
+DESCRIPTION = ("tokenizer", "chars", "tokenizer_sha256", "bpe")     # what of a meta says how to encode
 
 
 class ByteTokenizer:
-    """A token is one byte of UTF-8: any text, no vocabulary file, 256 ids."""
+    """A token is one byte of UTF-8: any text, no vocabulary file, 256 ids. A 0 byte ends a document."""
     vocab_size = 256
+    end_of_text = 0
 
     def encode(self, text):
         return list(utf8(text))
@@ -39,7 +48,8 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-    """A token is one character: chars[i] has id i. New vocabularies are sorted."""
+    """A token is one character: chars[i] has id i. New vocabularies are sorted. A NUL among them ends a
+    document."""
 
     def __init__(self, chars):
         singles = isinstance(chars, list) and chars and all(isinstance(c, str) and len(c) == 1 for c in chars)
@@ -48,6 +58,7 @@ class CharTokenizer:
         self.chars = list(chars)
         self.ids = {char: i for i, char in enumerate(chars)}
         self.vocab_size = len(chars)
+        self.end_of_text = self.ids.get("\0")
 
     def encode(self, text):
         try:
@@ -67,7 +78,34 @@ class CharTokenizer:
         return {"tokenizer": "char", "chars": self.chars}
 
 
-class GPT2Tokenizer:
+class BytePairs:
+    """What tokenizers of byte pairs share: `bpe`, a tiktoken encoding, and `specials`, {text: id}."""
+    specials = {END_OF_TEXT: 50256}
+
+    @property
+    def end_of_text(self):
+        return self.specials[END_OF_TEXT]
+
+    def encode(self, text, allow_special=False):
+        """The ids; '<|endoftext|>' is plain text unless allow_special makes it the one token."""
+        utf8(text)
+        allowed = set(self.specials) if allow_special else set()
+        return self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
+
+    def encode_many(self, texts):
+        """[encode(text)] on all processors."""
+        return self.bpe.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids):
+        ids = known(ids, self.vocab_size)
+        return self.bpe.decode(ids, errors="replace")
+
+    def token_bytes(self, token_id):
+        [token_id] = known([token_id], self.vocab_size)
+        return self.bpe.decode_single_token_bytes(token_id)
+
+
+class GPT2Tokenizer(BytePairs):
     """GPT-2's 50,257 byte pairs by tiktoken, loaded at the first use: training needs only vocab_size.
 
     Offline, the files encoder.json and vocab.bpe are read from the folder that the environment variable
@@ -79,34 +117,108 @@ class GPT2Tokenizer:
     def bpe(self):
         return load_bpe()
 
-    def encode(self, text, allow_special=False):
-        """The ids; '<|endoftext|>' is plain text unless allow_special makes it the one token 50256."""
-        utf8(text)
-        allowed = {END_OF_TEXT} if allow_special else set()
-        return self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
-
-    def decode(self, ids):
-        ids = known(ids, self.vocab_size)
-        return self.bpe.decode(ids, errors="replace")
-
-    def token_bytes(self, token_id):
-        [token_id] = known([token_id], self.vocab_size)
-        return self.bpe.decode_single_token_bytes(token_id)
-
     def meta(self):
         return {"tokenizer": "gpt2"}
 
 
-TOKENIZERS = {"byte": ByteTokenizer, "char": CharTokenizer, "gpt2": GPT2Tokenizer}
+class TrainedTokenizer(BytePairs):
+    """Byte pairs that vocabulary.py has learned, written down as tokenizer.json in the data's folder.
+
+    vocabulary: {"tokens": [the bytes of each id as Latin-1 text], "specials": {text: id}, "extends": n,
+    "base": name}. Where n is not 0 the first n ids are those of the tokenizer `base`, see name_of.
+    """
+
+    def __init__(self, vocabulary):
+        fits = isinstance(vocabulary, dict) and isinstance(vocabulary.get("tokens"), list)
+        require(fits, f"a vocabulary of byte pairs has a list of tokens, found {str(vocabulary)[:60]!r}")
+        self.vocabulary, self.specials = vocabulary, vocabulary.get("specials")
+        self.vocab_size, self.extends = len(vocabulary["tokens"]), vocabulary.get("extends", 0)
+        special = isinstance(self.specials, dict) and END_OF_TEXT in self.specials
+        require(special and set(self.specials.values()) <= set(range(self.vocab_size)),
+                f"a vocabulary of byte pairs gives {END_OF_TEXT} an id, found {str(self.specials)[:60]!r}")
+        require(type(self.extends) is int and 0 <= self.extends <= self.vocab_size,
+                f"extends is {str(self.extends)[:40]!r}, expected a number of ids")
+
+    @functools.cached_property
+    def tokens(self):
+        """The bytes of each id."""
+        try:
+            return [token.encode("latin-1") for token in self.vocabulary["tokens"]]
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ConfigError("a token of this vocabulary is not the bytes of a Latin-1 text") from error
+
+    def ranks(self, count=None):
+        """{bytes: id} of the tokens below `count` (None: all) that are no specials."""
+        named = set(self.specials.values())
+        return {token: i for i, token in enumerate(self.tokens[:count]) if i not in named}
+
+    @functools.cached_property
+    def bpe(self):
+        ranks = self.ranks()
+        lacks = next((b for b in range(256) if bytes([b]) not in ranks), None)
+        require(lacks is None, f"byte {lacks} is no token of this vocabulary: some text has no encoding")
+        require(len(ranks) + len(self.specials) == self.vocab_size, "a vocabulary has no token twice, "
+                                                                    "found one")
+        return need("tiktoken").Encoding(f"bpe{self.vocab_size}", pat_str=BPE_WORDS, mergeable_ranks=ranks,
+                                         special_tokens=self.specials)
+
+    def pieces(self):
+        """How the vocabulary that this one extends spells each new token: lists of old ids."""
+        old = self.ranks(self.extends)
+        return [merge(token, old) for token in self.tokens[self.extends:]]
+
+    def meta(self):
+        return {"tokenizer": "bpe", "tokenizer_sha256": hashlib.sha256(self.file()).hexdigest(),
+                "bpe": self.vocabulary}
+
+    def file(self):
+        """The bytes of tokenizer.json."""
+        return json.dumps(self.vocabulary, indent=0).encode()
+
+
+def merge(word, ranks):
+    """The ids of the bytes `word`: of all neighbours the pair of lowest rank becomes one, over and over."""
+    parts = [word[i:i + 1] for i in range(len(word))]
+    while True:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        best = min(pairs, default=len(ranks))
+        if best >= len(ranks):
+            return [ranks[part] for part in parts]
+        at = pairs.index(best)
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": TrainedTokenizer}
+VOCABULARY = {"char": ["chars"], "bpe": ["bpe"]}     # the fields of a meta that a tokenizer is made from
 
 
 def from_meta(meta):
-    """The tokenizer that wrote `meta` (a dict with "tokenizer" and, for characters, "chars")."""
+    """The tokenizer that wrote `meta` (a dict with "tokenizer", for characters "chars", for byte pairs of our
+    own "bpe")."""
     kind = meta.get("tokenizer")
     require(isinstance(kind, str) and kind in TOKENIZERS,
             f"unknown tokenizer {kind!r}{close_match(str(kind), TOKENIZERS)}; "
             f"expected one of {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind](meta.get("chars")) if kind == "char" else TOKENIZERS[kind]()
+    return TOKENIZERS[kind](*[meta.get(field) for field in VOCABULARY.get(kind, ())])
+
+
+def described(meta):
+    """What of a data set's meta says how its text was encoded: a checkpoint keeps it."""
+    return {key: meta[key] for key in DESCRIPTION if key in meta} if "tokenizer" in meta else {}
+
+
+def name_of(meta):
+    """A tokenizer in a few words, different ones in different words."""
+    kind, size = meta["tokenizer"], len(meta.get("chars") or meta.get("bpe", {}).get("tokens", ()))
+    sha = meta.get("tokenizer_sha256") or hashlib.sha256(json.dumps(meta.get("chars")).encode()).hexdigest()
+    return f"'{kind}' of {size:,} ids, sha256 {sha[:8]}" if kind in VOCABULARY else f"'{kind}'"
+
+
+def require_same(ours, theirs, where, what_to_do):
+    """ConfigError that names both unless two descriptions, known ones, are of one tokenizer."""
+    same = not ours or not theirs or name_of(ours) == name_of(theirs)
+    require(same, f"{where} were made with different tokenizers, "
+                  f"{' and '.join(name_of(meta) for meta in (ours, theirs) if meta)}: {what_to_do}")
 
 
 def load(folder):
@@ -125,8 +237,19 @@ def meta_of(folder):
     for name, read in (("meta.json", read_json), ("meta.pkl", read_pickle)):
         path = Path(folder) / name
         if path.is_file():
-            return typed(read(path), path)
+            meta = typed(read(path), path)
+            return meta | ({"bpe": read_vocabulary(path, meta)} if meta.get("tokenizer") == "bpe" else {})
     return {}
+
+
+def read_vocabulary(meta_path, meta):
+    """tokenizer.json beside a meta.json -> its dict; it must be the file whose hash meta has."""
+    path = meta_path.with_name("tokenizer.json")
+    vocabulary = read_json(path)
+    found, expected = hashlib.sha256(path.read_bytes()).hexdigest(), meta.get("tokenizer_sha256", "")
+    require(found == expected, f"{path} is not the tokenizer that the data was made with: its sha256 starts "
+                               f"{found[:12]}, meta.json says {expected[:12]}: prepare the data set again")
+    return vocabulary
 
 
 def read_json(path):
@@ -173,7 +296,8 @@ def character_meta(old, path):
 def typed(meta, path):
     """`meta` with the type of every field that others rely on checked."""
     require(isinstance(meta, dict), f"{path} holds a {type(meta).__name__}, expected named fields")
-    kinds = {"vocab_size": int, "tokenizer": str, "chars": list, "dtype": str, "tokens": dict, "sha256": dict}
+    kinds = {"vocab_size": int, "tokenizer": str, "chars": list, "dtype": str, "tokens": dict, "sha256": dict,
+             "tokenizer_sha256": str}
     for key, kind in kinds.items():
         value = meta.get(key, kind())
         require(type(value) is kind, f"{path}: {key} is {str(value)[:40]!r}, expected {kind.__name__}: "
@@ -200,22 +324,41 @@ class StreamDecoder:
         return self.utf8.decode(b"", final=True)
 
 
+def need(package, why="byte pairs"):
+    """An optional package, or the sentence that says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(f"{why} need {package}: type pip install {package}") from error
+
+
 def load_bpe():
     """tiktoken's GPT-2 encoding, from local files if there are any, else by its download and cache."""
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise ConfigError("GPT-2's byte pairs need tiktoken: type pip install tiktoken") from error
+    tiktoken = need("tiktoken", "GPT-2's byte pairs")
     folder = Path(os.environ.get("NANOCORTEX_GPT2_BPE") or BPE_FOLDER)
     if "NANOCORTEX_GPT2_BPE" in os.environ or folder.is_dir():
         return local_bpe(tiktoken, folder)
     try:
-        return tiktoken.get_encoding("gpt2")
+        return within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
     except Exception as error:                  # requests, proxies, TLS, full disks: each raises its own type
         raise ConfigError(f"GPT-2's vocabulary could not be downloaded ({type(error).__name__}): offline, "
                           f"put its encoder.json and vocab.bpe in {BPE_FOLDER}, or in a folder named by the "
                           "environment variable NANOCORTEX_GPT2_BPE, or use data made with --tokenizer=byte"
                           ) from error
+
+
+def within(seconds, function):
+    """function(), or TimeoutError after so long: a network that swallows packets, and a library that sets no
+    limit of its own, would hang for good. The thread left behind ends with the process."""
+    answer = Future()
+
+    def work():
+        try:
+            answer.set_result(function())
+        except Exception as error:
+            answer.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return answer.result(timeout=seconds)
 
 
 def local_bpe(tiktoken, folder):

@@ -21,8 +21,10 @@ import bio_modules
 import checkpoint as ckpt
 import dataset as datasets
 import optimizers
+import pretrained
 import runtime
 import sparse_kernels
+import tokenizer as tokenizers
 from configurator import ConfigError, convert, require, say_and_exit, typed_words
 from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
@@ -48,7 +50,7 @@ class TrainConfig(GPTConfig):
     wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
-    dataset: str = "openwebtext"  # folder below data/, or a path to a folder with train.bin and val.bin
+    dataset: str = "openwebtext"  # folder below data/ or path of one; several by weight: NAME:3,NAME:1
     gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
     batch_size: int = 12  # sequences per micro-batch
     learning_rate: float = 6e-4  # highest learning rate
@@ -74,6 +76,8 @@ class TrainConfig(GPTConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
     compile: bool | str = "auto"  # torch.compile: auto, True, False
+    sampling: str = "random"  # of windows: random (nanoGPT's), or epoch: all of them once, then all again
+    documents: bool = False  # a sample stays in one document; data sets of documents have the marks for it
     seed: int = 1337  # decides weights, batches and dropout
     max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
 
@@ -91,6 +95,8 @@ class TrainConfig(GPTConfig):
         require(not self.anneal or self.mlp_topk < 1 or self.columns,
                 f"anneal={self.anneal} has no effect without mlp_topk or columns: leave it out")
         require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
+        require(self.sampling in datasets.SAMPLINGS,
+                f"sampling='{self.sampling}' must be one of {', '.join(datasets.SAMPLINGS)}")
         optimizers.check(self)
         runtime.check_compile(self.compile)
 
@@ -157,17 +163,16 @@ if world.master:
             raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type "
                               "--out_dir=ANOTHER_FOLDER") from error
         ckpt.sweep(out_dir)
-    datasets.prepare_if_missing(cfg.dataset)
+    datasets.prepare_sources(cfg.dataset)
 world.barrier()
 say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
-data_dir = datasets.prepare_if_missing(cfg.dataset)
-meta = datasets.meta_of(data_dir)
-tokenizer = ({"tokenizer": {k: meta[k] for k in ("tokenizer", "chars") if k in meta}}
-             if "tokenizer" in meta else {})
+sources = datasets.prepare_sources(cfg.dataset)                # [(folder, weight)]
+meta = datasets.common_meta(sources)
+tokenizer = {"tokenizer": tokenizers.described(meta)} if "tokenizer" in meta else {}
 
 
 def build_model():
@@ -178,17 +183,20 @@ def build_model():
         model.begin_with_layers(cfg.layers_at(0, model.config.n_layer))
         return model, 0, 1e9, 0.0
     if resumed:
-        model = load_model(resumed, resumed_path)
+        model = pretrained.fit_vocabulary(load_model(resumed, resumed_path), resumed.get("tokenizer"), meta)
         return model, resumed["iter_num"], float(resumed["best_val_loss"]), resumed.get("seconds", 0.0)
     path = Path(cfg.init_from)
     if cfg.init_from in GPT2_SIZES or os.path.isfile(path / "config.json"):
         model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
+        known = {"tokenizer": "gpt2"} if model.config.vocab_size == 50257 else None
+        model = pretrained.fit_vocabulary(model, known, meta)
     else:
         path = ckpt.find(path) if os.path.isdir(path) else path
         require(os.path.isfile(path),
                 f"init_from='{cfg.init_from}' must be scratch, resume, {', '.join(GPT2_SIZES)}, or the path "
                 "of a checkpoint or a Hugging Face GPT-2 folder")
-        model = load_model(ckpt.load(path), path)
+        loaded = ckpt.load(path)
+        model = pretrained.fit_vocabulary(load_model(loaded, path), loaded.get("tokenizer"), meta)
     return model, 0, 1e9, 0.0
 
 
@@ -220,13 +228,15 @@ settings = asdict(cfg) | asdict(model_config) | {"size": ""}   # what the model 
 require("block_size" not in given or cfg.block_size == model_config.block_size,
         f"block_size={cfg.block_size} is longer than the {model_config.block_size} of the loaded model: "
         "leave --block_size out")
-datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
+for data_dir, _ in sources:
+    datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
 raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
     say(sparse_kernels.winners_path(place.device))
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
-    f"parameters without positions; data {data_dir}, vocabulary {model_config.vocab_size}")
+    f"parameters without positions; data {', '.join(str(folder) for folder, _ in sources)}, "
+    f"vocabulary {model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 clipped = optimizers.by_clipping(raw_model)                    # each list has a gradient norm of its own
@@ -240,9 +250,9 @@ resumed = None                                                  # frees the weig
 accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
-train_stream = datasets.TokenStream(data_dir, "train", *shape, seed=cfg.seed,
-                                    vocab_size=model_config.vocab_size)
-eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0,
+train_stream = datasets.open_stream(sources, "train", *shape, seed=cfg.seed, sampling=cfg.sampling,
+                                    vocab_size=model_config.vocab_size, documents=cfg.documents)
+eval_streams = {split: datasets.open_stream(sources, split, *shape, seed=0,    # the same for every sampling
                                             vocab_size=model_config.vocab_size)
                 for split in ("train", "val")}
 model = torch.compile(raw_model) if place.compile else raw_model
@@ -396,6 +406,8 @@ while True:
     if cfg.layers_at(iter_num, model_config.n_layer) != len(raw_model.blocks):
         grow(iter_num)
     row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}
+    if cfg.sampling == "epoch":
+        row["epochs"] = train_stream.epochs(iter_num * cfg.gradient_accumulation_steps * cfg.batch_size)
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses = evaluate()
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}

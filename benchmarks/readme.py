@@ -138,6 +138,24 @@ def growth_rows(record):
                f"| {first['curve'][-1][2] / 1e12:.2f} | {first['iters']}")
 
 
+def fertility_rows(record):
+    for text, sides in record["fertility"].items():
+        for name, s in sides.items():
+            change = s["tokens"] / sides["GPT-2"]["tokens"] - 1
+            yield (f"{text} | {name}, {record['vocab_sizes'][name]:,} ids | {s['tokens_per_char']:.4f} "
+                   f"| {s['bits_per_byte']:.3f} | {change:+.1%}")
+
+
+ARCHIVERS = "gzip -9", "zstd -19", "xz -9e", "compress.py"
+
+
+def compression_rows(record):
+    for text, one in record["files"].items():
+        bits = " | ".join(f"{one['bits_per_byte'][name]:.3f}" for name in ARCHIVERS)
+        yield (f"{text} | {one['bytes']:,} | {bits} | {one['seconds']['compress']:.0f} and "
+               f"{one['seconds']['decompress']:.0f}")
+
+
 def figure(s):
     """A median in four digits, thousands apart."""
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
@@ -157,4 +175,7 @@ TABLES = (
      depth_rows),
     ("growth | val loss | seeds | training steps, s | TFLOP | iterations", ("grow",), growth_rows),
     ("the race's config with | val loss | seeds | to ours", ("ablate",), change_rows),
+    ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
+     fertility_rows),
+    (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
 )

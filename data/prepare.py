@@ -1,7 +1,11 @@
 """Any text of your own as a data set.
 
-    python data/prepare.py --input=FILE.txt --name=mydata [--tokenizer=byte|char|gpt2] [--val_fraction=0.1]
+    python data/prepare.py --input=FILE.txt --name=mydata [--tokenizer=byte|char|gpt2|bpe|FOLDER]
+    python data/prepare.py --input=FILE.jsonl|FILE.parquet|FOLDER --name=mydata [--column=text]
     python train.py --dataset=mydata
+
+A text file is one text and its end is held out. JSON lines, parquet and folders hold many documents: each is
+followed by the end-of-text token, and some are held out whole.
 """
 import re
 import sys
@@ -10,17 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import corpus
 import dataset
+import vocabulary
 from configurator import close_match, configure, require
 from tokenizer import TOKENIZERS
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Write data/NAME from a UTF-8 text file; its end is held out for validation."""
-    input: str = ""                         # the text file
+    """Write data/NAME from text of your own."""
+    input: str = ""                         # a .txt, .jsonl or .parquet file, or a folder of one kind
     name: str = ""                          # name of the new folder in data/
-    tokenizer: str = "byte"                 # byte, char or gpt2
+    tokenizer: str = "byte"                 # byte, char, gpt2, bpe (learned), or a data folder that has one
+    vocab_size: int = 0                     # of --tokenizer=bpe: 500 or 1000 suit tiny models
+    column: str = "text"                    # what holds the text in jsonl and parquet files
     val_fraction: float = 0.1               # the part held out for validation
 
     def __post_init__(self):
@@ -28,8 +36,14 @@ class Prepare:
         require(re.fullmatch(r"\w[\w.-]{0,99}", self.name),
                 f"name={self.name!r} must be a plain folder name (letters, digits, '_', '-', '.'): "
                 "type --name=mydata")
-        require(self.tokenizer in TOKENIZERS, f"unknown tokenizer '{self.tokenizer}'"
-                f"{close_match(self.tokenizer, TOKENIZERS)}; expected one of {', '.join(TOKENIZERS)}")
+        require(self.tokenizer in TOKENIZERS or Path(self.tokenizer).is_dir(),
+                f"unknown tokenizer '{self.tokenizer}'{close_match(self.tokenizer, TOKENIZERS)}; expected "
+                f"one of {', '.join(TOKENIZERS)}, or a data folder")
+        require(self.tokenizer != "bpe" or self.vocab_size,
+                "tokenizer='bpe' is learned from the text: type --vocab_size=1000, for example")
+        require(self.tokenizer == "bpe" or not self.vocab_size,
+                f"vocab_size={self.vocab_size} and tokenizer='{self.tokenizer}': its size is given; type "
+                "--tokenizer=bpe or leave --vocab_size out")
         require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
 
 
@@ -38,8 +52,21 @@ def main(argv=None):
     folder = dataset.DATA / config.name
     require(not (folder / "prepare.py").exists(), f"'{config.name}' is a data set with its own prepare.py: "
                                                   "choose another --name")
-    meta = dataset.write_text(folder, config.input, config.tokenizer, config.val_fraction)
+    path = Path(config.input)
+    many = path.is_dir() or corpus.KINDS.get(path.suffix, "text") != "text"
+    meta = (write_many if many else write_one)(config, folder)
     dataset.report(folder, meta, time.time() - started)
+
+
+def write_one(config, folder):
+    return dataset.write_text(folder, config.input, config.tokenizer, config.val_fraction, config.vocab_size)
+
+
+def write_many(config, folder):
+    documents = corpus.Documents(corpus.local_rows(config.input), corpus.column(config.column))
+    tokenizer = vocabulary.chosen(config.tokenizer, documents.pieces, config.vocab_size)
+    return corpus.write_corpus(folder, documents, tokenizer, config.val_fraction,
+                               f"{corpus.source_of(config.input, {})} {config.column}")
 
 
 if __name__ == "__main__":

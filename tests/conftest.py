@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -210,6 +211,15 @@ def finished(tmp_path_factory, data):
     trainer = Trainer(tmp_path_factory.mktemp("finished"), data)
     trainer()
     return trainer
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any socket of this process is an error, and so is looking up a name."""
+    def refuse(*args, **kwargs):
+        raise OSError("network is unreachable")
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
 
 
 def same(a, b, where="", skip=()):

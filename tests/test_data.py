@@ -400,6 +400,176 @@ def test_batches_keep_memory_and_file_descriptors_constant(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# without replacement, by document, by weight
+
+@pytest.mark.parametrize("batch_size", [1, 8, 13])
+def test_an_epoch_deals_every_window_once(counted, batch_size):
+    stream = TokenStream(counted, "train", BLOCK, batch_size, seed=3, sampling="epoch")
+    count = (5000 - 1) // BLOCK
+    assert stream.samples == count
+    starts = np.concatenate([stream.offsets(i) for i in range(3 * count // batch_size + 1)])
+    epochs = [starts[e * count:(e + 1) * count] for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == count and set(np.diff(np.sort(epoch))) == {BLOCK}
+        assert epoch.max() + BLOCK < 5000
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], np.sort(epochs[0]))
+    assert len({epoch.min() for epoch in epochs}) > 1, "the left-over tokens must shift the windows"
+
+
+def test_an_epochs_order_needs_no_past_and_differs_by_seed(counted):
+    def draw(index=7, seed=3):
+        return TokenStream(counted, "train", BLOCK, 8, seed, sampling="epoch").batch(index)[0]
+    first = draw()
+    stream = TokenStream(counted, "train", BLOCK, 8, 3, sampling="epoch")
+    for index in (100, 0, 7):
+        last = stream.batch(index)[0]
+    assert torch.equal(first, last)
+    assert not torch.equal(first, draw(seed=4)) and not torch.equal(first, draw(index=8))
+
+
+def test_ranks_share_no_window_within_an_epoch(counted):
+    stream = TokenStream(counted, "train", BLOCK, 4, seed=3, sampling="epoch")
+    whole = stream.samples // 16 * 16 // 4                  # ranks 0 to 3 take every fourth batch
+    ranks = [np.concatenate([stream.offsets(i) for i in range(rank, whole, 4)]) for rank in range(4)]
+    for rank in range(4):
+        for other in range(rank):
+            assert not set(ranks[rank]) & set(ranks[other])
+    assert stream.epochs(stream.samples) == {counted.name: 1.0}
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1))
+def test_shuffled_is_a_permutation(count, seed):
+    keys = dataset.random_bits(np.array([seed, 0], np.uint64), 1, 4)
+    places = dataset.shuffled(np.arange(count), count, keys)
+    assert sorted(places.tolist()) == list(range(count))
+
+
+def test_the_order_of_an_epoch_is_the_same_on_every_machine(counted):
+    stream = TokenStream(counted, "train", BLOCK, 4, seed=1337, sampling="epoch")
+    assert stream.offsets(100).tolist() == OFFSETS_OF_EPOCHS
+
+
+OFFSETS_OF_EPOCHS = [563, 4115, 2979, 2899]
+
+
+LENGTHS = [1, 40, 0, 16, 17, 5, 0, 33, 2, 15]
+
+
+def many_documents(folder, lengths, made=None):
+    """Documents of these lengths; all tokens of document i are i + 1, its end is 0."""
+    ids = np.concatenate([[i + 1] * length + [0] for i, length in enumerate(lengths)])
+    write_dataset(folder, {"train": [ids], "val": [ids]}, made or ByteTokenizer(), "documents")
+    return folder
+
+
+@pytest.mark.parametrize("sampling", dataset.SAMPLINGS)
+def test_no_sample_crosses_a_document(tmp_path, sampling):
+    folder = many_documents(tmp_path, LENGTHS)
+    stream = TokenStream(folder, "train", BLOCK, 8, 0, sampling=sampling, documents=True)
+    for index in range(30):
+        x, y = stream.batch(index)
+        for inputs, targets in zip(x.tolist(), y.tolist()):
+            document = inputs[0]
+            length = sum(t != -1 for t in targets)
+            assert length and document and set(inputs[:length]) == {document}
+            assert set(targets[:length]) <= {document, 0} and set(targets[length:]) <= {-1}
+            assert set(inputs[length:]) <= {0}
+
+
+def test_an_epoch_of_documents_predicts_every_token_but_the_first_of_each_once(tmp_path):
+    folder = many_documents(tmp_path, LENGTHS)
+    stream = TokenStream(folder, "train", BLOCK, 1, 0, sampling="epoch", documents=True)
+    seen = np.zeros(len(LENGTHS) + 1, int)
+    for index in range(stream.samples):
+        targets = stream.batch(index)[1]
+        np.add.at(seen, targets[targets >= 0].numpy(), 1)
+    assert seen[1:].tolist() == [max(0, length - 1) for length in LENGTHS]
+    assert seen[0] == sum(length > 0 for length in LENGTHS)
+
+
+def test_a_last_document_without_its_end_and_scans_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SCAN_CHUNK", 7)
+    ids = [5] * 20 + [0] + [6] * 19
+    write_dataset(tmp_path, {"train": [ids], "val": [ids]}, ByteTokenizer(), "documents")
+    stream = TokenStream(tmp_path, "train", BLOCK, 4, 0, sampling="epoch", documents=True)
+    x, y = stream.batch(0)
+    assert sorted(stream.offsets(0).tolist()) == [0, 16, 21, 37]
+    assert (y == 6).sum() == 18 and (y == 5).sum() == 19 and (y == 0).sum() == 1 and y.max() < 7
+
+
+def test_documents_of_data_that_marks_none_are_one_sentence(tmp_path):
+    write_dataset(tmp_path, {"train": [[0] * 99], "val": [[0] * 99]}, CharTokenizer(["a"]), "here")
+    with pytest.raises(ConfigError, match=r"documents=True.*no token that ends a document"):
+        TokenStream(tmp_path, "train", BLOCK, 1, 0, documents=True)
+
+
+def test_a_mixture_keeps_its_weights_and_each_part_its_epochs(tmp_path):
+    for name, token in (("a", 1), ("b", 2), ("c", 3)):
+        write_dataset(tmp_path / name, {s: [[token] * 999] for s in ("train", "val")}, ByteTokenizer(), name)
+    words = [f"{tmp_path / name}:{weight}" for name, weight in (("a", 3), ("b", 1), ("c", 0.5))]
+    sources = dataset.prepare_sources(",".join(words))
+    stream = dataset.open_stream(sources, "train", BLOCK, 9, seed=0, sampling="epoch")
+    rows = np.concatenate([stream.batch(i)[0][:, 0].numpy() for i in range(100)])
+    assert np.bincount(rows)[1:].tolist() == pytest.approx([600, 200, 100], abs=1)
+    for index in range(100):
+        shares = np.bincount(stream.batch(index)[0][:, 0].numpy(), minlength=4)[1:]
+        assert abs(shares - [6, 2, 1]).max() <= 1, "every batch is mixed"
+    assert stream.epochs(900)["a"] == pytest.approx(600 / 62, abs=0.02)
+    part = TokenStream(tmp_path / "a", "train", BLOCK, 9, seed=0, sampling="epoch")
+    assert np.array_equal(stream.streams[0].begins(0, 50), part.begins(0, 50))
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=5), rows=st.integers(0, 10**12))
+def test_a_mixture_gives_each_row_to_one_data_set(weights, rows):
+    streams = [type("Stream", (), {"batch_size": 1})] * len(weights)
+    mixture = dataset.Mixture(streams, weights)
+    before, after = mixture.taken(rows), mixture.taken(rows + 1)
+    assert sum(before) == rows and sorted(np.subtract(after, before)) == [0] * (len(weights) - 1) + [1]
+    for taken, weight in zip(before, weights):
+        assert abs(taken - rows * weight / sum(weights)) <= len(weights) + rows * 1e-5
+
+
+@pytest.mark.parametrize("dataset_key, expected", [
+    ("{a},{b}", r"made with different tokenizers, 'byte' and 'char' of 2 ids"),
+    ("{a},{a}", "names a data set twice"), ("{a}:0,{b}:1", "must be above 0")])
+def test_a_mixture_that_is_none_is_one_sentence(tmp_path, dataset_key, expected):
+    byte_data(tmp_path / "a")
+    ids = [0, 1] * 99
+    write_dataset(tmp_path / "b", {"train": [ids], "val": [ids]}, CharTokenizer(["a", "b"]), "b")
+    with pytest.raises(ConfigError, match=expected):
+        dataset.common_meta(dataset.prepare_sources(dataset_key.format(a=tmp_path / "a", b=tmp_path / "b")))
+
+
+def test_an_unknown_sampling_is_one_sentence(counted):
+    with pytest.raises(ConfigError, match="did you mean 'epoch'"):
+        TokenStream(counted, "train", BLOCK, 1, 0, sampling="epochs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, {"sampling": "epoch"}, {"sampling": "epoch", "documents": True}],
+                         ids=str)
+def test_ten_thousand_batches_keep_memory_constant(tmp_path, keys):
+    proc = Path("/proc/self")
+    if not proc.is_dir():
+        pytest.skip("this system has no /proc to read memory from")
+    ids = np.random.default_rng(0).integers(0, 256, 20_000_000)
+    write_dataset(tmp_path, {"train": [ids], "val": [ids[:999]]}, ByteTokenizer(), "numbers")
+    stream = TokenStream(tmp_path, "train", 256, 16, seed=0, **keys)
+
+    def used():
+        gc.collect()
+        return int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    for index in range(100):
+        stream.batch(index)
+    memory = used()
+    for index in range(10_000):
+        stream.batch(index)
+    assert used() - memory < 20
+
+
+# ------------------------------------------------------------------------------------------------------------
 # a text of the user's own
 
 @settings(max_examples=200, deadline=None)

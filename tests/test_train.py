@@ -14,6 +14,7 @@ from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, one_sent
 
 import checkpoint
 import dataset
+from tokenizer import ByteTokenizer
 
 NANOGPT = os.environ.get("NANOGPT")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
@@ -324,3 +325,28 @@ def test_sampling_needs_the_checkpoint_alone(train, tmp_path):
                                     max_new_tokens=5), tmp_path).wait()
     assert result.status == 0, result.err
     assert result.out.count("The") == 2 and result.out.count("---------------") == 2
+
+
+# -------------------------------------------------- ways of sampling ---------------------------------------
+
+@pytest.fixture(scope="module")
+def two_data_sets(tmp_path_factory):
+    """NAME:WEIGHT,NAME:WEIGHT of two folders of short documents in bytes, three epochs and more for a run."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("a", "b"):
+        ids = [token for i in range(12) for token in [*(f"document {i} of {name}\n" * 2).encode(), 0]]
+        dataset.write_dataset(folder / name, {"train": [ids[:250]], "val": [ids]}, ByteTokenizer(), name)
+    return f"{folder / 'a'}:2,{folder / 'b'}:1"
+
+
+@pytest.mark.parametrize("keys", [{"sampling": "epoch"}, {"sampling": "epoch", "documents": True}], ids=str)
+def test_resume_is_exact_across_epochs_documents_and_mixtures(train, two_data_sets, keys):
+    keys = {"dataset": two_data_sets, **keys}
+    train(out="whole", **keys)
+    train(out="parts", **keys, max_iters=7)
+    train.resume(out="parts", max_iters=16)
+    assert train.losses("parts") == train.losses("whole") and len(train.losses("whole")) == 16
+    same(train.checkpoint("parts")["model"], train.checkpoint("whole")["model"])
+    epochs = [row["epochs"] for row in train.metrics("whole")]
+    assert epochs[0] == {"a": 0.0, "b": 0.0} and epochs[-1]["a"] > epochs[1]["a"] > 0
+    assert epochs == [row["epochs"] for row in train.metrics("parts") if row["iter"] != 7 or "loss" in row]

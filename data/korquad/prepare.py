@@ -1,0 +1,32 @@
+"""KorQuAD 1.0's passages of the Korean Wikipedia (1909.07005).
+
+    python data/korquad/prepare.py [--tokenizer=FOLDER_WITH_A_TOKENIZER] [--input=FOLDER_OF_PARQUET_FILES]
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from corpus import Corpus, prepare
+
+
+@dataclass(frozen=True)
+class KorQuad(Corpus):
+    """Write KorQuAD's passages with their titles; one that several questions in a row share counts once."""
+    val_fraction: float = 0.05              # the part held out for validation, whole passages
+
+
+def hub(config):
+    return {"path": "KorQuAD/squad_kor_v1"}
+
+
+def text(row):
+    return f"{row['title']}\n{row['context']}\n"
+
+
+def main(argv=None):
+    prepare(KorQuad, __file__, hub, text, argv)
+
+
+if __name__ == "__main__":
+    main()
