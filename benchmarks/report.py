@@ -113,6 +113,21 @@ def aim(result):
     return "Furthest from a dense model of equal loss (aim: 2x): " + "; ".join(told) + "." if told else ""
 
 
+def presets(result):
+    """Sentences: what the presets lose in bits per byte and what they save, against the dense twin."""
+    rows, twin = result["rows"], result["rows"][TWIN]
+    for name in ("efficient", "quality"):
+        if name in rows:
+            row = rows[name]
+            more = row["bits_per_byte"] / twin["bits_per_byte"] - 1
+            times = {key: row["speed"][key]["median"] / twin["speed"][key]["median"]
+                     for key in ("decode, batch 1", "training step")}
+            yield (f"config/{name}.py: {more:+.2%} bits per byte against its dense twin, "
+                   f"{times['decode, batch 1']:.2f}x its decode speed, {times['training step']:.2f}x its "
+                   f"training speed, {twin['weight_bytes'] / row['weight_bytes']:.2f}x fewer bytes of weights"
+                   " a token.")
+
+
 def shape_rows(path=SHAPE_RECORD):
     """Decoding at GPT-2's shape, random weights: a record of its own."""
     if not path.is_file():
@@ -138,7 +153,8 @@ def told(result):
         "Losses are those of the model as it decodes, shortcuts on. Speeds are medians of interleaved rounds "
         f"({result['place']}), and times the dense twin's. MiB held: weights and the cache of one full "
         "context when decoding, counted. At its twin's time: against the dense twin trained for as many "
-        f"seconds of steps as the arm. Joules: {result['energy']}.", *missing], HEAD, main_rows(result))
+        f"seconds of steps as the arm. Joules: {result['energy']}.", *presets(result), *missing],
+        HEAD, main_rows(result))
     yield ("Arms and the dense frontier", [
         "The frontier is what plain models of other widths and depths reach, on a straight line over the log "
         "of the cost between two of them; beyond its last model it stays level. Nats: the frontier's loss at "

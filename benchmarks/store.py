@@ -21,16 +21,14 @@ import dataset as datasets
 from benchmarks import ROOT
 from benchmarks.arms import described, parts, trained
 from benchmarks.broken import BREAK
+from benchmarks.judge import as_trained, judge
 from benchmarks.race import thinned
 from benchmarks.record import write_atomically
-from benchmarks.runs import fixed_loss, trained_model, validation_of
-from benchmarks.work import sees_the_future
 from configurator import ConfigError, require
 
 CODE = ("model.py", "bio_modules.py", "layers.py", "context.py", "sparse_kernels.py", "optimizers.py",
         "dataset.py", "tokenizer.py", "runtime.py", "checkpoint.py", "train.py", "benchmarks/broken.py",
-        "benchmarks/runs.py", "benchmarks/store.py")
-JUDGED = 80                                      # validation batches that a run's loss is the mean of
+        "benchmarks/runs.py", "benchmarks/judge.py")
 TRIAL = 12                                       # iterations of the short runs that a plan is made from
 LEAST = 20                                       # iterations below which a loss says nothing
 
@@ -120,22 +118,6 @@ def digest(said):
 def hash_of_data(data):
     """Of the token files themselves."""
     return [hashlib.sha256((data / f"{split}.bin").read_bytes()).hexdigest() for split in datasets.SPLITS]
-
-
-def as_trained(arm, folder):
-    """A run's model in eval mode, broken as it was trained."""
-    return BREAK.get(arm, lambda model: model)(trained_model(folder)).use_policy()
-
-
-def judge(model, data):
-    """-> val loss as the model decodes, shortcuts on, and without them; whether it sees the future."""
-    validation = validation_of(model) | dict(batches=JUDGED)
-    stream = datasets.TokenStream(data, "val", validation["block_size"], 1, seed=0)
-    found = {"sees_the_future": sees_the_future(model, stream.batch(0)[0]),
-             "val_loss": fixed_loss(model, data, validation)}
-    shortcuts = any(hasattr(module, "policy") for module in model.modules())
-    exact = fixed_loss(model.use_policy(False), data, validation) if shortcuts else found["val_loss"]
-    return found | {"val_loss_exact": exact}
 
 
 def curve_of(rows):

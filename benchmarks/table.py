@@ -1,33 +1,23 @@
 """The table that the project exists for: every arm beside its dense twin and the dense frontier."""
-import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-
-import checkpoint
 import dataset as datasets
-import optimizers
-import runtime
 import tokenizer
-from benchmarks import Recipe, energy, plots, report
+from benchmarks import Recipe, plots, report
 from benchmarks.arms import DENSE, check_arms, chosen_arms
 from benchmarks.broken import BREAK
 from benchmarks.frontier import beyond
-from benchmarks.record import TWIN, hardware, load_average
+from benchmarks.judge import JUDGED
+from benchmarks.measured import measured
+from benchmarks.record import TWIN, hardware
 from benchmarks.stats import mean_interval, paired
-from benchmarks.store import JUDGED, Run, open_store, plan, train_all
-from benchmarks.timing import interleave, measurement
-from benchmarks.work import held_bytes, ready, work
+from benchmarks.store import Run, open_store, plan, train_all
 from configurator import require
 
 LONGER = 0.7, 1.6                                # of the tokens, that the dense twin is trained with too
 SCHEMA = 1                                       # of `rows` and `axes` in the record
-FEWEST = 3                                       # timed rounds, however little time is left
-PROMPT, NEW = 32, 64                             # tokens, when decoding is timed
 
 
 @dataclass(frozen=True)
@@ -96,74 +86,6 @@ def tell_plan(cfg, runs, iters, costs, seconds, timing):
     print(f"plan: {len(runs)} runs of {iters} iterations, {cfg.jobs} at a time, about {total / 60:.1f} "
           f"minutes if none is kept; then {timing / 60:.1f} minutes of timing; {seconds / 60:.3g} minutes in "
           "all", flush=True)
-
-
-# -------------------------------------------------- what is timed, alone on the machine ---------------------
-
-def measured(store, first, iters, deadline):
-    """Work, memory, training and decoding speed, joules of the first seed's models, all arms in turns."""
-    load = load_average()
-    if load:
-        print(f"training is done; load average {load[0]:.2f}", file=sys.stderr)
-    place = runtime.choose("cpu", "auto", False)
-    folders = {arm: store.cache / store.place(run, iters) for arm, run in first.items()}
-    steps = {arm: training_step(store.model(first[arm], iters), folder, store.data)
-             for arm, folder in folders.items()}
-    tokens = {arm: step.tokens for arm, step in steps.items()}
-    models = {arm: ready(store.model(run, iters), place) for arm, run in first.items()}
-    stream = datasets.TokenStream(store.data, "val", PROMPT, 8, seed=0)
-    prompts = {batch: stream.batch(0)[0][:batch].to(place.device) for batch in (1, 8)}
-    sides = {batch: {arm: partial(model.generate, prompt, NEW, temperature=0)
-                     for arm, model in models.items()} for batch, prompt in prompts.items()}
-    repeats, (read, counter) = store.cfg.repeats, energy.meter(place.device)
-    joules = {arm: energy.joules_of(read, run) for arm, run in sides[1].items()} if read else {}
-    counted = {arm: work(model, prompts[1], 16) | {"held": held_bytes(model, model.config.block_size)}
-               | {"joules": joules[arm] / NEW if joules.get(arm) else None} for arm, model in models.items()}
-    seconds = {f"decode, batch {batch}": in_time(of, share_of(deadline, share), repeats)
-               for (batch, of), share in zip(sides.items(), (0.4, 0.5))}
-    seconds["training step"] = in_time({arm: step.run for arm, step in steps.items()},
-                                       share_of(deadline, 0.8), repeats)
-    rates = {name: {arm: [tokens_of(name, tokens[arm]) / s for s in values] for arm, values in of.items()}
-             for name, of in seconds.items()}
-    return {"measurements": {name: measurement("tokens/s", of, higher_is_better=True)
-                             for name, of in rates.items()},
-            "counted": counted, "energy": counter, "place": str(place), "tokens": tokens[TWIN],
-            "load_before_timing": load}
-
-
-def share_of(deadline, share):
-    """So much of the seconds that are left."""
-    return share * max(0.0, deadline - time.perf_counter())
-
-
-def tokens_of(name, of_a_step):
-    return of_a_step if name == "training step" else NEW * int(name.split()[-1])
-
-
-def in_time(sides, seconds, most):
-    """interleave with as many rounds as fit into so many seconds."""
-    clock = time.perf_counter()
-    for run in sides.values():
-        run()
-    rounds = int(seconds / (time.perf_counter() - clock))
-    return interleave(sides, min(most, max(FEWEST, rounds)), warm_up=False)
-
-
-def training_step(model, folder, data):
-    """train.py's step on a trained model, in this process -> .run, a function, and .tokens that it takes."""
-    kept = checkpoint.load(checkpoint.find(folder))
-    cfg, model = SimpleNamespace(**kept["config"]), model.use_policy(False).train()
-    model.compute_dtype = runtime.choose("cpu", cfg.dtype, False).dtype
-    optimizer, clipped = optimizers.build(model, cfg, "cpu"), optimizers.by_clipping(model)
-    stream = datasets.TokenStream(data, "train", cfg.block_size, cfg.batch_size, seed=0)
-
-    def run():
-        model(*stream.batch(0))[1].backward()
-        for part in clipped:
-            torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return SimpleNamespace(run=run, tokens=cfg.batch_size * cfg.block_size)
 
 
 def bytes_per_token(data):

@@ -30,12 +30,3 @@ def held_bytes(model, length):
     tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                for t in (*model.parameters(), *model.buffers())}
     return {"weights": sum(tensors.values()), "cache": Cache(model, 1, length).nbytes()}
-
-
-@torch.no_grad()
-def sees_the_future(model, idx):
-    """Does another token in the middle of ids (1, T) change what the model said before it?"""
-    middle, other = idx.size(1) // 2, idx.clone()
-    other[:, middle] = (other[:, middle] + 1) % model.config.vocab_size
-    before, after = (model(ids, ids)[0][:, :middle] for ids in (idx, other))
-    return bool((before - after).abs().max() > 1e-3 * before.abs().max())

@@ -11,7 +11,7 @@ from arms import ARMS as FLAGS
 from arms import build, tokens
 from conftest import Job, one_sentence
 
-from benchmarks import arms, broken, energy, frontier, report, stats, store, table, work
+from benchmarks import arms, broken, energy, frontier, judge, report, stats, store, table, work
 from benchmarks.record import TWIN
 from benchmarks.store import Run
 from configurator import ConfigError
@@ -187,11 +187,11 @@ def test_every_seed_of_all_arms_comes_before_the_next_and_the_twin_is_never_left
 @pytest.mark.parametrize("name", ["gpt2", "predict", "hierarchy", "window", "exits", "ponder", "two_of_four"])
 def test_a_sound_model_does_not_see_the_future(name):
     model = build(FLAGS[name], std=0.2).use_policy()
-    assert not work.sees_the_future(model, tokens(1, 16))
+    assert not judge.sees_the_future(model, tokens(1, 16))
 
 
 def test_the_leaky_arm_sees_the_future():
-    assert work.sees_the_future(broken.leak(build({}, std=0.2)), tokens(1, 16))
+    assert judge.sees_the_future(broken.leak(build({}, std=0.2)), tokens(1, 16))
 
 
 def test_the_slow_arm_says_the_same_and_reads_all_weights():
