@@ -42,7 +42,8 @@ SHAPED = {
     "columns + 2:4 + window 128": dict(columns=32, columns_active=3, weights="2:4", window=128),
     "efficient + hierarchy 4": dict(mlp_topk=0.1, mlp_predict=64, mlp_active=0.2, weights="2:4", window=128,
                                     hierarchy=4),
-    "columns + 2:4 + hierarchy 4": dict(columns=32, columns_active=3, weights="2:4", hierarchy=4)}
+    "columns + 2:4 + hierarchy 4": dict(columns=32, columns_active=3, weights="2:4", hierarchy=4),
+    "columns + a quarter of attention": dict(columns=32, columns_active=3, attn_topk=0.25)}
 
 
 def check_arms(cfg):

@@ -16,7 +16,7 @@ from benchmarks.stats import mean_interval, paired
 from benchmarks.store import Run, open_store, plan, train_all
 from configurator import require
 
-LONGER = 0.7, 1.6                                # of the tokens, that the dense twin is trained with too
+LONGER = 0.6, 1.6                                # of the tokens, that the dense twin is trained with too
 SCHEMA = 1                                       # of `rows` and `axes` in the record
 
 
