@@ -49,7 +49,7 @@ def alone(tmp_path_factory):
 # ------------------------------------------------ the command line ----------------------------
 
 @pytest.mark.parametrize("words, parts", [
-    ([], ["subcommand is missing", "python bench.py train or decode"]),
+    ([], ["subcommand is missing", "python bench.py table or train or decode"]),
     (["decod"], ["'decod'", "did you mean 'decode'?", "python bench.py"]),
     (["--repeats=3"], ["'--repeats=3'", "python bench.py"]),
     (["decode", "--nanogtp=x"], ["'nanogtp'", "did you mean 'nanogpt'?"]),
