@@ -193,24 +193,46 @@ def train_all(store, runs, iters, costs, deadline):
     No run is begun that would end behind the deadline (time.perf_counter's seconds).
     """
     found = {run: store.read(run, iters) for run in runs}
-    todo = [run for run, record in found.items() if record is None]
-    ahead = {run: sum(estimate(r, iters, costs) for r in todo[i + 1:]) for i, run in enumerate(todo)}
+    clock = Clock([run for run, record in found.items() if record is None], iters, costs, deadline,
+                  store.cfg.jobs)
     with ThreadPoolExecutor(store.cfg.jobs) as pool:
-        one = partial(train_one, store, iters=iters, costs=costs, deadline=deadline, ahead=ahead)
-        done = dict(zip(todo, pool.map(one, todo)))
+        done = dict(zip(clock.todo, pool.map(partial(train_one, store, iters, clock), list(clock.todo))))
     missing = {run: said for run, said in done.items() if isinstance(said, str)}
     return {run: record or done[run] for run, record in found.items() if run not in missing}, missing
 
 
-def train_one(store, run, iters, costs, deadline, ahead):
+class Clock:
+    """Seconds that the runs `todo` still take, by their estimates and by how long those before have taken."""
+
+    def __init__(self, todo, iters, costs, deadline, jobs):
+        self.todo = {run: estimate(run, iters, costs) for run in todo}
+        self.deadline, self.jobs, self.ended = deadline, jobs, []
+
+    def pace(self):
+        """Seconds taken of each estimated."""
+        thought = sum(self.todo[run] for run, _ in self.ended)
+        return sum(took for _, took in self.ended) / thought if thought else 1.0
+
+    def allows(self, run):
+        return time.perf_counter() + self.todo[run] * self.pace() <= self.deadline
+
+    def end(self, run, seconds):
+        """-> minutes until all are done."""
+        self.ended.append((run, seconds))
+        left = sum(self.todo.values()) - sum(self.todo[run] for run, _ in self.ended)
+        return left * self.pace() / self.jobs / 60
+
+
+def train_one(store, iters, clock, run):
     """-> the record of a run, or the sentence that says why there is none."""
-    if time.perf_counter() + estimate(run, iters, costs) > deadline:
+    if not clock.allows(run):
         return "no time was left: type the same command again and it is trained"
     try:
         found = store.train(run, iters)
     except ConfigError as error:
         print(f"seed {run.seed}, {run.name} failed: {error}", file=sys.stderr, flush=True)
         return str(error)
+    left = clock.end(run, found["seconds"])
     print(f"seed {run.seed}, {run.name}: val loss {found['val_loss']:.4f}, {found['seconds']:.0f} s; about "
-          f"{ahead[run] / store.cfg.jobs / 60:.0f} minutes of training left", file=sys.stderr, flush=True)
+          f"{left:.0f} minutes of training left", file=sys.stderr, flush=True)
     return found

@@ -1,15 +1,16 @@
 """bench.py table: its statistics, its plan, what it keeps, its frontier, and that broken arms look broken."""
 import json
 import re
+import subprocess
+import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from arms import ARMS as FLAGS
 from arms import build, tokens
-from conftest import Job, one_sentence
+from conftest import ROOT, Job, one_sentence
 
 from benchmarks import arms, broken, energy, frontier, judge, report, stats, store, table, work
 from benchmarks.record import TWIN
@@ -132,6 +133,14 @@ def test_what_was_trained_is_kept_and_what_is_missing_is_trained_next_time(kept)
     found, missing = store.train_all(held, runs[:2], 100, TWO, deadline=soon + 100)
     found, missing = store.train_all(held, runs, 100, TWO, deadline=soon + 100)
     assert list(found) == runs and not missing and done == runs
+
+
+def test_estimates_follow_what_runs_have_really_taken():
+    runs, now = [Run(TWIN, seed) for seed in range(3)], time.perf_counter()
+    clock = store.Clock(runs, 100, TWO, deadline=now + 30, jobs=2)         # each is thought to take 11 s
+    assert clock.allows(runs[0]) and clock.pace() == 1
+    assert clock.end(runs[0], 44.0) == pytest.approx(2 * 44 / 2 / 60)
+    assert clock.pace() == 4 and not clock.allows(runs[1])
 
 
 def test_a_first_seed_without_its_checkpoint_is_trained_again(kept):
@@ -307,19 +316,36 @@ def test_bad_keys_say_what_to_type(tmp_path, words, parts):
     one_sentence(Job("bench.py", ["table", *words], tmp_path).wait(), "bench.py", *parts)
 
 
+TINY = """n_layer = 2
+n_head = 2
+n_embd = 32
+block_size = 64
+batch_size = 4
+gradient_accumulation_steps = 1
+warmup_iters = 0
+learning_rate = 1e-2
+decay_lr = False
+"""
+
+
 @pytest.mark.slow
 def test_a_whole_table_is_made_and_made_again_from_what_is_kept(tmp_path):
-    words = ["table", "--iters=20", "--seeds=2", "--arms=dense,64 wide,predict,broken", "--budget=8",
-             "--out=t.json", "--repeats=3"]
-    first = Job("bench.py", words, tmp_path).wait()
-    assert first.status == 0, first.err
-    record = json.loads((tmp_path / "t.json").read_text())
-    assert record["rows"]["leaky"]["sees_the_future"] and not record["rows"]["predict"]["sees_the_future"]
-    assert record["rows"]["leaky"]["val_loss"]["mean"] < record["rows"][TWIN]["val_loss"]["mean"]
-    assert "see" in first.out and not record["missing"] and Path(tmp_path / "t.html").is_file()
+    (tmp_path / "tiny.py").write_text(TINY)
+    words = [sys.executable, str(ROOT / "bench.py"), "table", "--iters=60", "--seeds=2", "--budget=30",
+             "--arms=dense,topk,broken", "--out=t.json", "--repeats=3", f"--config={tmp_path / 'tiny.py'}"]
+
+    def made():
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "t.json").read_text()), done.stdout
+    record, said = made()
+    leaky, twin = record["rows"]["leaky"], record["rows"][TWIN]
+    assert leaky["sees_the_future"] and not record["rows"]["topk"]["sees_the_future"]
+    assert record["rows"]["slow"]["macs"] == twin["macs"] > record["rows"]["topk"]["macs"]
+    assert "no: it sees the future" in said and not record["missing"] and (tmp_path / "t.html").is_file()
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").iterdir()}
-    again = Job("bench.py", words, tmp_path).wait()
-    assert again.status == 0 and runs == {path: path.stat().st_mtime_ns for path in runs}
-    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
-    assert {name: found["losses"] for name, found in rows.items()} == {
-        name: found["losses"] for name, found in record["rows"].items()}
+    assert len(runs) == 1 + 2 * (4 + len(table.LONGER))                    # the plan, and the runs
+    again, _ = made()
+    assert runs == {path: path.stat().st_mtime_ns for path in runs}
+    assert [row["losses"] for row in again["rows"].values()] == [row["losses"]
+                                                                 for row in record["rows"].values()]
