@@ -5,6 +5,7 @@ file that training reads, so what was trained by other code is never taken for t
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -64,7 +65,8 @@ class Store:
         """The run's file name without its ending."""
         files, flags = parts(run.arm)
         said = [(ROOT / file).read_text(encoding="utf-8") for file in files]
-        key = digest([self.common, said, flags, run.arm * (run.arm in BREAK), run.seed, iters])
+        key = digest([self.common, said, flags, run.arm * (run.arm in BREAK), run.seed, iters,
+                      run.share])
         return "".join(c if c.isalnum() else "-" for c in run.name) + f"-{1337 + run.seed}-{key}"
 
     def model(self, run, iters):
@@ -89,6 +91,7 @@ class Store:
         found = judge(model, self.data) | described(model, rows) | dict(
             arm=run.name, seed=1337 + run.seed, curve=curve_of(rows), seconds=time.perf_counter() - clock,
             step_ms=statistics.median(row["ms"] for row in rows[2:] if "ms" in row))
+        require(math.isfinite(found["val_loss"]), "its validation loss is not finite")
         keep = self.cache / place
         shutil.rmtree(keep, ignore_errors=True)
         if run.seed or run.share != 1:

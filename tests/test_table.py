@@ -12,7 +12,7 @@ from arms import ARMS as FLAGS
 from arms import build, tokens
 from conftest import ROOT, Job, one_sentence
 
-from benchmarks import arms, broken, energy, frontier, judge, report, stats, store, table, work
+from benchmarks import arms, broken, energy, frontier, judge, measured, report, stats, store, table, work
 from benchmarks.record import TWIN
 from benchmarks.store import Run
 from configurator import ConfigError
@@ -219,6 +219,19 @@ def test_work_is_that_of_a_token_and_held_bytes_are_weights_once_and_the_cache()
     assert work.work(model, tokens(1, 4), 4) == {"macs": matrices, "weight_bytes": 4 * matrices}
     held = work.held_bytes(model, 16)
     assert held == {"weights": 4 * model.get_num_params(False), "cache": Cache(model, 1, 16).nbytes()}
+
+
+@pytest.mark.parametrize("left, rounds", [(-5.0, measured.FEWEST), (80.0, 10), (1e6, 25)])
+def test_timed_rounds_fill_their_share_of_the_time_that_is_left(monkeypatch, left, rounds):
+    now = [100.0]
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measured, "interleave", lambda sides, n, warm_up: {name: [2.0] * n for name in sides})
+
+    def wait():
+        now[0] += 2.0
+    sides = {name: SimpleNamespace(run=wait, tokens=8) for name in "ab"}
+    found = measured.rates_of(sides, 0.5, 104.0 + left, most=25)
+    assert found == {"a": [4.0] * rounds, "b": [4.0] * rounds}
 
 
 def test_a_powercap_counter_tells_joules_and_a_machine_without_says_so(tmp_path):
