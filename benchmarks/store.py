@@ -66,7 +66,7 @@ class Store:
         files, flags = parts(run.arm)
         said = [(ROOT / file).read_text(encoding="utf-8") for file in files]
         key = digest([self.common, said, flags, run.arm * (run.arm in BREAK), run.seed, iters,
-                      run.share])
+                      float(run.share)])
         return "".join(c if c.isalnum() else "-" for c in run.name) + f"-{1337 + run.seed}-{key}"
 
     def model(self, run, iters):
