@@ -171,7 +171,8 @@ def told(result):
 def markdown(result):
     lines = []
     for title, said, head, rows in told(result):
-        lines += [f"## {title}", "", *[line for line in said if line], "", *lines_of(head, rows), ""]
+        lines += [f"## {title}", "", *[part for line in said if line for part in (line, "")],
+                  *lines_of(head, rows), ""]
     return "\n".join(lines)
 
 
@@ -208,9 +209,10 @@ def draw_sparsity(path, result):
         axes[0].barh(list(rows), zeros, color="tab:blue")
         axes[1].barh(list(rows), [row["macs"] / most for row in rows.values()], color="tab:orange")
         axes[0].set(xlabel="share of zeros into W_down", xlim=(0, 1))
-        axes[1].set(xlabel="multiply-adds a decoded token, of the dense twin's")
+        axes[1].set(xlabel="multiply-adds a token, dense is 1")
         axes[0].invert_yaxis()
-        axes[0].tick_params(labelsize=7)
+        for axis in axes:
+            axis.tick_params(labelsize=7)
 
 
 # -------------------------------------------------- files --------------------------------------------------
