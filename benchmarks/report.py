@@ -158,7 +158,8 @@ def told(result):
     yield ("Arms and the dense frontier", [
         "The frontier is what plain models of other widths and depths reach, on a straight line over the log "
         "of the cost between two of them; beyond its last model it stays level. Nats: the frontier's loss at "
-        "the arm's cost less the arm's, so above zero is beyond it. It pays where the whole interval is. At "
+        "the arm's cost less the arm's, so above zero is beyond it. It pays where the whole interval is; "
+        "the seeds alone make the interval; how far timings scatter is in the record (quartiles). At "
         "this width a decode step is calls more than bytes: decode time says little of large models.",
         aim(result)], ("arm", "cost", "nats beyond the frontier (95%)", "cheaper at equal loss", "pays"),
         list(frontier_rows(result)))
