@@ -17,6 +17,7 @@ from configurator import close_match, configure, require, say_and_exit
 
 # subcommand: class of its keys in the module benchmarks/subcommand.py, whose function subcommand() measures
 COMMANDS = {
+    "table": "Table",
     "train": "Train",
     "decode": "Decode",
     "race": "Race",

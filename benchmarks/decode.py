@@ -10,13 +10,14 @@ import torch
 import runtime
 import sparse_kernels
 from benchmarks import Timed
+from benchmarks.arms import SHAPED
 from benchmarks.peers import HuggingFace, peer_model
 from benchmarks.record import HF, OURS, OURS_FP32, PEER
 from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
+from benchmarks.work import ready, work
 from configurator import require
 from context import Cache, CachedContext
 from decoding import Step, replays
-from layers import settle
 from model import GPT, GPTConfig
 
 SHAPES = {
@@ -61,11 +62,11 @@ def decode(cfg):
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
-    pays, _ = sparse_kernels.packing_pays(place.device)
-    for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS if cfg.blocks else {}).items():
+    for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS | SHAPED if cfg.blocks else {}).items():
         config = GPTConfig(**SHAPES[cfg.shape], act="relu2", **flags)
-        models[name] = settle(GPT(config, seed=1337).eval().to(place.device, place.dtype).use_policy(), pays)
+        models[name] = ready(GPT(config, seed=1337), place)
         contexts[name] = contextlib.nullcontext()
+    worked = work_of({name: model for name, model in models.items() if name not in PEERS}, prompt)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold)
     rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
@@ -83,19 +84,27 @@ def decode(cfg):
           f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
     show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
     for name, ratio in results["decode"]["to_twin"].items():
-        count = sum(p.numel() for p in models[name].parameters())
-        print(f"  {name}: {ratio:.2f}x its dense twin's tokens/s, {count:,} parameters, random weights")
+        print(f"  {name}: {ratio:.2f}x its dense twin's tokens/s ({worked[name]['ceiling']:.2f}x is the "
+              f"ceiling by {worked[name]['weight_bytes'] / 1e6:.0f} MB of weights a token), random weights")
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
     tell_agreement(agreement)
     return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
-            "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337]}
+            "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337]}
 
 
-SAME_WEIGHTS = PEER, OURS, OURS_FP32, HF
+def work_of(models, prompt, new=8):
+    """{side: multiply-adds and bytes of weights of a decoded token, and how many times fewer bytes than ours:
+    as much faster could decoding be if it read weights and did nothing else}."""
+    found = {name: work(model, prompt, new) for name, model in models.items()}
+    return {name: of | {"ceiling": found[OURS]["weight_bytes"] / of["weight_bytes"]}
+            for name, of in found.items()}
+
+
+PEERS = PEER, HF
+SAME_WEIGHTS = *PEERS, OURS, OURS_FP32
 # blocks whose decode saves outside the MLP
 OTHER_BLOCKS = {"window 128": dict(window=128, window_pattern="S"), "hierarchy 4": dict(hierarchy=4),
-                "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1), "2:4 weights": dict(weights="2:4"),
-                "2:4, columns 3 of 32": dict(weights="2:4", columns=32, columns_active=3)}
+                "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1)}
 
 
 def decoded_blocks(rank, active):

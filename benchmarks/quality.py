@@ -11,14 +11,13 @@ from pathlib import Path
 
 import dataset as datasets
 from benchmarks import Recipe
-from benchmarks.arms import ARMS, check_arms, chosen_arms, steps_alone, trained
+from benchmarks.arms import ARMS, check_arms, chosen_arms, described, steps_alone, trained
 from benchmarks.plots import drawing
 from benchmarks.record import TWIN, mean_of, read
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, losses_of, seeds, trained_model, validation_of
 from configurator import require
 from model import GPTConfig
 
-COUNTED = ("dead", "active", "open", "zeros", "recall", "mlp", "attn")
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -87,10 +86,8 @@ def quality_run(cfg, data, work, arm, seed, iters):
     model = trained_model(out_dir)
     validation = validation_of(model)
     found = {"val_loss": fixed_loss(model, data, validation), "policy": {}, "seconds": seconds,
-             "iters": rows[-1]["iter"],
              "open_branches": [[row["iter"], row["open_branches"]] for row in rows if "open_branches" in row],
-             "parameters": model.get_num_params(), "model_args": model.config.model_args(),
-             "counters": {k: v for k, v in rows[-1].items() if k.startswith(COUNTED)}}
+             **described(model, rows)}
     for share in SHARES if model.config.mlp_predict else ():
         for block in model.use_policy().transformer.h:
             block.mlp.active = max(1, round(share * model.config.units()))

@@ -3,7 +3,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from benchmarks import ROOT
+from benchmarks import ROOT, report
 from benchmarks.record import CAUSAL, DENSE, DENSE_FP32, OURS, PEER, TWIN, mean_of, read, write_atomically
 from configurator import require
 
@@ -53,6 +53,15 @@ def table(head, rows):
     """Lines of a markdown table with an empty one behind it; none without rows."""
     head += " | record"
     return [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *rows, ""] if rows else []
+
+
+COLUMNS = 0, 1, 2, 3, 6, 7, 9, 13, 16             # of report.HEAD that fit here; the report has the others
+
+
+def arm_rows(record):
+    """Every arm of the table, losers too."""
+    for cells in report.main_rows(record):
+        yield " | ".join(cells[column] for column in COLUMNS)
 
 
 def peer_rows(record):
@@ -163,6 +172,7 @@ def figure(s):
 
 # heads, the subcommands whose records have rows here (none named: all), and what gives a record's rows
 TABLES = (
+    (" | ".join(report.HEAD[column] for column in COLUMNS), ("table",), arm_rows),
     ("measured | ours | nanoGPT | ratio", (), peer_rows),
     ("block | val loss | seeds | to its dense twin | parameters | zeros into W_down", ("quality",),
      quality_rows),

@@ -33,12 +33,14 @@ def timed_script(script, words, keys, cwd, cfg):
     return done.stdout, seconds
 
 
-def trained_with(cfg, data, out_dir, files, flags, seed, iters, **more):
-    """The recipe, config files behind it and flags -> the rows of the run's metrics."""
+def trained_with(cfg, data, out_dir, files, flags, seed, iters, broken=None, **more):
+    """The recipe, config files behind it and flags -> the rows of the run's metrics. broken: the name of a
+    model of broken.py."""
     keys = dict(dataset=data, out_dir=out_dir, seed=1337 + seed, device="cpu") | flags
     keys |= dict.fromkeys(("max_iters", "lr_decay_iters", "eval_interval"), iters) if iters else {}
     files = [str(ROOT / file) for file in [*cfg.config.split(","), *files]]
-    timed_script(ROOT / "train.py", files, keys | more, out_dir.parent, cfg)
+    script = ROOT / ("benchmarks/broken.py" if broken else "train.py")
+    timed_script(script, [broken] * bool(broken) + files, keys | more, out_dir.parent, cfg)
     return metrics(out_dir)
 
 

@@ -19,6 +19,7 @@ from conftest import TEXT, Job, one_sentence
 import bench
 from benchmarks import CLONE, decode, peers, quality, race, readme, timing, train
 from benchmarks import record as records
+from benchmarks.arms import SHAPED
 from benchmarks.record import HF, OURS, OURS_FP32, PEER
 from configurator import ConfigError
 from model import GPT, GPTConfig
@@ -48,7 +49,7 @@ def alone(tmp_path_factory):
 # ------------------------------------------------ the command line ----------------------------
 
 @pytest.mark.parametrize("words, parts", [
-    ([], ["subcommand is missing", "python bench.py train or decode"]),
+    ([], ["subcommand is missing", "python bench.py table or train or decode"]),
     (["decod"], ["'decod'", "did you mean 'decode'?", "python bench.py"]),
     (["--repeats=3"], ["'--repeats=3'", "python bench.py"]),
     (["decode", "--nanogtp=x"], ["'nanogtp'", "did you mean 'nanogpt'?"]),
@@ -330,7 +331,8 @@ def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
 def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
     record = record_of(run(tmp_path, *SHORT, "--blocks=True"))
     ratios = record["measurements"]["decode"]["to_twin"]
-    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%", *decode.OTHER_BLOCKS}
+    assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%", *decode.OTHER_BLOCKS,
+                             *SHAPED}
     assert min(ratios.values()) > 0
 
 

@@ -1,0 +1,50 @@
+"""Two arms that are broken on purpose: a table that does not tell them from good ones is worth nothing.
+
+python benchmarks/broken.py NAME CONFIG... [--key=value ...] is train.py with that arm's model.
+"""
+import functools
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def leak(model):
+    """Attention without its causal mask: every token of a prompt sees those behind it."""
+    from torch.nn import functional as F
+
+    def attend(q, k, v, mask, dropout):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    for block in model.transformer.h:
+        block.attn.attend = attend
+    return model
+
+
+def mask(model):
+    """Sparse in name: zeros in a vector that meets all weights, so that nothing is saved."""
+    from layers import Linear
+    for block in model.transformer.h:
+        block.mlp.forward = block.mlp.many
+        block.mlp.c_proj.forward = functools.partial(Linear.forward, block.mlp.c_proj)
+    return model
+
+
+BREAK = {"leaky": leak, "slow": mask}
+
+
+def main(name, *words):
+    sys.path[0] = str(ROOT)                      # it was benchmarks/, where another train.py lies
+    import model
+    whole = model.GPT.__init__
+
+    def broken(self, *args, **keys):
+        whole(self, *args, **keys)
+        BREAK[name](self)
+    model.GPT.__init__ = broken
+    sys.argv = [str(ROOT / "train.py"), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

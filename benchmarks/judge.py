@@ -1,0 +1,33 @@
+"""What a trained model is worth: its loss as it decodes, and whether that loss means anything."""
+import torch
+
+import dataset as datasets
+from benchmarks.broken import BREAK
+from benchmarks.runs import fixed_loss, trained_model, validation_of
+
+JUDGED = 80                                      # validation batches that a run's loss is the mean of
+
+
+def as_trained(arm, folder):
+    """A run's model in eval mode, broken as it was trained."""
+    return BREAK.get(arm, lambda model: model)(trained_model(folder)).use_policy()
+
+
+def judge(model, data):
+    """-> val loss as the model decodes, shortcuts on, and without them; whether it sees the future."""
+    validation = validation_of(model) | dict(batches=JUDGED)
+    stream = datasets.TokenStream(data, "val", validation["block_size"], 1, seed=0)
+    found = {"sees_the_future": sees_the_future(model, stream.batch(0)[0]),
+             "val_loss": fixed_loss(model, data, validation)}
+    shortcuts = any(hasattr(module, "policy") for module in model.modules())
+    exact = fixed_loss(model.use_policy(False), data, validation) if shortcuts else found["val_loss"]
+    return found | {"val_loss_exact": exact}
+
+
+@torch.no_grad()
+def sees_the_future(model, idx):
+    """Does another token in the middle of ids (1, T) change what the model said before it?"""
+    middle, other = idx.size(1) // 2, idx.clone()
+    other[:, middle] = (other[:, middle] + 1) % model.config.vocab_size
+    before, after = (model(ids, ids)[0][:, :middle] for ids in (idx, other))
+    return bool((before - after).abs().max() > 1e-3 * before.abs().max())

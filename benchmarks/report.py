@@ -1,0 +1,267 @@
+"""What `table` found, for people: markdown, plots, and one HTML file that opens without a network."""
+import base64
+import html
+import json
+from pathlib import Path
+
+from benchmarks import ROOT
+from benchmarks.frontier import frontier
+from benchmarks.plots import drawing
+from benchmarks.record import OURS, PEER, TWIN, read, write_atomically
+
+SHOWN = ("decode time", "decode bytes", "training time")
+UNITS = {"decode time": "ms a decoded token, batch 1", "decode bytes": "MB of weights read a decoded token",
+         "training time": "seconds of training steps"}
+SCALES = {"decode time": 1e3, "decode bytes": 1e-6, "training time": 1.0}
+SHAPE_RECORD = ROOT / "results" / "decode_gpt2_cpu.json"
+
+
+# -------------------------------------------------- cells and tables ---------------------------------------
+
+def signed(s):
+    """A mean over seeds with its 95% interval, signs written."""
+    if s is None:
+        return ""
+    return f"{s['mean']:+.4f}" + ("" if not s["interval"] else " ({:+.4f} to {:+.4f})".format(*s["interval"]))
+
+
+def plain(s):
+    return f"{s['mean']:.4f}" + ("" if not s["interval"] else " ({:.4f} to {:.4f})".format(*s["interval"]))
+
+
+def speed(row, key, twin):
+    """Tokens/s, and times the dense twin's of the same rounds."""
+    s = row["speed"][key]
+    return f"{s['median']:,.0f} ({s['median'] / twin['speed'][key]['median']:.2f}x)" if s else ""
+
+
+def pays(name, row, axes):
+    """On which axes an arm lies beyond the dense frontier, by how much; or that it does on none."""
+    if row["kind"] == "dense":
+        return "is the rival" if row["share"] == 1 else ""
+    if row["sees_the_future"]:
+        return "no: it sees the future, its loss means nothing"
+    won = [f"{axis} {signed(axes[axis]['to_frontier'][name]['gain'])}" for axis in SHOWN
+           if axes[axis]["to_frontier"].get(name, {}).get("pays")]
+    slow = row["speed"]["decode, batch 1"]["quartiles"][1] < row["slowest_as_fast"]
+    return (", ".join(won) or "no") + "; decodes slower than dense" * slow
+
+
+def cells(name, row, result):
+    """A row of the main table."""
+    twin, axes = result["rows"][TWIN], result["axes"]
+    to_twin, equal = row["to_twin"], axes["equal time"]["to_frontier"].get(name)
+    zeros, held = row["counters"].get("zeros"), row.get("held")
+    return [name, plain(row["val_loss"]), signed(to_twin),
+            f"{to_twin['p']:.2g}" if to_twin and to_twin["p"] is not None else "",
+            signed(opposite(equal["gain"])) if equal else "", f"{row['bits_per_byte']:.3f}",
+            speed(row, "training step", twin), speed(row, "decode, batch 1", twin),
+            speed(row, "decode, batch 8", twin),
+            f"{row['weight_bytes'] / 1e6:.2f}" if "macs" in row else "",
+            f"{row['macs'] / 1e6:.2f}" if "macs" in row else "",
+            f"{sum(held.values()) / 2**20:.2f}" if held else "", f"{row['parameters']:,}",
+            f"{zeros:.0%}" if zeros is not None else "",
+            f"{row['joules']:.3g}" if row.get("joules") else "n/a" if "macs" in row else "",
+            "yes" if row["sees_the_future"] else "no", pays(name, row, axes)]
+
+
+HEAD = ("arm", "val loss, nats (95%)", "to its dense twin", "p", "at its twin's time", "bits/byte",
+        "training tokens/s", "decode tokens/s, batch 1", "batch 8", "MB of weights a token",
+        "M multiply-adds", "MiB held", "parameters", "zeros into W_down", "J a token", "sees the future",
+        "pays: nats beyond the dense frontier in")
+
+
+def opposite(s):
+    """The frontier's gain as a difference of losses, arm less rival."""
+    return s and {"mean": -s["mean"], "interval": s["interval"] and [-v for v in reversed(s["interval"])]}
+
+
+def lines_of(head, rows):
+    """A markdown table."""
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+            *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def main_rows(result):
+    """The main table's cells; how fast the slowest quarter of the dense twin's rounds was goes with them."""
+    twin = result["rows"][TWIN]["speed"]["decode, batch 1"]["quartiles"][0]
+    return [cells(name, row | {"slowest_as_fast": twin}, result) for name, row in result["rows"].items()]
+
+
+def frontier_rows(result):
+    """Every arm against the dense frontier on every axis."""
+    for name, row in result["rows"].items():
+        for axis in SHOWN:
+            found = result["axes"][axis]["to_frontier"].get(name)
+            if found and found["cheaper"] and not row["sees_the_future"]:
+                at_least = "at least " * found["at_least"]
+                yield [name, axis, signed(found["gain"]) or "cheaper than every dense model",
+                       f"{at_least}{found['cheaper']:.2f}x", "yes" if found["pays"] else "no"]
+
+
+def aim(result):
+    """The sentence that answers: which arm decodes how much faster than a dense model of equal loss?"""
+    told = []
+    for axis in ("decode time", "decode bytes"):
+        found = {name: f for name, f in result["axes"][axis]["to_frontier"].items()
+                 if f["cheaper"] and not result["rows"][name]["sees_the_future"]
+                 and result["rows"][name]["kind"] == "arm"}
+        if found:
+            name = max(found, key=lambda name: found[name]["cheaper"])
+            bound = "at least " * found[name]["at_least"]
+            told.append(f"{name} with {bound}{found[name]['cheaper']:.2f}x in {axis}")
+    return "Furthest from a dense model of equal loss (aim: 2x): " + "; ".join(told) + "." if told else ""
+
+
+def presets(result):
+    """Sentences: what the presets lose in bits per byte and what they save, against the dense twin."""
+    rows, twin = result["rows"], result["rows"][TWIN]
+    for name in ("efficient", "quality"):
+        if name in rows:
+            row = rows[name]
+            more = row["bits_per_byte"] / twin["bits_per_byte"] - 1
+            times = {key: row["speed"][key]["median"] / twin["speed"][key]["median"]
+                     for key in ("decode, batch 1", "training step")}
+            yield (f"config/{name}.py: {more:+.2%} bits per byte against its dense twin, "
+                   f"{times['decode, batch 1']:.2f}x its decode speed, {times['training step']:.2f}x its "
+                   f"training speed, {twin['weight_bytes'] / row['weight_bytes']:.2f}x fewer bytes of weights"
+                   " a token.")
+
+
+def shape_rows(path=SHAPE_RECORD):
+    """Decoding at GPT-2's shape, random weights: a record of its own."""
+    if not path.is_file():
+        return []
+    record = read(path)
+    sides = record["measurements"]["decode"]["sides"]
+    own, peer = sides[OURS]["median"], sides.get(PEER, {}).get("median")
+    ceilings = {name: w.get("ceiling") for name, w in record.get("work", {}).items()}
+    return [[name, f"{s['median']:.1f}", f"{s['median'] / own:.2f}x",
+             f"{ceilings[name]:.2f}x" if ceilings.get(name) else "",
+             f"{s['median'] / peer:.1f}x" if peer else ""] for name, s in sides.items()]
+
+
+SHAPE_HEAD = ("124M shape, random weights", "tokens/s", "its dense twin", "ceiling by bytes", "nanoGPT")
+
+
+def told(result):
+    """The report's parts: (title, sentences, head, rows)."""
+    missing = [f"Missing: {run}: {why}" for run, why in result["missing"].items()]
+    yield ("Arms beside their dense twin", [
+        f"{result['tokens']:,} tokens a run ({result['iterations']} iterations), seeds {result['seeds']}; "
+        "means with 95% intervals (Student's t); differences are paired by seed, p by the paired t test. "
+        "Losses are those of the model as it decodes, shortcuts on. Speeds are medians of interleaved rounds "
+        f"({result['place']}), and times the dense twin's. MiB held: weights and the cache of one full "
+        "context when decoding, counted. At its twin's time: against the dense twin trained for as many "
+        f"seconds of steps as the arm. Joules: {result['energy']}.", *presets(result), *missing],
+        HEAD, main_rows(result))
+    yield ("Arms and the dense frontier", [
+        "The frontier is what plain models of other widths and depths reach, on a straight line over the log "
+        "of the cost between two of them; beyond its last model it stays level. Nats: the frontier's loss at "
+        "the arm's cost less the arm's, so above zero is beyond it. It pays where the whole interval is; "
+        "the seeds alone make the interval; how far timings scatter is in the record (quartiles). At "
+        "this width a decode step is calls more than bytes: decode time says little of large models.",
+        aim(result)], ("arm", "cost", "nats beyond the frontier (95%)", "cheaper at equal loss", "pays"),
+        list(frontier_rows(result)))
+    rows = shape_rows()
+    if rows:
+        yield ("Decoding at GPT-2's shape", ["Another record, decode_gpt2_cpu.json: 124M parameters, random "
+                                             "weights, so no loss is known."], SHAPE_HEAD, rows)
+
+
+def markdown(result):
+    lines = []
+    for title, said, head, rows in told(result):
+        lines += [f"## {title}", "", *[part for line in said if line for part in (line, "")],
+                  *lines_of(head, rows), ""]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------- plots --------------------------------------------------
+
+def draw_axis(path, result, axis):
+    """Loss against a cost: every model a point, the dense frontier a line; what sees the future is left out.
+    """
+    scale, costs, rows = SCALES[axis], result["axes"][axis]["costs"], result["rows"]
+    points = {name: (costs[name] * scale, rows[name]["val_loss"]["mean"]) for name in costs
+              if not rows[name]["sees_the_future"]}
+    with drawing(path, size=(8, 5)) as axes:
+        dense = [xy for name, xy in points.items() if rows[name]["kind"] == "dense"]
+        axes.plot(*zip(*frontier(dense)), "-", color="black", lw=1, label="dense frontier")
+        for name, (x, y) in points.items():
+            found = result["axes"][axis]["to_frontier"].get(name)
+            colour = "black" if found is None else "tab:green" if found["pays"] else "tab:red"
+            interval = rows[name]["val_loss"]["interval"]
+            axes.plot([x], [y], "o" if found is None else "s", color=colour, ms=4)
+            axes.annotate(name, (x, y), fontsize=6.5, xytext=(3, 3), textcoords="offset points")
+            if interval:
+                axes.vlines(x, *interval, color=colour, lw=0.5, alpha=0.5)
+        axes.set(xscale="log", xlabel=UNITS[axis], ylabel="validation loss, nats",
+                 title="green lies beyond the dense frontier, red does not; bars: 95%")
+        axes.legend(frameon=False, fontsize=8)
+
+
+def draw_sparsity(path, result):
+    """Of every arm, zeros into W_down and the multiply-adds that a token really costs."""
+    rows = {name: row for name, row in result["rows"].items() if "macs" in row}
+    most = rows[TWIN]["macs"]
+    with drawing(path, columns=2, size=(8, 0.22 * len(rows) + 1.2), sharey=True) as axes:
+        zeros = [row["counters"].get("zeros", 0.0) for row in rows.values()]
+        axes[0].barh(list(rows), zeros, color="tab:blue")
+        axes[1].barh(list(rows), [row["macs"] / most for row in rows.values()], color="tab:orange")
+        axes[0].set(xlabel="share of zeros into W_down", xlim=(0, 1))
+        axes[1].set(xlabel="multiply-adds a token, dense is 1")
+        axes[0].invert_yaxis()
+        for axis in axes:
+            axis.tick_params(labelsize=7)
+
+
+# -------------------------------------------------- files --------------------------------------------------
+
+def write(out, result, where):
+    """Beside the record `out`: .md, .html with the plots inside, and the plots as PNG."""
+    pictures = {}
+    for axis in SHOWN:
+        pictures[f"Loss against {axis}"] = path = beside(out, axis)
+        draw_axis(path, result, axis)
+    pictures["Sparsity"] = path = beside(out, "sparsity")
+    draw_sparsity(path, result)
+    write_atomically(out.with_suffix(".md"), markdown(result))
+    write_atomically(out.with_suffix(".html"), page(result, where, pictures))
+
+
+def beside(out, name):
+    return out.with_name(f"{out.stem}_{name.replace(' ', '_')}.png")
+
+
+def page(result, where, pictures):
+    """One HTML file; pictures: {title: PNG}, written into it."""
+    body = [f"<p>{html.escape(json.dumps(where))}</p>"]
+    for title, said, head, rows in told(result):
+        body += [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in said if line),
+                 "<div><table>", row_of("th", head), *(row_of("td", row) for row in rows), "</table></div>"]
+    for title, path in pictures.items():
+        data = base64.b64encode(Path(path).read_bytes()).decode()
+        body += [f"<h2>{html.escape(title)}</h2>",
+                 f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">']
+    return PAGE.format(body="\n".join(body))
+
+
+def row_of(tag, values):
+    return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>nanoCortex: every arm beside its dense twin</title>
+<style>
+body {{ font: 14px/1.4 sans-serif; margin: 2em; max-width: 110em }}
+div {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: 12px }}
+td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: right; white-space: nowrap }}
+td:first-child, th:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+</style></head><body>
+<h1>nanoCortex: every arm beside its dense twin</h1>
+{body}
+</body></html>
+"""
