@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
+import continual
 import decoding
+import energy
 import optimizers
 import pretrained
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
@@ -99,6 +101,11 @@ class GPTConfig:
     ponder: int = 0  # most runs of the middle layer's block, as many as each token needs; 0: off
     ponder_cost: float = 0.01  # weight in the loss of the mean number of runs
     layer_dropout: float = 0.0  # in training, share of sequences that skip the last layer; less the earlier
+    # --- tasks and energy ---
+    adapters: str = ""  # names of bottlenecks behind each block, by commas, one for each task or language
+    adapter_width: int = 16  # their units
+    energy_budget: float = 0.0  # share of what all gates can close that they may leave open; 0: off
+    energy_cost: float = 0.1  # weight of that aim in the loss
 
     def __post_init__(self):
         for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", [*ACTS, "swiglu"])):
@@ -125,6 +132,10 @@ class GPTConfig:
     def exit_layers(self):
         """The numbers in `exits`."""
         return [int(depth) for depth in self.exits.split(",")] if self.exits else []
+
+    def adapter_names(self):
+        """The different names in `adapters`."""
+        return list(dict.fromkeys(self.adapters.split(","))) if self.adapters else []
 
     def pondering_layer(self):
         return self.n_layer // 2
@@ -231,11 +242,12 @@ class Block(nn.Module):
         self.attn = (DendriticAttention if config.dendrites else CausalSelfAttention)(config, layer)
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = mlp(config, layer)
+        self.adapt = continual.adapters(config)
 
     def forward(self, x, ctx):
         x = x + self.attn(self.ln_1(x), ctx)
         x = x + self.mlp(self.ln_2(x), ctx)
-        return x
+        return self.adapt(x, ctx)
 
     def remember(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
@@ -294,6 +306,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
         self.cap = partial(soft_cap, config.softcap) if config.softcap else as_is
+        self.over_budget = energy.budget(config)
         if init:
             self.init_weights(torch.initial_seed() if seed is None else seed)
 
@@ -324,7 +337,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
-        also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets)
+        also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets), *self.over_budget(ctx)
         return logits, sum(also, start=cross_entropy(logits, targets))
 
     def exit_losses(self, ctx, logits, targets):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import bio_modules
 import checkpoint as ckpt
+import continual
 import dataset as datasets
 import optimizers
 import runtime
@@ -48,6 +49,12 @@ class TrainConfig(GPTConfig):
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
     dataset: str = "openwebtext"  # folder below data/, or a path to a folder with train.bin and val.bin
+    tasks: str = ""  # data sets to learn one after the other, by commas, lr_decay_iters iterations each
+    ewc: float = 0.0  # pull to the weights that earlier tasks ended with, by their Fisher information; 0: off
+    ewc_samples: int = 256  # sequences of a task that its Fisher information is estimated from
+    replay: float = 0.0  # share of each batch's rows that come from earlier tasks
+    replay_blocks: int = 1024  # rows of all earlier tasks that are kept for that
+    freeze: bool = False  # from the second task on train that task's adapter alone
     gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
     batch_size: int = 12  # sequences per micro-batch
     learning_rate: float = 6e-4  # highest learning rate
@@ -92,6 +99,11 @@ class TrainConfig(GPTConfig):
         require(not self.size or self.size in SIZES, f"size='{self.size}' must be one of {', '.join(SIZES)}")
         optimizers.check(self)
         runtime.check_compile(self.compile)
+        continual.check(self)
+
+    def task_names(self):
+        """The names in `tasks`; without any the data set is the only one."""
+        return self.tasks.split(",") if self.tasks else [self.dataset]
 
     def stages(self):
         """The pairs in `grow`, (layers, share of lr_decay_iters)."""
@@ -141,6 +153,8 @@ if given.get("init_from") == "resume":
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
 cfg = TrainConfig(**{**base, **given})
+require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
+        f"tasks='{cfg.tasks}': leave --dataset out")
 
 world, device_name = runtime.join_world(cfg.backend, cfg.device)
 place = runtime.choose(device_name, cfg.dtype, cfg.compile)
@@ -156,15 +170,17 @@ if world.master:
             raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type "
                               "--out_dir=ANOTHER_FOLDER") from error
         ckpt.sweep(out_dir)
-    datasets.prepare_if_missing(cfg.dataset)
+    for name in cfg.task_names():
+        datasets.prepare_if_missing(name)
 world.barrier()
 say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
-data_dir = datasets.prepare_if_missing(cfg.dataset)
-meta = datasets.meta_of(data_dir)
+folders = [datasets.prepare_if_missing(name) for name in cfg.task_names()]
+continual.one_vocabulary(folders)
+meta = datasets.meta_of(folders[0])
 tokenizer = ({"tokenizer": {k: meta[k] for k in ("tokenizer", "chars") if k in meta}}
              if "tokenizer" in meta else {})
 
@@ -219,11 +235,13 @@ settings = asdict(cfg) | asdict(model_config) | {"size": ""}   # what the model 
 require("block_size" not in given or cfg.block_size == model_config.block_size,
         f"block_size={cfg.block_size} is longer than the {model_config.block_size} of the loaded model: "
         "leave --block_size out")
-datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
+for folder in folders:
+    datasets.check(folder, model_config.block_size, model_config.vocab_size)
 raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
-    f"parameters without positions; data {data_dir}, vocabulary {model_config.vocab_size}")
+    f"parameters without positions; data {', then '.join(map(str, folders))}, vocabulary "
+    f"{model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 clipped = raw_model.parameters_by_clipping()                   # each list has a gradient norm of its own
@@ -232,19 +250,21 @@ if resumed:
     ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)
     if resumed.get("scaler"):
         scaler.load_state_dict(resumed["scaler"])
+saved_tasks = (resumed or {}).get("tasks")
 resumed = None                                                  # frees the weights held twice
 
 accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
-train_stream = datasets.TokenStream(data_dir, "train", *shape, seed=cfg.seed,
-                                    vocab_size=model_config.vocab_size)
-eval_streams = {split: datasets.TokenStream(data_dir, split, *shape, seed=0,
-                                            vocab_size=model_config.vocab_size)
-                for split in ("train", "val")}
+train_streams = [datasets.TokenStream(folder, "train", *shape, seed=cfg.seed,
+                                      vocab_size=model_config.vocab_size) for folder in folders]
+eval_streams = [{split: datasets.TokenStream(folder, split, *shape, seed=0,
+                                             vocab_size=model_config.vocab_size)
+                 for split in ("train", "val")} for folder in folders]
+tasks = continual.Tasks(cfg, raw_model, train_streams, world, saved_tasks, iter_num)
 model = torch.compile(raw_model) if place.compile else raw_model
 parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,
-                find_unused_parameters=bool(cfg.grow)) if world.size > 1 else model)
+                find_unused_parameters=bool(cfg.grow or cfg.adapters)) if world.size > 1 else model)
 
 
 def to_device(batch):
@@ -254,22 +274,37 @@ def to_device(batch):
     return [t.to(place.device) for t in batch]
 
 
-def micro_batch(iteration, micro):
+def numbered(iteration, micro):
     """The global micro-batches of an iteration are numbered; this rank takes every world.size-th. So any
     number of processes sees the same data, and a resumed run needs no position but iter_num."""
-    number = iteration * cfg.gradient_accumulation_steps + micro * world.size + world.rank
-    return to_device(train_stream.batch(number))
+    return iteration * cfg.gradient_accumulation_steps + micro * world.size + world.rank
+
+
+def micro_batch(iteration, micro):
+    return to_device(tasks.lessons.batch(numbered(iteration, micro)))
 
 
 @torch.no_grad()
-def evaluate():
-    """Mean loss over eval_iters fixed batches of each split, shared among the ranks -> {split: loss}."""
+def evaluate(task):
+    """Mean loss over eval_iters fixed batches of a task's splits, shared among the ranks -> {split: loss}."""
+    tasks.look_at(task)
     model.eval()
-    sums = [sum(model(*to_device(eval_streams[split].batch(k)))[1].item()
+    sums = [sum(model(*to_device(stream.batch(k)))[1].item()
                 for k in range(world.rank, cfg.eval_iters, world.size))
-            for split in eval_streams]
+            for stream in eval_streams[task].values()]
     model.train()
-    return {split: total / cfg.eval_iters for split, total in zip(eval_streams, world.sum(sums))}
+    return {split: total / cfg.eval_iters for split, total in zip(eval_streams[task], world.sum(sums))}
+
+
+def finish_task():
+    """Between two tasks and behind the last: the losses on all of them -> what the log gets."""
+    names = cfg.task_names()
+    losses = {name: evaluate(task)["val"] for task, name in enumerate(names)}
+    found = {"after_task": names[len(tasks.matrix)]} | tasks.finish(losses)
+    if world.master:
+        tqdm.write(f"after {found['after_task']}: " + ", ".join(f"{k} {v:.4f}" for k, v in
+                   (losses | found).items() if k != "after_task"))
+    return found | {f"val_loss of {name}": loss for name, loss in losses.items()}
 
 
 def train_step(iteration, batch):
@@ -281,12 +316,14 @@ def train_step(iteration, batch):
     total = torch.zeros((), device=place.device)
     for micro in range(accumulation):
         parallel.require_backward_grad_sync = micro == accumulation - 1
+        tasks.listen(numbered(iteration, micro))
         loss = parallel(*batch)[1] / accumulation
         last = micro == accumulation - 1
         batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
+    tasks.pull()
     norms = [torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf) for part in clipped]
     total, norm = torch.stack((total, sum(norms).to(total.dtype))).tolist()
     total, stops = world.sum([total / world.size, float(stop_signal)])
@@ -313,7 +350,8 @@ def save_checkpoint(path):
                           file=sys.stderr)
     ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                    model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
-                   config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds()), path)
+                   config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds(),
+                   **({"tasks": tasks.state_dict()} if cfg.tasks else {})), path)
     if path.name == "ckpt.pt":
         ckpt.remove_quietly(out_dir / "ckpt_last.pt")
 
@@ -394,10 +432,10 @@ while True:
         grow(iter_num)
     row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
-        losses = evaluate()
+        losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
         if world.master:
-            example = to_device(eval_streams["val"].batch(0))[0]
+            example = to_device(streams["val"].batch(0))[0]
             seen = bio_modules.counters(raw_model, example)
             seen = bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
             row |= seen                                         # what the blocks do; nothing if dense
@@ -408,13 +446,16 @@ while True:
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
                 and iter_num > 0 and not cfg.eval_only):
             save_checkpoint(out_dir / "ckpt.pt")
+    if tasks.over(iter_num) and not cfg.eval_only:
+        row |= finish_task()
     if iter_num >= cfg.max_iters or cfg.eval_only:
         if not cfg.eval_only:
             log(row | {"seconds": seconds()})
         break
 
     raw_model.anneal(min(1.0, iter_num / (cfg.anneal * cfg.lr_decay_iters)) if cfg.anneal else 1.0)
-    lr = optimizers.learning_rate(cfg, iter_num)
+    tasks.begin(iter_num)
+    lr = optimizers.learning_rate(cfg, tasks.step(iter_num))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     step_clock = time.perf_counter()

@@ -41,6 +41,8 @@ ARMS = {
     "hierarchy": dict(hierarchy=3, n_layer=3),
     "exits": dict(exits="1,2", n_layer=3, layer_dropout=0.3),
     "ponder": dict(ponder=3),
+    "adapters": dict(adapters="one", adapter_width=4),
+    "energy": dict(dendrites=4, dendrites_active=2, energy_budget=0.3),
 }
 
 # different MLPs, or two rules for which units fire: construction names both flags
@@ -48,7 +50,7 @@ KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
 RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
 CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES, ("hierarchy", "exits"), ("exits", "ponder")}
-SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain")}
+SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain"), ("dendrites", "energy")}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}
 
