@@ -1568,7 +1568,8 @@ def with_table(text, table):
 
 def results_table(folder):
     """Every record of `folder` as rows of a markdown table: a measurement, both sides and their ratio."""
-    lines, blocks, mlps, changes, windows, times, depths, grown, places = ([] for _ in range(9))
+    lines, blocks, mlps, changes, windows, times, depths, grown, tasks, budgets, places = (
+        [] for _ in range(11))
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, result in record.get("measurements", {}).items():
@@ -1580,6 +1581,8 @@ def results_table(folder):
         windows += window_rows(record, path) if record["subcommand"] == "window" else []
         depths += depth_rows(record, path) if record["subcommand"] in ("depth", "ponder") else []
         grown += growth_rows(record, path) if record["subcommand"] == "grow" else []
+        tasks += continual.rows(record, path) if record["subcommand"] == "continual" else []
+        budgets += energy.rows(record, path) if record["subcommand"] == "energy" else []
         h = record["hardware"]
         places.append(f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}")
     lines = table("measured | ours | nanoGPT | ratio | record", lines)
@@ -1593,6 +1596,7 @@ def results_table(folder):
     lines += table("depth | layers per token | val loss | tokens/s, greedy | a training step, ms | record",
                    depths)
     lines += table("growth | val loss | seeds | training steps, s | TFLOP | iterations | record", grown)
+    lines += table(continual.HEAD, tasks) + table(energy.HEAD, budgets)
     lines += table("the race's config with | val loss | seeds | to ours | record", changes)
     return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
@@ -1693,6 +1697,9 @@ def figure(s):
 
 # ------------------------------------------------ the menu ----------------------------------------------
 
+sys.modules.setdefault("bench", sys.modules[__name__])         # what benchmarks/ imports, run as a script too
+from benchmarks import continual, energy  # noqa: E402
+
 COMMANDS = {
     "train": (Train, train),
     "decode": (Decode, decode),
@@ -1706,6 +1713,8 @@ COMMANDS = {
     "depth": (Depth, depth),
     "ponder": (Ponder, ponder),
     "grow": (Grow, grow),
+    "continual": (continual.Continual, continual.run),
+    "energy": (energy.Energy, energy.run),
     "memory": (Memory, memory),
     "readme": (Readme, readme),
 }

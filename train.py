@@ -431,6 +431,7 @@ while True:
     if cfg.layers_at(iter_num, model_config.n_layer) != len(raw_model.blocks):
         grow(iter_num)
     row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}
+    best_val_loss = best_val_loss if tasks.step(iter_num) else 1e9            # of this task
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
@@ -469,7 +470,7 @@ while True:
             "seconds": seconds()}
     mfu = raw_model.estimate_mfu(cfg.batch_size * accumulation, step_seconds)
     row |= {"mfu": mfu} if mfu else {}                         # only where the device's peak is known
-    if iter_num % cfg.log_interval == 0 or "val_loss" in row or not finite:
+    if iter_num % cfg.log_interval == 0 or row.keys() & {"val_loss", "after_task"} or not finite:
         log(row)
     bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
     bar.update()

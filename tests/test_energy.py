@@ -30,17 +30,17 @@ def test_the_budget_counts_the_multiply_adds_that_open_gates_cost():
     model, idx = build(GATES | dict(energy_budget=0.5), std=0.3).train(), tokens(3, 12)
     share, seen = spent_by(model, idx)
     C, D = model.config.n_embd, model.config.dendrites
-    price = [2 * C * C / D, C] * model.config.n_layer            # a branch's q and c_proj; a unit's row of W_down
+    price = [2 * C * C / D, C] * model.config.n_layer       # a branch's q and c_proj; a unit's row of W_down
     counted, possible = (sum(p * count(gate) for p, gate in zip(price, seen))
                          for count in (torch.sum, torch.numel))
     assert share.item() == pytest.approx(counted.item() / possible)
     assert 0 < share < 1
 
 
-def trained(budget, steps=150):
+def trained(budget, steps=60):
     """A tiny model that learns one batch under a budget -> (its loss, multiply-adds of a decode step)."""
-    model, idx = build(GATES | dict(energy_budget=budget, energy_cost=1.0)).train(), tokens(8, 17)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    model, idx = build(GATES | dict(energy_budget=budget, energy_cost=1.0)).train(), tokens(2, 17)
+    optimizer = model.configure_optimizers(0.0, 2e-2, (0.9, 0.95), "cpu")
     for _ in range(steps):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()

@@ -1,0 +1,1 @@
+"""Subcommands of bench.py in files of their own."""
