@@ -260,7 +260,7 @@ train_streams = [datasets.TokenStream(folder, "train", *shape, seed=cfg.seed,
                                       vocab_size=model_config.vocab_size) for folder in folders]
 eval_streams = [{split: datasets.TokenStream(folder, split, *shape, seed=0,
                                              vocab_size=model_config.vocab_size)
-                 for split in ("train", "val")} for folder in folders]
+                 for split in datasets.SPLITS} for folder in folders]
 tasks = continual.Tasks(cfg, raw_model, train_streams, world, saved_tasks, iter_num)
 model = torch.compile(raw_model) if place.compile else raw_model
 parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,
@@ -285,21 +285,21 @@ def micro_batch(iteration, micro):
 
 
 @torch.no_grad()
-def evaluate(task):
+def evaluate(task, splits=datasets.SPLITS):
     """Mean loss over eval_iters fixed batches of a task's splits, shared among the ranks -> {split: loss}."""
     tasks.look_at(task)
     model.eval()
-    sums = [sum(model(*to_device(stream.batch(k)))[1].item()
+    sums = [sum(model(*to_device(eval_streams[task][split].batch(k)))[1].item()
                 for k in range(world.rank, cfg.eval_iters, world.size))
-            for stream in eval_streams[task].values()]
+            for split in splits]
     model.train()
-    return {split: total / cfg.eval_iters for split, total in zip(eval_streams[task], world.sum(sums))}
+    return {split: total / cfg.eval_iters for split, total in zip(splits, world.sum(sums))}
 
 
 def finish_task():
     """Between two tasks and behind the last: the losses on all of them -> what the log gets."""
     names = cfg.task_names()
-    losses = {name: evaluate(task)["val"] for task, name in enumerate(names)}
+    losses = {name: evaluate(task, ["val"])["val"] for task, name in enumerate(names)}
     found = {"after_task": names[len(tasks.matrix)]} | tasks.finish(losses)
     if world.master:
         tqdm.write(f"after {found['after_task']}: " + ", ".join(f"{k} {v:.4f}" for k, v in

@@ -21,7 +21,7 @@ from configurator import require
 
 PLAIN = "fine-tuning"
 FIRST, SECOND = "pylib", "shakespeare"
-SHAPE = dict(block_size=64, batch_size=16, eval_iters=40)
+SHAPE = dict(block_size=64, batch_size=16, eval_iters=24)
 TWO = dict(adapters="python,english")
 
 
@@ -33,9 +33,9 @@ class Continual(Bench):
     input: str = ""  # text of the second task, read as bytes; empty: data/shakespeare_bytes
     config: str = "config/train_pylib.py"  # config files of the recipe, by commas
     iters: int = 300  # iterations of each task
-    ewc: float = 5.0  # weight of EWC alone
+    ewc: float = 3.0  # weight of EWC alone
     replay: float = 0.1  # share of replayed rows, alone
-    both: str = "1,0.1"  # the two where they go together
+    both: str = "0.5,0.1"  # the two where they go together
     steps: int = 60  # timed training steps of each, in turns
     plot: str = ""  # also draw losses and forgetting into this PNG (needs matplotlib)
 
@@ -52,7 +52,7 @@ def arms(cfg):
         ewc, replay = map(float, cfg.both.split(","))
     except ValueError:
         require(False, f"both='{cfg.both}' must be the weight of EWC and the share of replay: type "
-                "--both=1,0.1")
+                "--both=0.5,0.1")
     together = dict(ewc=ewc, replay=replay)
     return {PLAIN: {}, "EWC": dict(ewc=cfg.ewc), "replay": dict(replay=cfg.replay), "EWC + replay": together,
             "adapters": TWO | dict(freeze=True), "adapters + replay": TWO | dict(replay=cfg.replay),
