@@ -3,4 +3,4 @@
 out_dir = 'out-continual-ewc'
 tasks = 'pylib,shakespeare_bytes'
 max_iters = 2 * lr_decay_iters
-ewc = 5.0
+ewc = 3.0

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from arms import build, tokens
-from conftest import Job, Trainer, one_sentence, same, words
+from conftest import ROOT, TINY, Job, Trainer, one_sentence, same, words
 from test_train import TIMES, in_parallel
 from torch.nn import functional as F
 
@@ -383,3 +383,13 @@ def test_tasks_that_cannot_be_are_one_sentence(train, data, other, keys, sentenc
         places = dict(A=str(data), B=str(other), C=str(chars))
         keys = keys | dict(tasks=",".join(places.get(name, name) for name in keys["tasks"].split(",")))
     one_sentence(train(status=2, **keys), "train.py", sentence)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "config").glob("continual_*.py")), ids=lambda path: path.stem)
+def test_every_way_to_hold_a_task_trains_from_its_config(train, data, other, file):
+    train(str(ROOT / "config" / "train_pylib.py"), str(file),
+          *words(**TINY | dict(lr_decay_iters=3, max_iters=6, tasks=f"{data},{other}", dataset=data,
+                               out_dir=train.folder / "out", n_embd=32)))
+    last = train.metrics()[-1]
+    assert last["after_task"] == str(other)
+    assert (last["forgetting"] == 0) == (file.stem == "continual_adapters")
