@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from configurator import close_match, require
 from layers import Linear, as_is, rms
-from tokenizer import meta_of
+from tokenizer import GPT2Tokenizer, meta_of
 
 KEPT, DRAWN = 2, 3                              # streams of random bits beside dataset's, one for each split
 CHUNK = 1 << 20                                 # keys in memory at a time while a reservoir is filled
@@ -401,13 +401,14 @@ def check(c):
 
 def one_vocabulary(folders):
     """Refuse tasks whose ids mean different things."""
-    kinds = [{key: meta.get(key) for key in ("tokenizer", "chars", "vocab_size")}
-             for meta in map(meta_of, folders)]
-    for folder, kind in zip(folders, kinds):
-        require(kind == kinds[0], f"tasks of one run share a tokenizer: '{folders[0].name}' has "
-                f"{said(kinds[0])}, '{folder.name}' has {said(kind)}; type python data/prepare.py "
-                f"--input=FILE.txt --name={folder.name}_bytes --tokenizer=byte, for example")
+    kinds = [vocabulary(meta_of(folder)) for folder in folders]
+    for folder, (said, chars) in zip(folders, kinds):
+        require((said, chars) == kinds[0], f"tasks of one run share a tokenizer: '{folders[0].name}' has "
+                f"{kinds[0][0]}, '{folder.name}' has {said}; type python data/prepare.py --input=FILE.txt "
+                f"--name={folder.name}_bytes --tokenizer=byte, for example")
 
 
-def said(kind):
-    return f"'{kind['tokenizer'] or 'gpt2'}' with {kind['vocab_size'] or 50257} ids"
+def vocabulary(meta):
+    """What a folder's ids mean -> (in words, its characters); without a meta file they are GPT-2's."""
+    meta = meta or GPT2Tokenizer().meta() | {"vocab_size": GPT2Tokenizer.vocab_size}
+    return f"'{meta.get('tokenizer', 'unknown')}' with {meta.get('vocab_size')} ids", meta.get("chars")

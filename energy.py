@@ -79,9 +79,12 @@ class Meter:
         self.begin = self.read and self.read()
 
     def joules(self):
-        """None where nothing measures: say n/a."""
+        """None where nothing measures."""
         return self.read and sum((now - before) % wrap for (now, wrap), (before, _)
                                  in zip(self.read(), self.begin))
+
+    def __str__(self):
+        return f"{self.joules():,.0f} J ({self.source})" if self.read else f"joules n/a ({self.source})"
 
 
 def cpu_joules(powercap):

@@ -21,6 +21,7 @@ import bio_modules
 import checkpoint as ckpt
 import continual
 import dataset as datasets
+import energy
 import optimizers
 import runtime
 from configurator import ConfigError, convert, require, say_and_exit, typed_words
@@ -423,7 +424,7 @@ terminal = sys.stderr.isatty()
 bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only,
            dynamic_ncols=True, mininterval=0.2 if terminal else 20)
 sys.excepthook = lambda *error: (bar.close(), say_and_exit(*error))         # a sentence on a line of its own
-batch = micro_batch(iter_num, 0)
+batch, meter = micro_batch(iter_num, 0), energy.Meter(place.device)
 model.train()
 started = time.perf_counter()
 
@@ -451,7 +452,7 @@ while True:
         row |= finish_task()
     if iter_num >= cfg.max_iters or cfg.eval_only:
         if not cfg.eval_only:
-            log(row | {"seconds": seconds()})
+            log(row | {"seconds": seconds(), "joules": meter.joules()})
         break
 
     raw_model.anneal(min(1.0, iter_num / (cfg.anneal * cfg.lr_decay_iters)) if cfg.anneal else 1.0)
@@ -493,7 +494,7 @@ elif status:
     say(f"stopped by signal {status - 128} before iteration {iter_num}; "
         f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
 elif not cfg.eval_only:
-    say(f"done in {seconds():.0f} s, best val loss {best_val_loss:.4f}; "
+    say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; "
         f"sample with: python sample.py --out_dir={cfg.out_dir}")
 world.close()
 if not world.master:                                # nothing to flush, and gloo's threads abort Python's own
