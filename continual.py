@@ -377,7 +377,7 @@ def check(c):
     for key in ("ewc", "replay", "freeze"):
         require(not getattr(c, key) or len(names) > 1, f"{key}={getattr(c, key)} has no effect without an "
                 "earlier task: type --tasks=ONE,ANOTHER, or leave it out")
-    require(all(names) and len(set(names)) == len(names),
+    require(not c.tasks or (all(names) and len(set(names)) == len(names)),
             f"tasks='{c.tasks}' must be different data sets by commas: type --tasks=pylib,shakespeare_bytes")
     require(c.ewc >= 0 and c.ewc_samples >= 1,
             f"ewc={c.ewc} must not be negative and ewc_samples={c.ewc_samples} at least 1")

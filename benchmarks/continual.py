@@ -28,7 +28,7 @@ TWO = dict(adapters="python,english")
 @dataclass(frozen=True)
 class Continual(Bench):
     """Forgetting of a first task after a second: fine-tuning, EWC, replay, adapters, and together."""
-    repeats: int = 3  # seeds
+    repeats: int = 3  # seeds of each way
     threads: int = 1  # CPU threads of a run
     input: str = ""  # text of the second task, read as bytes; empty: data/shakespeare_bytes
     config: str = "config/train_pylib.py"  # config files of the recipe, by commas

@@ -23,11 +23,11 @@ CONTEXTS = 64                                    # whose next token is decoded t
 @dataclass(frozen=True)
 class Energy(Bench):
     """Multiply-adds of a decode step against loss for models trained with energy budgets."""
-    repeats: int = 1  # seeds of each
+    repeats: int = 1  # seeds of each budget
     threads: int = 1  # CPU threads of a run
     config: str = "config/train_pylib.py"  # config files of the recipe, by commas
     budgets: str = "0.8,0.4,0.2,0.1,0.05"  # shares of what the gates can close, by commas
-    iters: int = 300  # iterations
+    iters: int = 300  # iterations of each run
     tokens: int = 200  # decoded tokens whose joules are measured, where this machine measures any
     plot: str = ""  # also draw loss against multiply-adds into this PNG (needs matplotlib)
 
