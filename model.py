@@ -105,7 +105,7 @@ class GPTConfig:
     adapters: str = ""  # names of bottlenecks behind each block, by commas, one for each task or language
     adapter_width: int = 16  # their units
     energy_budget: float = 0.0  # share of what all gates can close that they may leave open; 0: off
-    energy_cost: float = 0.1  # weight of that aim in the loss
+    energy_cost: float = 0.5  # weight of that aim in the loss
 
     def __post_init__(self):
         for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", [*ACTS, "swiglu"])):

@@ -26,8 +26,8 @@ class Energy(Bench):
     repeats: int = 1  # seeds of each budget
     threads: int = 1  # CPU threads of a run
     config: str = "config/train_pylib.py"  # config files of the recipe, by commas
-    budgets: str = "0.8,0.4,0.2,0.1,0.05"  # shares of what the gates can close, by commas
-    iters: int = 300  # iterations of each run
+    budgets: str = "0.8,0.4,0.2,0.1"  # shares of what the gates can close, by commas
+    iters: int = 250  # iterations of each run
     tokens: int = 200  # decoded tokens whose joules are measured, where this machine measures any
     plot: str = ""  # also draw loss against multiply-adds into this PNG (needs matplotlib)
 
@@ -48,7 +48,7 @@ def shares(cfg):
 
 def run(cfg):
     data, points = datasets.prepare_if_missing("pylib").resolve(), defaultdict(list)
-    ungated = {key: GATES[key] for key in ("block_size", "batch_size", "act", "n_head")}
+    ungated = {key: GATES[key] for key in ("block_size", "batch_size", "act")}
     sides = {"no gates": ungated}
     sides |= {f"budget {share:g}": GATES | dict(energy_budget=share) for share in shares(cfg)}
     with tempfile.TemporaryDirectory() as work:
