@@ -32,6 +32,8 @@ COMMANDS = {
     "grow": "Grow",
     "memory": "Memory",
     "kernels": "Kernels",
+    "continual": "Continual",
+    "energy": "Energy",
     "fertility": "Fertility",
     "corpus": "Corpus",
     "compress": "Compression",

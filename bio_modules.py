@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import continual
+import energy
 import sparse_kernels as kernels
 from configurator import require
 from context import Cache, CachedContext
@@ -136,7 +138,7 @@ class EventGate(nn.Module):
 
     def __init__(self, config, units):
         super().__init__()
-        self.rate, self.cost = config.event_rate, config.event_cost
+        self.aim = energy.aim(config, config.event_rate, config.event_cost, macs=config.n_embd)
         self.threshold = nn.Parameter(torch.empty(units))
 
     def init_weights(self, normal_):
@@ -145,13 +147,8 @@ class EventGate(nn.Module):
 
     def forward(self, a, ctx, rows=EVERY):
         gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
-        ctx.add_loss(lambda: self.cost * off_target(gate.mean(), self.rate))
+        self.aim(ctx, gate, gate)
         return a * gate.to(a.dtype)
-
-
-def off_target(share, target):
-    """0 at the target, 1 where nothing is open, with a slope that stays finite on both sides."""
-    return ((share - target) / (share + target)).square()
 
 
 class Opened(torch.autograd.Function):
@@ -539,7 +536,8 @@ class BranchGate(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.k, self.cost = config.dendrites_active, config.dendrite_cost
+        self.k, D, C = config.dendrites_active, config.dendrites, config.n_embd
+        self.aim = energy.aim(config, self.k / D, config.dendrite_cost, macs=2 * C * C // D)
         self.router = Linear(config.n_embd, config.dendrites, bias=True, hidden=False)
 
     def init_weights(self, normal_):
@@ -550,7 +548,7 @@ class BranchGate(nn.Module):
         g = self.router(x).float().sigmoid()
         largest = torch.zeros_like(g).scatter(-1, g.topk(self.k, dim=-1, sorted=False).indices, 1.0)
         kept = largest * (g >= g.amax(dim=-1, keepdim=True).clamp(max=0.5))
-        ctx.add_loss(lambda: self.cost * off_target(g.mean(), self.k / g.size(-1)))
+        self.aim(ctx, g, kept)
         return (g + (g * kept - g).detach()).to(x.dtype)
 
 
@@ -803,7 +801,8 @@ class Thoughts:
     every time."""
 
     def __init__(self, ctx, window):
-        self.ctx, self.window, self.kept, self.add_loss = ctx, window, None, ctx.add_loss
+        self.ctx, self.window, self.kept = ctx, window, None
+        self.add_loss, self.spend = ctx.add_loss, ctx.spend
 
     def choose(self, thinking, step):
         """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
@@ -860,6 +859,7 @@ NEEDS = {"qk_gain": "qk_norm",
          "columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
          "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate",
          "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites",
+         "adapter_width": "adapters", "energy_cost": "energy_budget",
          "ponder_cost": "ponder", "exit_cost": "exits", "exit_threshold": "exits", "layer_dropout": "exits"}
 
 
@@ -930,6 +930,8 @@ def check(c):
     check_attention(c)
     check_depth(c)
     check_weights(c)
+    continual.check_adapters(c)
+    energy.check(c)
     kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
     kinds += ["act='swiglu'"] * (c.act == "swiglu")
     require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")

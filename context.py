@@ -18,12 +18,17 @@ class Context:
     turn = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
 
     def __init__(self, positions, training=False):
-        self.positions, self.losses, self.left = positions, [] if training else None, []
+        self.positions, self.losses, self.left, self.spent = positions, [] if training else None, [], []
 
     def add_loss(self, make):
         """Add make() to the training loss; where no loss is wanted, it is not computed."""
         if self.losses is not None:
             self.losses.append(make())
+
+    def spend(self, make):
+        """Note make(), the multiply-adds that gates have let through and those that they could have."""
+        if self.losses is not None:
+            self.spent.append(make())
 
     def leave(self, x):
         """States (B, T, C) at an early exit: kept for the training loss."""
@@ -60,7 +65,8 @@ class Context:
         completed groups of x (B, T, C)."""
         groups = x.size(1) // hourglass.every
         inner = Context(slice(0, groups))
-        inner.losses, inner.turn, inner.rotation = self.losses, self.turn, self.turn(inner.positions)
+        inner.losses, inner.spent = self.losses, self.spent
+        inner.turn, inner.rotation = self.turn, self.turn(inner.positions)
         said = run(hourglass.pool_groups(x), inner) if groups else x[:, :0]
         return hourglass.spread_groups(said, x.size(1))
 
@@ -122,6 +128,9 @@ class CachedContext:
 
     def add_loss(self, make):
         """Decoding wants no loss."""
+
+    def spend(self, make):
+        """Nor a budget: what it executes is counted."""
 
     def leave(self, x):
         """Nor states at early exits."""

@@ -261,6 +261,29 @@ class RotaryPositions(nn.Module):
         self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias; statistics in fp32 whatever the stream's dtype (1607.06450)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x.dtype), 1e-5)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a gain; statistics in fp32 (1910.07467)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+
+
 def project(x, weight, bias):
     """F.linear; a single row in a decode step on a CPU is read by our own kernel, at the memory's speed."""
     if kernels.tally is not None:

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
+import continual
 import decoding
+import energy
 import optimizers
 import pretrained
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
@@ -25,14 +27,15 @@ from context import Context
 from layers import (
     Attention,
     Embedding,
+    LayerNorm,
     LearnedPositions,
     Linear,
     NeuronMajor,
     NgramEmbedding,
+    RMSNorm,
     RotaryPositions,
     as_is,
     attention_linear,
-    cast,
     check_pruned,
     cross_entropy,
     dropout,
@@ -106,6 +109,11 @@ class GPTConfig:
     ponder: int = 0  # most runs of the middle layer's block, as many as each token needs; 0: off
     ponder_cost: float = 0.01  # weight in the loss of the mean number of runs
     layer_dropout: float = 0.0  # in training, share of sequences that skip the last layer; less the earlier
+    # --- tasks and energy ---
+    adapters: str = ""  # names of bottlenecks behind each block, by commas, one for each task or language
+    adapter_width: int = 16  # their units
+    energy_budget: float = 0.0  # share of what all gates can close that they may leave open; 0: off
+    energy_cost: float = 0.5  # weight of that aim in the loss
 
     def __post_init__(self):
         for key, slot in (("norm", NORMS), ("pos", POSITIONS), ("act", [*ACTS, "swiglu"])):
@@ -133,6 +141,10 @@ class GPTConfig:
         """The numbers in `exits`."""
         return [int(depth) for depth in self.exits.split(",")] if self.exits else []
 
+    def adapter_names(self):
+        """The different names in `adapters`."""
+        return list(dict.fromkeys(self.adapters.split(","))) if self.adapters else []
+
     def pondering_layer(self):
         return self.n_layer // 2
 
@@ -159,29 +171,6 @@ class GPTConfig:
         """Keyword arguments that rebuild this config: nanoGPT's seven, and those not at their default."""
         return {f.name: getattr(self, f.name) for i, f in enumerate(dataclasses.fields(GPTConfig))
                 if i < 7 or getattr(self, f.name) != f.default}
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias; statistics in fp32 whatever the stream's dtype (1607.06450)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x.dtype), 1e-5)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a gain; statistics in fp32 (1910.07467)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
 
 
 class CausalSelfAttention(Attention):
@@ -239,11 +228,12 @@ class Block(nn.Module):
         self.attn = (DendriticAttention if config.dendrites else CausalSelfAttention)(config, layer)
         self.ln_2 = NORMS[config.norm](config)
         self.mlp = mlp(config, layer)
+        self.adapt = continual.adapters(config)
 
     def forward(self, x, ctx):
         x = x + self.attn(self.ln_1(x), ctx)
         x = x + self.mlp(self.ln_2(x), ctx)
-        return x
+        return self.adapt(x, ctx)
 
     def remember(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
@@ -303,6 +293,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
         check_pruned(self, config)
         self.cap = partial(soft_cap, config.softcap) if config.softcap else as_is
+        self.over_budget = energy.budget(config)
         if init:
             self.init_weights(torch.initial_seed() if seed is None else seed)
 
@@ -333,7 +324,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
-        also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets)
+        also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets), *self.over_budget(ctx)
         return logits, sum(also, start=cross_entropy(logits, targets))
 
     def exit_losses(self, ctx, logits, targets):

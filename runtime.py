@@ -132,6 +132,11 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def add_up(self, tensors):
+        """Replace each tensor by its sum over the ranks."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor)
+
     def barrier(self):
         if self.size > 1:
             dist.barrier()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import checkpoint as ckpt
+import continual
 import dataset as datasets
 import decoding
 import runtime
@@ -40,6 +41,7 @@ class SampleConfig:
     overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
     policy: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave at an exit whose probe is so sure; 0: the model's own, with policy
+    adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
@@ -101,8 +103,9 @@ def prompt_of(start):
 
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
-    print(f"{place}, {sparse_kernels.path_taken(place.device)}", file=sys.stderr)
     model, tokenizer = load(cfg.init_from, cfg.out_dir, cfg.tokenizer)
+    on = continual.switch_on(model, cfg.adapter)
+    print(f"{place}, {sparse_kernels.path_taken(place.device)}{on}", file=sys.stderr)
     sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)

@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 import bio_modules
 import checkpoint as ckpt
+import continual
 import dataset as datasets
+import energy
 import optimizers
 import pretrained
 import runtime
@@ -51,6 +53,12 @@ class TrainConfig(GPTConfig):
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
     dataset: str = "openwebtext"  # folder below data/ or path of one; several by weight: NAME:3,NAME:1
+    tasks: str = ""  # data sets to learn one after the other, by commas, lr_decay_iters iterations each
+    ewc: float = 0.0  # pull to the weights that earlier tasks ended with, by their Fisher information; 0: off
+    ewc_samples: int = 256  # sequences of a task that its Fisher information is estimated from
+    replay: float = 0.0  # share of each batch's rows that come from earlier tasks
+    replay_blocks: int = 1024  # rows of all earlier tasks that are kept for that
+    freeze: bool = False  # from the second task on train that task's adapter alone
     gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
     batch_size: int = 12  # sequences per micro-batch
     learning_rate: float = 6e-4  # highest learning rate
@@ -99,6 +107,11 @@ class TrainConfig(GPTConfig):
                 f"sampling='{self.sampling}' must be one of {', '.join(datasets.SAMPLINGS)}")
         optimizers.check(self)
         runtime.check_compile(self.compile)
+        continual.check(self)
+
+    def task_names(self):
+        """The names in `tasks`; without any the data set is the only one."""
+        return self.tasks.split(",") if self.tasks else [self.dataset]
 
     def stages(self):
         """The pairs in `grow`, (layers, share of lr_decay_iters)."""
@@ -148,6 +161,8 @@ if given.get("init_from") == "resume":
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
 cfg = TrainConfig(**{**base, **given})
+require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
+        f"tasks='{cfg.tasks}': leave --dataset out")
 
 world, device_name = runtime.join_world(cfg.backend, cfg.device)
 place = runtime.choose(device_name, cfg.dtype, cfg.compile)
@@ -163,15 +178,18 @@ if world.master:
             raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type "
                               "--out_dir=ANOTHER_FOLDER") from error
         ckpt.sweep(out_dir)
-    datasets.prepare_sources(cfg.dataset)
+    for name in cfg.task_names():
+        datasets.prepare_sources(name)
 world.barrier()
 say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
-sources = datasets.prepare_sources(cfg.dataset)                # [(folder, weight)]
-meta = datasets.common_meta(sources)
+task_sources = [datasets.prepare_sources(name) for name in cfg.task_names()]  # [(folder, weight)] each
+folders = [folder for sources in task_sources for folder, _ in sources]
+continual.one_vocabulary(folders if cfg.tasks else folders[:1])
+meta = datasets.common_meta([source for sources in task_sources for source in sources])
 tokenizer = {"tokenizer": tokenizers.described(meta)} if "tokenizer" in meta else {}
 
 
@@ -228,15 +246,15 @@ settings = asdict(cfg) | asdict(model_config) | {"size": ""}   # what the model 
 require("block_size" not in given or cfg.block_size == model_config.block_size,
         f"block_size={cfg.block_size} is longer than the {model_config.block_size} of the loaded model: "
         "leave --block_size out")
-for data_dir, _ in sources:
-    datasets.check(data_dir, model_config.block_size, model_config.vocab_size)
+for folder in folders:
+    datasets.check(folder, model_config.block_size, model_config.vocab_size)
 raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
     say(sparse_kernels.winners_path(place.device))
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
-    f"parameters without positions; data {', '.join(str(folder) for folder, _ in sources)}, "
-    f"vocabulary {model_config.vocab_size}")
+    f"parameters without positions; data {', '.join(map(str, folders))}, vocabulary "
+    f"{model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 clipped = optimizers.by_clipping(raw_model)                    # each list has a gradient norm of its own
@@ -245,19 +263,22 @@ if resumed:
     ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)
     if resumed.get("scaler"):
         scaler.load_state_dict(resumed["scaler"])
+saved_tasks = (resumed or {}).get("tasks")
 resumed = None                                                  # frees the weights held twice
 
 accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
-train_stream = datasets.open_stream(sources, "train", *shape, seed=cfg.seed, sampling=cfg.sampling,
-                                    vocab_size=model_config.vocab_size, documents=cfg.documents)
-eval_streams = {split: datasets.open_stream(sources, split, *shape, seed=0,    # the same for every sampling
-                                            vocab_size=model_config.vocab_size)
-                for split in ("train", "val")}
+train_streams = [datasets.open_stream(sources, "train", *shape, seed=cfg.seed, sampling=cfg.sampling,
+                                      vocab_size=model_config.vocab_size, documents=cfg.documents)
+                 for sources in task_sources]
+eval_streams = [{split: datasets.open_stream(sources, split, *shape, seed=0,   # the same for every sampling
+                                             vocab_size=model_config.vocab_size)
+                 for split in ("train", "val")} for sources in task_sources]
+tasks = continual.Tasks(cfg, raw_model, train_streams, world, saved_tasks, iter_num)
 model = torch.compile(raw_model) if place.compile else raw_model
 parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,
-                find_unused_parameters=bool(cfg.grow)) if world.size > 1 else model)
+                find_unused_parameters=bool(cfg.grow or cfg.adapters)) if world.size > 1 else model)
 
 
 def to_device(batch):
@@ -267,22 +288,37 @@ def to_device(batch):
     return [t.to(place.device) for t in batch]
 
 
-def micro_batch(iteration, micro):
+def numbered(iteration, micro):
     """The global micro-batches of an iteration are numbered; this rank takes every world.size-th. So any
     number of processes sees the same data, and a resumed run needs no position but iter_num."""
-    number = iteration * cfg.gradient_accumulation_steps + micro * world.size + world.rank
-    return to_device(train_stream.batch(number))
+    return iteration * cfg.gradient_accumulation_steps + micro * world.size + world.rank
+
+
+def micro_batch(iteration, micro):
+    return to_device(tasks.lessons.batch(numbered(iteration, micro)))
 
 
 @torch.no_grad()
-def evaluate():
-    """Mean loss over eval_iters fixed batches of each split, shared among the ranks -> {split: loss}."""
+def evaluate(task, splits=datasets.SPLITS):
+    """Mean loss over eval_iters fixed batches of a task's splits, shared among the ranks -> {split: loss}."""
+    tasks.look_at(task)
     model.eval()
-    sums = [sum(model(*to_device(eval_streams[split].batch(k)))[1].item()
+    sums = [sum(model(*to_device(eval_streams[task][split].batch(k)))[1].item()
                 for k in range(world.rank, cfg.eval_iters, world.size))
-            for split in eval_streams]
+            for split in splits]
     model.train()
-    return {split: total / cfg.eval_iters for split, total in zip(eval_streams, world.sum(sums))}
+    return {split: total / cfg.eval_iters for split, total in zip(splits, world.sum(sums))}
+
+
+def finish_task():
+    """Between two tasks and behind the last: the losses on all of them -> what the log gets."""
+    names = cfg.task_names()
+    losses = {name: evaluate(task, ["val"])["val"] for task, name in enumerate(names)}
+    found = {"after_task": names[len(tasks.matrix)]} | tasks.finish(losses)
+    if world.master:
+        tqdm.write(f"after {found['after_task']}: " + ", ".join(f"{k} {v:.4f}" for k, v in
+                   (losses | found).items() if k != "after_task"))
+    return found | {f"val_loss of {name}": loss for name, loss in losses.items()}
 
 
 def train_step(iteration, batch):
@@ -294,12 +330,14 @@ def train_step(iteration, batch):
     total = torch.zeros((), device=place.device)
     for micro in range(accumulation):
         parallel.require_backward_grad_sync = micro == accumulation - 1
+        tasks.listen(numbered(iteration, micro))
         loss = parallel(*batch)[1] / accumulation
         last = micro == accumulation - 1
         batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
+    tasks.pull()
     norms = [torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf) for part in clipped]
     total, norm = torch.stack((total, sum(norms).to(total.dtype))).tolist()
     total, stops = world.sum([total / world.size, float(stop_signal)])
@@ -326,7 +364,8 @@ def save_checkpoint(path):
                           file=sys.stderr)
     ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                    model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
-                   config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds()), path)
+                   config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds(),
+                   **({"tasks": tasks.state_dict()} if cfg.tasks else {})), path)
     if path.name == "ckpt.pt":
         ckpt.remove_quietly(out_dir / "ckpt_last.pt")
 
@@ -398,7 +437,7 @@ terminal = sys.stderr.isatty()
 bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only,
            dynamic_ncols=True, mininterval=0.2 if terminal else 20)
 sys.excepthook = lambda *error: (bar.close(), say_and_exit(*error))         # a sentence on a line of its own
-batch = micro_batch(iter_num, 0)
+batch, meter = micro_batch(iter_num, 0), energy.Meter(place.device)
 model.train()
 started = time.perf_counter()
 
@@ -407,12 +446,14 @@ while True:
         grow(iter_num)
     row = {"iter": iter_num, "tokens": iter_num * tokens_per_iter}
     if cfg.sampling == "epoch":
-        row["epochs"] = train_stream.epochs(iter_num * cfg.gradient_accumulation_steps * cfg.batch_size)
+        drawn = iter_num * cfg.gradient_accumulation_steps * cfg.batch_size
+        row["epochs"] = train_streams[tasks.at(iter_num)].epochs(drawn)
+    best_val_loss = best_val_loss if tasks.step(iter_num) else 1e9            # of this task
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
-        losses = evaluate()
+        losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
         if world.master:
-            example = to_device(eval_streams["val"].batch(0))[0]
+            example = to_device(streams["val"].batch(0))[0]
             seen = bio_modules.counters(raw_model, example)
             seen = bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
             row |= seen                                         # what the blocks do; nothing if dense
@@ -423,13 +464,16 @@ while True:
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
                 and iter_num > 0 and not cfg.eval_only):
             save_checkpoint(out_dir / "ckpt.pt")
+    if tasks.over(iter_num) and not cfg.eval_only:
+        row |= finish_task()
     if iter_num >= cfg.max_iters or cfg.eval_only:
         if not cfg.eval_only:
-            log(row | {"seconds": seconds()})
+            log(row | {"seconds": seconds(), "joules": meter.joules()})
         break
 
     raw_model.anneal(min(1.0, iter_num / (cfg.anneal * cfg.lr_decay_iters)) if cfg.anneal else 1.0)
-    lr = optimizers.learning_rate(cfg, iter_num)
+    tasks.begin(iter_num)
+    lr = optimizers.learning_rate(cfg, tasks.step(iter_num))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     step_clock = time.perf_counter()
@@ -443,7 +487,7 @@ while True:
             "seconds": seconds()}
     mfu = raw_model.estimate_mfu(cfg.batch_size * accumulation, step_seconds)
     row |= {"mfu": mfu} if mfu else {}                         # only where the device's peak is known
-    if iter_num % cfg.log_interval == 0 or "val_loss" in row or not finite:
+    if iter_num % cfg.log_interval == 0 or row.keys() & {"val_loss", "after_task"} or not finite:
         log(row)
     bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
     bar.update()
@@ -466,7 +510,7 @@ elif status:
     say(f"stopped by signal {status - 128} before iteration {iter_num}; "
         f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
 elif not cfg.eval_only:
-    say(f"done in {seconds():.0f} s, best val loss {best_val_loss:.4f}; "
+    say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; "
         f"sample with: python sample.py --out_dir={cfg.out_dir}")
 world.close()
 if not world.master:                                # nothing to flush, and gloo's threads abort Python's own

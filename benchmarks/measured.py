@@ -8,9 +8,9 @@ import torch
 
 import checkpoint
 import dataset as datasets
+import energy
 import optimizers
 import runtime
-from benchmarks import energy
 from benchmarks.record import TWIN, load_average
 from benchmarks.timing import interleave, measurement
 from benchmarks.work import held_bytes, ready, work
@@ -30,8 +30,8 @@ def measured(store, first, iters, deadline):
     steps = {arm: training_step(store.model(run, iters), store.cache / store.place(run, iters), store.data)
              for arm, run in first.items()}
     prompt = datasets.TokenStream(store.data, "val", PROMPT, max(BATCHES), seed=0).batch(0)[0]
-    read, counter = energy.meter(place.device)
-    counted = {arm: counts(model, prompt[:1], read) for arm, model in models.items()}
+    counter = energy.Meter(place.device).source
+    counted = {arm: counts(model, prompt[:1], place.device) for arm, model in models.items()}
     sides = {f"decode, batch {batch}": {arm: SimpleNamespace(tokens=batch * NEW, run=partial(
         model.generate, prompt[:batch], NEW, temperature=0)) for arm, model in models.items()}
              for batch in BATCHES} | {"training step": steps}
@@ -43,10 +43,11 @@ def measured(store, first, iters, deadline):
             "load_before_timing": load}
 
 
-def counts(model, prompt, read):
-    """What is counted of a model: its work a decoded token, what it holds, joules where `read` tells them."""
-    run = partial(model.generate, prompt, NEW, temperature=0)
-    joules = energy.joules_of(read, run) if read else None
+def counts(model, prompt, device):
+    """What is counted of a model: its work a decoded token, what it holds, joules where the machine tells."""
+    meter = energy.Meter(device)
+    model.generate(prompt, NEW, temperature=0)
+    joules = meter.joules()
     return work(model, prompt, 16) | {"held": held_bytes(model, model.config.block_size),
                                       "joules": None if joules is None else joules / NEW}
 

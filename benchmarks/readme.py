@@ -165,6 +165,20 @@ def compression_rows(record):
                f"{one['seconds']['decompress']:.0f}")
 
 
+def continual_rows(record):
+    for name, s in record["summary"].items():
+        yield (f"{name} | {s['first']:.3f} | {s['forgetting']:.3f} | {s['cut']:.1%} | {s['second']:.3f} "
+               f"({s['second_to_plain']:+.1%}) | {s['step_to_plain']:.2f}x | {record['config']['repeats']}")
+
+
+def energy_rows(record):
+    for name, found in record["points"].items():
+        macs, loss = (statistics.fmean(p[key] for p in found) for key in ("macs", "val_loss"))
+        joules = found[0]["joules_per_token"]
+        yield (f"{name} | {macs:,.0f} | {loss:.4f} | {joules if joules == 'n/a' else f'{joules:.2g}'} "
+               f"| {len(found)}")
+
+
 def figure(s):
     """A median in four digits, thousands apart."""
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
@@ -185,6 +199,10 @@ TABLES = (
      depth_rows),
     ("growth | val loss | seeds | training steps, s | TFLOP | iterations", ("grow",), growth_rows),
     ("the race's config with | val loss | seeds | to ours", ("ablate",), change_rows),
+    ("second task learnt with | loss on the first | forgetting | less than fine-tuning | loss on the second "
+     "| a step's time | seeds", ("continual",), continual_rows),
+    ("energy budget | multiply-adds of the blocks, a decode step | val loss | joules a token | seeds",
+     ("energy",), energy_rows),
     ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
      fertility_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),

@@ -437,6 +437,30 @@ def test_pondering_and_growth_are_measured_beside_dense_models(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_forgetting_is_measured_with_every_way_to_hold_a_task(tmp_path):
+    (tmp_path / "other.txt").write_text(TEXT * 2)
+    words = ["continual", "--iters=4", "--steps=2", "--repeats=2", "--input=other.txt", "--plot=p.png"]
+    record = record_of(run(tmp_path, *words))
+    assert record["runs"].keys() == record["summary"].keys() == record["arms"].keys()
+    plain, frozen = (record["runs"][name] for name in ("fine-tuning", "adapters"))
+    assert [run_["forgetting"] for run_ in frozen] == [0.0, 0.0]
+    for run_ in plain:
+        assert run_["forgetting"] == run_["matrix"][1]["pylib"] - run_["matrix"][0]["pylib"]
+    starts = {name: [run_["matrix"][0]["pylib"] for run_ in seeds] for name, seeds in record["runs"].items()}
+    assert starts["EWC"] == starts["replay"] == starts["fine-tuning"] != starts["adapters"]
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_budget_is_drawn_against_executed_multiply_adds(tmp_path):
+    words = ["energy", "--iters=4", "--budgets=0.9,0.1", "--tokens=3", "--plot=p.png"]
+    points = record_of(run(tmp_path, *words))["points"]
+    assert points["no gates"][0]["macs"] == 4 * 12 * 128 ** 2
+    assert all(p["joules_per_token"] == "n/a" or p["joules_per_token"] > 0 for p in points["budget 0.1"])
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
 # ------------------------------------------------ race and readme ------------------------------
 
 def test_a_race_without_a_rival_is_refused(tmp_path):

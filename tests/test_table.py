@@ -12,7 +12,7 @@ from arms import ARMS as FLAGS
 from arms import build, tokens
 from conftest import ROOT, Job, one_sentence
 
-from benchmarks import arms, broken, energy, frontier, judge, measured, report, stats, store, table, work
+from benchmarks import arms, broken, frontier, judge, measured, report, stats, store, table, work
 from benchmarks.record import TWIN
 from benchmarks.store import Run
 from configurator import ConfigError
@@ -232,19 +232,6 @@ def test_timed_rounds_fill_their_share_of_the_time_that_is_left(monkeypatch, lef
     sides = {name: SimpleNamespace(run=wait, tokens=8) for name in "ab"}
     found = measured.rates_of(sides, 0.5, 104.0 + left, most=25)
     assert found == {"a": [4.0] * rounds, "b": [4.0] * rounds}
-
-
-def test_a_powercap_counter_tells_joules_and_a_machine_without_says_so(tmp_path):
-    read, why = energy.rapl(tmp_path)
-    assert read is None and "no RAPL" in why
-    for name in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text("1000000\n")
-    read, counter = energy.rapl(tmp_path)
-    package = tmp_path / "intel-rapl:1" / "energy_uj"
-    assert read() == 2.0 and "RAPL" in counter                             # a part of a package counts once
-    assert energy.joules_of(read, lambda: package.write_text("4000000")) == 3.0
-    assert energy.joules_of(read, lambda: package.write_text("0")) is None
 
 
 # ------------------------------------------------ the report ----------------------------------

@@ -1,0 +1,30 @@
+"""Shakespeare byte by byte: the vocabulary of data/pylib, so one run can learn both.
+
+    python data/shakespeare_bytes/prepare.py [--input=FILE]
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import configure
+from dataset import SHAKESPEARE, report, text_file, write_text
+
+
+@dataclass(frozen=True)
+class ShakespeareBytes:
+    """Write Shakespeare as bytes (1,003,854 for training and 111,540 for validation)."""
+    input: str = ""                         # text file; empty: input.txt beside this script, else a download
+    out_dir: str = ""                       # folder to write to; empty: the folder of this script
+
+
+def main(argv=None):
+    config, started, here = configure(ShakespeareBytes, argv), time.time(), Path(__file__).resolve().parent
+    folder = Path(config.out_dir or here)
+    meta = write_text(folder, text_file(config.input, here, **SHAKESPEARE), "byte", 0.1)
+    report(folder, meta, time.time() - started)
+
+
+if __name__ == "__main__":
+    main()
