@@ -910,6 +910,8 @@ def check_weights(c):
     """The flags of a GPTConfig that decide which weights are kept or read."""
     require(c.weights in ("dense", "2:4"), f"weights='{c.weights}' must be dense or 2:4")
     pruned, units = f"weights='{c.weights}'", c.units()
+    require(not (c.screen and c.softcap), f"screen={c.screen} and softcap={c.softcap}: what is not wanted is "
+            "-inf, which a cap would make a logit; choose one of them")
     require(c.sr_ste >= 0, f"sr_ste={c.sr_ste} must not be negative")
     require(c.weights == "2:4" or c.sr_ste == type(c).sr_ste,
             f"sr_ste={c.sr_ste} has no effect without weights='2:4': set that too, or leave sr_ste out")

@@ -26,6 +26,10 @@ class Sampler:
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty, self.vocab_size = repetition_penalty, vocab_size
 
+    def wants(self):
+        """How many of the largest logits decide what is drawn; None: all of them may."""
+        return None if self.repetition_penalty != 1.0 else 1 if self.temperature == 0 else self.top_k
+
     def __call__(self, logits, seen):
         """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1)."""
         if self.temperature == 0:
@@ -86,6 +90,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens))
     step = Step(model, cache, history) if replays(model, idx.device) else None
+    ids = min(V, sampler.vocab_size or V)
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     for _ in range(max_new_tokens):
         for row, (first, end) in enumerate(zip(firsts, ends)):
@@ -94,7 +99,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         cached = True
-        token = sampler(model.head(states), seen[:, :V])
+        token = sampler(model.largest(states, sampler.wants(), ids), seen[:, :ids])
         history[rows, column(ends, idx.device)] = token
         seen.scatter_(1, token, True)
         ends = [end + 1 for end in ends]

@@ -51,6 +51,25 @@ class Linear(nn.Linear):
         return project(x, self.matrix()[rows].to(x.dtype), bias if bias is None else bias[rows])
 
 
+class Screened(Linear):
+    """A Linear of which sometimes only the k largest outputs are wanted: a decode step on a CPU first looks
+    at a copy in 8 bits, then at the rows that may be among them. Their values are exact."""
+
+    def __init__(self, n_in, n_out, bias, std=0.02):
+        super().__init__(n_in, n_out, bias, std)
+        self.kept = None, None
+
+    def largest(self, x, k, of):
+        """x (B, C) -> (B, of) with the k largest of the first `of` outputs, others may be -inf."""
+        weight = self.weight[:of]
+        if len(x) > 1 or k >= of or not kernels.takes_matvec(x, weight):
+            return self(x)[:, :of]
+        now = kernels.stamp(self.weight)
+        if self.kept[0] != now:
+            self.kept = now, kernels.copy_in_8_bits(self.weight)
+        return kernels.screened(x, weight, self.kept[1], k)
+
+
 class TwoOfFour(Linear):
     """A Linear that keeps, of every four consecutive weights of an output, the two largest.
 

@@ -34,6 +34,7 @@ from layers import (
     NgramEmbedding,
     RMSNorm,
     RotaryPositions,
+    Screened,
     as_is,
     attention_linear,
     check_pruned,
@@ -79,6 +80,7 @@ class GPTConfig:
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
     weights: str = "dense"  # 2:4: of every four weights of an output two are kept; packed when decoding
     sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
+    screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
     # --- the MLP's bio mechanisms ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
@@ -287,8 +289,9 @@ class GPT(nn.Module):
         ) | depth(config))
         self.blocks = list(self.transformer.h)   # those in use, see use_layers
         self.through = next((self.transformer[name] for name in DEPTHS if name in self.transformer), straight)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False,
-                              std=0.02 * (config.tie_weights or not config.zero_init))
+        self.lm_head = (Screened if config.screen else Linear)(
+            config.n_embd, config.vocab_size, bias=False,
+            std=0.02 * (config.tie_weights or not config.zero_init))
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
         check_pruned(self, config)
@@ -354,6 +357,13 @@ class GPT(nn.Module):
     def head(self, x):
         """States -> logits in fp32."""
         return self.cap(self.lm_head(x).float())
+
+    def largest(self, x, k, of):
+        """States (B, C) -> logits in fp32 of the first `of` ids, exact for the k largest; others may be -inf.
+        Without a screened head, or with k=None, all of them are exact."""
+        if k and self.config.screen:
+            return self.lm_head.largest(x, k, of).float()
+        return self.head(x)[:, :of]
 
     def crop_block_size(self, block_size):
         """Shorten the context in place, for example of a pretrained GPT-2."""

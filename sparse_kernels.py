@@ -201,6 +201,24 @@ static inline float dot24_bf16(const uint16_t *v, const uint32_t *meta, const ui
     return s;
 }
 
+/* whole numbers of 8 bits . x */
+static inline float dot_i8(const int8_t *q, const float *x, long K) {
+    vec a = {0}, b = {0};
+    long k = 0;
+#ifdef __AVX512F__
+    for (; k + 32 <= K; k += 32) {
+        FETCH(q + k + 4096);
+        a += (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + k))))
+           * *(const vec *)(x + k);
+        b += (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + k + 16))))
+           * *(const vec *)(x + k + 16);
+    }
+#endif
+    float s = sum16(a + b);
+    for (; k < K; k++) s += q[k] * x[k];
+    return s;
+}
+
 /* does this processor pick by places in registers? Otherwise packed rows are slower than dense ones */
 int picks(void) {
 #ifdef PICKS
@@ -238,6 +256,35 @@ void matvec24_NAME(const TYPE *v, const uint32_t *meta, const TYPE *x, const TYP
             s = activate(s + (bias ? up_NAME(bias[n]) : 0.0f), act);
             y[m * N + n] = down_NAME(s + (onto ? up_NAME(onto[m * N + n]) : 0.0f));
         }
+}
+
+/* y = w x where the result can be among the k largest of the N rows, -inf elsewhere; those rows alone are
+   read. scale[n] q[n] is w[n] in 8 bits, and |w[n] . x - scale[n] q[n] . x| <= error[n] |x|. Rounding to
+   TYPE moves a result by `round` of itself. Returns how many rows were read. */
+long screened_NAME(const int8_t *q, const float *scale, const float *error, const TYPE *w, const TYPE *x,
+                   TYPE *y, float *low, float *high, float round, long N, long K, long k, int threads) {
+    float wide[K], size = 0;
+    long count = 0;
+    for (long i = 0; i < K; i++) {
+        wide[i] = up_NAME(x[i]);
+        size += wide[i] * wide[i];
+    }
+    size = sqrtf(size);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        float about = scale[n] * dot_i8(q + n * K, wide, K), off = error[n] * size;
+        off += round * (fabsf(about) + off);
+        low[n] = about - off;
+        high[n] = about + off;
+    }
+    float edge = kth(low, N, k);
+    #pragma omp parallel for num_threads(threads) schedule(static) reduction(+:count)
+    for (long n = 0; n < N; n++) {
+        int can = !(high[n] < edge);                            /* NaN is read too */
+        y[n] = can ? down_NAME(dot_NAME(w + n * K, x, K, w + n * K)) : down_NAME(-INFINITY);
+        count += can;
+    }
+    return count;
 }
 
 /* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
@@ -456,6 +503,9 @@ def cpu_library():
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
+        screened = getattr(library, f"screened_{name}")
+        screened.argtypes = [pointer] * 8 + [ctypes.c_float] + [number] * 3 + [ctypes.c_int]
+        screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
         for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
@@ -540,6 +590,45 @@ def takes_matvec(x, weight):
     return (inferring() and 0 < x.numel() <= FEW * weight.size(1) and x.device.type == "cpu"
             and x.dtype == weight.dtype and x.dtype in NAMES and weight.is_contiguous() and x.is_contiguous()
             and cpu_library()[0] is not None)
+
+
+# ------------------------------------------------ a head that looks twice ---------------------------------
+#
+# The k largest of w x, exactly, for the bytes of an 8-bit copy of w (half of bf16's) and of the rows that can
+# be among them: a row's 8-bit result is off by no more than |w - its copy| |x| (Cauchy-Schwarz) and rounding,
+# so that a row whose highest possible result is below the k-th largest lowest possible one need not be read.
+
+ROUND = {torch.float32: 1e-6, torch.bfloat16: 2.0 ** -8}       # of a result, when it is stored
+
+
+def copy_in_8_bits(weight):
+    """(N, K) -> q (N, K) int8, scale (N,), error (N,) fp32: |w - scale q| of each row, and what sums in fp32
+    may add to it."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1).clamp(min=1e-30) / 127
+    q = (wide / scale[:, None]).round().to(torch.int8)
+    error = torch.addcmul(wide, q.float(), -scale[:, None]).norm(dim=1) * 1.001
+    return q, scale, error + 2e-7 * weight.size(1) * wide.norm(dim=1)
+
+
+def screened_reference(x, weight, k):
+    """x (..., K) of one row, weight (N, K) -> w x with all but what is among its k largest at -inf."""
+    y = F.linear(x, weight)
+    return y.masked_fill(y < y.topk(k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def screened(x, weight, copy, k):
+    """As the reference, where more may stay than the k largest, with the values that `matvec` gives. copy:
+    copy_in_8_bits of more rows, or the same; for x of `takes_matvec`."""
+    (N, K), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
+    low, high = (torch.empty(N) for _ in range(2))
+    kernel = getattr(cpu_library()[0], "screened_" + NAMES[x.dtype])
+    read = kernel(*map(pointer, (*copy, weight, x, y, low, high)), ROUND[x.dtype], N, K, k,
+                  torch.get_num_threads())
+    if tally is not None:
+        tally.add(1, N, K, copy[0])
+        tally.add(1, read, K, weight)
+    return y
 
 
 # ------------------------------------------------ rows of a matrix ---------------------------------------

@@ -38,12 +38,14 @@ OTHERS = "columns*2", "columns*4", "branches1", "branches4", *BREAK
 # the presets and their parts at GPT-2's shape, where a decode step is bytes and not calls
 SHAPED = {
     "2:4": dict(weights="2:4"),
-    "efficient": dict(mlp_topk=0.1, mlp_predict=64, mlp_active=0.2, weights="2:4", window=128),
-    "columns + 2:4 + window 128": dict(columns=32, columns_active=3, weights="2:4", window=128),
+    "screened head": dict(screen=True),
+    "efficient": dict(mlp_topk=0.1, mlp_predict=64, mlp_active=0.2, weights="2:4", window=128, screen=True),
+    "columns + 2:4 + window 128": dict(columns=32, columns_active=3, weights="2:4", window=128, screen=True),
     "efficient + hierarchy 4": dict(mlp_topk=0.1, mlp_predict=64, mlp_active=0.2, weights="2:4", window=128,
-                                    hierarchy=4),
-    "columns + 2:4 + hierarchy 4": dict(columns=32, columns_active=3, weights="2:4", hierarchy=4),
-    "columns + a quarter of attention": dict(columns=32, columns_active=3, attn_topk=0.25)}
+                                    hierarchy=4, screen=True),
+    "columns + 2:4 + hierarchy 4": dict(columns=32, columns_active=3, weights="2:4", hierarchy=4,
+                                        screen=True),
+    "columns + a quarter of attention": dict(columns=32, columns_active=3, attn_topk=0.25, screen=True)}
 
 
 def check_arms(cfg):

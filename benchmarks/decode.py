@@ -165,8 +165,8 @@ def cached_step(model, prompt):
     @torch.inference_mode()                     # as generation does
     def run():
         states = (recorded([past + 1]) if recorded else
-                  model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt)))
-        model.head(states)
+                  model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt))[:, 0])
+        model.largest(states, 1, model.config.vocab_size)
     return run
 
 

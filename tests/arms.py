@@ -43,6 +43,7 @@ ARMS = {
     "ponder": dict(ponder=3),
     "two_of_four": dict(weights="2:4"),
     "attn_topk": dict(attn_topk=0.5),
+    "screen": dict(screen=True),
     "adapters": dict(adapters="one", adapter_width=4),
     "energy": dict(dendrites=4, dendrites_active=2, energy_budget=0.3),
 }
@@ -52,8 +53,9 @@ KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
 RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
 CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES, ("hierarchy", "exits"), ("exits", "ponder"),
-             ("dendrites", "attn_topk"), ("attn_topk", "energy")}
-SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain"), ("dendrites", "energy")}
+             ("dendrites", "attn_topk"), ("softcap", "screen")}
+SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain"), ("dendrites", "energy"),
+             ("attn_topk", "energy")}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}
 

@@ -77,6 +77,17 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
         assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
 
 
+def test_a_screened_head_draws_the_same_tokens():
+    plain, screened = (build(dict(screen=screen, vocab_size=300), std=0.2) for screen in (False, True))
+    for how in (dict(temperature=0), dict(top_k=5), dict(top_k=3, top_p=0.8), dict(repetition_penalty=1.3),
+                dict(min_p=0.1)):
+        said = []
+        for model in (plain, screened):
+            torch.manual_seed(3)
+            said.append(model.generate(tokens(1, 4), 30, **how))
+        assert torch.equal(*said), how
+
+
 @every_arm
 def test_prompts_of_different_lengths_share_a_batch(arm):
     model, idx, lengths = build(arm, std=0.2), tokens(4, 12), [3, 12, 1, 7]

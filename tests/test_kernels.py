@@ -144,6 +144,25 @@ def test_the_largest_are_kept_and_all_others_zero(dtype):
 
 @built
 @dtypes
+def test_a_head_that_looks_twice_gives_the_largest_exactly_and_reads_few_rows(dtype):
+    for seed, (N, K, k) in enumerate(itertools.product((8, 500, 3000), (1, 33, 256), (1, 5))):
+        weight, x = normal(N, K, dtype=dtype, seed=seed) * 0.02, normal(1, K, dtype=dtype, seed=seed + 1) * 3
+        copy = kernels.copy_in_8_bits(weight)
+        whole = kernels.matvec(x, weight, None)
+        with kernels.counting() as work:
+            found = kernels.screened(x, weight, copy, k)
+        largest = whole >= whole.topk(k).values[..., -1:]                  # of equal ones all
+        assert torch.equal(found[largest], whole[largest])
+        kept = found > -torch.inf
+        assert torch.equal(found[kept], whole[kept]) and kept.sum() >= k
+        rows = (work.bytes - N * K) // (K * weight.element_size())
+        assert rows == kept.sum() and (N < 3000 or K < 256 or rows < N / 4)
+    weight[3, 5] = torch.nan
+    assert kernels.screened(x, weight, copy, 1).isnan().any() or not kept[0, 3]
+
+
+@built
+@dtypes
 def test_a_token_through_columns_equals_the_reference(dtype):
     for seed in range(60):
         N, width = (1, 2, 5, 16, 32, 100)[seed % 6], (1, 3, 64)[seed % 3]
