@@ -28,18 +28,23 @@ class Sampler:
 
     def wants(self):
         """How many of the largest logits decide what is drawn; None: all of them may."""
-        return None if self.repetition_penalty != 1.0 else 1 if self.temperature == 0 else self.top_k
+        return None if self.repetition_penalty != 1.0 else 1 if self.greedy else self.top_k
+
+    @property
+    def greedy(self):
+        """Is the largest logit chosen, whatever is drawn? A draw from 50,000 ids costs a millisecond."""
+        return self.temperature == 0 or self.top_k == 1
 
     def __call__(self, logits, seen):
         """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1)."""
-        if self.temperature == 0:
+        if self.greedy:
             return self.penalised(logits, seen).argmax(-1, keepdim=True)
         return torch.multinomial(self.probabilities(logits, seen), num_samples=1)
 
     def probabilities(self, logits, seen):
         """The distribution (B, V) that the next ids are drawn from."""
         logits = self.penalised(logits, seen)
-        if self.temperature == 0:
+        if self.greedy:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
         return self.filtered(logits / self.temperature).softmax(-1)
 

@@ -258,6 +258,22 @@ void matvec24_NAME(const TYPE *v, const uint32_t *meta, const TYPE *x, const TYP
         }
 }
 
+/* 2:4 rows, v and meta, as dense ones of K weights */
+void unpack24_NAME(const TYPE *v, const uint32_t *meta, TYPE *dense, long N, long K, long words,
+                   int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        const TYPE *kept = v + n * words * 16;
+        TYPE *row = dense + n * K;
+        memset(row, 0, K * sizeof(TYPE));
+        for (long k = 0; k < K; k += 4) {
+            uint32_t pair = meta[n * words + k / 32] >> k % 32;
+            row[k + (pair & 3)] = kept[k / 2];
+            row[k + (pair >> 2 & 3)] = kept[k / 2 + 1];
+        }
+    }
+}
+
 /* y = w x where the result can be among the k largest of the N rows, -inf elsewhere; those rows alone are
    read. scale[n] q[n] is w[n] in 8 bits, and |w[n] . x - scale[n] q[n] . x| <= error[n] |x|. Rounding to
    TYPE moves a result by `round` of itself. Returns how many rows were read. */
@@ -503,6 +519,7 @@ def cpu_library():
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
+        getattr(library, f"unpack24_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
         screened = getattr(library, f"screened_{name}")
         screened.argtypes = [pointer] * 8 + [ctypes.c_float] + [number] * 3 + [ctypes.c_int]
         screened.restype = number
@@ -846,8 +863,12 @@ def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | 
                         act: str) -> Tensor:
     """x (..., K), a packed W (N, K), bias (N,), onto (..., N) -> act(W x + bias) + onto, (..., N). act: a key
     of ACTS."""
-    y = ACTS[act](F.linear(x, unpack_24(values, meta, x.size(-1)), bias))
-    return y if onto is None else y + onto
+    return after(F.linear(x, unpack_24(values, meta, x.size(-1)), bias), onto, act)
+
+
+def after(y, onto, act):
+    """A product's epilogue."""
+    return ACTS[act](y) if onto is None else ACTS[act](y) + onto
 
 
 def takes_24(x, values):
@@ -879,9 +900,14 @@ def linear_24(x, values, meta, bias=None, onto=None, act="none"):
 
 
 def linear_24_cpu(x, values, meta, bias, onto, act):
-    if not takes_24(x, values):
-        return linear_24_reference(x, values, meta, bias, onto, act)
     (N, words), K = meta.shape, x.size(-1)
+    if not takes_24(x, values):
+        if not has_kernel(values):
+            return linear_24_reference(x, values, meta, bias, onto, act)
+        dense = values.new_empty(N, K)
+        getattr(cpu_library()[0], "unpack24_" + NAMES[values.dtype])(
+            values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, words, torch.get_num_threads())
+        return after(F.linear(x, dense, bias), onto, act)
     y = x.new_empty(*x.shape[:-1], N)
     kernel = getattr(cpu_library()[0], "matvec24_" + NAMES[x.dtype])
     kernel(values.data_ptr(), meta.data_ptr(), x.data_ptr(), pointer(bias), pointer(onto), y.data_ptr(),
@@ -896,8 +922,7 @@ def linear_24_cuda(x, values, meta, bias, onto, act):
         return triton_kernels().linear_24(x, values, meta, bias, onto, act)
     if not has_sparse_products(x, len(values)):
         return linear_24_reference(x, values, meta, bias, onto, act)
-    y = ACTS[act](F.linear(x, semi_structured(values, meta, x.size(-1)), bias))
-    return y if onto is None else y + onto
+    return after(F.linear(x, semi_structured(values, meta, x.size(-1)), bias), onto, act)
 
 
 def has_sparse_products(x, N):
