@@ -147,6 +147,15 @@ def growth_rows(record):
                f"| {first['curve'][-1][2] / 1e12:.2f} | {first['iters']}")
 
 
+def kernel_rows(record):
+    """The sparse side of every product, and our own dense one."""
+    for title, result in record["measurements"].items():
+        for side, s in result["sides"].items():
+            if side != "F.linear":
+                yield (f"{title}: {side} | {figure(s)} | {result['against']['F.linear'][side]:.2f}x "
+                       f"| {s['GB_per_s']:.1f}")
+
+
 def fertility_rows(record):
     for text, sides in record["fertility"].items():
         for name, s in sides.items():
@@ -203,6 +212,8 @@ TABLES = (
      "| a step's time | seeds", ("continual",), continual_rows),
     ("energy budget | multiply-adds of the blocks, a decode step | val loss | joules a token | seeds",
      ("energy",), energy_rows),
+    ("a product of weights that no cache holds | us | times F.linear | GB/s of weights", ("kernels",),
+     kernel_rows),
     ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
      fertility_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
