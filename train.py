@@ -406,7 +406,7 @@ def log(row):
 
 
 def seconds():
-    """Seconds of this run's loop, earlier sessions of a resumed run included."""
+    """Seconds of this run's loop, earlier parts of a resumed run included."""
     return seconds_before + time.perf_counter() - started
 
 
