@@ -46,6 +46,10 @@ class Compress:
 
 class Encoder:
     """Stands where decoding.stream expects a sampler: it "draws" each row's next byte and writes it down."""
+    vocab_size = None                            # every id may come
+
+    def wants(self):
+        """All logits decide."""
 
     def __init__(self, table, size):
         self.table, self.size, self.step = table, size, 0
