@@ -24,16 +24,15 @@ class ExportConfig:
         require(self.dtype in DTYPES, f"dtype='{self.dtype}' must be {', '.join(DTYPES)}")
 
 
-def packed(cfg, folder):
-    """A checkpoint without optimizer whose 2:4 weights are packed -> its path."""
+def packed(cfg):
+    """A checkpoint without optimizer whose 2:4 weights are packed."""
     path = ckpt.find(cfg.out_dir)
     loaded = ckpt.load(path)
     require(loaded["model_args"].get("weights") == "2:4",
             f"{path} has dense weights, to=packed is for 2:4: train one with --weights=2:4")
     model = settle(ckpt.build_model(loaded, path).to(DTYPES[cfg.dtype]))
     kept = {key: loaded[key] for key in ("model_args", "config", "tokenizer") if key in loaded}
-    ckpt.save({"model": model.state_dict(), **kept}, folder / "ckpt.pt")
-    return folder / "ckpt.pt"
+    return {"model": model.state_dict(), **kept}
 
 
 FORMS = {"packed": packed}
@@ -41,8 +40,14 @@ FORMS = {"packed": packed}
 
 def main(cfg):
     folder = Path(cfg.export_dir or f"{cfg.out_dir.rstrip('/')}-{cfg.to}")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = FORMS[cfg.to](cfg, folder)
+    require(folder.resolve() != Path(cfg.out_dir).resolve(), f"export_dir={cfg.export_dir} is the "
+            "run itself, whose checkpoint would be lost: name another folder")
+    written, path = FORMS[cfg.to](cfg), folder / "ckpt.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        require(False, f"export_dir={folder} cannot be made ({error.strerror}): name another folder")
+    ckpt.save(written, path)
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; sample with: python sample.py --out_dir={folder}")
 
 

@@ -19,7 +19,7 @@ import runtime
 import sparse_kernels
 import tokenizer as tokenizers
 from configurator import configure, require
-from layers import settle
+from layers import Packed, settle
 from model import GPT
 from pretrained import GPT2_SIZES
 
@@ -111,8 +111,9 @@ def main(cfg):
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)
     if model.config.weights == "2:4":
         pays, why = sparse_kernels.packing_pays(place.device)
+        came_packed = any(isinstance(module, Packed) for module in model.modules())
         settle(model, pack=pays)
-        print(why, file=sys.stderr)
+        print("2:4 weights packed, as the checkpoint has them" if came_packed else why, file=sys.stderr)
     stream = streaming(model, cfg)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)

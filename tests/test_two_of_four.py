@@ -190,5 +190,12 @@ def test_a_packed_checkpoint_samples_and_does_not_learn(train):
     one_sentence(train("--init_from=out-packed", status=2, out="more"), "train.py", "packed", "cannot learn")
     dense = train(out="dense", max_iters=1)
     assert dense.status == 0
+    before = (train.folder / "out" / "ckpt.pt").read_bytes()
+    same = Job("export.py", ["--out_dir=out", "--export_dir=out"], train.folder, name="same").wait()
+    one_sentence(same, "export.py", "export_dir=out", "would be lost")
+    assert (train.folder / "out" / "ckpt.pt").read_bytes() == before
+    missing = Job("export.py", ["--out_dir=none"], train.folder, name="missing").wait()
+    one_sentence(missing, "export.py", "none holds no ckpt.pt")
+    assert not (train.folder / "none-packed").exists()
     refused = Job("export.py", ["--out_dir=dense"], train.folder, name="refused").wait()
     one_sentence(refused, "export.py", "dense weights", "--weights=2:4")
