@@ -55,10 +55,16 @@ def halves(pair, HALF: tl.constexpr):
 
 
 @triton.jit
-def places(meta, shift):
-    """A word of eight fours' places -> the places of the first and the second kept weight of one of them."""
-    code = meta >> shift
-    return code & 3, (code >> 2) & 3
+def kept(values, meta, row, word, words, HALF: tl.constexpr):
+    """Some words (BW,) of rows that begin at row (BN, 1) -> of each of their eight fours, (BN, BW, 8), the
+    places of the first and the second kept weight, and these weights in fp32. Each is read once."""
+    at, four, here = row + word[None, :], tl.arange(0, 8), word < words
+    code = tl.load(meta + at, mask=here[None, :], other=0, eviction_policy="evict_first")
+    pair = tl.load(values + at[:, :, None] * 8 + four[None, None, :], mask=here[None, :, None], other=0,
+                   eviction_policy="evict_first")
+    code = code[:, :, None] >> four[None, None, :] * 4
+    low, high = halves(pair, HALF)
+    return code & 3, (code >> 2) & 3, low, high
 
 
 @triton.jit
@@ -73,12 +79,7 @@ def gemv_24(x, values, meta, bias, onto, out, M, N, K, words, HALF: tl.constexpr
     sums = tl.zeros((BN, BW, 8), tl.float32)
     for first in range(0, words, BW):
         at = first + word
-        here = at < words
-        place = tl.load(meta + row + at[None, :], mask=here[None, :], other=0, eviction_policy="evict_first")
-        pair = tl.load(values + (row + at[None, :])[:, :, None] * 8 + four[None, None, :],
-                       mask=here[None, :, None], other=0, eviction_policy="evict_first")
-        one, two = places(place[:, :, None], four[None, None, :] * 4)
-        low, high = halves(pair, HALF)
+        one, two, low, high = kept(values, meta, row, at, words, HALF)
         k = at[:, None] * 8 + four[None, :]
         quad = tl.load(x + m * (K // 4) + k, mask=k < K // 4, other=0)[None]
         x0, x1 = halves(quad.to(tl.int32), HALF)
@@ -97,17 +98,12 @@ def gemm_24(x, values, meta, bias, onto, out, M, N, K, words, HALF: tl.constexpr
     multiplies in fp32, for the interpreter."""
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    word, four = tl.arange(0, BW), tl.arange(0, 8)
+    word = tl.arange(0, BW)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * words
     sums = tl.zeros((BN, BM), tl.float32)
     for first in range(0, words, BW):
         at = first + word
-        here = at < words
-        place = tl.load(meta + row + at[None, :], mask=here[None, :], other=0, eviction_policy="evict_first")
-        pair = tl.load(values + (row + at[None, :])[:, :, None] * 8 + four[None, None, :],
-                       mask=here[None, :, None], other=0, eviction_policy="evict_first")
-        one, two = places(place[:, :, None], four[None, None, :] * 4)
-        low, high = halves(pair, HALF)
+        one, two, low, high = kept(values, meta, row, at, words, HALF)
         w0 = tl.where(one == 0, low, 0.0)
         w1 = tl.where(one == 1, low, 0.0) + tl.where(two == 1, high, 0.0)
         w2 = tl.where(one == 2, low, 0.0) + tl.where(two == 2, high, 0.0)
