@@ -155,8 +155,7 @@ def where():
 
 def load_model(out_dir):
     """A run's model and the hash of its weights; it must be one of bytes."""
-    path = ckpt.find(out_dir)
-    loaded = ckpt.load(path)
+    loaded, path = ckpt.read(out_dir)
     kind = (loaded.get("tokenizer") or {}).get("tokenizer")
     require(kind == "byte", f"{path} is a model of '{kind}' tokens, expected bytes: type python train.py "
                             "config/train_pylib.py config/compress_pylib.py")

@@ -1,5 +1,6 @@
-"""OpenAI's GPT-2 weights in Hugging Face's layout: from a local folder, or downloaded by transformers; and
-what a pretrained model needs for a vocabulary that has grown."""
+"""Models in Hugging Face's layout, config.json beside model.safetensors: OpenAI's GPT-2 weights, read from a
+folder or downloaded; ours, written and read; and what a pretrained model needs for a vocabulary that has
+grown."""
 import dataclasses
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 import tokenizer as tokenizers
-from configurator import require
+from configurator import ConfigError, require
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -44,21 +45,112 @@ def read_folder(folder):
     """A Hugging Face folder (config.json, model.safetensors or pytorch_model.bin) -> args, state dict."""
     require((folder / "config.json").is_file(),
             f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
-    c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    c = config_of(folder / "config.json")
     require(c.get("model_type") == "gpt2", f"{folder} holds a '{c.get('model_type')}' model, expected 'gpt2'")
     if (folder / "model.safetensors").is_file():
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            require(False, f"{folder}/model.safetensors needs the safetensors package: "
-                           "pip install safetensors")
-        weights = load_file(folder / "model.safetensors")
+        weights = read_safetensors(folder / "model.safetensors")
     else:
         require((folder / "pytorch_model.bin").is_file(),
                 f"{folder} has neither model.safetensors nor pytorch_model.bin")
         weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     return dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
                 block_size=c["n_positions"]), weights
+
+
+def package(path):
+    """The safetensors package."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        require(False, f"{path} needs the safetensors package: pip install safetensors")
+    return safetensors
+
+
+def read_safetensors(path):
+    """The tensors of a file, by name; what is no such file is a ConfigError."""
+    safetensors = package(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+OURS = "nanocortex"                              # model_type in the config.json of a model of ours
+
+
+def is_gpt2(name):
+    """Is it one of GPT2_SIZES, or a folder with a config.json that is not of a model of ours?"""
+    path = Path(name) / "config.json"
+    return name in GPT2_SIZES or (os.path.isfile(path) and config_of(path).get("model_type") != OURS)
+
+
+def config_of(path):
+    """A config.json as a dict; {} without the file."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error})") from error
+    require(isinstance(said, dict), f"{path} holds a {type(said).__name__}, expected an object")
+    return said
+
+
+def read_ours(folder):
+    """A folder of write_folder -> what a checkpoint of the model alone holds."""
+    about, weights = config_of(folder / "config.json"), read_safetensors(folder / "model.safetensors")
+    weights |= {other: weights[name] for other, name in about.get("shared", {}).items() if name in weights}
+    return {"model": weights} | {key: about[key] for key in ("model_args", "config", "tokenizer")
+                                 if about.get(key) is not None}
+
+
+def write_folder(folder, weights, about):
+    """model.safetensors and config.json. A tensor of several names is stored once: `shared` says which. A
+    failing disk is a ConfigError."""
+    save_file = package(folder / "model.safetensors").torch.save_file
+    first, shared = {}, {}
+    for name, tensor in weights.items():
+        one = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
+        shared |= {name: one} if one != name else {}
+    kept = {name: tensor.detach().contiguous() for name, tensor in weights.items() if name not in shared}
+    said = json.dumps(about | {"shared": shared}, indent=1) + "\n"
+    writers = {"model.safetensors": lambda path: save_file(kept, path, metadata={"format": "pt"}),
+               "config.json": lambda path: path.write_text(said, encoding="utf-8")}
+    for name, write in writers.items():
+        temporary = folder / (name + ".tmp")
+        try:
+            write(temporary)
+            os.replace(temporary, folder / name)
+        except OSError as error:
+            raise ConfigError(f"{folder / name} could not be written ({error}): name another "
+                              "--export_dir") from error
+
+
+SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",
+                "tie_weights", "screen", "mlp_units", "zero_init", "sr_ste")
+
+
+def to_hf(model):
+    """A dense model -> (state dict, config) of transformers' GPT2LMHeadModel with the same logits; biases
+    that it lacks are zeros. A flag that GPT-2 has no name for is a ConfigError."""
+    c = model.config
+    for field in dataclasses.fields(c):
+        require(field.name in SAME_IN_GPT2 or getattr(c, field.name) == field.default,
+                f"{field.name}={getattr(c, field.name)} has no counterpart in GPT-2, to=hf is for dense "
+                "models: type --to=safetensors")
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        weights[name] = tensor.t() if conv1d else tensor
+        partner = name.removesuffix("weight") + "bias"
+        if (conv1d or ".ln_" in name) and name.endswith("weight") and partner not in model.state_dict():
+            weights[partner] = tensor.new_zeros(len(tensor))
+    return weights, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
+                     "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
+                     "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": "gelu",
+                     "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tie_weights,
+                     "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+                     "bos_token_id": None, "eos_token_id": None}
 
 
 def from_hf_names(weights):

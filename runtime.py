@@ -162,6 +162,66 @@ def join_world(backend, device):
     return world, device
 
 
+def leave(world, status):
+    """End this process of a run."""
+    world.close()
+    if not world.master:                            # nothing to flush, and gloo's threads abort Python's own
+        os._exit(status)                            # shutdown now and then (3 of 57 runs, torch 2.15, CPU)
+    sys.exit(status)
+
+
+# -------------------------------------------------- sharded weights -----------------------------------------
+
+def check_sharding(cfg, world):
+    """fsdp=True with what needs a matrix as a whole, or runs blocks a number of times that the data decides,
+    is a ConfigError."""
+    if not cfg.fsdp:
+        return
+    require(world.size > 1, "fsdp=True splits a model among processes, and this run is one: start it with "
+                            "torchrun --standalone --nproc_per_node=N train.py ...")
+    alone = {"optimizer": cfg.optimizer == "muon", "tasks": cfg.tasks, "grow": cfg.grow, "ponder": cfg.ponder,
+             "dtype": cfg.dtype == "float16"}
+    for key in (key for key, set_ in alone.items() if set_):
+        require(False, f"fsdp=True and {key}={getattr(cfg, key)}: it needs whole weights or the same blocks "
+                       f"on every process; leave --{key} out, or --fsdp")
+
+
+def shard(model, device):
+    """Split every block, and the rest of the model, among the processes: FSDP2 (torch's fully_shard). A block
+    is moved to the device as it is split, so no device ever holds the whole model -> the model."""
+    from torch.distributed.fsdp import fully_shard
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for p in model.parameters():
+        p.data = p.data.contiguous()                # those stored by unit: FSDP2 takes no other layout
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model.to(device)                         # buffers
+
+
+def is_split(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tree):
+    """Lists, tuples and dicts of tensors with every split one put together; all processes must call it."""
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(whole(value) for value in tree)
+    return tree.full_tensor() if is_split(tree) else tree
+
+
+def split_state(optimizer):
+    """Split a loaded optimizer's moments as their parameters are split."""
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for p, state in part.state.items():
+            for key, value in state.items() if is_split(p) else ():
+                if isinstance(value, torch.Tensor) and value.shape == p.shape and not is_split(value):
+                    from torch.distributed.tensor import distribute_tensor
+                    state[key] = distribute_tensor(value, p.device_mesh, p.placements)
+
+
 def compiler_hint():
     """None if torch.compile can work on this machine's CPU, else the sentence that says what is missing."""
     if any(shutil.which(name) for name in ("g++", "clang++", "cl", os.environ.get("CXX", ""))):

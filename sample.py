@@ -21,7 +21,7 @@ import tokenizer as tokenizers
 from configurator import configure, require
 from layers import Packed, settle
 from model import GPT
-from pretrained import GPT2_SIZES
+from pretrained import is_gpt2
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,10 @@ class SampleConfig:
 
 def load(init_from, out_dir, folder=""):
     """What init_from names -> (GPT in eval mode on the CPU, its tokenizer); folder: see tokenizer_of."""
-    if init_from in GPT2_SIZES or os.path.isfile(Path(init_from) / "config.json"):
+    if is_gpt2(init_from):
         model = GPT.from_pretrained(init_from).eval()
         return model, tokenizer_of({"tokenizer": {"tokenizer": "gpt2"}}, folder, model.config.vocab_size)
-    path = Path(out_dir if init_from == "resume" else init_from)
-    path = path if os.path.isfile(path) else ckpt.find(path)
-    loaded = ckpt.load(path)
+    loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
     model = ckpt.build_model(loaded, path).eval()
     return model, tokenizer_of(loaded, folder, model.config.vocab_size)
 

@@ -22,6 +22,7 @@ import checkpoint as ckpt
 import continual
 import dataset as datasets
 import energy
+import estimate
 import optimizers
 import pretrained
 import runtime
@@ -33,7 +34,7 @@ from pretrained import GPT2_SIZES
 
 DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
 # never taken from a checkpoint
-HERE_ONLY = ("init_from", "out_dir", "eval_only", "device", "dtype", "compile", "backend")
+HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", "compile", "backend", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class TrainConfig(GPTConfig):
     log_interval: int = 1  # iterations between rows of metrics.jsonl
     eval_iters: int = 200  # batches per evaluation and split, always the same ones
     eval_only: bool = False  # evaluate once and stop
+    dry_run: bool = False  # print parameters, memory, tokens and time of the run from a few steps, and stop
     always_save_checkpoint: bool = True  # save after every evaluation; False: only when the val loss improves
-    init_from: str = "scratch"  # scratch, resume, gpt2[-medium|-large|-xl], checkpoint, run or GPT-2 folder
+    keep_checkpoints: int = 2  # saves that stay: ckpt.pt and, as ckpt-ITERATION.pt, those before it
+    init_from: str = "scratch"  # scratch, resume, auto (resume if possible), gpt2[-medium...], a checkpoint
     wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
@@ -81,6 +84,7 @@ class TrainConfig(GPTConfig):
     lr_decay_iters: int = 600000  # iteration where the schedule reaches min_lr
     min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
     backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
+    fsdp: bool = False  # split weights, gradients and optimizer among the processes: FSDP2
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
     compile: bool | str = "auto"  # torch.compile: auto, True, False
@@ -92,7 +96,7 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         self.check_growth(self.model_config(vocab_size=self.vocab_size or 50304).n_layer)
         for key in ("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps",
-                    "batch_size", "max_skipped_steps"):
+                    "batch_size", "max_skipped_steps", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         for key in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip",
                     "vocab_size"):
@@ -129,7 +133,7 @@ class TrainConfig(GPTConfig):
                 "shares above 0 and together below 1: type --grow=1:0.3, for example")
         require(not self.grow or not self.hierarchy, f"grow='{self.grow}' and hierarchy={self.hierarchy}: "
                 "the middle layers are those between two ends; choose one of them")
-        require(not self.grow or self.init_from in ("scratch", "resume"),
+        require(not self.grow or self.init_from in ("scratch", "resume", "auto"),
                 f"grow='{self.grow}' and init_from='{self.init_from}': what is loaded is grown already; "
                 "leave --grow out")
 
@@ -155,9 +159,10 @@ for key in ("n_layer", "n_head", "n_embd"):
     require(not given.get("size") or key not in given,
             f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
 resumed, base = None, {}
-if given.get("init_from") == "resume":
-    resumed_path = ckpt.find(given.get("out_dir", TrainConfig.out_dir), resume=True)
-    resumed = ckpt.load(resumed_path, resume=True)
+given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from),
+                                   given.get("out_dir", TrainConfig.out_dir))
+if given["init_from"] == "resume":
+    resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
 cfg = TrainConfig(**{**base, **given})
@@ -170,8 +175,10 @@ out_dir = Path(cfg.out_dir)
 require(cfg.gradient_accumulation_steps % world.size == 0,
         f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
         f"{world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
+runtime.check_sharding(cfg, world)
+looks_only = cfg.eval_only or cfg.dry_run                      # nothing is written
 if world.master:
-    if not cfg.eval_only:
+    if not looks_only:
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -204,16 +211,15 @@ def build_model():
         model = pretrained.fit_vocabulary(load_model(resumed, resumed_path), resumed.get("tokenizer"), meta)
         return model, resumed["iter_num"], float(resumed["best_val_loss"]), resumed.get("seconds", 0.0)
     path = Path(cfg.init_from)
-    if cfg.init_from in GPT2_SIZES or os.path.isfile(path / "config.json"):
+    if pretrained.is_gpt2(cfg.init_from):
         model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
         known = {"tokenizer": "gpt2"} if model.config.vocab_size == 50257 else None
         model = pretrained.fit_vocabulary(model, known, meta)
     else:
-        path = ckpt.find(path) if os.path.isdir(path) else path
-        require(os.path.isfile(path),
-                f"init_from='{cfg.init_from}' must be scratch, resume, {', '.join(GPT2_SIZES)}, or the path "
-                "of a checkpoint or a Hugging Face GPT-2 folder")
-        loaded = ckpt.load(path)
+        require(os.path.exists(path),
+                f"init_from='{cfg.init_from}' must be scratch, resume, auto, {', '.join(GPT2_SIZES)}, or the "
+                "path of a checkpoint, a run or a Hugging Face GPT-2 folder")
+        loaded, path = ckpt.read(path)
         model = pretrained.fit_vocabulary(load_model(loaded, path), loaded.get("tokenizer"), meta)
     return model, 0, 1e9, 0.0
 
@@ -248,7 +254,7 @@ require("block_size" not in given or cfg.block_size == model_config.block_size,
         "leave --block_size out")
 for folder in folders:
     datasets.check(folder, model_config.block_size, model_config.vocab_size)
-raw_model.to(place.device)
+raw_model = runtime.shard(raw_model, place.device) if cfg.fsdp else raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
     say(sparse_kernels.winners_path(place.device))
@@ -261,6 +267,7 @@ clipped = optimizers.by_clipping(raw_model)                    # each list has a
 scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
 if resumed:
     ckpt.load_optimizer(optimizer, resumed["optimizer"], resumed_path)
+    runtime.split_state(optimizer)
     if resumed.get("scaler"):
         scaler.load_state_dict(resumed["scaler"])
 saved_tasks = (resumed or {}).get("tasks")
@@ -278,7 +285,8 @@ eval_streams = [{split: datasets.open_stream(sources, split, *shape, seed=0,   #
 tasks = continual.Tasks(cfg, raw_model, train_streams, world, saved_tasks, iter_num)
 model = torch.compile(raw_model) if place.compile else raw_model
 parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,
-                find_unused_parameters=bool(cfg.grow or cfg.adapters)) if world.size > 1 else model)
+                find_unused_parameters=bool(cfg.grow or cfg.adapters))
+            if world.size > 1 and not cfg.fsdp else model)
 
 
 def to_device(batch):
@@ -321,6 +329,13 @@ def finish_task():
     return found | {f"val_loss of {name}": loss for name, loss in losses.items()}
 
 
+def share_gradients(now):
+    """Whether the next backward adds its gradients up over the processes, as the last of a step does."""
+    parallel.require_backward_grad_sync = now                   # DDP's
+    if cfg.fsdp:
+        raw_model.set_requires_gradient_sync(now)
+
+
 def train_step(iteration, batch):
     """One optimizer step -> (global mean loss, gradient norm, next step's first batch, does any rank stop).
 
@@ -329,7 +344,7 @@ def train_step(iteration, batch):
     torch.manual_seed(((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank) % 2**63)  # stateless dropout
     total = torch.zeros((), device=place.device)
     for micro in range(accumulation):
-        parallel.require_backward_grad_sync = micro == accumulation - 1
+        share_gradients(micro == accumulation - 1)
         tasks.listen(numbered(iteration, micro))
         loss = parallel(*batch)[1] / accumulation
         last = micro == accumulation - 1
@@ -338,7 +353,8 @@ def train_step(iteration, batch):
         total += loss.detach()
     scaler.unscale_(optimizer)
     tasks.pull()
-    norms = [torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf) for part in clipped]
+    norms = [runtime.whole(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf))
+             for part in clipped]
     total, norm = torch.stack((total, sum(norms).to(total.dtype))).tolist()
     total, stops = world.sum([total / world.size, float(stop_signal)])
     if (math.isfinite(total) and math.isfinite(norm)) or scaler.is_enabled():
@@ -357,15 +373,17 @@ def grow(iteration):
 
 def save_checkpoint(path):
     """Write the state before iteration iter_num; weights that are not finite are never written."""
+    weights, moments = runtime.whole([raw_model.state_dict(), optimizer.state_dict()])   # by all ranks
     if not world.master:
         return
-    if not all(bool(torch.isfinite(p).all()) for p in raw_model.parameters()):
+    if not all(bool(torch.isfinite(p).all()) for p in weights.values()):
         return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is",
                           file=sys.stderr)
-    ckpt.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+    ckpt.save(dict(model=weights, optimizer=moments,
                    model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
                    config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds(),
-                   **({"tasks": tasks.state_dict()} if cfg.tasks else {})), path)
+                   **({"tasks": tasks.state_dict()} if cfg.tasks else {}),
+                   **({"launch": ckpt.launch()} if ckpt.launch() else {})), path, cfg.keep_checkpoints)
     if path.name == "ckpt.pt":
         ckpt.remove_quietly(out_dir / "ckpt_last.pt")
 
@@ -418,8 +436,24 @@ def request_stop(number, frame):
     stop_signal = number
 
 
+def answer(kind, error, trace):
+    """sys.excepthook of a run: a sentence on a line of its own; to a lack of memory, what to type."""
+    bar.close()
+    if estimate.is_out_of_memory(error):
+        kind, error = ConfigError, estimate.smaller(cfg, place.device)
+    say_and_exit(kind, error, trace)
+
+
+def timed_step():
+    """One training step -> its seconds; the loop's state goes on, so it is for dry runs."""
+    global batch
+    clock = time.perf_counter()
+    batch = train_step(iter_num, batch)[2]
+    return time.perf_counter() - clock
+
+
 wandb = None
-if cfg.wandb_log and world.master:
+if cfg.wandb_log and world.master and not looks_only:
     try:
         import wandb
     except ImportError as error:
@@ -432,14 +466,18 @@ if cfg.wandb_log and world.master:
 stop_signal, skipped, status = 0, 0, 0
 signal.signal(signal.SIGINT, request_stop)
 signal.signal(signal.SIGTERM, request_stop)
-metrics = open_metrics() if world.master and not cfg.eval_only else None
+metrics = open_metrics() if world.master and not looks_only else None
 terminal = sys.stderr.isatty()
-bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or cfg.eval_only,
+bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or looks_only,
            dynamic_ncols=True, mininterval=0.2 if terminal else 20)
-sys.excepthook = lambda *error: (bar.close(), say_and_exit(*error))         # a sentence on a line of its own
+sys.excepthook = answer
 batch, meter = micro_batch(iter_num, 0), energy.Meter(place.device)
 model.train()
 started = time.perf_counter()
+if cfg.dry_run:
+    say(*estimate.dry_run(cfg, model, optimizer, batch, timed_step, tokens_per_iter,
+                          sum(stream.tokens for stream in train_streams), world.size), sep="\n")
+    runtime.leave(world, 0)
 
 while True:
     if cfg.layers_at(iter_num, model_config.n_layer) != len(raw_model.blocks):
@@ -452,13 +490,14 @@ while True:
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
-        if world.master:
+        if world.master and not cfg.fsdp:                       # these look at whole weights
             example = to_device(streams["val"].batch(0))[0]
             seen = bio_modules.counters(raw_model, example)
-            seen = bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
-            row |= seen                                         # what the blocks do; nothing if dense
+            row |= bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
+        if world.master:
+            seen = row.keys() - {"iter", "tokens", "epochs", "train_loss", "val_loss"}
             tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-                       + "".join(f", {k} {row[k]:.4g}" for k in seen))
+                       + "".join(f", {k} {row[k]:.4g}" for k in row if k in seen))
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
@@ -512,7 +551,4 @@ elif status:
 elif not cfg.eval_only:
     say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; "
         f"sample with: python sample.py --out_dir={cfg.out_dir}")
-world.close()
-if not world.master:                                # nothing to flush, and gloo's threads abort Python's own
-    os._exit(status)                                # shutdown now and then (3 of 57 runs, torch 2.15, CPU)
-sys.exit(status)
+runtime.leave(world, status)

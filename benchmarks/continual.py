@@ -140,8 +140,7 @@ def step_times(cfg, work):
 def student(out_dir):
     """A finished run, taken up again -> (its Tasks, a function that makes its next training step, as train.py
     does: batch, forward, backward, what holds earlier tasks, clipping, update)."""
-    path = checkpoint.find(out_dir)
-    loaded = checkpoint.load(path, resume=True)
+    loaded, path = checkpoint.read(out_dir, resume=True)
     cfg = SimpleNamespace(**loaded["config"])
     cfg.task_names = lambda: cfg.tasks.split(",")
     model = checkpoint.build_model(loaded, path).train()

@@ -66,7 +66,7 @@ def rates_of(sides, share, deadline, most):
 
 def training_step(model, folder, data):
     """train.py's step on a trained model, in this process -> .run, a function, and .tokens that it takes."""
-    kept = checkpoint.load(checkpoint.find(folder))
+    kept = checkpoint.read(folder)[0]
     cfg, model = SimpleNamespace(**kept["config"]), model.use_policy(False).train()
     model.compute_dtype = runtime.choose("cpu", cfg.dtype, False).dtype
     optimizer, clipped = optimizers.build(model, cfg, "cpu"), optimizers.by_clipping(model)

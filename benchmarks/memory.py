@@ -6,6 +6,7 @@ import torch
 from benchmarks import Bench
 from benchmarks.decode import SHAPES
 from configurator import require
+from estimate import saved_bytes
 from model import GPT, GPTConfig
 
 
@@ -30,7 +31,8 @@ def memory(cfg):
         model = GPT(GPTConfig(**SHAPES[cfg.shape], recompute=recompute), seed=0).train()
         model.compute_dtype = torch.bfloat16
         parameters, V = sum(p.numel() for p in model.parameters()), model.config.vocab_size
-        fixed, sequence = 16 * parameters, saved_bytes(model, T) + 6 * V * T    # 6 V: the logits' gradients
+        idx = torch.zeros(1, T, dtype=torch.int64)
+        fixed, sequence = 16 * parameters, saved_bytes(model, idx, idx) + 6 * V * T  # 6 V: logits' gradients
         fits = {card: max(0, int((int(card) - 1) * 2**30 - fixed) // sequence)
                 for card in cfg.cards.split(",")}
         found[f"recompute={recompute}"] = dict(fixed=fixed, sequence=sequence, batch_size=fits)
@@ -39,20 +41,3 @@ def memory(cfg):
               + ", ".join(f"{batch} in {card} GiB ({(fixed + batch * sequence) / 2**30:.1f} used)"
                           for card, batch in fits.items()))
     return {"measurements": {}, "memory": found, "seeds": [0]}
-
-
-def saved_bytes(model, T):
-    """Bytes of the storages that one forward of T tokens saves for backward, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage     # held, so that no address is counted twice
-        return tensor
-
-    idx = torch.zeros(1, T, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(idx, idx)
-    return sum(storage.nbytes() for storage in kept.values())

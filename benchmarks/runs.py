@@ -46,8 +46,7 @@ def trained_with(cfg, data, out_dir, files, flags, seed, iters, broken=None, **m
 
 def trained_model(out_dir):
     """The model of a finished run, in eval mode."""
-    path = checkpoint.find(out_dir)
-    return checkpoint.build_model(checkpoint.load(path), path).eval()
+    return checkpoint.build_model(*checkpoint.read(out_dir)).eval()
 
 
 def validation_of(model):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
+from score import case, pytest_runtest_call, pytest_terminal_summary  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -244,7 +245,7 @@ def one_sentence(result, script, *parts):
     sample.py first says on stderr where it computes; that line does not count.
     """
     assert result.status == 2, f"exit status {result.status}\n{result.err}"
-    lines = [line for line in result.err.strip().splitlines() if not line.startswith("device ")]
+    lines = [line for line in result.err.strip().splitlines() if not line.startswith(("device ", "note: "))]
     assert len(lines) == 1 and lines[0].startswith(f"{script}: "), result.err
     assert "Traceback" not in result.out
     for part in parts:

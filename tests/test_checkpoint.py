@@ -1,8 +1,11 @@
 """Reading checkpoints: damaged ones are one sentence, hostile ones do nothing, good ones come back."""
 import builtins
+import gc
+import os
 import pickle
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,10 +176,154 @@ def test_find_prefers_the_last_weights_to_go_on_and_the_best_to_sample(tmp_path)
     with pytest.raises(ConfigError, match=r"holds no ckpt\.pt: train first"):
         checkpoint.find(tmp_path)
     (tmp_path / "ckpt_last.pt").touch()
-    assert checkpoint.find(tmp_path).name == "ckpt_last.pt"
+    (tmp_path / "ckpt-000004.pt").touch()
+    assert [path.name for path in checkpoint.find(tmp_path)] == ["ckpt_last.pt", "ckpt-000004.pt"]
     (tmp_path / "ckpt.pt").touch()
-    assert checkpoint.find(tmp_path).name == "ckpt.pt"
-    assert checkpoint.find(tmp_path, resume=True).name == "ckpt_last.pt"
+    (tmp_path / "ckpt-000008.pt").touch()
+    (tmp_path / "ckpt-of-a-friend.pt").touch()
+    assert [path.name for path in checkpoint.find(tmp_path, resume=True)] == [
+        "ckpt_last.pt", "ckpt.pt", "ckpt-000008.pt", "ckpt-000004.pt"]
+    assert checkpoint.find(tmp_path)[0].name == "ckpt.pt"
+
+
+# -------------------------------------------------- the manifest --------------------------------------------
+
+def saved(folder, saves=3, keep=3):
+    """A folder with so many saves of a small state."""
+    for n in range(1, saves + 1):
+        checkpoint.save({"model": {"w": torch.full((2_000,), float(n))}, "model_args": {}, "iter_num": n,
+                         "config": {"keep_checkpoints": keep}}, folder / "ckpt.pt", keep)
+    checkpoint.VERIFIED.clear()
+    return folder
+
+
+def flip(content, rng):
+    at = rng.randrange(len(content))
+    content[at] ^= 1 << rng.randrange(8)
+    return content
+
+
+def cut(content, rng):
+    return content[:rng.randrange(len(content))]
+
+
+def zero_page(content, rng):
+    """4 KiB of zeros where the weights are, or from anywhere in a file that holds no zeros."""
+    at = rng.randrange(len(content) - 4096)
+    content[at:at + 4096] = bytes(4096)
+    return content
+
+
+@pytest.mark.parametrize("count", [70, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", [flip, cut, zero_page], ids=lambda damage: damage.__name__)
+def test_damage_is_noticed_and_the_checkpoint_before_it_is_used(tmp_path, capsys, case, damage, count):
+    whole, rng = (saved(tmp_path) / "ckpt.pt").read_bytes(), random.Random(7)
+    for _ in range(count):
+        damaged = bytes(damage(bytearray(whole), rng))
+        if damaged == whole:                                    # zeros over zeros
+            continue
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        loaded, path = checkpoint.read(tmp_path)
+        assert (loaded["iter_num"], path.name) == (2, "ckpt-000002.pt")
+        assert (loaded["model"]["w"] == 2).all()
+        said = capsys.readouterr().err
+        assert said.startswith("note: ") and "ckpt.pt is damaged" in said and said.count("\n") == 1
+        case()
+
+
+def test_a_damaged_checkpoint_never_becomes_the_one_before(tmp_path):
+    """The next save keeps what is intact, not the file that was found damaged."""
+    path = saved(tmp_path) / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-9])
+    loaded, _ = checkpoint.read(tmp_path)
+    checkpoint.save(loaded | {"iter_num": 9}, path, keep=3)
+    assert [entry["iter_num"] for entry in checkpoint.entries(tmp_path)] == [9, 2, 1]
+    path.unlink()
+    assert checkpoint.read(tmp_path)[0]["iter_num"] == 2
+
+
+def test_without_an_intact_checkpoint_every_one_is_named(tmp_path, case):
+    for path in saved(tmp_path).glob("ckpt*.pt"):
+        path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(ConfigError, match=r"ckpt\.pt is damaged.*ckpt-000002\.pt is damaged.*ckpt-000001"):
+        checkpoint.read(tmp_path)
+    case()
+
+
+def test_exchanged_files_are_noticed_and_the_newest_is_found(tmp_path, capsys):
+    one, other = saved(tmp_path) / "ckpt.pt", tmp_path / "ckpt-000002.pt"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert checkpoint.read(tmp_path)[0]["iter_num"] == 1         # the one that is where it should be
+    assert "they were exchanged" in capsys.readouterr().err
+    (tmp_path / "ckpt-000001.pt").unlink()
+    loaded, path = checkpoint.read(tmp_path)
+    assert (loaded["iter_num"], path) == (3, other)
+    assert "they were exchanged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "a flipped bit", "no JSON", "a list"])
+def test_without_a_manifest_a_checkpoint_is_read_and_said_to_be_unverified(tmp_path, capsys, damage):
+    manifest = saved(tmp_path) / "manifest.json"
+    text = manifest.read_text(encoding="utf-8")
+    manifest.write_text({"empty": "", "a flipped bit": text.replace('"bytes": ', '"bytes": 1'),
+                         "no JSON": text[:-3], "a list": "[]", "missing": ""}[damage], encoding="utf-8")
+    if damage == "missing":
+        manifest.unlink()
+    assert checkpoint.read(tmp_path)[0]["iter_num"] == 3
+    assert "is read unverified" in capsys.readouterr().err
+    (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
+    assert checkpoint.read(tmp_path)[0]["iter_num"] == 2         # damage that reading itself notices
+
+
+def test_a_manifest_names_no_file_but_checkpoints_beside_it(tmp_path, case):
+    outside = tmp_path / "precious.pt"
+    outside.write_bytes(b"mine")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    saved(folder)
+    for name in ("../precious.pt", str(outside), "ckpt-1/../../precious.pt", "ckpt-..pt", "", "ckpt-1.pt\n"):
+        checkpoint.write_manifest(folder, [{"file": name, "iter_num": 1, "bytes": 4, "sha256": "0"}])
+        assert checkpoint.entries(folder) == []
+        checkpoint.save({"model": {}, "model_args": {}, "iter_num": 5}, folder / "ckpt.pt", keep=1)
+        assert outside.read_bytes() == b"mine"
+        case()
+
+
+def test_a_hundred_saves_keep_memory_and_file_descriptors_constant(tmp_path):
+    proc = Path("/proc/self")
+    if not proc.is_dir():
+        pytest.skip("this system has no /proc to read memory and file descriptors from")
+
+    def used():
+        gc.collect()
+        pages = int((proc / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(proc / "fd"))
+    state = {"model": {"w": torch.ones(1_000_000)}, "model_args": {}}
+    for n in range(110):
+        checkpoint.save(state | {"iter_num": n}, tmp_path / "ckpt.pt", keep=2)
+        if n == 9:
+            memory, descriptors = used()
+    after, descriptors_after = used()
+    assert after - memory < 20 and descriptors_after == descriptors
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(train):
+    train(max_iters=12)
+    path = train.folder / "out" / "ckpt.pt"
+    assert {p.name for p in path.parent.glob("*.pt")} == {"ckpt.pt", "ckpt-000008.pt"}
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4                             # inside a tensor: only the hash can tell
+    path.write_bytes(content)
+    sampled = Job("sample.py", words(out_dir=path.parent, device="cpu", num_samples=1, max_new_tokens=3),
+                  train.folder).wait()
+    assert sampled.status == 0 and "Going on with" in sampled.err
+    assert "iteration 8" in train.resume(max_iters=16).err
+    train(out="whole")
+    same(train.checkpoint(), train.checkpoint("whole"), skip=("seconds", "config"))
+    assert train.losses() == train.losses("whole")
 
 
 def test_the_mask_buffers_of_an_old_nanogpt_checkpoint_are_left_out(tmp_path):

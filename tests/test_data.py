@@ -548,6 +548,18 @@ def test_an_unknown_sampling_is_one_sentence(counted):
 
 
 @pytest.mark.slow
+def test_a_gigabyte_is_prepared_in_less_than_one_of_memory(tmp_path):
+    """As bench.py corpus does: in one go, killed half-way, begun again."""
+    pytest.importorskip("psutil", reason="psutil is not installed")
+    out = tmp_path / "corpus.json"
+    done = subprocess.run([sys.executable, str(ROOT / "bench.py"), "corpus", "--gigabytes=1.0",
+                           "--tokenizer=byte", f"--out={out}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert max(run["peak_mb"] for run in runs.values()) < 1000
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"sampling": "epoch"}, {"sampling": "epoch", "documents": True}],
                          ids=str)
 def test_ten_thousand_batches_keep_memory_constant(tmp_path, keys):

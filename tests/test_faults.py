@@ -1,14 +1,18 @@
 """Faults: signals, kills, full disks, losses that are not a number: a good checkpoint stays."""
+import builtins
 import errno
-import io
+import itertools
 import os
 import random
 import signal
+import stat
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import LIMIT, TINY, Job, one_sentence, run_real, same, words
+from conftest import LIMIT, ONE_THREAD, ROOT, TINY, Job, one_sentence, run_real, same, words
 
 import checkpoint
 from configurator import ConfigError
@@ -30,7 +34,8 @@ import sys, torch, checkpoint
 path, n = sys.argv[1], int(sys.argv[2])
 while True:
     n += 1
-    checkpoint.save({"model": {"w": torch.full((500_000,), float(n))}, "model_args": {}, "iter_num": n}, path)
+    checkpoint.save({"model": {"w": torch.full((500_000,), float(n))}, "model_args": {}, "iter_num": n}, path,
+                    keep=3)
     print(n, flush=True)
 """
 
@@ -204,9 +209,134 @@ def test_a_validation_loss_that_is_not_finite_does_not_erase_the_best_one(train)
     assert train.checkpoint()["best_val_loss"] == 5.0
 
 
+BAD_GRADIENT = """
+import torch, model
+forward, steps = model.GPT.forward, [0]
+def poisoned(self, idx, targets=None):
+    steps[0] += self.training
+    if self.training and steps[0] == 7:                         # 2 micro-batches a step: step 3
+        bad = lambda gradient: gradient.clone().index_fill_(0, torch.tensor([1]), float("{value}"))
+        handle = self.transformer.h[0].mlp.c_fc.weight.register_hook(lambda g: (handle.remove(), bad(g))[1])
+    return forward(self, idx, targets)
+model.GPT.forward = poisoned
+"""
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_bad_number_in_one_place_of_one_gradient_skips_the_step(train, finished, value):
+    train(before=BAD_GRADIENT.format(value=value), eval_interval=1, keep_checkpoints=99)
+    rows = {row["iter"]: row for row in train.metrics()}
+    assert "gradient norm" in rows[3]["skipped"] and len(train.losses()) == 15
+    assert {i: finished.losses()[i] for i in range(3)} == {i: train.losses()[i] for i in range(3)}
+    before, after = (train.checkpoint(name=f"ckpt-{n:06d}.pt") for n in (3, 4))
+    same(before["model"], after["model"])
+    same(before["optimizer"]["state"], after["optimizer"]["state"])
+
+
+def test_a_finite_spike_is_clipped_and_training_goes_on(train, finished):
+    spike = PATCH_LOSS.replace("loss * math.nan", "loss * 1e20")
+    train(before=spike.format(bad={7}), eval_interval=1, keep_checkpoints=99)
+    rows = {row["iter"]: row for row in train.metrics()}
+    assert rows[3]["grad_norm"] > 1e15 and "skipped" not in rows[3] and len(train.losses()) == 16
+    before, after = (train.checkpoint(name=f"ckpt-{n:06d}.pt")["model"] for n in (3, 4))
+    assert all((before[key] - after[key]).abs().max() < 0.1 for key in before)      # one step of AdamW
+    assert rows[15]["loss"] < rows[0]["loss"]
+
+
+# -------------------------------------------------- too little memory ---------------------------------------
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
+                                   "RuntimeError('MPS backend out of memory (MPS allocated: 8 GB)')",
+                                   "MemoryError()"])
+@pytest.mark.parametrize("keys, expected", [
+    (dict(batch_size=12, gradient_accumulation_steps=5), "--batch_size=6 --gradient_accumulation_steps=10"),
+    (dict(batch_size=9, gradient_accumulation_steps=2), "--batch_size=3 --gradient_accumulation_steps=6"),
+    (dict(batch_size=7, gradient_accumulation_steps=2), "--batch_size=1 --gradient_accumulation_steps=14"),
+    (dict(batch_size=1), "type --recompute=True"),
+    (dict(batch_size=1, recompute=True), "type a smaller --block_size")])
+def test_a_lack_of_memory_is_answered_with_what_keeps_the_tokens_of_a_step(train, error, keys, expected):
+    before = f"""
+import torch, model
+def forward(self, idx, targets=None):
+    raise {error}
+model.GPT.forward = forward
+"""
+    result = train(before=before, status=2, **keys)
+    sentence = result.err.strip().splitlines()[-1]
+    assert sentence.startswith("train.py: cpu ran out of memory at batch_size=") and expected in sentence
+    assert "Traceback" not in result.err
+
+
+@posix
+def test_a_real_lack_of_memory_is_the_same_sentence(train):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (40 * 2**30, 40 * 2**30))"
+    result = train(before=limit, status=2, batch_size=2**20, eval_iters=1, block_size=64, vocab_size=50304)
+    assert "cpu ran out of memory at batch_size=1048576" in result.err and "Traceback" not in result.err
+
+
+def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(train):
+    result = train(dry_run=True, max_iters=1000)
+    assert not (train.folder / "out").exists()
+    said = result.out.splitlines()
+    parameters = next(line for line in said if line.startswith("parameters: "))
+    train(max_iters=1)
+    weights = train.checkpoint()["model"]
+    count = sum(p.numel() for name, p in weights.items() if name != "lm_head.weight")
+    assert f"parameters: {count:,}," in parameters
+    assert any(f"weights {4 * count / 2**20:,.1f} MiB" in line for line in said)
+    assert any(line.startswith("tokens: 32 an iteration, 32,000 in all") for line in said)
+    assert any(line.startswith("time: ") and "tokens/s" in line for line in said)
+
+
+# -------------------------------------------------- killed ranks --------------------------------------------
+
+def test_auto_starts_and_then_resumes(train):
+    train(init_from="auto", max_iters=6)
+    assert [row["iter"] for row in train.metrics()] == list(range(7))
+    train(init_from="auto", max_iters=16)
+    train(out="whole")
+    same(train.checkpoint(), train.checkpoint("whole"), skip=TIMES)
+    assert train.losses() == train.losses("whole")
+
+
+KILL_ONCE = """
+import os, signal, model
+forward, calls = model.GPT.forward, [0]
+def fatal(self, idx, targets=None):
+    calls[0] += self.training
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and calls[0] == {at} and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, idx, targets)
+model.GPT.forward = fatal
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv there")
+@pytest.mark.parametrize("rank, at", [(1, 11), *(pytest.param(r, n, marks=pytest.mark.slow) for r, n in
+                                                 ((0, 11), (1, 2), (0, 30), (1, 16)))])
+def test_a_killed_rank_is_started_again_and_the_run_is_the_one_without_it(train, rank, at):
+    """One rank of two dies in the middle of a step; torchrun starts both again, they resume by themselves."""
+    runner = train.folder / "killed.py"
+    runner.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      + KILL_ONCE.format(rank=rank, at=at)
+                      + f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+                      "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    keys = TINY | dict(dropout=0.1, gradient_accumulation_steps=4, dataset=train.data)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1"]
+    for script, out in ((runner, "killed"), (ROOT / "train.py", "whole")):
+        done = subprocess.run([*command, str(script), *words(**keys, out_dir=train.folder / out)],
+                              cwd=train.folder, env={**os.environ, **ONE_THREAD}, capture_output=True,
+                              text=True, timeout=2 * LIMIT)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert train.losses("killed") == train.losses("whole") and len(train.losses("whole")) == 16
+    same(train.checkpoint("killed"), train.checkpoint("whole"), skip=(*TIMES, "launch"))
+
+
 # -------------------------------------------------- killed, or out of space ---------------------------------
 
-def kill_saves(folder, kills, rng):
+def kill_saves(folder, kills, rng, case):
     """Kill a process that saves without pause, again and again, check what is left -> stray files seen."""
     script, path, strays, newest = folder / "saver.py", folder / "ckpt.pt", 0, 0
     script.write_text(SAVER)
@@ -217,20 +347,24 @@ def kill_saves(folder, kills, rng):
         time.sleep(rng.random() * 0.03)
         os.kill(job.pid, signal.SIGKILL)
         completed = int((job.wait().out.splitlines() or [newest])[-1])
-        loaded = checkpoint.load(path)
-        assert loaded["iter_num"] >= completed >= newest
+        checkpoint.VERIFIED.clear()
+        loaded, used = checkpoint.read(folder)
+        assert used == path and loaded["iter_num"] >= completed >= newest
         assert (loaded["model"]["w"] == loaded["iter_num"]).all()
         strays += (folder / "ckpt.pt.tmp").exists()
         checkpoint.sweep(folder)
         assert [p.name for p in folder.glob("*.tmp")] == []
         newest = loaded["iter_num"]
+        older = [entry["iter_num"] for entry in checkpoint.entries(folder) if entry["file"] != "ckpt.pt"]
+        assert older == sorted(set(older), reverse=True) and len(older) <= 3  # one that is not yet removed
+        case()
     return strays
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 @pytest.mark.parametrize("kills", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_kill_during_a_save_leaves_a_complete_checkpoint_not_older_than_the_last(tmp_path, kills):
-    assert kill_saves(tmp_path, kills, random.Random(0)) > 0                     # or no kill ever hit a save
+def test_a_kill_during_a_save_leaves_a_complete_checkpoint_not_older_than_the_last(tmp_path, kills, case):
+    assert kill_saves(tmp_path, kills, random.Random(0), case) > 0               # or no kill ever hit a save
 
 
 def test_a_run_removes_what_a_killed_save_left_behind(train):
@@ -238,71 +372,103 @@ def test_a_run_removes_what_a_killed_save_left_behind(train):
     (train.folder / "out" / "ckpt.pt.tmp").write_bytes(b"half a checkp")
     (train.folder / "out" / "notes.tmp").write_bytes(b"not ours")
     train(max_iters=1)
-    assert sorted(p.name for p in (train.folder / "out").iterdir()) == ["ckpt.pt", "metrics.jsonl",
-                                                                        "notes.tmp"]
+    assert sorted(p.name for p in (train.folder / "out").iterdir()) == ["ckpt.pt", "manifest.json",
+                                                                        "metrics.jsonl", "notes.tmp"]
 
 
-class FailingFile(io.FileIO):
-    """A file that fails after some bytes, as on a full disk."""
+class Disk:
+    """Stands between checkpoint.py and the disk: counts what it does there, fails at one of these steps."""
 
-    def __init__(self, path, mode, room, code):
-        super().__init__(path, mode)
-        self.room, self.code = room, code
+    def __init__(self, patched, fails_at=None, code=0):
+        self.steps, self.fails_at, self.code = [], fails_at, code
+        patched.setattr(checkpoint, "open", self.open, raising=False)
+        for name in ("fsync", "replace", "link"):
+            patched.setattr(checkpoint.os, name, self.watched(name, getattr(os, name)))
+
+    def step(self, name):
+        self.steps.append(name)
+        if len(self.steps) - 1 == self.fails_at:
+            raise OSError(self.code, os.strerror(self.code))
+
+    def watched(self, name, does):
+        return lambda *words, **more: (self.step(name), does(*words, **more))[1]
+
+    def open(self, path, mode):
+        self.step(f"open {mode}")
+        file = builtins.open(path, mode)
+        return WatchedFile(file, self) if "w" in mode else file
+
+
+class WatchedFile:
+    def __init__(self, file, disk):
+        self.file, self.disk, self.fileno, self.flush = file, disk, file.fileno, file.flush
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
 
     def write(self, block):
-        self.room -= len(block)
-        if self.room < 0:
-            raise OSError(self.code, os.strerror(self.code))
-        return super().write(block)
+        self.disk.step("write")
+        return self.file.write(block)
 
 
-def fail_at(monkeypatch, place, code):
-    """Make one step of checkpoint.save fail with this errno."""
-    def fail(*words, **more):
-        raise OSError(code, os.strerror(code))
-
-    if place == "open":
-        monkeypatch.setattr(checkpoint, "open", fail, raising=False)
-    elif place.startswith("write"):
-        room = int(place.removeprefix("write after "))
-        monkeypatch.setattr(checkpoint, "open", lambda path, mode: FailingFile(path, mode, room, code),
-                            raising=False)
-    else:
-        monkeypatch.setattr(checkpoint.os, place, fail)
+STATES = [{"model": {"w": torch.full((3_000,), float(n))}, "model_args": {}, "iter_num": n} for n in range(4)]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EPERM], ids=errno.errorcode.get)
-@pytest.mark.parametrize("place", ["open", "write after 0", "write after 3000", "write after 70000",
-                                   "write after 200000", "fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_checkpoint_and_says_where_and_how_much_room(tmp_path, monkeypatch,
-                                                                                   place, code):
-    path, state = tmp_path / "ckpt.pt", {"model": {"w": torch.ones(50_000)}, "model_args": {}}
-    checkpoint.save(state, path)
-    old = path.read_bytes()
+def saved_twice(folder):
+    """A folder with two saves in it -> its ckpt.pt."""
+    for state in STATES[:2]:
+        checkpoint.save(state, folder / "ckpt.pt", keep=2)
+    return folder / "ckpt.pt"
+
+
+def test_a_disk_that_fails_at_any_step_of_a_save_leaves_what_was_there(tmp_path, monkeypatch, case):
+    """Either the save says that it failed and the old file's bytes are the same, or the new one is whole."""
+    path = saved_twice(tmp_path)
     with monkeypatch.context() as patched:
-        fail_at(patched, place, code)
-        with pytest.raises(ConfigError) as error:
-            checkpoint.save({**state, "iter_num": 2}, path)
-    assert str(path) in str(error.value) and "MiB free" in str(error.value)
-    assert path.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
-    checkpoint.save({**state, "iter_num": 2}, path)
-    assert checkpoint.load(path)["iter_num"] == 2
+        disk = Disk(patched)
+        checkpoint.save(STATES[2], path, keep=2)
+        names = disk.steps
+    counts = {name: names.count(name) for name in ("open wb", "write", "fsync", "replace", "link")}
+    assert all(counts.values()) and len(names) > 20, counts
+    for at, code in itertools.product(range(len(names)), (errno.ENOSPC, errno.EIO, errno.EPERM)):
+        folder = tmp_path / f"{at}-{code}"
+        folder.mkdir()
+        path = saved_twice(folder)
+        old = path.read_bytes()
+        with monkeypatch.context() as patched:
+            Disk(patched, at, code)
+            try:
+                checkpoint.save(STATES[2], path, keep=2)
+                expected = 2
+            except ConfigError as error:
+                assert all(part in str(error) for part in (str(path), "MiB free", os.strerror(code)))
+                assert path.read_bytes() == old
+                expected = 1
+        checkpoint.VERIFIED.clear()
+        loaded, used = checkpoint.read(folder)
+        assert (loaded["iter_num"], used) == (expected, path)
+        assert not list(folder.glob("*.tmp"))
+        checkpoint.save(STATES[3], path, keep=2)
+        assert checkpoint.read(folder)[0]["iter_num"] == 3
+        case()
 
 
 def test_a_folder_that_cannot_be_synced_is_no_reason_to_fail(tmp_path, monkeypatch):
     """Some network file systems refuse to fsync a folder; the file itself is already whole."""
-    fsync, calls = os.fsync, []
+    fsync, refused = os.fsync, []
 
     def refuse_folders(handle):
-        calls.append(handle)
-        if len(calls) > 1:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            refused.append(handle)
             raise OSError(errno.EINVAL, "Invalid argument")
         fsync(handle)
 
     monkeypatch.setattr(checkpoint.os, "fsync", refuse_folders)
     checkpoint.save({"model": {}, "model_args": {}}, tmp_path / "ckpt.pt")
-    assert checkpoint.load(tmp_path / "ckpt.pt")["model"] == {}
+    assert checkpoint.load(tmp_path / "ckpt.pt")["model"] == {} and (refused or os.name == "nt")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE")
@@ -323,8 +489,11 @@ def test_a_metrics_file_that_cannot_be_written_is_one_sentence(train):
 
 
 def test_the_file_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: (order.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
-    checkpoint.save({"model": {}, "model_args": {}}, tmp_path / "ckpt.pt")
-    assert order[:2] == ["fsync", "replace"]
+    order, replace = [], os.replace
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: order.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (order.append(str(paths[1])),
+                                                                  replace(*paths)))
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save({"model": {}, "model_args": {}}, path)
+    manifest = path.with_name("manifest.json")
+    assert order.index(path.stat().st_ino) < order.index(str(manifest)) < order.index(str(path))

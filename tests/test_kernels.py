@@ -28,7 +28,7 @@ def normal(*shape, dtype=torch.float32, seed=0):
 @built
 @dtypes
 @pytest.mark.parametrize("bias", [False, True])
-def test_matvec_equals_its_reference_over_98_shapes(dtype, bias):
+def test_matvec_equals_its_reference_over_98_shapes(dtype, bias, case):
     for N in ROWS:
         for K in COLUMNS:
             x, w = normal(1, 1, K, dtype=dtype), normal(N, K, dtype=dtype, seed=1) / K ** 0.5
@@ -38,11 +38,12 @@ def test_matvec_equals_its_reference_over_98_shapes(dtype, bias):
                                        atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
             few = torch.cat((normal(1, 4, K, dtype=dtype, seed=3), x), dim=1)
             assert torch.equal(kernels.matvec(few, w, b)[:, [4]], kernels.matvec(x, w, b))
+            case()
 
 
 @built
 @dtypes
-def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype):
+def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype, case):
     for B, H in ((1, 1), (2, 3), (3, 2)):
         for S in (1, 2, 7, 64, 300):
             for D in (1, 2, 5, 16, 64, 65, 80, 128):
@@ -56,6 +57,7 @@ def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype):
                     assert found.shape == exact.shape and found.dtype == dtype
                     torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype],
                                                rtol=TOLERANCE[dtype])
+                    case()
 
 
 @built
@@ -266,3 +268,36 @@ def test_a_compiler_that_fails_is_named(tmp_path):
                          capture_output=True, text=True, check=True)
     if sys.platform == "linux":
         assert "(None," in run.stdout and "did not build" in run.stdout and str(broken) in run.stdout
+
+
+def doubles(*shape, seed):
+    """Away from kinks and ties: 64 bits, and no two equal."""
+    return normal(*shape, seed=seed).double().requires_grad_()
+
+
+ROWS_CHOSEN = torch.tensor([0, 3, 4])
+GROUPS = torch.tensor([[0, 2], [1, 2]])
+REFERENCES = {
+    "matvec": lambda x, w, b, a: kernels.matvec_reference(x, w, b),
+    "rows_dot": lambda x, w, b, a: kernels.rows_dot_reference(x, w, b, ROWS_CHOSEN),
+    "rows_sum": lambda x, w, b, a: kernels.rows_sum_reference(a, w, None, None),
+    "rows_sum of some": lambda x, w, b, a: kernels.rows_sum_reference(a[:, :3], w, None, ROWS_CHOSEN),
+    "keep_largest": lambda x, w, b, a: kernels.keep_largest_reference(a, 2),
+    "winners_product": lambda x, w, b, a: kernels.winners_product_reference(x, w),
+    "gathered_up": lambda x, w, b, a: kernels.gathered_up_reference(x, w, b, GROUPS, a[:, :2], 2, "gelu"),
+    "gathered_down": lambda x, w, b, a: kernels.gathered_down_reference(a[:, :4], w, None, GROUPS, 2),
+    "mlp_one": lambda x, w, b, a: kernels.mlp_one_reference(x[:1], w, b, w, None, "gelu", None, ROWS_CHOSEN),
+    "mlp_one, relu2": lambda x, w, b, a: kernels.mlp_one_reference(x[:1], w, b, w, None, "relu2", 3),
+    "attend_one": lambda x, w, b, a: kernels.attend_one_reference(x[None, :, None], w[None, None].expand(
+        1, 2, -1, -1), w[None, None].expand(1, 2, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES.values(), ids=REFERENCES.keys())
+def test_references_have_the_gradients_of_their_values(reference, case):
+    """torch's gradcheck in fp64: finite differences of every input."""
+    for seed in range(3):
+        inputs = (doubles(2, 8, seed=seed), doubles(6, 8, seed=seed + 10), doubles(6, seed=seed + 20),
+                  doubles(2, 6, seed=seed + 30))
+        assert torch.autograd.gradcheck(reference, inputs, check_undefined_grad=False)
+        case()

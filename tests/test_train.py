@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arms import ARMS
 from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, one_sentence, same, words
 
 import checkpoint
@@ -43,6 +44,20 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, fi
     same(train.checkpoint(), whole.checkpoint(), skip=TIMES)
     assert train.losses() == whole.losses()
     assert len(train.losses()) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_stopped_at_any_step_and_resumed_is_the_run_that_was_not(train, name, case):
+    keys = {key: value for key, value in ARMS[name].items() if key not in TINY}
+    keys |= dict(n_layer=ARMS[name].get("n_layer", 1), dropout=ARMS[name].get("dropout", 0.1), block_size=16)
+    train(out="whole", **keys)
+    for k in range(1, 16):
+        train(out=f"k{k}", **keys | dict(max_iters=k))
+        train.resume(out=f"k{k}", max_iters=16)
+        same(train.checkpoint(f"k{k}"), train.checkpoint("whole"), skip=TIMES)
+        assert train.losses(f"k{k}") == train.losses("whole")
+        case()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "config").glob("bio_*.py")), ids=lambda path: path.stem)
@@ -132,6 +147,18 @@ def test_looking_at_a_run_does_not_change_it(train, finished, keys):
         same(train.checkpoint()["model"], finished.checkpoint()["model"])
 
 
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_metrics_rise_whatever_the_clock_says(train, hours):
+    """A clock that jumps between two parts of a run: iterations and seconds still rise, none twice."""
+    train(max_iters=5)
+    skew = f"import time; now = time.time; time.time = lambda: now() + {hours} * 3600"
+    for last in (9, 16):
+        train.resume(before=skew, max_iters=last)
+    rows = train.metrics()
+    assert [row["iter"] for row in rows] == list(range(17))
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
 def test_another_seed_is_another_run(train, finished):
     train(seed=99_999_999_999)  # beyond torch's 64 bits when scaled
     assert all(loss != finished.losses()[i] for i, loss in train.losses().items())
@@ -198,6 +225,51 @@ def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, toler
     one, many = ([row["val_loss"] for row in train.metrics(out) if "val_loss" in row] for out in ("single",
                                                                                                   "parallel"))
     assert one == pytest.approx(many, rel=tolerance)
+
+
+@pytest.mark.parametrize("arm", [{}, dict(tie_weights=False, norm="rmsnorm", pos="rope", act="relu2"),
+                                 dict(columns=8, columns_active=2), dict(recompute=True, dendrites=4,
+                                                                         dendrites_active=2)], ids=str)
+def test_sharded_weights_give_the_curve_of_one_process(train, arm):
+    """FSDP2 on two ranks; its checkpoint is everybody's: one process goes on from it, and the other way."""
+    keys = dict(dropout=0.0, gradient_accumulation_steps=4, n_layer=2, out="sharded", **arm)
+    in_parallel(train, 2, max_iters=6, fsdp=True, **keys)
+    shutil.copytree(train.folder / "sharded", train.folder / "alone")
+    in_parallel(train, 2, resume=True, max_iters=16, fsdp=True, **keys)
+    train.resume(out="alone", max_iters=16)
+    train(**keys | dict(out="single"))
+    for out in ("sharded", "alone"):
+        single, found = train.losses("single"), train.losses(out)
+        assert single.keys() == found.keys() == set(range(16))
+        assert all(abs(single[i] - found[i]) <= 1e-6 * single[i] for i in single), out
+        assert train.checkpoint(out)["model"].keys() == train.checkpoint("single")["model"].keys()
+    in_parallel(train, 2, resume=True, max_iters=17, fsdp=True, **keys | dict(out="single"))
+    assert list(train.losses("single")) == list(range(17))
+
+
+@pytest.mark.parametrize("keys, expected", [
+    ({}, "torchrun"), (dict(optimizer="muon"), "optimizer=muon"), (dict(ponder=3, n_layer=3), "ponder=3")])
+def test_what_cannot_be_sharded_is_one_sentence(train, keys, expected):
+    fake = "import runtime; runtime.join_world = lambda backend, device: (runtime.World(0, 0, 2), device)"
+    one_sentence(train(fsdp=True, before=fake * bool(keys), status=2, **keys), "train.py", expected)
+
+
+def test_one_rank_with_nan_is_skipped_by_all(train):
+    """The last number of a rank's loss decides for every rank: weights stay the same on both."""
+    poison = """
+import math, os, model
+forward, calls = model.GPT.forward, [0]
+def poisoned(self, idx, targets=None):
+    logits, loss = forward(self, idx, targets)
+    calls[0] += self.training
+    return logits, loss * math.nan if self.training and os.environ["RANK"] == "1" and calls[0] == 7 else loss
+model.GPT.forward = poisoned
+"""
+    keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel", before=poison)
+    in_parallel(train, 2, max_iters=9, **keys)
+    rows = {row["iter"]: row for row in train.metrics("parallel")}
+    assert "nan" in rows[3]["skipped"] and len(train.losses("parallel")) == 8
+    assert all(torch.isfinite(p).all() for p in train.checkpoint("parallel")["model"].values())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv there")

@@ -1,0 +1,92 @@
+"""What a training run needs, before it runs: memory, tokens, time; and what to type when memory ran out."""
+import statistics
+
+import torch
+
+from configurator import ConfigError
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+WARM_UP, STEPS = 1, 3                            # steps of a dry run: thrown away, timed
+
+
+def saved_bytes(model, *batch):
+    """Bytes of the storages that one forward of a batch (B, T) saves for backward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage     # held, so that no address is counted twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*batch)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def bytes_of(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def moments(optimizer):
+    """The tensors of an optimizer's state."""
+    parts = getattr(optimizer, "parts", [optimizer])
+    return [value for part in parts for state in part.state.values() for value in state.values()
+            if isinstance(value, torch.Tensor)]
+
+
+def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, processes):
+    """Take a few real steps of a run and say what all of it needs; nothing is written.
+
+    step: a function that trains one step and returns its seconds. The model is changed by it.
+    """
+    parameters = list(model.parameters())
+    kept = saved_bytes(model, *batch)
+    seconds = statistics.median([step() for _ in range(WARM_UP + STEPS)][WARM_UP:])
+    weights, states = bytes_of(parameters), bytes_of(moments(optimizer))
+    logits = 4 * batch[0].numel() * model.config.vocab_size
+    total = 2 * weights + states + kept + logits
+    tokens = cfg.max_iters * tokens_per_iter
+    lines = [f"parameters: {sum(p.numel() for p in parameters):,}, {model.get_num_params():,} without "
+             "positions",
+             f"memory of a process: {mib(total)}: weights {mib(weights)}, gradients {mib(weights)}, "
+             f"optimizer {mib(states)}, kept for backward {mib(kept)}, gradient of the logits {mib(logits)}; "
+             "counted from this run's tensors"]
+    if model.lm_head.weight.device.type == "cuda":
+        lines.append(f"peak that the device measured: {mib(torch.cuda.max_memory_allocated())}")
+    lines += [f"tokens: {tokens_per_iter:,} an iteration, {tokens:,} in all, data {data_tokens:,}: "
+              f"{tokens / data_tokens:.2f} epochs",
+              f"time: {1e3 * seconds:,.0f} ms an iteration (processes {processes}, median of {STEPS} steps), "
+              f"{tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * cfg.max_iters)} in all "
+              "without evaluations"]
+    return lines
+
+
+def mib(count):
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def duration(seconds):
+    return (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200
+            else f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days")
+
+
+def is_out_of_memory(error):
+    """Did an allocation fail, on any device?"""
+    said = str(error).lower()
+    return (isinstance(error, torch.OutOfMemoryError | MemoryError)
+            or (isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)))
+
+
+def smaller(cfg, device):
+    """A failed allocation's answer: less memory with the same tokens a step -> ConfigError."""
+    size, steps = cfg.batch_size, cfg.gradient_accumulation_steps
+    said = f"{device} ran out of memory at batch_size={size}, block_size={cfg.block_size}: type "
+    if size == 1:
+        return ConfigError(said + "--recompute=True, which keeps less for the backward pass, or "
+                           * (not cfg.recompute) + "a smaller --block_size or model")
+    less = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+    return ConfigError(said + f"--batch_size={less} --gradient_accumulation_steps={steps * size // less}, "
+                       f"which keeps {size * steps:,} sequences a step"
+                       + ", or --recompute=True" * (not cfg.recompute))

@@ -1,0 +1,91 @@
+"""The score of the fault table: which tests hold each row, and how many cases held in this run.
+
+A test counts as one case, or as the number of times that it called the `case` fixture.
+"""
+import time
+
+import pytest
+
+ROWS = {
+    "F1": ("SIGKILL during saves", "test_a_kill_during_a_save_", "test_a_run_removes_what_a_killed_save_"),
+    "F2": ("a disk that fails at any step", "test_a_disk_that_fails_at_any_step_",
+           "test_a_run_whose_disk_fills_up_", "test_a_metrics_file_that_cannot_be_written_"),
+    "F3": ("resume at every step", "test_a_run_stopped_at_any_step_", "test_every_arm_stopped_at_any_step_",
+           "test_every_block_trains_stops_", "test_a_growing_run_resumes_", "test_an_annealed_top_k_resumes_",
+           "test_resume_is_exact_across_epochs_"),
+    "F4": ("signals", "test_a_signal_ends_a_run_", "test_a_second_signal_", "test_a_signal_keeps_the_best_"),
+    "F5": ("damaged checkpoints", "test_damage_is_noticed_", "test_without_an_intact_checkpoint_",
+           "test_exchanged_files_", "test_a_flipped_bit_outside_"),
+    "F6": ("what is not a number", "test_one_bad_batch_", "test_skipped_steps_change_neither_",
+           "test_too_many_skipped_steps_", "test_a_learning_rate_out_of_this_world_",
+           "test_weights_that_are_not_finite_", "test_a_validation_loss_that_is_not_finite_",
+           "test_a_bad_number_in_one_place_", "test_a_finite_spike_", "test_one_rank_with_nan_"),
+    "F7": ("bad data files", "test_an_id_outside_the_vocabulary_is_named_", "test_a_file_of_odd_size_",
+           "test_a_truncated_file_", "test_an_empty_file_", "test_a_file_shorter_", "test_a_wrong_dtype_",
+           "test_a_folder_without_meta_and_", "test_data_of_a_larger_", "test_tokens_of_another_",
+           "test_one_flipped_bit_", "test_a_bad_meta_json_is_refused", "test_a_missing_file_is_refused"),
+    "F8": ("bad command lines", "test_bad_command_lines_", "test_a_bad_word_", "test_a_bad_config_file_",
+           "test_every_config_comes_back_", "test_no_command_line_ends_", "test_resuming_with_another_shape_",
+           "test_a_misspelt_config_file_", "test_a_name_that_no_file_can_have_"),
+    "F9": ("hostile files", "test_resuming_from_a_damaged_", "test_sampling_from_a_damaged_",
+           "test_a_pickle_payload_", "test_a_name_that_is_no_plain_folder_",
+           "test_a_manifest_names_no_file_"),
+    "F10": ("several processes, one curve", "test_processes_share_one_batch_", "test_sharded_weights_",
+            "test_torchrun_trains_", "test_ranks_share_no_window_"),
+    "F11": ("a rank is killed", "test_a_killed_rank_"),
+    "F12": ("looking does not change a run", "test_looking_at_a_run_"),
+    "F13": ("cached decode", "test_cached_decode_equals_", "test_prompts_of_different_lengths_"),
+    "F14": ("kernels against references", "test_matvec_equals_", "test_attention_of_one_query_",
+            "test_gathered_rows_equal_", "test_gathered_units_equal_", "test_the_packed_product_equals_",
+            "test_every_op_is_a_good_citizen", "test_a_token_through_", "test_the_largest_are_kept_",
+            "test_references_have_the_gradients_"),
+    "F15": ("no leaks", "test_batches_keep_memory_", "test_ten_thousand_batches_", "test_a_hundred_saves_",
+            "test_a_gigabyte_is_prepared_"),
+    "F16": ("golden curves", "test_every_arm_follows_its_golden_curve"),
+    "F17": ("export", "test_safetensors_come_back_", "test_hugging_face_reads_"),
+    "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
+    "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
+    "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+}
+rows = {}                                        # {row: [held, failed, seconds]}
+current = {"cases": 0}
+
+
+@pytest.fixture(scope="session")
+def case():
+    """Call it behind each case that held."""
+    def held():
+        current["cases"] += 1
+    return held
+
+
+def row_of(name):
+    return next((row for row, (_, *tests) in ROWS.items() if name.startswith(tuple(tests))), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    row = row_of(item.originalname)
+    current["cases"], clock, before = 0, time.perf_counter(), rows.get(row, [0, 0, 0.0])
+    failed = True
+    try:
+        result = yield
+        failed = False
+        return result
+    except pytest.skip.Exception:
+        failed = row = None
+        raise
+    finally:
+        if row:
+            held = current["cases"] if failed else current["cases"] or 1
+            rows[row] = [before[0] + held, before[1] + failed, before[2] + time.perf_counter() - clock]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not rows:
+        return
+    terminalreporter.section("fault table")
+    for row, (about, *_) in ROWS.items():
+        if row in rows:
+            held, failed, seconds = rows[row]
+            terminalreporter.write_line(f"{row:4} {f'{held}/{held + failed}':>12}  {seconds:7.1f} s  {about}")
