@@ -58,8 +58,7 @@ class Oscillating(nn.Module):
         nn.init.zeros_(self.b)
 
     def forward(self, x, rows=EVERY):
-        w, phi, b = (p[rows].to(x.dtype) for p in (self.w, self.phi, self.b))
-        return torch.sin(w * x + phi) * torch.tanh(x) + b
+        return kernels.osc(x, *(p[rows] for p in (self.w, self.phi, self.b)))
 
 
 ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Oscillating}
@@ -817,6 +816,10 @@ class Thoughts:
         """Later runs would write what the last one has written."""
         for run in runs:
             self.ctx.again(run).extend(layer, *self.kept)
+
+    def slot(self, layer):
+        """See Context: there are many tokens."""
+        return None
 
     def extend(self, layer, k, v):
         """As Context.extend: keys and values of all tokens, after as many runs as each has had."""

@@ -11,7 +11,7 @@ WARM_UP, STEPS = 1, 3                            # steps of a dry run: thrown aw
 
 def saved_bytes(model, *batch):
     """Bytes of the storages that one forward of a batch (B, T) saves for backward, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {here(p).untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def keep(tensor):
@@ -25,8 +25,14 @@ def saved_bytes(model, *batch):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def here(tensor):
+    """A tensor, or this process's part of a split one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def bytes_of(tensors):
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """What they take on this process."""
+    return sum(here(t).numel() * t.element_size() for t in tensors)
 
 
 def moments(optimizer):

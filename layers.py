@@ -323,9 +323,12 @@ def as_is(x=None, *_):
     return x
 
 
+EPS = torch.finfo(torch.float32).eps              # whatever the dtype: torch's own default has changed
+
+
 def rms(x):
     """Root-mean-square normalisation of the last dimension, statistics in fp32."""
-    return F.rms_norm(x, x.shape[-1:])
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 class QueryGain(nn.Module):
@@ -440,6 +443,7 @@ class Attention(nn.Module):
         of = Linear if self.gathers else attention_linear(config)
         self.c_attn = of(config.n_embd, 3 * config.n_embd, config.bias)
         self.resid_dropout = dropout(config)
+        self.normalised = config.qk_norm
         self.normalise = rms if config.qk_norm else as_is
         self.rotate = rotate if config.pos == "rope" else as_is
         self.sharpen = query_gain(self.heads, config)
@@ -451,6 +455,27 @@ class Attention(nn.Module):
     def turned(self, t, ctx):
         """Queries or keys (B, T, n, width) -> normalised, rotated, (B, n, T, width)."""
         return self.rotate(self.normalise(t), ctx).transpose(1, 2)
+
+    def hear(self, flat, ctx):
+        """Queries, keys and values (B, T, 3 C) -> what each token hears of those up to itself, (B, T, C)."""
+        slot = ctx.slot(self.layer)
+        return self.hear_all(flat, ctx) if slot is None else self.hear_one(flat, ctx, *slot)
+
+    def hear_one(self, flat, ctx, kept, place, seen):
+        """The same of a token that a slot of the cache waits for: in one call, where a kernel does it."""
+        rotation = ctx.rotation if self.rotate is rotate else None
+        gain = getattr(self.sharpen, "weight", None)
+        if not kernels.takes_attention(flat, kept, (*(rotation or ()), gain)):
+            return self.hear_all(flat, ctx)
+        eps = EPS if self.normalised else None
+        return kernels.attention_one(flat, kept, place, seen, rotation, eps, gain)
+
+    def hear_all(self, flat, ctx):
+        qk, v = self.by_head(flat).split((2 * self.heads, self.heads), dim=2)
+        q, k = self.turned(qk, ctx).chunk(2, dim=1)
+        k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
+        y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
+        return y.transpose(1, 2).flatten(2)
 
     def remember(self, x, ctx):
         """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""

@@ -184,11 +184,7 @@ class CausalSelfAttention(Attention):
                                                std=residual_std(config))
 
     def forward(self, x, ctx):
-        qk, v = self.by_head(self.c_attn(x)).split((2 * self.heads, self.heads), dim=2)
-        q, k = self.turned(qk, ctx).chunk(2, dim=1)
-        k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
-        y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return self.resid_dropout(self.c_proj(self.hear(self.c_attn(x), ctx)))
 
 
 class SwiGLU(nn.Module):

@@ -18,6 +18,7 @@ import decoding
 import runtime
 import sparse_kernels
 import tokenizer as tokenizers
+import tracing
 from configurator import configure, require
 from layers import Packed, settle
 from model import GPT
@@ -42,6 +43,7 @@ class SampleConfig:
     policy: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave at an exit whose probe is so sure; 0: the model's own, with policy
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
+    trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
@@ -58,6 +60,8 @@ class SampleConfig:
         require(not self.speculate or not self.exit_threshold,
                 f"speculate={self.speculate} and exit_threshold={self.exit_threshold} both cut depth: choose "
                 "one")
+        require(not (self.trace and (self.speculate or self.compile is True)), f"trace={self.trace} watches "
+                "one token at a time as it is decoded: leave --speculate and --compile out")
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
 
 
@@ -120,16 +124,24 @@ def main(cfg):
     prompt = torch.tensor([ids], device=place.device)
     torch.manual_seed(cfg.seed)
     clock, count = time.perf_counter(), 0
+    recorder = tracing.Recorder(model, sampler) if cfg.trace else None
     for _ in range(cfg.num_samples):
         text = tokenizers.StreamDecoder(tokenizer)
-        show("".join(text.feed(token) for token in ids))
-        for token in stream(prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow):
-            show(text.feed(int(token)))
+        spoken = "".join(text.feed(token) for token in ids)
+        show(spoken)
+        pieces = (recorder.stream(stream, prompt, cfg.max_new_tokens, spoken, text, overflow=cfg.overflow)
+                  if recorder else (text.feed(int(token)) for token in
+                                    stream(prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow)))
+        for piece in pieces:
+            show(piece)
             count += 1
         show(text.flush() + "\n---------------\n")
     seconds = time.perf_counter() - clock
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s{depth_used(model, stream)}",
           file=sys.stderr)
+    if recorder:
+        tracing.write(cfg.trace, recorder, {"run": cfg.out_dir, "dtype": place.dtype, "policy": cfg.policy})
+        print(f"what each token cost: {cfg.trace}", file=sys.stderr)
 
 
 def streaming(model, cfg):

@@ -95,6 +95,32 @@ static inline float activate(float v, int act) {
     return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
 }
 
+/* sine, cosine and tanh without a branch, so that a compiler makes vectors of them; errors below 1e-6 where
+   |z| < 1e4. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
+static inline float half_turn(float z, float turns) {           /* sin(z), turns = half turns to take off */
+    float r = (z - turns * 3.140625f) - turns * 9.67653589793e-4f, q = r * r;
+    float s = r * (1 + q * (-1.66666667e-1f + q * (8.33333333e-3f + q * (-1.98412698e-4f
+              + q * (2.75573192e-6f - q * 2.50521084e-8f)))));
+    int odd = (int)turns & 1;
+    return odd ? -s : s;
+}
+static inline float sine(float z) { return half_turn(z, rintf(z * 0.318309886f)); }
+static inline float cosine(float z) {
+    z += 1.57079633f;
+    return half_turn(z, rintf(z * 0.318309886f));
+}
+static inline float tanh_of(float x) {                          /* 1 - 2 / (e^2|x| + 1); Taylor near 0 */
+    float a = fabsf(x), y = 2 * (a < 20 ? a : 20), k = rintf(y * 1.44269504f);
+    float r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
+    float e = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333333e-3f
+              + r * 1.3888889e-3f)))));
+    union { uint32_t u; float f; } two = { (uint32_t)((int)k + 127) << 23 };
+    float far = 1 - 2 / (e * two.f + 1), q = a * a;
+    float near = a * (1 + q * (-3.3333333e-1f + q * (1.3333333e-1f - q * 5.3968254e-2f)));
+    float t = a < 0.1f ? near : far;
+    return x < 0 ? -t : t;
+}
+
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
 
 /* w . x over K; `ahead` is where the weights lie that are needed soon: they are fetched meanwhile */
@@ -233,6 +259,42 @@ int picks(void) {
 EACH_TYPE = r"""
 #define AHEAD_NAME (4096 / (long)sizeof(TYPE))   /* weights that stream from memory are fetched 4 KB ahead */
 
+/* a thread's share of C outputs, whole lines of 32 */
+static inline long share_NAME(long C, int threads) { return ((C + threads - 1) / threads + 31) / 32 * 32; }
+
+/* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N) */
+void osc_NAME(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
+              const float *restrict b, TYPE *restrict y, long M, long N, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++)
+        #pragma omp simd
+        for (long n = 0; n < N; n++) {
+            float v = up_NAME(x[m * N + n]);
+            y[m * N + n] = down_NAME(sine(w[n] * v + phi[n]) * tanh_of(v) + b[n]);
+        }
+}
+
+/* Its gradients from g (M, N): dx (M, N); dw, dphi and db (N), which begin at zero */
+void osc_back_NAME(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
+                   const TYPE *restrict g, TYPE *restrict dx, float *restrict dw, float *restrict dphi,
+                   float *restrict db, long M, long N, int threads) {
+    long chunk = share_NAME(N, threads);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < N; from += chunk) {
+        long to = N - from < chunk ? N : from + chunk;
+        for (long m = 0; m < M; m++)
+            #pragma omp simd
+            for (long n = from; n < to; n++) {
+                float v = up_NAME(x[m * N + n]), up = up_NAME(g[m * N + n]), z = w[n] * v + phi[n];
+                float t = tanh_of(v), s = sine(z), slope = up * cosine(z) * t;
+                dx[m * N + n] = down_NAME(slope * w[n] + up * s * (1 - t * t));
+                dw[n] += slope * v;
+                dphi[n] += slope;
+                db[n] += up;
+            }
+    }
+}
+
 /* M vectors x (M, K), each summed as it would be alone; a row of w is read from memory once for all */
 void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long M, long N, long K,
                  int threads) {
@@ -303,29 +365,63 @@ long screened_NAME(const int8_t *q, const float *scale, const float *error, cons
     return count;
 }
 
+/* softmax(scale Q . K) V of one query over S keys and values, whose rows lie `ks` and `vs` apart */
+static void query_NAME(const TYPE *Q, const TYPE *K, const TYPE *V, TYPE *y, long S, long D, long ks,
+                       long vs) {
+    float scale = 1.0f / sqrtf((float)D), score[S], sums[D], top = -INFINITY, total = 0;
+    for (long j = 0; j < S; j++) {
+        score[j] = scale * dot_NAME(K + j * ks, Q, D, K + j * ks + AHEAD_NAME);
+        top = score[j] > top ? score[j] : top;
+    }
+    for (long d = 0; d < D; d++) sums[d] = 0;
+    for (long j = 0; j < S; j++) {
+        float p = expf(score[j] - top);
+        const TYPE *row = V + j * vs;
+        total += p;
+        for (long d = 0; d < D; d++) sums[d] += p * up_NAME(row[d]);
+    }
+    for (long d = 0; d < D; d++) y[d] = down_NAME(sums[d] / total);
+}
+
 /* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
    of head heads[h], or h */
 void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long *heads, long B, long H,
                  long S, long D, const long *qs, const long *ks, const long *vs, int threads) {
-    float scale = 1.0f / sqrtf((float)D);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long bh = 0; bh < B * H; bh++) {
         long b = bh / H, h = bh % H, kh = heads ? heads[h] : h;
-        const TYPE *Q = q + b * qs[0] + h * qs[1];
-        const TYPE *K = k + b * ks[0] + kh * ks[1], *V = v + b * vs[0] + kh * vs[1];
-        float score[S], sums[D], top = -INFINITY, total = 0;
-        for (long j = 0; j < S; j++) {
-            score[j] = scale * dot_NAME(K + j * ks[2], Q, D, K + j * ks[2] + AHEAD_NAME);
-            top = score[j] > top ? score[j] : top;
-        }
-        for (long d = 0; d < D; d++) sums[d] = 0;
-        for (long j = 0; j < S; j++) {
-            float p = expf(score[j] - top);
-            const TYPE *row = V + j * vs[2];
-            total += p;
-            for (long d = 0; d < D; d++) sums[d] += p * up_NAME(row[d]);
-        }
-        for (long d = 0; d < D; d++) y[bh * D + d] = down_NAME(sums[d] / total);
+        query_NAME(q + b * qs[0] + h * qs[1], k + b * ks[0] + kh * ks[1], v + b * vs[0] + kh * vs[1],
+                   y + bh * D, S, D, ks[2], vs[2]);
+    }
+}
+
+/* x (D) as attention sees it: normalised by its root mean square (eps >= 0), turned by cos and sin, times
+   gain; rounded to TYPE where each of these would be stored */
+static void turn_NAME(const TYPE *x, TYPE *y, long D, float eps, const TYPE *cos, const TYPE *sin,
+                      float gain) {
+    float square = 0, t[D];
+    for (long d = 0; d < D; d++) { t[d] = up_NAME(x[d]); square += t[d] * t[d]; }
+    float by = eps < 0 ? 1.0f : 1.0f / sqrtf(square / D + eps);
+    for (long d = 0; d < D; d++) t[d] = up_NAME(down_NAME(t[d] * by));
+    for (long d = 0; d < D; d++) {
+        float v = t[d];
+        if (cos) v = up_NAME(down_NAME(up_NAME(down_NAME(v * up_NAME(cos[d])))
+                                       + t[d < D / 2 ? d + D / 2 : d - D / 2] * up_NAME(sin[d])));
+        y[d] = down_NAME(v * gain);
+    }
+}
+
+/* A layer's attention for one new token, between its two projections: qkv (3, H, D) -> y (H, D). Keys and
+   values are written at `place` of kept (2, H, size, D), the first `seen` columns of which are looked at. */
+void attention_one_NAME(const TYPE *qkv, TYPE *kept, const TYPE *cos, const TYPE *sin, const TYPE *gain,
+                        TYPE *y, long H, long D, long size, long place, long seen, float eps, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long h = 0; h < H; h++) {
+        TYPE q[D], *k = kept + h * size * D, *v = k + H * size * D;
+        turn_NAME(qkv + h * D, q, D, eps, cos, sin, gain ? up_NAME(gain[h]) : 1.0f);
+        turn_NAME(qkv + (H + h) * D, k + place * D, D, eps, cos, sin, 1.0f);
+        memcpy(v + place * D, qkv + (2 * H + h) * D, D * sizeof(TYPE));
+        query_NAME(q, k, v, y + h * D, seen, D, D, D);
     }
 }
 
@@ -371,9 +467,6 @@ static void add_rows_NAME(float *sums, const float *by, const TYPE *w, const lon
             for (int l = 0; l < 4; l++) sums[c] += b[l] * up_NAME(row[l][c]);
     }
 }
-
-/* a thread's share of C outputs, whole lines of 32 */
-static inline long share_NAME(long C, int threads) { return ((C + threads - 1) / threads + 31) / 32 * 32; }
 
 /* y[m] = sum_i a[m, i] w[rows ? rows[i] : i] + bias: rows of zeros in a are never read */
 void rows_sum_NAME(const TYPE *a, const TYPE *w, const TYPE *bias, const long *rows, TYPE *y,
@@ -517,8 +610,12 @@ def cpu_library():
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"attend_{name}").argtypes = ([pointer] * 5 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
+        getattr(library, f"attention_one_{name}").argtypes = ([pointer] * 6 + [number] * 5
+                                                              + [ctypes.c_float, ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
+        getattr(library, f"osc_{name}").argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_int]
+        getattr(library, f"osc_back_{name}").argtypes = [pointer] * 8 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"unpack24_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
         screened = getattr(library, f"screened_{name}")
         screened.argtypes = [pointer] * 8 + [ctypes.c_float] + [number] * 3 + [ctypes.c_int]
@@ -768,6 +865,48 @@ def keep_largest(a, k):
     kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
     kernel(a.data_ptr(), kept.data_ptr(), a.numel() // n, n, k)
     return kept
+
+
+# ------------------------------------------------ oscillating units ---------------------------------------
+#
+# sin(w x + phi) tanh(x) + b: eight passes over memory as single operators, forward and backward 24; here one
+# and one. w, phi, b (N,) in fp32, x (..., N).
+
+def osc_reference(x, w, phi, b):
+    return torch.sin(w * x + phi) * torch.tanh(x) + b
+
+
+def osc(x, w, phi, b):
+    """As the reference, computed in fp32 and stored in x's dtype; sine and tanh to 1e-6 where |w x| < 1e4."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or w.dim() > 1 or not has_kernel(x):
+        return osc_reference(x, *(t.to(x.dtype) for t in (w, phi, b)))
+    return Osc.apply(x, w.float(), phi.float(), b.float())
+
+
+class Osc(torch.autograd.Function):
+    """osc by the C kernels, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, w, phi, b):
+        ctx.save_for_backward(x, w, phi)
+        y = torch.empty_like(x)
+        osc_kernel("osc", x.dtype)(*map(pointer, (x, w, phi, b, y)), x.numel() // len(w), len(w),
+                                   torch.get_num_threads())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w, phi = ctx.saved_tensors
+        dx, (dw, dphi, db) = torch.empty_like(x), torch.zeros(3, len(w))
+        osc_kernel("osc_back", x.dtype)(*map(pointer, (x, w, phi, grad.contiguous(), dx, dw, dphi, db)),
+                                        x.numel() // len(w), len(w), torch.get_num_threads())
+        return dx, dw, dphi, db
+
+
+@functools.cache
+def osc_kernel(name, dtype):
+    return getattr(cpu_library()[0], f"{name}_{NAMES[dtype]}")
 
 
 # ------------------------------------------------ 2:4 weights --------------------------------------------
@@ -1209,3 +1348,45 @@ def takes_attend_one(q, k, v, mask):
     return (inferring() and q.size(2) == 1 and mask is None and q.device.type == "cpu"
             and q.dtype == k.dtype and q.dtype in NAMES and q.stride(3) == k.stride(3) == v.stride(3) == 1
             and k.size(2) <= LONGEST and cpu_library()[0] is not None)
+
+
+def attention_one_reference(flat, kept, place, seen, rotation=None, eps=None, gain=None):
+    """What one new token hears, between attention's two projections: flat (1, 1, 3 H D), queries, keys and
+    values -> (1, 1, H D). Writes the token's keys and values at `place` of kept (2, 1, H, S, D), of which it
+    sees the first `seen` columns. eps: queries and keys are normalised by their root mean square; rotation:
+    cosines and signed sines, (1, 1, D), that turn them; gain (H,): of the queries.
+    """
+    q, k, v = flat.view(3, 1, kept.size(2), 1, -1)
+    q, k = (t if eps is None else F.rms_norm(t, t.shape[-1:], eps=eps) for t in (q, k))
+    if rotation is not None:
+        cos, sin = rotation
+        q, k = (torch.addcmul(t * cos, t.roll(t.size(-1) // 2, -1), sin) for t in (q, k))
+    q = q if gain is None else q * gain.view(-1, 1, 1)
+    kept[:, :, :, place:place + 1] = torch.stack((k, v))
+    return attend_one_reference(q, *kept[:, :, :, :seen]).view(1, 1, -1)
+
+
+def attention_one(flat, kept, place, seen, rotation=None, eps=None, gain=None):
+    """As the reference, in one call; reads 2 * seen * H * D elements. The caller has checked
+    `takes_attention`."""
+    _, _, H, size, D = kept.shape
+    cos, sin = rotation or (None, None)
+    y = flat.new_empty(1, 1, H * D)
+    attention_kernel(flat.dtype)(
+        flat.data_ptr(), kept.data_ptr(), pointer(cos), pointer(sin), pointer(gain), y.data_ptr(), H, D, size,
+        place, seen, -1.0 if eps is None else eps, torch.get_num_threads())
+    return y
+
+
+@functools.cache
+def attention_kernel(dtype):
+    return getattr(cpu_library()[0], f"attention_one_{NAMES[dtype]}")
+
+
+def takes_attention(flat, kept, others):
+    """May `attention_one` compute this: one token on a CPU in inference mode, all of one dtype, dense?"""
+    dtype = flat.dtype
+    return (inferring() and kept.device.type == "cpu" and dtype in NAMES and kept.dtype == dtype
+            and flat.numel() == 3 * kept.size(2) * kept.size(4) and flat.is_contiguous()
+            and kept.is_contiguous() and kept.size(3) <= LONGEST and cpu_library()[0] is not None
+            and all(t.dtype == dtype and t.is_contiguous() for t in others if t is not None))

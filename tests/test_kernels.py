@@ -12,7 +12,7 @@ from arms import build, tokens
 from torch.nn import functional as F
 
 import sparse_kernels as kernels
-from layers import project
+from layers import EPS, project
 
 ROOT = Path(__file__).resolve().parents[1]
 built = pytest.mark.skipif(kernels.cpu_library()[0] is None, reason=kernels.cpu_library()[1])
@@ -224,7 +224,7 @@ def test_only_few_rows_in_inference_on_matching_dense_tensors_are_taken():
 
 @built
 def test_a_decode_step_runs_on_the_kernels(monkeypatch):
-    counts = {"matvec": 0, "attend_one": 0}
+    counts = {"matvec": 0, "attention_one": 0}
     for name in counts:
         plain = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain:
@@ -232,7 +232,7 @@ def test_a_decode_step_runs_on_the_kernels(monkeypatch):
     model = build({}, std=0.2)
     model.generate(tokens(1, 4), 6, temperature=0)
     # 4 a block and the head, of the prompt's few tokens too
-    assert counts == {"matvec": 6 * 9, "attend_one": 5 * 2}
+    assert counts == {"matvec": 6 * 9, "attention_one": 5 * 2}
 
 
 GREEDY = """
@@ -301,3 +301,57 @@ def test_references_have_the_gradients_of_their_values(reference, case):
                   doubles(2, 6, seed=seed + 30))
         assert torch.autograd.gradcheck(reference, inputs, check_undefined_grad=False)
         case()
+
+
+@built
+@dtypes
+def test_a_token_through_attention_equals_the_reference_over_96_settings(dtype, case):
+    """Between the projections: normalised or not, turned or not, with a gain or without; what is kept too."""
+    for H, D, S in ((1, 2, 1), (3, 8, 5), (2, 64, 70), (12, 64, 33)):
+        for place, seen in ((0, 1), (S // 2, S // 2 + 1), (S - 1, S)):
+            for normalised, turned, sharp in itertools.product((None, EPS), (False, True), (False, True)):
+                flat = normal(1, 1, 3 * H * D, dtype=dtype, seed=H)
+                kept = normal(2, 1, H, S, D, dtype=dtype, seed=S)
+                angle = normal(1, 1, D // 2, seed=D)
+                rotation = tuple(torch.cat(halves, dim=-1).to(dtype) for halves in (
+                    (angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))) if turned else None
+                gain = normal(H, dtype=dtype, seed=9) if sharp else None
+                exact_kept, found_kept = kept.float(), kept.clone()
+                wide = (tuple(t.float() for t in rotation) if turned else None, normalised,
+                        gain.float() if sharp else None)
+                exact = kernels.attention_one_reference(flat.float(), exact_kept, place, seen, *wide)
+                found = kernels.attention_one(flat, found_kept, place, seen, rotation, normalised, gain)
+                for mine, right in ((found, exact), (found_kept, exact_kept)):
+                    torch.testing.assert_close(mine.float(), right, atol=2 * TOLERANCE[dtype],
+                                               rtol=2 * TOLERANCE[dtype])
+                others = torch.arange(S) != place
+                assert torch.equal(found_kept[:, :, :, others], kept[:, :, :, others])
+                case()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_oscillating_units_equal_their_reference_forward_and_backward(dtype, case):
+    for shape in ((1, 1, 1), (2, 3, 7), (1, 40, 512), (5, 33)):
+        for scale in (1e-3, 1.0, 30.0):
+            x, w, phi, b = (normal(*size, seed=i, dtype=kind) for i, (size, kind) in enumerate(
+                ((shape, dtype), *[(shape[-1:], torch.float32)] * 3)))
+            toward, both = normal(*shape, seed=9, dtype=dtype), []
+            for run, kind in ((kernels.osc, dtype), (kernels.osc_reference, torch.float32)):
+                leaves = [(x * scale).to(kind), w, phi, b]
+                leaves = [t.clone().requires_grad_() for t in leaves]
+                y = run(*leaves)
+                y.backward(toward.to(y.dtype))
+                both.append([y, *(t.grad for t in leaves)])
+            for found, exact in zip(*both):
+                size = exact.abs().max().item()
+                torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype] * max(1, size),
+                                           rtol=TOLERANCE[dtype])
+            case()
+
+
+def test_sine_and_tanh_are_exact_to_a_millionth():
+    x = torch.linspace(-300, 300, 200_001)
+    one, zero = torch.ones_like(x[:1]), torch.zeros_like(x[:1])
+    found = kernels.osc(x[:, None].contiguous(), one, zero, zero)[:, 0]
+    exact = torch.sin(x.double()) * torch.tanh(x.double())
+    assert (found - exact).abs().max() < (2e-5 if kernels.cpu_library()[0] is None else 2e-6)
