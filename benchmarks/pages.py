@@ -61,12 +61,12 @@ MECHANISMS = {
     "weights": Page(("2:4", "columns+window+2:4"),
                     {TWO_OF_FOUR: "dense|2:4", "kernels_cpu.json": ".*"} | at_gpt2s_shape("2:4")),
     "attn_topk": Page(("attn_topk",), {TWO_OF_FOUR: "dense|attn_topk"}
-                      | at_gpt2s_shape("columns + a quarter of attention")),
+                      | at_gpt2s_shape(r"columns \+ a quarter of attention")),
     "screen": Page((), at_gpt2s_shape("screened head")),
     "continual": Page((), {"continual_cpu.json": ".*"}),
     "energy_budget": Page((), {"energy_cpu.json": ".*"}),
     "presets": Page(("efficient", "quality"),
-                    {TWO_OF_FOUR: "dense|efficient.*"} | at_gpt2s_shape("efficient.*|columns .*")),
+                    {TWO_OF_FOUR: "dense|efficient.*"} | at_gpt2s_shape(r"efficient.*|columns \+.*")),
 }
 PAGE_OF = {arm: name for name, page in reversed(MECHANISMS.items()) for arm in page.arms}
 
@@ -160,14 +160,13 @@ def opening(words, records):
     """What this is, in two sentences with measured numbers."""
     for name in (GPT2, RACE):
         require(name in records, f"results/{name} is missing: the README's opening sentences quote it")
-    ratio, race = (records[name]["measurements"][of]["ratio"]
+    times, race = (records[name]["measurements"][of]["ratio"]
                    for name, of in ((GPT2, "decode"), (RACE, "time")))
-    best = max(ratio, key=ratio.get)
-    where = records[GPT2]["hardware"]
+    best, where = max(times, key=times.get), records[GPT2]["hardware"]
     return words.opening.format(
-        decode=ratio[OURS], exact=ratio[OURS_FP32], race=race[OURS], cpu=where["cpu"], threads=where["threads"],
-        best=words.best.format(best=ratio[best], name=best) if best != OURS else "",
-        verdict=verdict(words, records))
+        threads=where["threads"], cpu=where["cpu"], decode=times[OURS], exact=times[OURS_FP32],
+        best=words.best.format(best=times[best], name=best) if best != OURS else "",
+        race=race[OURS], verdict=verdict(words, records))
 
 
 def verdict(words, records):
