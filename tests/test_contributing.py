@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md's worked example, executed: its blocks go into a copy of the repository, then its commands run."""
+"""CONTRIBUTING.md's worked example, executed: its blocks go into a copy of the repository, where its commands
+run."""
 import os
 import re
 import shlex
@@ -37,7 +38,7 @@ def copy(tmp_path_factory, blocks):
 
 
 def put(folder, block):
-    """Write a block where its first line says: a new file, above the line that begins so, or behind a bracket."""
+    """Write a block where its first line says: a new file, above the line that begins so, in a bracket."""
     place = PLACE.match(block)
     path, body = folder / place[1], block[place.end():]
     if not place[2]:
