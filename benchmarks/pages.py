@@ -18,11 +18,11 @@ class Page:
 
 
 def quality(arms):
-    return {"quality_pylib_cpu.json": f"({arms}).*", "steps_blocks_cpu.json": f"dense|{arms}"}
+    return {"quality_pylib_cpu.json": f"({arms})(, .*)?", "steps_blocks_cpu.json": arms}
 
 
 def context(arms):
-    return {"quality_context_cpu.json": f"({arms}).*", "steps_context_cpu.json": f"dense|{arms}"}
+    return {"quality_context_cpu.json": f"({arms})(, .*)?", "steps_context_cpu.json": arms}
 
 
 def at_gpt2s_shape(sides):
@@ -42,7 +42,7 @@ MECHANISMS = {
     "winners": Page(("winners",), quality("dense|winners")),
     "event_gate": Page(("event",), quality("dense|event")),
     "columns": Page(("columns", "columns*2", "columns*4", "columns+window+2:4"),
-                    quality("dense|dense/4|columns") | of_mlp("columns 3 of 32")
+                    quality(r"dense|dense/4|columns(\*\d)?") | of_mlp("columns 3 of 32")
                     | at_gpt2s_shape("columns 3 of 32")),
     "compartments": Page(("dendrites",), quality("dense|dendrites")),
     "experts": Page(("experts",), quality("dense|experts")),
@@ -52,7 +52,7 @@ MECHANISMS = {
     "window": Page(("window", "predict+window", "osc+window", "columns+window+2:4"),
                    context("dense|window") | {"window_cpu.json": ".*"} | at_gpt2s_shape("window 128")),
     "dendrites": Page(("branches", "branches1", "branches4"),
-                      context("dense|branches") | at_gpt2s_shape("1 of 4 dendrites")),
+                      context(r"dense|branches\d?") | at_gpt2s_shape("1 of 4 dendrites")),
     "hierarchy": Page(("hierarchy", "hierarchy+predict"),
                       context("dense|hierarchy") | at_gpt2s_shape("hierarchy 4")),
     "exits": Page(("exits",), {"depth_cpu.json": ".*"}),
