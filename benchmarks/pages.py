@@ -189,7 +189,8 @@ LANGUAGES = {
              "decodes, shortcuts on; p of the paired t test; speeds: multiples of the dense twin's in the "
              "same interleaved rounds; multiply-adds of weights: counted from what a decode step runs. "
              "*Pays*: the whole 95% interval lies beyond the frontier of plain models of other widths and "
-             "depths. All of it: [report](results/table_cpu.md), {link}.",
+             "depths. At this width a decode step is calls more than bytes; at GPT-2's shape see "
+             "[docs/presets.md](docs/presets.md). All of it: [report](results/table_cpu.md), {link}.",
         missing="This table is not measured yet: {} makes it.",
         opening="**nanoCortex is nanoGPT with every brain-inspired block behind a flag, each one trained, "
                 "timed and counted beside its dense twin, the losers shown too; with all flags off it is "
@@ -208,8 +209,9 @@ LANGUAGES = {
         told="실행마다 {tokens}토큰, 시드 {seeds}개, {place}. 검증 손실: 지름길을 켜고 실제로 디코드하는 "
              "모델의 바이트당 nat. p: 대응표본 t 검정. 속도: 같은 회차에 번갈아 잰 밀집 쌍둥이의 몇 "
              "배인가. 곱셈-덧셈: 디코드 한 단계가 실제로 실행한 가중치 연산을 센 값. *이득*은 95% 구간 "
-             "전체가 폭과 깊이가 다른 평범한 모델들의 경계선을 넘을 때만 인정합니다. 전체: "
-             "[보고서](results/table_cpu.md), {link}.",
+             "전체가 폭과 깊이가 다른 평범한 모델들의 경계선을 넘을 때만 인정합니다. 이 폭에서 디코드 한 "
+             "단계는 바이트보다 호출이 좌우하니, GPT-2 크기는 [docs/presets.md](docs/presets.md)를 "
+             "보세요. 전체: [보고서](results/table_cpu.md), {link}.",
         missing="이 표는 아직 측정되지 않았습니다. {} 명령이 만듭니다.",
         opening="**nanoCortex는 뇌에서 착안한 블록을 모두 플래그 뒤에 둔 nanoGPT로, 블록마다 밀집(dense) "
                 "쌍둥이와 나란히 학습시켜 시간을 재고 연산을 세며 진 것까지 그대로 보여 주고, 플래그를 "
