@@ -13,7 +13,8 @@ with
         ...
         return {"measurements": {...}, "seeds": [...]}      # more fields as it likes
 
-a line "name": "Name" in bench.py's COMMANDS and, for the README, one in readme.py's TABLES.
+a line "name": "Name" in bench.py's COMMANDS and, for docs/results.md, one in readme.py's TABLES. Which rows
+stand on which page of docs/ is in pages.py.
 """
 import os
 from dataclasses import dataclass

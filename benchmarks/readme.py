@@ -1,52 +1,85 @@
-"""The README's tables, written from results/*.json."""
+"""The tables of the README and of docs/, written from results/*.json."""
 import re
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
-from benchmarks import ROOT, report
+from benchmarks import ROOT, pages, report
 from benchmarks.record import CAUSAL, DENSE, DENSE_FP32, OURS, PEER, TWIN, mean_of, read, write_atomically
-from configurator import require
+from configurator import close_match, require
 
-MARKS = "<!-- results: written by `python bench.py readme` from results/*.json -->", "<!-- end of results -->"
+BEGIN, END = "<!-- rows: {} -->", "<!-- end of rows -->"
+BLOCK = re.compile(BEGIN.format("(.+?)") + f"\n.*?{END}", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Readme:
-    """Write the README's table of measurements from results/*.json."""
-    check: bool = False  # change nothing: exit with status 2 if the README is not up to date
+    """Write the tables of README.md, README.ko.md and docs/ from results/*.json."""
+    check: bool = False  # change nothing: exit with status 2 if one of these pages is not up to date
 
 
 def readme(cfg):
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = with_table(old, results_table(ROOT / "results"))
-    require(not cfg.check or new == old,
-            "README.md is not what results/*.json say: type python bench.py readme")
-    if new != old:
-        write_atomically(path, new)
-    print("README.md is up to date" if new == old else "README.md is written anew")
+    records, stale = records_of(ROOT / "results"), []
+    for path in (ROOT / "README.md", ROOT / "README.ko.md", *sorted((ROOT / "docs").glob("*.md"))):
+        name, old = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        new = filled(old, name, records)
+        if new != old:
+            stale.append(name)
+            if not cfg.check:
+                write_atomically(path, new)
+    require(not cfg.check or not stale,
+            f"{', '.join(stale)}: not what results/*.json say: type python bench.py readme")
+    print(f"written anew: {', '.join(stale)}" if stale else "the README and docs/ are up to date")
 
 
-def with_table(text, table):
-    """`text` with `table` between the two marks."""
-    head, _, rest = text.partition(MARKS[0])
-    _, mark, tail = rest.partition(MARKS[1])
-    require(mark, f"README.md has lost its marks: put '{MARKS[0]}' and '{MARKS[1]}' where the table belongs")
-    return f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{tail}"
+def records_of(folder):
+    """{name: record} of every *.json in a folder."""
+    return {path.name: read(path) for path in sorted(folder.glob("*.json"))}
 
 
-def results_table(folder):
-    """Every record of `folder` as rows of the markdown tables TABLES, and the places where they ran."""
-    records = {path.name: read(path) for path in sorted(folder.glob("*.json"))}
-    lines = []
-    for head, subcommands, rows_of in TABLES:
-        lines += table(head, [f"| {row} | [{name}](results/{name}) |" for name, found in records.items()
-                              if found["subcommand"] in subcommands or not subcommands
-                              for row in rows_of(found)])
+def filled(text, page, records):
+    """The text of a page, its path below the root, with every block between BEGIN and END written anew."""
+    said = {len(BLOCK.findall(text)), text.count(BEGIN.partition("{")[0]), text.count(END)}
+    require(len(said) == 1, f"{page} has lost a mark: a block of rows begins with '{BEGIN.format('NAME')}' "
+            f"and ends with '{END}', each on a line of its own")
+
+    def write(match):
+        name = match[1]
+        require(name in BLOCKS, f"{page} asks for the rows of '{name}'{close_match(name, BLOCKS)}: it must "
+                f"be one of {', '.join(BLOCKS)}")
+        return "\n".join((BEGIN.format(name), seen_from(page, BLOCKS[name](records)), END))
+    return BLOCK.sub(write, text)
+
+
+def seen_from(page, rows):
+    """Rows whose links begin at the root, as a page has to write them."""
+    return rows.replace("](docs/", "](").replace("](results/", "](../results/") if "/" in page else rows
+
+
+def results_table(records):
+    """Every record as rows of the markdown tables TABLES, and the places where they ran."""
     hardware = [found["hardware"] for found in records.values()]
     places = [f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}" for h in hardware]
-    return "\n".join([*lines, "Medians; " + "; ".join(dict.fromkeys(places))
+    return "\n".join([*tables(records, dict.fromkeys(records, ".*")),
+                      "Medians; " + "; ".join(dict.fromkeys(places))
                       + ". Each record holds its command, commit, spread and load average."])
+
+
+def mechanism(page, records):
+    """What the records say of one mechanism: its arms in the table, and its rows of the other records."""
+    return "\n".join([*pages.own_rows(page, records), *tables(records, page.elsewhere)]).rstrip("\n")
+
+
+def tables(records, wanted):
+    """Lines of TABLES with the rows whose first cell fits. wanted: {record: pattern of that cell}."""
+    lines = []
+    for head, subcommands, rows_of in TABLES:
+        lines += table(head, [f"| {row} | [{name}](results/{name}) |"
+                              for name, pattern in wanted.items() if name in records
+                              if records[name]["subcommand"] in subcommands or not subcommands
+                              for row in rows_of(records[name])
+                              if re.fullmatch(pattern, row.split(" | ")[0])])
+    return lines
 
 
 def table(head, rows):
@@ -139,6 +172,13 @@ def depth_rows(record):
         yield f"{name} | {p['layers']:.2f} | {loss} | {rate:,.0f} | {step}"
 
 
+def drafted_rows(record):
+    """Self-speculation: how many tokens are those of all layers, how many drafts stood, what it gained."""
+    for name, d in record.get("drafted", {}).items():
+        yield (f"{name} | {d['equal']:,} of {d['tokens']:,} | {d['accepted']:.0%} "
+               f"| {d['tokens_per_round']:.2f} | {d['to_twin']:.2f}x | {d['ceiling']:.2f}x")
+
+
 def growth_rows(record):
     for name, s in record["measurements"]["val loss"]["sides"].items():
         seconds = statistics.median(run["step_seconds"] for run in record["runs"][name])
@@ -206,6 +246,8 @@ TABLES = (
      window_rows),
     ("depth | layers per token | val loss | tokens/s, greedy | a training step, ms", ("depth", "ponder"),
      depth_rows),
+    ("drafts | tokens that all layers would choose | drafts that stand | tokens a round "
+     "| times the dense twin's tokens/s | what the weights read allow", ("depth",), drafted_rows),
     ("growth | val loss | seeds | training steps, s | TFLOP | iterations", ("grow",), growth_rows),
     ("the race's config with | val loss | seeds | to ours", ("ablate",), change_rows),
     ("second task learnt with | loss on the first | forgetting | less than fine-tuning | loss on the second "
@@ -218,3 +260,9 @@ TABLES = (
      fertility_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
 )
+
+# what may stand between the marks of a page, by the name in the first one
+BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
+                                   for part, make in (("opening", pages.opening), ("table", pages.main_table))
+                                   for language, words in pages.LANGUAGES.items()}
+BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}

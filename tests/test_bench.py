@@ -474,11 +474,11 @@ def test_curves_are_thinned_and_smoothed():
     assert thin[100] == [5000, 250.0, 495.0]                        # the mean of 490 .. 500
 
 
-def test_the_readme_says_what_the_records_say():
+def test_the_readme_and_the_pages_say_what_the_records_say():
     readme.readme(readme.Readme(check=True))
 
 
-def test_the_readme_table_is_made_from_records_with_both_sides(tmp_path):
+def test_the_tables_are_made_from_records_with_both_sides(tmp_path):
     spread = {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 5}
     record = {"subcommand": "decode", "config": {"shape": "baby"},
               "hardware": {"cpu": "x", "gpu": None, "threads": 2, "torch": "2"},
@@ -487,10 +487,32 @@ def test_the_readme_table_is_made_from_records_with_both_sides(tmp_path):
                                         "ratio": {"ours": 2500.0}},
                                "alone": {"unit": "ms", "sides": {"ours": spread}, "ratio": {}}}}
     (tmp_path / "a.json").write_text(json.dumps(record))
-    table = readme.results_table(tmp_path)
+    table = readme.results_table(readme.records_of(tmp_path))
     assert "| decode baby: step, ms | 2 | 5,000 | 2500.00x | [a.json](results/a.json) |" in table
     assert "alone" not in table
-    text = f"head {readme.MARKS[0]} old {readme.MARKS[1]} tail"
-    assert readme.with_table(text, "new") == f"head {readme.MARKS[0]}\nnew\n{readme.MARKS[1]} tail"
-    with pytest.raises(ConfigError, match="lost its marks"):
-        readme.with_table("no marks", "new")
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("<!-- rows: all -->\nno end", "lost a mark"), ("no begin <!-- end of rows -->", "lost a mark"),
+    ("<!-- rows: all -->\n<!-- rows: osc -->\n<!-- end of rows -->", "lost a mark"),
+    ("<!-- rows: oscs -->\n<!-- end of rows -->", "rows of 'oscs', did you mean 'osc'")])
+def test_a_page_that_cannot_be_filled_says_why(text, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        readme.filled(text, "docs/x.md", {})
+
+
+def test_a_stale_page_is_named_and_written(tmp_path, monkeypatch, capsys):
+    text = "a {}<!-- rows: osc -->{}\n<!-- end of rows --> b"
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "README.ko.md"):
+        (tmp_path / name).write_text("nothing to fill")
+    (tmp_path / "docs" / "osc.md").write_text(text.format("", "\nold"))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    with pytest.raises(ConfigError, match=r"^docs/osc.md: not what"):
+        readme.readme(readme.Readme(check=True))
+    readme.readme(readme.Readme())
+    assert "docs/osc.md" in capsys.readouterr().out
+    written = (tmp_path / "docs" / "osc.md").read_text()
+    assert "not measured yet" in written and "old" not in written
+    assert written.startswith("a ") and written.endswith(" b")
+    readme.readme(readme.Readme(check=True))
