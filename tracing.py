@@ -150,6 +150,9 @@ def write(path, recorder, about):
     flags = [f"{key}={value}" for key, value in list(config.model_args().items())[7:]]
     about = {"model": f"{config.n_layer} layers, {config.n_embd} wide", "flags": " ".join(flags) or "none",
              **about}
+    longest = max(len(sample["tokens"]) for sample in recorder.samples)
+    if longest > config.block_size:
+        about["note"] = f"past {config.block_size} tokens every step of --overflow=exact reads its window anew"
     data = {"about": about, "layers": config.n_layer, "dense": dense_macs(config),
             "groups": config.columns or config.experts, "group": "column" if config.columns else "expert",
             "totals": totals(recorder.samples, config), "samples": recorder.samples}

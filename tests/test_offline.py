@@ -10,8 +10,9 @@ NO_SOCKETS = """
 import socket
 def refuse(*words, **more):
     raise OSError("network is unreachable")
-for name in ("socket", "create_connection", "getaddrinfo"):
-    setattr(socket, name, refuse)
+class Refused(socket.socket):
+    __init__ = refuse
+socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, refuse
 """
 SMALL = words(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, max_iters=2, eval_iters=1,
               device="cpu")
