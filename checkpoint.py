@@ -235,7 +235,7 @@ def read(place, device="cpu", resume=False):
 
     What is damaged is told on stderr and left out; without an intact one a ConfigError says why.
     """
-    paths = [Path(place)] if os.path.isfile(place) else find(place, resume)
+    paths = find(place, resume) if resume or not os.path.isfile(place) else [Path(place)]
     found, wrong, hashes = entries(paths[0].parent), [], {}
     for path in paths:
         try:

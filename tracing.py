@@ -152,7 +152,7 @@ def write(path, recorder, about):
              **about}
     longest = max(len(sample["tokens"]) for sample in recorder.samples)
     if longest > config.block_size:
-        about["note"] = f"past {config.block_size} tokens every step of --overflow=exact reads its window anew"
+        about["note"] = f"past {config.block_size} tokens --overflow=exact reads the window anew every step"
     data = {"about": about, "layers": config.n_layer, "dense": dense_macs(config),
             "groups": config.columns or config.experts, "group": "column" if config.columns else "expert",
             "totals": totals(recorder.samples, config), "samples": recorder.samples}

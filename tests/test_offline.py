@@ -10,8 +10,11 @@ NO_SOCKETS = """
 import socket
 def refuse(*words, **more):
     raise OSError("network is unreachable")
-class Refused(socket.socket):
-    __init__ = refuse
+class Refused(socket.socket):                   # pipes between processes of one machine may pass
+    def __init__(self, family=-1, *words, **more):
+        if family != getattr(socket, "AF_UNIX", None):
+            refuse()
+        super().__init__(family, *words, **more)
 socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, refuse
 """
 SMALL = words(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, max_iters=2, eval_iters=1,
