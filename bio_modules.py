@@ -454,6 +454,7 @@ class Dendritic(MLP):
 
     def many(self, x, ctx):
         K = len(self.mix)
+        kernels.note(x.numel() // x.size(-1), self.c_fc.weight)
         up = self.c_fc.weight.to(x.dtype).unflatten(0, (K, -1))              # (K, units/K, C/K)
         branches = torch.einsum("...kc,kuc->...ku", x.unflatten(-1, (K, -1)), up)
         branches = plus(branches.flatten(-2), self.c_fc.bias).unflatten(-1, (K, -1))

@@ -761,6 +761,12 @@ class Tally:
         self.bytes += rows * width * weight.element_size()
 
 
+def note(tokens, weight):
+    """While `counting`: so many tokens meet a whole matrix, in an operator that does not count itself."""
+    if tally is not None:
+        tally.add(tokens, *weight.shape, weight)
+
+
 @contextlib.contextmanager
 def counting():
     """Count what products of weights execute inside the block -> a Tally."""

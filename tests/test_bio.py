@@ -358,3 +358,10 @@ def test_turning_a_mechanism_on_leaves_every_shared_weight_as_it_is():
     for arm in ("topk", "winners", "event_gate", "columns", "experts", "predict"):
         weights = GPT(GPTConfig(**TINY | ARMS[arm]), seed=1).state_dict()
         assert all(torch.equal(plain[name], weights[name]) for name in plain), arm
+
+
+def test_branches_of_the_stream_are_counted():
+    C, units, K = 16, 64, 4
+    macs, _ = step_work(build(dict(n_layer=1, bias=False, compartments=K, act="gelu")), tokens(1, 5))
+    dense, _ = step_work(build(dict(n_layer=1, bias=False)), tokens(1, 5))
+    assert dense - macs == C * units - C * units // K
