@@ -476,7 +476,10 @@ class Mixture:
     def __init__(self, streams, weights):
         self.streams, self.batch_size = streams, streams[0].batch_size
         self.weights = [round(weight / sum(weights) * 2**20) for weight in weights]
-        self.tokens = sum(stream.tokens for stream in streams)
+
+    @property
+    def tokens(self):
+        return sum(stream.tokens for stream in self.streams)
 
     def taken(self, rows):
         """How many of the first `rows` rows each data set gives."""

@@ -158,8 +158,21 @@ def join_world(backend, device):
         torch.cuda.set_device(device)
     if not cuda and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
-    dist.init_process_group(backend if cuda else "gloo", timeout=timedelta(minutes=10))
+    limit = timedelta(minutes=10)
+    dist.init_process_group(backend if cuda else "gloo", timeout=limit, **meeting_place(world, limit))
     return world, device
+
+
+def meeting_place(world, limit):
+    """Keywords of init_process_group: nothing without torchrun's own store; with it, a part of the store for
+    this attempt alone. The agent keeps one store over all restarts, and processes that start again would wait
+    there for the addresses of dead ones (torch 2.15: past any timeout)."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.size,
+                          is_master=False, timeout=limit)
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dict(store=attempt, rank=world.rank, world_size=world.size)
 
 
 def leave(world, status):

@@ -201,6 +201,22 @@ class Trainer:
         return {row["iter"]: row["loss"] for row in self.metrics(out) if "loss" in row}
 
 
+def in_parallel(trainer, ranks, resume=False, **keys):
+    """Ranks of one run as forks that join over gloo -> their results."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if resume:
+        keys = dict(init_from="resume", **keys)
+    jobs = [trainer.start(**keys, env={"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks),
+                                       "LOCAL_WORLD_SIZE": str(ranks),
+                                       "MASTER_ADDR": "127.0.0.1",
+                                       "MASTER_PORT": str(port)}) for r in range(ranks)]
+    results = [job.wait() for job in jobs]
+    assert [result.status for result in results] == [0] * ranks, results[0].err + results[-1].err
+    return results
+
+
 @pytest.fixture
 def train(tmp_path, data):
     return Trainer(tmp_path, data)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import LIMIT, ONE_THREAD, ROOT, TINY, Job, one_sentence, run_real, same, words
+from conftest import LIMIT, ONE_THREAD, ROOT, TINY, Job, in_parallel, one_sentence, run_real, same, words
 
 import checkpoint
 from configurator import ConfigError
@@ -234,10 +234,10 @@ def test_a_bad_number_in_one_place_of_one_gradient_skips_the_step(train, finishe
 
 
 def test_a_finite_spike_is_clipped_and_training_goes_on(train, finished):
-    spike = PATCH_LOSS.replace("loss * math.nan", "loss * 1e20")
+    spike = PATCH_LOSS.replace("loss * math.nan", "loss * 1e12")
     train(before=spike.format(bad={7}), eval_interval=1, keep_checkpoints=99)
     rows = {row["iter"]: row for row in train.metrics()}
-    assert rows[3]["grad_norm"] > 1e15 and "skipped" not in rows[3] and len(train.losses()) == 16
+    assert rows[3]["grad_norm"] > 1e9 and "skipped" not in rows[3] and len(train.losses()) == 16
     before, after = (train.checkpoint(name=f"ckpt-{n:06d}.pt")["model"] for n in (3, 4))
     assert all((before[key] - after[key]).abs().max() < 0.1 for key in before)      # one step of AdamW
     assert rows[15]["loss"] < rows[0]["loss"]
@@ -267,11 +267,13 @@ model.GPT.forward = forward
     assert "Traceback" not in result.err
 
 
-@posix
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc")
 def test_a_real_lack_of_memory_is_the_same_sentence(train):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (40 * 2**30, 40 * 2**30))"
-    result = train(before=limit, status=2, batch_size=2**20, eval_iters=1, block_size=64, vocab_size=50304)
-    assert "cpu ran out of memory at batch_size=1048576" in result.err and "Traceback" not in result.err
+    limit = ("import resource; pages = int(open('/proc/self/statm').read().split()[0]); "
+             "most = pages * resource.getpagesize() + 2**30; "
+             "resource.setrlimit(resource.RLIMIT_AS, (most, most))")
+    result = train(before=limit, status=2, batch_size=2**16, eval_iters=1, block_size=64)
+    assert "cpu ran out of memory at batch_size=65536" in result.err and "Traceback" not in result.err
 
 
 def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(train):
@@ -322,16 +324,18 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_one_without_it(train,
                       + KILL_ONCE.format(rank=rank, at=at)
                       + f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
                       "runpy.run_path(sys.argv[0], run_name='__main__')\n")
-    keys = TINY | dict(dropout=0.1, gradient_accumulation_steps=4, dataset=train.data)
+    keys = dict(dropout=0.1, gradient_accumulation_steps=4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--max-restarts=1"]
-    for script, out in ((runner, "killed"), (ROOT / "train.py", "whole")):
-        done = subprocess.run([*command, str(script), *words(**keys, out_dir=train.folder / out)],
-                              cwd=train.folder, env={**os.environ, **ONE_THREAD}, capture_output=True,
-                              text=True, timeout=2 * LIMIT)
-        assert done.returncode == 0, done.stderr[-3000:]
+               "--max-restarts=1", "--monitor-interval=0.1", str(runner),
+               *words(**TINY | keys, dataset=train.data, out_dir=train.folder / "killed")]
+    done = subprocess.run(command, cwd=train.folder, env={**os.environ, **ONE_THREAD}, capture_output=True,
+                          text=True, timeout=2 * LIMIT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    in_parallel(train, 2, **keys, out="whole")
     assert train.losses("killed") == train.losses("whole") and len(train.losses("whole")) == 16
-    same(train.checkpoint("killed"), train.checkpoint("whole"), skip=(*TIMES, "launch"))
+    killed = train.checkpoint("killed")
+    assert killed.pop("launch")
+    same(killed, train.checkpoint("whole"), skip=TIMES)
 
 
 # -------------------------------------------------- killed, or out of space ---------------------------------

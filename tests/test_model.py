@@ -174,7 +174,7 @@ def test_forward_traces_in_one_graph(arm):
     for run in (compiled, model):
         torch.manual_seed(0)
         losses.append(run(idx, idx)[1])
-    assert torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)      # eager oscillating units have a kernel
 
 
 def test_weights_depend_on_their_name_and_the_seed_alone():

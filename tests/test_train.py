@@ -3,7 +3,6 @@ import functools
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from arms import ARMS
-from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, one_sentence, same, words
+from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, in_parallel, one_sentence, same, words
 
 import checkpoint
 import dataset
@@ -193,22 +192,6 @@ def test_init_from_a_path_starts_anew_from_its_weights(train, finished):
 
 # -------------------------------------------------- several processes ---------------------------------------
 
-def in_parallel(trainer, ranks, resume=False, **keys):
-    """Ranks of one run as forks that join over gloo -> their results."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    if resume:
-        keys = dict(init_from="resume", **keys)
-    jobs = [trainer.start(**keys, env={"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks),
-                                       "LOCAL_WORLD_SIZE": str(ranks),
-                                       "MASTER_ADDR": "127.0.0.1",
-                                       "MASTER_PORT": str(port)}) for r in range(ranks)]
-    results = [job.wait() for job in jobs]
-    assert [result.status for result in results] == [0] * ranks, results[0].err + results[-1].err
-    return results
-
-
 @pytest.mark.parametrize("ranks, optimizer, tolerance", [
     (2, "adamw", 1e-6), (2, "muon", 1e-3),                 # Newton-Schulz is in bf16: it magnifies a last bit
     pytest.param(4, "adamw", 1e-6, marks=pytest.mark.slow)])
@@ -221,7 +204,8 @@ def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, toler
     single, parallel = train.losses("single"), train.losses("parallel")
     assert single.keys() == parallel.keys() == set(range(16))
     assert all(abs(single[i] - parallel[i]) <= tolerance * single[i] for i in single)
-    assert sorted(p.name for p in (train.folder / "parallel").iterdir()) == ["ckpt.pt", "metrics.jsonl"]
+    files = {p.name for p in (train.folder / "parallel").iterdir()}
+    assert files == {"ckpt.pt", "ckpt-000012.pt", "manifest.json", "metrics.jsonl"}
     one, many = ([row["val_loss"] for row in train.metrics(out) if "val_loss" in row] for out in ("single",
                                                                                                   "parallel"))
     assert one == pytest.approx(many, rel=tolerance)
