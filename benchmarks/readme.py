@@ -228,6 +228,13 @@ def energy_rows(record):
                f"| {len(found)}")
 
 
+def fault_rows(record):
+    """Faults: how many of what was injected held."""
+    for row, found in sorted(record["faults"].items(), key=lambda item: int(item[0][1:])):
+        yield (f"{row}, {found['about']} | {found['held']}/{found['held'] + found['failed']} "
+               f"| {found['seconds']:.0f}")
+
+
 def figure(s):
     """A median in four digits, thousands apart."""
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
@@ -258,6 +265,7 @@ TABLES = (
      kernel_rows),
     ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
      fertility_rows),
+    ("injected | held | seconds", ("faults",), fault_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
 )
 
@@ -266,3 +274,4 @@ BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                    for part, make in (("opening", pages.opening), ("table", pages.main_table))
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
+BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
-from score import case, pytest_runtest_call, pytest_terminal_summary  # noqa: F401
+from score import case, pytest_addoption, pytest_runtest_call, pytest_terminal_summary  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -2,6 +2,7 @@
 
 A test counts as one case, or as the number of times that it called the `case` fixture.
 """
+import json
 import time
 
 import pytest
@@ -81,7 +82,25 @@ def pytest_runtest_call(item):
             rows[row] = [before[0] + held, before[1] + failed, before[2] + time.perf_counter() - clock]
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_addoption(parser):
+    parser.addoption("--score", default="", help="also write the fault table as a record, FILE.json")
+
+
+def write(path):
+    """The score as a record that `bench.py readme` reads."""
+    from benchmarks.record import SCHEMA, commit_of, hardware, load_average, versions, write_atomically
+    from benchmarks import ROOT  # isort: skip
+    found = {row: {"about": ROWS[row][0], "held": held, "failed": failed, "seconds": seconds}
+             for row, (held, failed, seconds) in rows.items()}
+    write_atomically(path, json.dumps({
+        "schema": SCHEMA, "subcommand": "faults", "command": "python -m pytest -m '' --score=FILE.json",
+        "hardware": hardware(), "versions": versions(), "commit": {"ours": commit_of(ROOT)},
+        "load_average": load_average(), "measurements": {}, "faults": found}) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--score"):
+        write(config.getoption("--score"))
     if not rows:
         return
     terminalreporter.section("fault table")

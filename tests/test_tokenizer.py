@@ -46,27 +46,31 @@ def assert_survives(made, text):
 
 
 @settings(max_examples=300, deadline=None)
-@given(TEXT)
-def test_any_text_survives_the_byte_tokenizer_whole_and_streamed(text):
+@given(text=TEXT)
+def test_any_text_survives_the_byte_tokenizer_whole_and_streamed(case, text):
     assert_survives(ByteTokenizer(), text)
+    case()
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet=CHARS.chars))
-def test_any_text_survives_the_character_tokenizer_whole_and_streamed(text):
+@given(text=st.text(alphabet=CHARS.chars))
+def test_any_text_survives_the_character_tokenizer_whole_and_streamed(case, text):
     assert_survives(CHARS, text)
+    case()
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=TEXT)
-def test_any_text_survives_gpt2_whole_and_streamed(gpt2, text):
+def test_any_text_survives_gpt2_whole_and_streamed(gpt2, case, text):
     assert_survives(gpt2, text)
+    case()
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 255)))
-def test_bytes_that_are_no_text_stream_as_they_decode(ids):
+@given(ids=st.lists(st.integers(0, 255)))
+def test_bytes_that_are_no_text_stream_as_they_decode(case, ids):
     assert "".join(streamed(ByteTokenizer(), ids)) == ByteTokenizer().decode(ids)
+    case()
 
 
 def test_a_stream_holds_a_character_back_until_it_is_whole():
