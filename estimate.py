@@ -43,13 +43,17 @@ def moments(optimizer):
 
 
 def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, processes):
-    """Take a few real steps of a run and say what all of it needs; nothing is written.
+    """Take a few real steps of a run and say what all of it needs; nothing is written -> lines.
 
-    step: a function that trains one step and returns its seconds. The model is changed by it.
+    step: a function that trains one step of so many micro-batches and returns its seconds. The model is
+    changed by it. A step of many is reckoned from steps of one and of two.
     """
     parameters = list(model.parameters())
     kept = saved_bytes(model, *batch)
-    seconds = statistics.median([step() for _ in range(WARM_UP + STEPS)][WARM_UP:])
+    micro = cfg.gradient_accumulation_steps // processes
+    one, two = (statistics.median([step(count) for _ in range(WARM_UP + STEPS)][WARM_UP:])
+                for count in (1, min(2, micro)))
+    seconds = one + (micro - 1) * max(0.0, two - one)
     weights, states = bytes_of(parameters), bytes_of(moments(optimizer))
     logits = 4 * batch[0].numel() * model.config.vocab_size
     total = 2 * weights + states + kept + logits
@@ -63,7 +67,7 @@ def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, pr
         lines.append(f"peak that the device measured: {mib(torch.cuda.max_memory_allocated())}")
     lines += [f"tokens: {tokens_per_iter:,} an iteration, {tokens:,} in all, data {data_tokens:,}: "
               f"{tokens / data_tokens:.2f} epochs",
-              f"time: {1e3 * seconds:,.0f} ms an iteration (processes {processes}, median of {STEPS} steps), "
+              f"time: {1e3 * seconds:,.0f} ms an iteration (processes {processes}, medians of {STEPS}), "
               f"{tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * cfg.max_iters)} in all "
               "without evaluations"]
     return lines

@@ -444,10 +444,10 @@ def answer(kind, error, trace):
     say_and_exit(kind, error, trace)
 
 
-def timed_step():
-    """One training step -> its seconds; the loop's state goes on, so it is for dry runs."""
-    global batch
-    clock = time.perf_counter()
+def timed_step(micro_batches):
+    """One training step of so many micro-batches -> its seconds; the loop's state goes on: for dry runs."""
+    global accumulation, batch
+    accumulation, clock = micro_batches, time.perf_counter()
     batch = train_step(iter_num, batch)[2]
     return time.perf_counter() - clock
 
