@@ -124,7 +124,8 @@ class Job:
         self.out, self.err = Path(cwd) / f"{name}.stdout", Path(cwd) / f"{name}.stderr"
         script, argv, env = Path(ROOT, script), [str(word) for word in argv], env or {}
         self.child = None
-        self.out.touch()
+        for path in (self.out, self.err):                       # it may be killed before it has made them
+            path.write_bytes(b"")
         if nursery:
             self.pid = nursery.ask("start", dict(script=script, argv=argv, cwd=cwd, env=env, before=before,
                                                  out=self.out, err=self.err))

@@ -4,6 +4,7 @@ A test counts as one case, or as the number of times that it called the `case` f
 """
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -87,15 +88,16 @@ def pytest_addoption(parser):
 
 
 def write(path):
-    """The score as a record that `bench.py readme` reads."""
+    """The score as a record that `bench.py readme` reads; rows that did not run stay as the file has them."""
     from benchmarks.record import SCHEMA, commit_of, hardware, load_average, versions, write_atomically
     from benchmarks import ROOT  # isort: skip
-    found = {row: {"about": ROWS[row][0], "held": held, "failed": failed, "seconds": seconds}
-             for row, (held, failed, seconds) in rows.items()}
+    found = {row: {"about": ROWS[row][0], "held": held, "failed": failed, "seconds": seconds,
+                   "commit": commit_of(ROOT)} for row, (held, failed, seconds) in rows.items()}
+    old = json.loads(Path(path).read_text(encoding="utf-8"))["faults"] if Path(path).is_file() else {}
     write_atomically(path, json.dumps({
         "schema": SCHEMA, "subcommand": "faults", "command": "python -m pytest -m '' --score=FILE.json",
         "hardware": hardware(), "versions": versions(), "commit": {"ours": commit_of(ROOT)},
-        "load_average": load_average(), "measurements": {}, "faults": found}) + "\n")
+        "load_average": load_average(), "measurements": {}, "faults": old | found}) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -345,7 +345,7 @@ def kill_saves(folder, kills, rng, case):
     script, path, strays, newest = folder / "saver.py", folder / "ckpt.pt", 0, 0
     script.write_text(SAVER)
     for kill in range(kills):
-        job = Job(script, [path, newest], folder, name=f"job{kill}")
+        job = Job(script, [path, newest], folder)
         while (kill % 3 or not newest) and not job.out.read_text().endswith("\n"):  # else hit the first
             time.sleep(0.001)
         time.sleep(rng.random() * 0.03)
