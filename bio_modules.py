@@ -1098,8 +1098,8 @@ def summary(rows):
 
 
 def by_layer(rows, layers):
-    """The layers' counters as {counter: [its value in each of so many layers]}, None where a layer has none or
-    none that is finite: JSON has no NaN."""
+    """The layers' counters as {counter: [its value in each of so many layers]}, None where a layer has none,
+    or none that is finite: JSON has no NaN."""
     keys = sorted({key for row in rows.values() for key in row})
     values = {key: [rows.get(layer, {}).get(key, math.nan) for layer in range(layers)] for key in keys}
     return {key: [v if math.isfinite(v) else None for v in column] for key, column in values.items()}

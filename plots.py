@@ -24,7 +24,6 @@ import torch
 
 import checkpoint as ckpt
 import dataset as datasets
-import runtime
 from bio_modules import BranchGate, ColumnGate, EventGate, ExpertGate, Oscillating
 from configurator import ConfigError, configure, require, say_and_exit
 from figures import drawing, pyplot
@@ -186,7 +185,7 @@ def sparsity(run, cfg):
 def grid(rows, counter):
     rows = [row for row in rows if row["by_layer"].get(counter)]
     values = np.array([row["by_layer"][counter] for row in rows], dtype=float)
-    return np.array([row["iter"] for row in rows]), values.reshape(len(rows), -1)
+    return np.array([row["iter"] for row in rows]), values.reshape(len(rows), -1 if rows else 0)
 
 
 @dataclass
@@ -253,7 +252,7 @@ def watch_opening(model, idx, found):
              for layer, module in of_kind(model, *OPENED)]
     if model.config.exits:
         exits = model.transformer.exits
-        found[PROBES].aim, exits.threshold, exits.policy = exits.threshold, 1.0, True     # asked, never obeyed
+        found[PROBES].aim, exits.threshold, exits.policy = exits.threshold, 1.0, True    # asked, never obeyed
         hooks += [probe.register_forward_hook(partial(see_probe, depth))
                   for depth, probe in zip(exits.after, exits.probes)]
     model(idx)
@@ -280,7 +279,8 @@ BAND, FAINT, PALE = 0.10, 0.25, "0.82"
 
 def colours(names):
     """{name: colour and stroke}, different ones for the first forty."""
-    return {name: dict(color=f"C{i % 10}", ls=STROKES[i // 10 % len(STROKES)]) for i, name in enumerate(names)}
+    return {name: dict(color=f"C{i % 10}", ls=STROKES[i // 10 % len(STROKES)])
+            for i, name in enumerate(names)}
 
 
 def plain(name):
@@ -289,12 +289,12 @@ def plain(name):
     return (" " * name.startswith("_") + name).replace("$", r"\$")
 
 
-def legend(axis, lines, title=None):
-    """Beside the last axis: a line of each run, one run needs none but is named above."""
+def legend(axis, lines):
+    """Beside the last axis a line of each run; a single run is named above instead."""
     if len(lines) == 1:
-        return axis.figure.suptitle(title or next(iter(lines)), fontsize=10)
-    axis.legend(lines.values(), lines, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8,
-                title=title, title_fontsize=8, handlelength=3)
+        return axis.figure.suptitle(next(iter(lines)), fontsize=10)
+    axis.legend(lines.values(), lines, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False,
+                fontsize=8, handlelength=3)
 
 
 def short(axis):
@@ -352,7 +352,7 @@ def draw_heat(paths, counters, found):
         for axis, counter in zip(axes.flat, counters):
             at, values = grids[counter]
             low, high = np.nanmin(values), np.nanmax(values)
-            even = max(1e-9, 0.05 * abs(high)) * (high - low <= 1e-3 * abs(high))      # a colour bar has a range
+            even = max(1e-9, 0.05 * abs(high)) * (high - low <= 1e-3 * abs(high))   # a colour bar spans
             image = axis.imshow(values.T, aspect="auto", origin="lower", interpolation="nearest",
                                 vmin=low - even, vmax=high + even)
             axis.set(title=COUNTERS[counter], xlabel="iteration", ylabel="layer")
@@ -412,7 +412,8 @@ def draw_boxes(axis, gates, look):
 
 def draw_medians(axis, gates, look):
     layers = sorted(gates.by_layer)
-    low, middle, high = np.array([np.quantile(gates.by_layer[layer], (0.05, 0.5, 0.95)) for layer in layers]).T
+    low, middle, high = np.transpose([np.quantile(gates.by_layer[layer], (0.05, 0.5, 0.95))
+                                      for layer in layers])
     axis.fill_between(layers, low, high, color=look["color"], alpha=BAND, lw=0)
     return axis.plot(layers, middle, marker="o", ms=3, lw=1.3, **look)[0]
 
@@ -466,7 +467,8 @@ def make_folder(out):
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"out={out} cannot be made ({error.strerror}): type --out=ANOTHER_FOLDER") from error
+        raise ConfigError(f"out={out} cannot be made ({error.strerror}): type "
+                          "--out=ANOTHER_FOLDER") from error
 
 
 def report(figure, runs, paths):
