@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import chat
 import checkpoint as ckpt
 import continual
 import dataset as datasets
@@ -20,6 +19,7 @@ import decoding
 import runtime
 import sparse_kernels
 import tokenizer as tokenizers
+from chat import Chat, converse, show
 from configurator import configure, require
 from layers import Packed, settle
 from model import GPT
@@ -127,8 +127,8 @@ def main(cfg):
         model.trunk = torch.compile(model.trunk, dynamic=True)
     if cfg.chat:
         continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
-        return chat.converse(chat.Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start),
-                                       cfg.stop, cfg.enter))
+        return converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop,
+                             cfg.enter))
     ids = tokenizer.encode(prompt_of(cfg.start))
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)
@@ -171,11 +171,6 @@ def depth_used(model, stream):
         return (f", {exits.layers_run / exits.tokens_run:.2f} of {model.config.n_layer} layers per token, "
                 "the prompt's included")
     return ""
-
-
-def show(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
