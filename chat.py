@@ -29,7 +29,7 @@ class Chat:
         self.stream, self.tokenizer, self.device, self.seed = stream, tokenizer, device, seed
         self.start = self.text = start
         self.stop, self.enter = newlines(stop), newlines(enter)
-        self.end = getattr(tokenizer, "end_of_text", None)
+        self.end = tokenizer.end_of_text
 
     def reset(self):
         self.text = self.start

@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -289,42 +289,45 @@ def plain(name):
     return (" " * name.startswith("_") + name).replace("$", r"\$")
 
 
-def legend(axis, lines):
-    """Beside the last axis a line of each run; a single run is named above instead."""
+def legend(axes, lines, notes=()):
+    """Right of all axes a line of each run, {name: line}, behind the notes; a single run is named above."""
+    figure = axes.flat[0].figure
     if len(lines) == 1:
-        return axis.figure.suptitle(next(iter(lines)), fontsize=10)
-    axis.legend(lines.values(), lines, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False,
-                fontsize=8, handlelength=3)
+        return figure.suptitle(plain(*lines), fontsize=10)
+    labels = [" ".join(words) for words in zip_longest(notes, map(plain, lines), fillvalue="")]
+    figure.legend(lines.values(), labels, loc="upper right", frameon=False, fontsize=8, handlelength=3)
 
 
-def short(axis):
-    """Large numbers on an axis as 20k, 3M, 1.5T."""
-    from matplotlib.ticker import EngFormatter
-    axis.set_major_formatter(EngFormatter(sep=""))
+def dress(axis, title, xlabel, **more):
+    """What all axes have in common: large numbers as 20k, 3M, 1.5T, whole numbers of layers."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+    axis.set(xlabel=xlabel, **more)
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=FAINT)
+    if xlabel == "layer":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def draw_losses(paths, axis, found, cfg):
+def draw_losses(paths, axis, found, looks, cfg):
     """Training losses, smoothed and as they were, beside validation losses: both on one logarithmic scale."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-    ranked = sorted(found, key=lambda name: last_of(found[name]))
-    looks, lines = colours(found), {}
-    with drawing(paths, columns=2, size=(10 + 2.2 * (len(found) > 1), 4.6), sharey=True) as axes:
-        for name in ranked:
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+    ends, lines = {name: last_of(found[name]) for name in found}, {}
+    with drawing(paths, columns=2, size=(10, 4.6), sharey=True) as axes:
+        for name in sorted(ends, key=ends.get):
             (x, y), (at, heard) = (found[name][loss] for loss in LOSSES)
             raw = FAINT / len(found) ** 0.5 * bool(cfg.smooth)
             axes[0].plot(*thinned(x, y), color=looks[name]["color"], lw=0.6, alpha=raw)
             axes[0].plot(*thinned(x, smoothed(y, cfg.smooth)), lw=1.3, **looks[name])
-            line, = axes[1].plot(at, heard, lw=1.3, marker="o", ms=2.5, **looks[name])
-            lines[f"{last_of(found[name]):.3f}  {plain(name)}"] = line
+            lines[name], = axes[1].plot(at, heard, lw=1.3, marker="o", ms=2.5, **looks[name])
         axes[0].set(yscale="log", ylabel="loss, nats")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
-        axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-        axes[0].yaxis.set_minor_formatter(NullFormatter())
+        axes[0].yaxis.set_major_locator(MaxNLocator(9))
+        axes[0].yaxis.set_minor_locator(NullLocator())
+        axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         for panel, title in zip(axes, LOSSES.values()):
-            panel.set(xlabel=AXES[axis][1], title=title)
-            panel.grid(alpha=FAINT)
-            short(panel.xaxis)
-        legend(axes[1], lines)
+            dress(panel, title, AXES[axis][1])
+        legend(axes, lines, [f"{end:.3f} " for end in sorted(ends.values())])
 
 
 def last_of(curves):
@@ -337,75 +340,72 @@ def thinned(x, y):
     return x[::every], y[::every]
 
 
-def draw_sparsity(paths, found, cfg):
+def draw_sparsity(paths, found, looks, cfg):
     """Layers by iterations for one run; for several the mean of their layers, and the layers at the end."""
     counters = [counter for counter in COUNTERS if any(counter in grids for grids in found.values())]
-    (draw_heat if len(found) == 1 else draw_profiles)(paths, counters, found)
+    if len(found) == 1:
+        draw_heat(paths, counters, *found.items())
+    else:
+        draw_profiles(paths, counters, found, looks)
 
 
-def draw_heat(paths, counters, found):
-    [(name, grids)] = found.items()
-    columns = min(2, len(counters))
-    rows, layers = -(-len(counters) // columns), max(values.shape[1] for _, values in grids.values())
-    height = rows * (1.3 + 0.22 * min(24, max(4, layers))) + 0.4
-    with drawing(paths, columns, (5.6 * columns, height), rows=rows, squeeze=False) as axes:
+def draw_heat(paths, counters, run):
+    name, grids = run
+    columns, layers = min(2, len(counters)), max(values.shape[1] for _, values in grids.values())
+    rows = -(-len(counters) // columns)
+    height = rows * (1.2 + 0.2 * min(24, max(4, layers))) + 0.4
+    with drawing(paths, columns, (5.4 * columns, height), rows=rows, squeeze=False) as axes:
         for axis, counter in zip(axes.flat, counters):
-            at, values = grids[counter]
-            low, high = np.nanmin(values), np.nanmax(values)
-            even = max(1e-9, 0.05 * abs(high)) * (high - low <= 1e-3 * abs(high))   # a colour bar spans
-            image = axis.imshow(values.T, aspect="auto", origin="lower", interpolation="nearest",
-                                vmin=low - even, vmax=high + even)
-            axis.set(title=COUNTERS[counter], xlabel="iteration", ylabel="layer")
-            axis.title.set_fontsize(9)
-            axis.yaxis.get_major_locator().set_params(integer=True)
-            ticks = np.unique(np.linspace(0, len(at) - 1, min(len(at), 7)).round().astype(int))
-            axis.set_xticks(ticks, [f"{at[tick]:,}" for tick in ticks])
-            axis.figure.colorbar(image, ax=axis, pad=0.02)
+            heat(axis, COUNTERS[counter], *grids[counter])
         for axis in axes.flat[len(counters):]:
             axis.set_axis_off()
-        axes[0, 0].figure.suptitle(plain(name), fontsize=10)
+        legend(axes, {name: None})
 
 
-def draw_profiles(paths, counters, found):
-    looks, lines = colours(found), {}
-    size = 12.2, max(2.5 * len(counters) + 0.3, 0.19 * len(found) + 1)
+def heat(axis, title, at, values):
+    """One map: a column each evaluation, a row each layer, the first one below."""
+    from matplotlib.ticker import MaxNLocator
+    low, high = np.nanmin(values), np.nanmax(values)
+    even = max(1e-9, 0.05 * abs(high)) * (high - low <= 1e-3 * abs(high))    # a colour bar has a range
+    image = axis.imshow(values.T, aspect="auto", origin="lower", interpolation="nearest", vmin=low - even,
+                        vmax=high + even)
+    axis.figure.colorbar(image, ax=axis, pad=0.02)
+    axis.set(xlabel="iterations", ylabel="layer")
+    axis.set_title(title, fontsize=9)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    shown = np.unique(np.linspace(0, len(at) - 1, min(len(at), 7)).round().astype(int))
+    axis.set_xticks(shown, [f"{at[i]:,}" for i in shown])
+
+
+def draw_profiles(paths, counters, found, looks):
+    lines, size = {}, (10, 2.6 * len(counters) + 0.3)
     with drawing(paths, 2, size, rows=len(counters), squeeze=False, sharey="row") as axes:
         for (over_time, at_the_end), counter in zip(axes, counters):
             for name in [name for name in found if counter in found[name]]:
                 at, values = found[name][counter]
                 over_time.plot(at, np.nanmean(values, axis=1), lw=1.2, marker="o", ms=2, **looks[name])
-                lines[plain(name)], = at_the_end.plot(values[-1], lw=1.2, marker="o", ms=3, **looks[name])
-            over_time.set(title=f"{COUNTERS[counter]}: mean of layers", xlabel="iteration")
-            at_the_end.set(title="the same by layer, at the end", xlabel="layer")
-            at_the_end.xaxis.get_major_locator().set_params(integer=True)
-            short(over_time.xaxis)
-            for axis in (over_time, at_the_end):
-                axis.title.set_fontsize(9)
-                axis.grid(alpha=FAINT)
-        legend(axes[0, 1], lines)
+                lines[name], = at_the_end.plot(values[-1], lw=1.2, marker="o", ms=3, **looks[name])
+            dress(over_time, f"{COUNTERS[counter]}: mean of layers", "iterations")
+            dress(at_the_end, "the same by layer, at the end", "layer")
+        legend(axes, lines)
 
 
-def draw_gates(paths, found, cfg):
+def draw_gates(paths, found, looks, cfg):
     """One kind of gates beside the other, by layer: boxes for one run, medians and 5% to 95% for several."""
     kinds = list(dict.fromkeys(kind for gates in found.values() for kind in gates))
-    looks, lines, alone = colours(found), {}, len(found) == 1
-    size = 5 * len(kinds) + 2.2 * (not alone), max(4.2, 0.19 * len(found) + 1)
-    with drawing(paths, len(kinds), size, squeeze=False) as axes:
+    lines, draw = {}, draw_boxes if len(found) == 1 else draw_medians
+    with drawing(paths, len(kinds), (4.8 * len(kinds), 4.2), squeeze=False) as axes:
         for axis, kind in zip(axes[0], kinds):
             for name in [name for name in found if kind in found[name]]:
-                draw = draw_boxes if alone else draw_medians
-                lines[plain(name)] = draw(axis, found[name][kind], looks[name])
-            axis.set(title=kind, xlabel="layer", **{} if kind == THRESHOLDS else dict(ylim=(-0.03, 1.03)))
-            axis.title.set_fontsize(9)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=FAINT)
-        legend(axes[0, -1], lines)
+                lines[name] = draw(axis, found[name][kind], looks[name])
+            dress(axis, kind, "layer", **{} if kind == THRESHOLDS else dict(ylim=(-0.03, 1.03)))
+        legend(axes, lines)
 
 
 def draw_boxes(axis, gates, look):
     layers = sorted(gates.by_layer)
     axis.boxplot([gates.by_layer[layer] for layer in layers], positions=layers, widths=0.5, whis=(5, 95),
-                 flierprops=dict(marker=".", ms=2, alpha=FAINT), tick_labels=layers)
+                 flierprops=dict(marker=".", ms=2, alpha=FAINT), manage_ticks=False)
     if gates.aim is not None:
         axis.axhline(gates.aim, color=look["color"], lw=1, ls="--")
 
@@ -421,12 +421,11 @@ def draw_medians(axis, gates, look):
 SYMBOLS, MOST_LAYERS = {"w": "frequency w", "phi": "phase phi"}, 12
 
 
-def draw_frequencies(paths, found, cfg):
+def draw_frequencies(paths, found, looks, cfg):
     """Histograms of w and phi, a row each layer (of many layers some), before them what they began as."""
     every = sorted({layer for parameters in found.values() for layer in parameters["w"]})
     layers = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, MOST_LAYERS).round().astype(int))]
-    looks, lines = colours(found), {}
-    size = 9 + 2.2 * (len(found) > 1), max(1.25 * len(layers) + 1.0, 0.19 * len(found) + 1)
+    lines, size = {}, (9, 1.2 * len(layers) + 1.0)
     with drawing(paths, 2, size, rows=len(layers), squeeze=False, sharex="col", sharey="col") as axes:
         for column, (name, (mean, deviation)) in zip(axes.T, Oscillating.BEGIN.items()):
             values = np.concatenate([v for run in found.values() for v in run[name].values()])
@@ -437,11 +436,11 @@ def draw_frequencies(paths, found, cfg):
                 axis.fill_between(bins, bell, color=PALE, lw=0)
                 for run in [run for run in found if layer in found[run][name]]:
                     counts, _ = np.histogram(found[run][name][layer], bins, density=True)
-                    lines[plain(run)] = axis.stairs(counts, bins, lw=1.1, **looks[run])
+                    lines[run] = axis.stairs(counts, bins, lw=1.1, **looks[run])
                 axis.set_ylabel(f"layer {layer}", fontsize=8)
                 axis.set_yticks([])
             column[-1].set_xlabel(f"{SYMBOLS[name]}; grey: at the start, N({mean:g}, {deviation:g})")
-        legend(axes[0, 1], lines)
+        legend(axes, lines)
 
 
 FIGURES = {f"loss_{axis}": (partial(losses, axis), partial(draw_losses, axis=axis)) for axis in AXES} | {
@@ -488,12 +487,13 @@ def main(words):
     cfg, folders = configure(Plots, keys), folders_of([word for word in words if word not in keys])
     pyplot()                                     # better missed now than behind twenty checkpoints
     runs = [Run(name, folder, cfg) for name, folder in zip(names_of(folders), folders)]
+    looks = colours([run.name for run in runs])
     make_folder(cfg.out)
     for figure, (_, draw) in FIGURES.items():
         found = {run.name: run.found[figure] for run in runs if not isinstance(run.found[figure], Lacks)}
         paths = [Path(cfg.out, f"{figure}.{ending}") for ending in ("png", "svg")]
         if found:
-            draw(paths, found=found, cfg=cfg)
+            draw(paths, found=found, looks=looks, cfg=cfg)
         report(figure, runs, paths)
 
 

@@ -194,7 +194,7 @@ class Terminal:
             assert select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0], self.unread
             self.unread += os.read(self.ours, 4096)
         shown, _, self.unread = self.unread.partition(mark.encode())
-        return re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+        return re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", shown.decode()).replace("\r", "")
 
     def end(self):
         """-> exit status, stderr."""
