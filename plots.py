@@ -35,7 +35,7 @@ USAGE = "type python plots.py out-pylib, for example; --help lists the keys"
 class Plots:
     """Draw the runs whose folders are named: losses, sparsity, gates, frequencies."""
     out: str = "plots"  # folder that the figures are written into
-    smooth: float = 0.03  # the training loss is the mean over this share of its rows; 0: as it was logged
+    smooth: float = 0.08  # the training loss is the mean over this share of its rows; 0: as it was logged
     tokens: int = 1024  # tokens of the validation data that gates are looked at with
 
     def __post_init__(self):
@@ -134,7 +134,7 @@ def names_of(folders):
 
 AXES = {"steps": ("iter", "iterations"), "tokens": ("tokens", "tokens"), "seconds": ("seconds", "seconds"),
         "macs": ("macs", "multiply-adds, forward and backward")}
-LOSSES = {"loss": "training loss, nats", "val_loss": "validation loss, nats"}
+LOSSES = {"loss": "training loss, with what mechanisms add", "val_loss": "validation loss"}
 
 
 def losses(axis, run, cfg):
@@ -311,22 +311,21 @@ def dress(axis, title, xlabel, **more):
 
 
 def draw_losses(paths, axis, found, looks, cfg):
-    """Training losses, smoothed and as they were, beside validation losses: both on one logarithmic scale."""
+    """Training losses, smoothed and as they were, beside validation losses, on logarithmic scales."""
     from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
     ends, lines = {name: last_of(found[name]) for name in found}, {}
-    with drawing(paths, columns=2, size=(10, 4.6), sharey=True) as axes:
+    with drawing(paths, columns=2, size=(10, 4.6)) as axes:
         for name in sorted(ends, key=ends.get):
             (x, y), (at, heard) = (found[name][loss] for loss in LOSSES)
             raw = FAINT / len(found) ** 0.5 * bool(cfg.smooth)
             axes[0].plot(*thinned(x, y), color=looks[name]["color"], lw=0.6, alpha=raw)
             axes[0].plot(*thinned(x, smoothed(y, cfg.smooth)), lw=1.3, **looks[name])
             lines[name], = axes[1].plot(at, heard, lw=1.3, marker="o", ms=2.5, **looks[name])
-        axes[0].set(yscale="log", ylabel="loss, nats")
-        axes[0].yaxis.set_major_locator(MaxNLocator(9))
-        axes[0].yaxis.set_minor_locator(NullLocator())
-        axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         for panel, title in zip(axes, LOSSES.values()):
-            dress(panel, title, AXES[axis][1])
+            dress(panel, title, AXES[axis][1], yscale="log", ylabel="nats")
+            panel.yaxis.set_major_locator(MaxNLocator(9))
+            panel.yaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         legend(axes, lines, [f"{end:.3f} " for end in sorted(ends.values())])
 
 

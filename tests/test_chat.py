@@ -29,7 +29,8 @@ def korean(tmp_path_factory):
     ids = tokenizer.encode(ANTHEM * 30)
     dataset.write_dataset(folder / "data", {"train": [ids], "val": [ids]}, tokenizer, "test_chat.py")
     trainer = Trainer(folder, folder / "data")
-    trainer(n_layer=2, exits="1", max_iters=40, lr_decay_iters=40)
+    trainer(n_layer=2, exits="1", n_embd=32, block_size=32, batch_size=8, max_iters=80, lr_decay_iters=80,
+            eval_interval=80)
     return trainer
 
 
