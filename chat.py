@@ -116,10 +116,18 @@ def reply(chat, line):
 def prepare_terminal():
     """UTF-8 in and out, and where Python has readline the arrow keys with the lines typed before."""
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    if locale.setlocale(locale.LC_CTYPE) in ("C", "POSIX"):
+    if character_set() in ("C", "POSIX"):
         os.environ["LC_ALL"] = "C.UTF-8"         # readline asks there for what a character is
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
+
+
+def character_set():
+    """The C library's, as the environment has it."""
+    try:
+        return locale.setlocale(locale.LC_CTYPE, "")
+    except locale.Error:
+        return "C"
 
 
 def read_line():
