@@ -154,11 +154,13 @@ def series(rows, x, y):
 
 
 def smoothed(values, share):
-    """Each value's mean with the neighbours in a window of this share of all, smaller towards both ends."""
+    """Each value's mean with the neighbours in a window of this share of all: smaller at the steep beginning,
+    cut off at the end."""
     at = np.arange(len(values))
-    reach = np.minimum(int(share * len(values) / 2), np.minimum(at, at[::-1]))
+    reach = np.minimum(int(share * len(values) / 2), at)
+    first, behind = at - reach, np.minimum(at + reach + 1, len(values))
     sums = np.concatenate(([0.0], np.cumsum(values)))
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    return (sums[behind] - sums[first]) / (behind - first)
 
 
 # of what bio_modules.counters knows; bytes go with the multiply-adds
@@ -175,8 +177,7 @@ def sparsity(run, cfg):
     """-> {counter: (iterations (n,), values (n, layers), nan where a layer has none)}."""
     rows = [row for row in run.rows if row.get("by_layer")]
     found = {counter: grid(rows, counter) for counter in COUNTERS}
-    found = {counter: (at, values) for counter, (at, values) in found.items() if np.isfinite(values).any()
-             and (counter in ALWAYS or np.nanmin(values) < np.nanmax(values))}
+    found = {counter: (at, values) for counter, (at, values) in found.items() if np.isfinite(values).any()}
     if not found:
         raise Lacks("its log has no counters of layers that can be silent")
     return found
@@ -341,11 +342,18 @@ def thinned(x, y):
 
 def draw_sparsity(paths, found, looks, cfg):
     """Layers by iterations for one run; for several the mean of their layers, and the layers at the end."""
-    counters = [counter for counter in COUNTERS if any(counter in grids for grids in found.values())]
+    counters = [counter for counter in COUNTERS if differs(counter, found) or
+                (counter in ALWAYS and any(counter in grids for grids in found.values()))]
     if len(found) == 1:
         draw_heat(paths, counters, *found.items())
     else:
         draw_profiles(paths, counters, found, looks)
+
+
+def differs(counter, found):
+    """Is there more than one value of a counter, in all runs together?"""
+    values = [np.nan_to_num(grids[counter][1]).ravel() for grids in found.values() if counter in grids]
+    return bool(values) and len(np.unique(np.concatenate(values))) > 1
 
 
 def draw_heat(paths, counters, run):
@@ -372,7 +380,7 @@ def heat(axis, title, at, values):
     axis.set(xlabel="iterations", ylabel="layer")
     axis.set_title(title, fontsize=9)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    shown = np.unique(np.linspace(0, len(at) - 1, min(len(at), 7)).round().astype(int))
+    shown = range(0, len(at), -(-len(at) // 7))
     axis.set_xticks(shown, [f"{at[i]:,}" for i in shown])
 
 
@@ -395,13 +403,14 @@ def draw_gates(paths, found, looks, cfg):
     lines, draw = {}, draw_boxes if len(found) == 1 else draw_medians
     with drawing(paths, len(kinds), (4.8 * len(kinds), 4.2), squeeze=False) as axes:
         for axis, kind in zip(axes[0], kinds):
-            for name in [name for name in found if kind in found[name]]:
-                lines[name] = draw(axis, found[name][kind], looks[name])
+            having = [name for name in found if kind in found[name]]
+            for name in having:
+                lines[name] = draw(axis, found[name][kind], looks[name], min(BAND, 0.4 / len(having)))
             dress(axis, kind, "layer", **{} if kind == THRESHOLDS else dict(ylim=(-0.03, 1.03)))
         legend(axes, lines)
 
 
-def draw_boxes(axis, gates, look):
+def draw_boxes(axis, gates, look, pale):
     layers = sorted(gates.by_layer)
     axis.boxplot([gates.by_layer[layer] for layer in layers], positions=layers, widths=0.5, whis=(5, 95),
                  flierprops=dict(marker=".", ms=2, alpha=FAINT), manage_ticks=False)
@@ -409,11 +418,11 @@ def draw_boxes(axis, gates, look):
         axis.axhline(gates.aim, color=look["color"], lw=1, ls="--")
 
 
-def draw_medians(axis, gates, look):
+def draw_medians(axis, gates, look, pale):
     layers = sorted(gates.by_layer)
     low, middle, high = np.transpose([np.quantile(gates.by_layer[layer], (0.05, 0.5, 0.95))
                                       for layer in layers])
-    axis.fill_between(layers, low, high, color=look["color"], alpha=BAND, lw=0)
+    axis.fill_between(layers, low, high, color=look["color"], alpha=pale, lw=0)
     return axis.plot(layers, middle, marker="o", ms=3, lw=1.3, **look)[0]
 
 
