@@ -4,6 +4,7 @@ model.py.
 An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTORS), c_proj. `rows` names the
 units that a call is about when a decode step computes only some of them; None or a full slice is all.
 """
+import math
 from functools import partial
 
 import torch
@@ -43,18 +44,19 @@ EVERY = slice(None)
 class Oscillating(nn.Module):
     """An activation whose units oscillate: sin(w*x + phi) * tanh(x) + b, with w, phi and b learned per unit.
 
-    (..., units) -> (..., units). w ~ N(1, 0.1), phi ~ N(0, 0.1), b = 0; vectors, so no weight decay.
+    (..., units) -> (..., units). w and phi begin as BEGIN says, b = 0; vectors, so no weight decay.
     One such neuron can separate XOR (2108.12943; so can one GELU, tests/test_switches.py shows both).
     """
+    BEGIN = {"w": (1.0, 0.1), "phi": (0.0, 0.1)}              # mean and deviation of the normal distribution
 
     def __init__(self, units):
         super().__init__()
         self.w, self.phi, self.b = (nn.Parameter(torch.empty(units)) for _ in range(3))
 
     def init_weights(self, normal_):
-        normal_(self.w, 0.1)
-        self.w.add_(1.0)
-        normal_(self.phi, 0.1)
+        for name, (mean, deviation) in self.BEGIN.items():
+            normal_(getattr(self, name), deviation)
+            getattr(self, name).add_(mean)
         nn.init.zeros_(self.b)
 
     def forward(self, x, rows=EVERY):
@@ -1097,3 +1099,11 @@ def summary(rows):
     keys = {key for row in rows.values() for key in row}
     values = {key: [row[key] for row in rows.values() if key in row] for key in sorted(keys)}
     return {key: sum(v) if key.startswith("dead") else sum(v) / len(v) for key, v in values.items()}
+
+
+def by_layer(rows, layers):
+    """The layers' counters as {counter: [its value in each of so many layers]}, None where a layer has none,
+    or none that is finite: JSON has no NaN."""
+    keys = sorted({key for row in rows.values() for key in row})
+    values = {key: [rows.get(layer, {}).get(key, math.nan) for layer in range(layers)] for key in keys}
+    return {key: [v if math.isfinite(v) else None for v in column] for key, column in values.items()}

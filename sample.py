@@ -1,6 +1,7 @@
 """Sample from a checkpoint of ours or nanoGPT's, or from GPT-2, with nanoGPT's keys.
 
     python sample.py --out_dir=out-pylib --start="def main(" --num_samples=2
+    python sample.py --out_dir=out-pylib --chat
 """
 import os
 import sys
@@ -19,6 +20,7 @@ import runtime
 import sparse_kernels
 import tokenizer as tokenizers
 import tracing
+from chat import Chat, converse, show
 from configurator import configure, require
 from layers import Packed, settle
 from model import GPT
@@ -45,6 +47,9 @@ class SampleConfig:
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
     trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
+    chat: bool = False  # answer lines as they are typed; the text so far begins with start
+    stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
+    enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -60,9 +65,15 @@ class SampleConfig:
         require(not self.speculate or not self.exit_threshold,
                 f"speculate={self.speculate} and exit_threshold={self.exit_threshold} both cut depth: choose "
                 "one")
-        require(not (self.trace and (self.speculate or self.compile is True)), f"trace={self.trace} watches "
-                "one token at a time as it is decoded: leave --speculate and --compile out")
+        require(not (self.trace and (self.speculate or self.chat or self.compile is True)),
+                f"trace={self.trace} watches one token at a time as it is decoded: leave --speculate, --chat "
+                "and --compile out")
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+        for key in ("stop", "enter"):
+            require(self.chat or getattr(self, key) == getattr(type(self), key),
+                    f"{key}={getattr(self, key)!r} has no effect without chat: type --chat too")
+        require(not self.chat or self.num_samples == type(self).num_samples,
+                f"num_samples={self.num_samples} and chat: an answer is one sample; leave num_samples out")
 
 
 def load(init_from, out_dir, folder=""):
@@ -119,6 +130,10 @@ def main(cfg):
     stream = streaming(model, cfg)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
+    if cfg.chat:
+        continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
+        return converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop,
+                             cfg.enter))
     ids = tokenizer.encode(prompt_of(cfg.start))
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)
@@ -169,11 +184,6 @@ def depth_used(model, stream):
         return (f", {exits.layers_run / exits.tokens_run:.2f} of {model.config.n_layer} layers per token, "
                 "the prompt's included")
     return ""
-
-
-def show(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

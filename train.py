@@ -420,7 +420,7 @@ def log(row):
             raise ConfigError(f"{metrics.name} cannot be written ({error.strerror}); "
                               f"{ckpt.free_space(out_dir)} free there") from error
     if wandb:
-        wandb.log(row, step=row["iter"])
+        wandb.log({k: v for k, v in row.items() if k != "by_layer"}, step=row["iter"])
 
 
 def seconds():
@@ -494,8 +494,9 @@ while True:
             example = to_device(streams["val"].batch(0))[0]
             seen = bio_modules.counters(raw_model, example)
             row |= bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
+            row |= {"by_layer": bio_modules.by_layer(seen, model_config.n_layer)} if seen else {}
         if world.master:
-            seen = row.keys() - {"iter", "tokens", "epochs", "train_loss", "val_loss"}
+            seen = row.keys() - {"iter", "tokens", "epochs", "train_loss", "val_loss", "by_layer"}
             tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
                        + "".join(f", {k} {row[k]:.4g}" for k in row if k in seen))
         better = losses["val"] < best_val_loss

@@ -17,10 +17,10 @@ import dataset as datasets
 import optimizers
 import runtime
 from benchmarks import Bench
-from benchmarks.plots import drawing
 from benchmarks.runs import trained_with
 from benchmarks.timing import interleave, measurement, spread
 from configurator import require
+from figures import drawing
 
 PLAIN = "fine-tuning"
 FIRST, SECOND = "pylib", "shakespeare"

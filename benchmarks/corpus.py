@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tokenizer as tokenizers
 from benchmarks import ROOT, Bench
-from benchmarks.plots import drawing
 from configurator import require
+from figures import drawing
 
 
 @dataclass(frozen=True)

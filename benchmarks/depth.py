@@ -7,10 +7,10 @@ from operator import eq
 import dataset as datasets
 import decoding
 from benchmarks import Models
-from benchmarks.plots import drawing
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, trained_models, validation_of
 from benchmarks.timing import interleave, measurement, spread
 from configurator import require
+from figures import drawing
 
 FULL = "all layers"                              # of the model with exits, one token after the other
 

@@ -8,8 +8,8 @@ import dataset
 import tokenizer as tokenizers
 import vocabulary
 from benchmarks import Bench
-from benchmarks.plots import drawing
 from configurator import require
+from figures import drawing
 
 
 @dataclass(frozen=True)

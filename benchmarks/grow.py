@@ -9,7 +9,6 @@ from pathlib import Path
 
 import dataset as datasets
 from benchmarks import Recipe
-from benchmarks.plots import drawing
 from benchmarks.record import mean_of
 from benchmarks.runs import (
     QUALITY_VALIDATION,
@@ -20,6 +19,7 @@ from benchmarks.runs import (
     trained_with,
     validation_of,
 )
+from figures import drawing
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.frontier import frontier
-from benchmarks.plots import drawing
 from benchmarks.record import OURS, PEER, TWIN, read, write_atomically
+from figures import drawing
 
 SHOWN = ("decode time", "decode bytes", "training time")
 UNITS = {"decode time": "ms a decoded token, batch 1", "decode bytes": "MB of weights read a decoded token",

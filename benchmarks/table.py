@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dataset as datasets
 import tokenizer
-from benchmarks import Recipe, plots, report
+from benchmarks import Recipe, report
 from benchmarks.arms import DENSE, check_arms, chosen_arms
 from benchmarks.broken import BREAK
 from benchmarks.frontier import beyond
@@ -15,6 +15,7 @@ from benchmarks.record import TWIN, hardware
 from benchmarks.stats import mean_interval, paired
 from benchmarks.store import Run, open_store, plan, train_all
 from configurator import require
+from figures import pyplot
 
 LONGER = 0.6, 1.6                                # of the tokens, that the dense twin is trained with too
 SCHEMA = 1                                       # of `rows` and `axes` in the record
@@ -47,7 +48,7 @@ class Table(Recipe):
 def table(cfg):
     started = time.perf_counter()
     if cfg.out:
-        plots.pyplot()                           # better missed now than in an hour
+        pyplot()                           # better missed now than in an hour
     data = datasets.prepare_if_missing(cfg.corpus).resolve()
     store, runs = open_store(cfg, data), runs_of(cfg)
     seconds = 60 * cfg.budget

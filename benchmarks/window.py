@@ -8,11 +8,11 @@ import torch
 import layers
 import sparse_kernels
 from benchmarks import Timed
-from benchmarks.plots import drawing
 from benchmarks.record import CAUSAL
 from benchmarks.timing import interleave, measurement, milliseconds
 from configurator import require
 from context import Cache, CachedContext
+from figures import drawing
 from model import GPT, GPTConfig
 
 MASKED, LOCAL = "SDPA with the window as a mask", "window"
