@@ -78,7 +78,8 @@ def test_a_signal_ends_a_run_at_a_step_and_resuming_goes_on_bit_for_bit(train, n
 
 @posix
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_a_run_at_once(train, number, status):
+@pytest.mark.parametrize("again", [0, *[pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10)]])
+def test_a_second_signal_ends_a_run_at_once(train, number, status, again):
     job = train.start(gradient_accumulation_steps=100_000_000, eval_interval=1)  # no step ever ends
     deadline = time.time() + LIMIT
     while "step 0:" not in job.out.read_text() and time.time() < deadline:
