@@ -223,7 +223,8 @@ def find(out_dir, resume=False):
     ckpt.pt: resuming prefers it, sampling takes it only without a ckpt.pt. Behind them come the older ones.
     """
     folder, names = Path(out_dir), ["ckpt_last.pt", "ckpt.pt"] if resume else ["ckpt.pt", "ckpt_last.pt"]
-    older = sorted((p.name for p in folder.glob("ckpt-*.pt") if NAMES.fullmatch(p.name)), reverse=True)
+    older = sorted((p.name for p in folder.glob("ckpt-*.pt") if NAMES.fullmatch(p.name)),
+                   key=lambda name: int(name[5:-3]), reverse=True)
     paths = [folder / name for name in (*names, *older, "model.safetensors") if os.path.isfile(folder / name)]
     require(paths, f"{out_dir} holds no ckpt.pt: train first (python train.py --out_dir={out_dir}) "
                    "or name another --out_dir")

@@ -180,9 +180,10 @@ def test_find_prefers_the_last_weights_to_go_on_and_the_best_to_sample(tmp_path)
     assert [path.name for path in checkpoint.find(tmp_path)] == ["ckpt_last.pt", "ckpt-000004.pt"]
     (tmp_path / "ckpt.pt").touch()
     (tmp_path / "ckpt-000008.pt").touch()
+    (tmp_path / "ckpt-1000000.pt").touch()
     (tmp_path / "ckpt-of-a-friend.pt").touch()
     assert [path.name for path in checkpoint.find(tmp_path, resume=True)] == [
-        "ckpt_last.pt", "ckpt.pt", "ckpt-000008.pt", "ckpt-000004.pt"]
+        "ckpt_last.pt", "ckpt.pt", "ckpt-1000000.pt", "ckpt-000008.pt", "ckpt-000004.pt"]
     assert checkpoint.find(tmp_path)[0].name == "ckpt.pt"
 
 
