@@ -175,7 +175,7 @@ out_dir = Path(cfg.out_dir)
 require(cfg.gradient_accumulation_steps % world.size == 0,
         f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
         f"{world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
-runtime.check_sharding(cfg, world)
+runtime.check_sharding(cfg, world, place.dtype)
 looks_only = cfg.eval_only or cfg.dry_run                      # nothing is written
 if world.master:
     if not looks_only:
