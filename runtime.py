@@ -173,8 +173,9 @@ def join_world(backend, device):
         torch.cuda.set_device(device)
     if not cuda and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
-    limit = timedelta(minutes=10)
+    limit, hook = timedelta(minutes=10), sys.excepthook
     dist.init_process_group(backend if cuda else "gloo", timeout=limit, **meeting_place(world, limit))
+    sys.excepthook = hook                           # torch's own swallows what ours says before it exits
     return world, device
 
 

@@ -48,6 +48,8 @@ ROWS = {
     "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
     "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+    "F22": ("several hosts", "test_two_hosts_", "test_a_host_that_is_killed_", "test_hosts_that_do_not_share_",
+            "test_restarts_on_several_hosts_"),
 }
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}
