@@ -149,8 +149,8 @@ class World:
         if self.size > 1:
             dist.all_gather_object(found, value)
         other = next((rank for rank in range(self.size) if found[rank] != found[0]), 0)
-        require(not other, f"rank 0 {sentence.format(found[0])}, rank {other} {sentence.format(found[other])}: "
-                           f"all hosts must see the same {what}")
+        first, second = (sentence.format(found[rank]) for rank in (0, other))
+        require(not other, f"rank 0 {first}, rank {other} {second}: all hosts must see the same {what}")
 
     def barrier(self):
         if self.size > 1:
