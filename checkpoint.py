@@ -254,10 +254,9 @@ def read(place, device="cpu", resume=False):
     return told(load(path, device, resume), path, wrong, found)
 
 
-def start_of(init_from, out_dir):
-    """What init_from comes to: auto resumes where out_dir has a checkpoint; processes that torchrun has
-    started again resume where this launch has saved one."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def start_of(init_from, out_dir, restarted=False):
+    """What init_from comes to: auto resumes where out_dir has a checkpoint; processes of a launch that
+    torchrun has restarted (on any host, see World.restarted) resume where this launch has saved one."""
     there = any(os.path.isfile(Path(out_dir) / name) for name in ("ckpt.pt", "ckpt_last.pt"))
     if init_from == "auto":
         return "resume" if there else "scratch"

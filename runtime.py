@@ -137,6 +137,21 @@ class World:
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor)
 
+    def restarted(self):
+        """Has torchrun started any process of this launch again? A host that has come back counts from zero,
+        so one rank's own count does not say."""
+        return self.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])[0] > 0
+
+    def require_same(self, value, sentence, what):
+        """A ConfigError on every rank unless all have the same value; sentence has a {} for it, what names
+        the folders that the hosts must share."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        other = next((rank for rank in range(self.size) if found[rank] != found[0]), 0)
+        first, second = (sentence.format(found[rank]) for rank in (0, other))
+        require(not other, f"rank 0 {first}, rank {other} {second}: all hosts must see the same {what}")
+
     def barrier(self):
         if self.size > 1:
             dist.barrier()
@@ -158,8 +173,9 @@ def join_world(backend, device):
         torch.cuda.set_device(device)
     if not cuda and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
-    limit = timedelta(minutes=10)
+    limit, hook = timedelta(minutes=10), sys.excepthook
     dist.init_process_group(backend if cuda else "gloo", timeout=limit, **meeting_place(world, limit))
+    sys.excepthook = hook                           # torch's own swallows what ours says before it exits
     return world, device
 
 
@@ -168,6 +184,11 @@ def meeting_place(world, limit):
     this attempt alone. The agent keeps one store over all restarts, and processes that start again would wait
     there for the addresses of dead ones (torch 2.15: past any timeout)."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):        # several hosts, one store
+        require(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0",
+                "several hosts and --max-restarts: torchrun's shared store keeps a host that comes back "
+                "waiting; type TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun ... on every host")
         return {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.size,
                           is_master=False, timeout=limit)

@@ -158,18 +158,20 @@ given = typed_words(TrainConfig, argv)                         # what the user t
 for key in ("n_layer", "n_head", "n_embd"):
     require(not given.get("size") or key not in given,
             f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
+world, device_name = runtime.join_world(*(given.get(key, getattr(TrainConfig, key)) for key in
+                                          ("backend", "device")))
 resumed, base = None, {}
 given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from),
-                                   given.get("out_dir", TrainConfig.out_dir))
+                                   given.get("out_dir", TrainConfig.out_dir), world.restarted())
 if given["init_from"] == "resume":
     resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
+world.require_same(resumed["iter_num"] if resumed else 0, "starts at iteration {}", "out_dir")
 cfg = TrainConfig(**{**base, **given})
 require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
         f"tasks='{cfg.tasks}': leave --dataset out")
 
-world, device_name = runtime.join_world(cfg.backend, cfg.device)
 place = runtime.choose(device_name, cfg.dtype, cfg.compile)
 out_dir = Path(cfg.out_dir)
 require(cfg.gradient_accumulation_steps % world.size == 0,
@@ -185,9 +187,10 @@ if world.master:
             raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type "
                               "--out_dir=ANOTHER_FOLDER") from error
         ckpt.sweep(out_dir)
-    for name in cfg.task_names():
+for turn in (world.master, world.local_rank == 0):             # hosts may have data folders of their own
+    for name in cfg.task_names() if turn else ():
         datasets.prepare_sources(name)
-world.barrier()
+    world.barrier()
 say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
@@ -282,6 +285,7 @@ train_streams = [datasets.open_stream(sources, "train", *shape, seed=cfg.seed, s
 eval_streams = [{split: datasets.open_stream(sources, split, *shape, seed=0,   # the same for every sampling
                                              vocab_size=model_config.vocab_size)
                  for split in ("train", "val")} for sources in task_sources]
+world.require_same([stream.tokens for stream in train_streams], "trains on {} tokens", "data sets")
 tasks = continual.Tasks(cfg, raw_model, train_streams, world, saved_tasks, iter_num)
 model = torch.compile(raw_model) if place.compile else raw_model
 parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,

@@ -235,6 +235,24 @@ def fault_rows(record):
                f"| {found['seconds']:.0f}")
 
 
+def version_of(name):
+    """"2.14.1" -> (2, 14, 1)."""
+    return tuple(int(part) for part in re.findall(r"\d+", name))
+
+
+def suite_rows(record):
+    """The whole test suite on each PyTorch."""
+    for torch, found in sorted(record["suite"].items(), key=lambda item: version_of(item[0])):
+        yield (f"PyTorch {torch}, Python {found['python']} | {found['passed']:,} | {found['skipped']} "
+               f"| {found['failed']} | {found['seconds'] / 60:.0f}")
+
+
+def tested(records):
+    """The sentence of the README on versions."""
+    whole = [torch for torch, found in records["suite_cpu.json"]["suite"].items() if not found["failed"]]
+    return f"The whole test suite passes on PyTorch {', '.join(sorted(whole, key=version_of))} (CPU)."
+
+
 def figure(s):
     """A median in four digits, thousands apart."""
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
@@ -266,6 +284,7 @@ TABLES = (
     ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
      fertility_rows),
     ("injected | held | seconds", ("faults",), fault_rows),
+    ("the suite on | passed | skipped | failed | minutes", ("suite",), suite_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
 )
 
@@ -275,3 +294,5 @@ BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))
+BLOCKS["versions"] = tested
+BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

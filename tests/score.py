@@ -3,6 +3,7 @@
 A test counts as one case, or as the number of times that it called the `case` fixture.
 """
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -48,7 +49,10 @@ ROWS = {
     "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
     "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+    "F22": ("several hosts", "test_two_hosts_", "test_a_host_that_is_killed_",
+            "test_hosts_that_do_not_share_", "test_restarts_on_several_hosts_"),
 }
+BEGAN = time.monotonic()
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}
 
@@ -85,24 +89,40 @@ def pytest_runtest_call(item):
 
 def pytest_addoption(parser):
     parser.addoption("--score", default="", help="also write the fault table as a record, FILE.json")
+    parser.addoption("--suite", default="", help="also write this PyTorch's counts into a record, FILE.json")
 
 
-def write(path):
-    """The score as a record that `bench.py readme` reads; rows that did not run stay as the file has them."""
+def record(path, subcommand, command, key, found):
+    """Write `found` ({name: its figures}) into a record that `bench.py readme` reads; names that are not in
+    it stay as the file has them."""
     from benchmarks.record import SCHEMA, commit_of, hardware, load_average, versions, write_atomically
     from benchmarks import ROOT  # isort: skip
-    found = {row: {"about": ROWS[row][0], "held": held, "failed": failed, "seconds": seconds,
-                   "commit": commit_of(ROOT)} for row, (held, failed, seconds) in rows.items()}
-    old = json.loads(Path(path).read_text(encoding="utf-8"))["faults"] if Path(path).is_file() else {}
+    found = {name: figures | {"commit": commit_of(ROOT)} for name, figures in found.items()}
+    old = json.loads(Path(path).read_text(encoding="utf-8"))[key] if Path(path).is_file() else {}
     write_atomically(path, json.dumps({
-        "schema": SCHEMA, "subcommand": "faults", "command": "python -m pytest -m '' --score=FILE.json",
+        "schema": SCHEMA, "subcommand": subcommand, "command": command,
         "hardware": hardware(), "versions": versions(), "commit": {"ours": commit_of(ROOT)},
-        "load_average": load_average(), "measurements": {}, "faults": old | found}) + "\n")
+        "load_average": load_average(), "measurements": {}, key: old | found}) + "\n")
+
+
+def counts(reporter):
+    """{torch version: what this run's tests came to}."""
+    import torch
+    passed, skipped, failed, errors = (len(reporter.stats.get(key, ()))
+                                       for key in ("passed", "skipped", "failed", "error"))
+    return {torch.__version__.partition("+")[0]: {
+        "passed": passed, "skipped": skipped, "failed": failed + errors,
+        "seconds": time.monotonic() - BEGAN, "python": platform.python_version()}}
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--suite"):
+        record(config.getoption("--suite"), "suite", "python -m pytest --suite=FILE.json", "suite",
+               counts(terminalreporter))
     if config.getoption("--score"):
-        write(config.getoption("--score"))
+        record(config.getoption("--score"), "faults", "python -m pytest -m '' --score=FILE.json", "faults",
+               {row: {"about": ROWS[row][0], "held": held, "failed": failed, "seconds": seconds}
+                for row, (held, failed, seconds) in rows.items()})
     if not rows:
         return
     terminalreporter.section("fault table")

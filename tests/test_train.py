@@ -269,6 +269,11 @@ def test_torchrun_trains_on_two_processes(train):
     assert list(train.losses().values()) == pytest.approx(list(train.losses("single").values()), rel=1e-6)
 
 
+def test_a_mistake_is_told_by_processes_that_have_joined_too(train):
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    one_sentence(train(env=env, status=2, block_size=10**6), "train.py", "block_size")
+
+
 def test_accumulation_that_does_not_split_among_the_processes_is_refused(train):
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     fake = "import runtime; runtime.join_world = lambda backend, device: (runtime.World(0, 0, 3), device)"
