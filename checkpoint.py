@@ -20,7 +20,7 @@ import torch
 from configurator import ConfigError, require
 from layers import settle
 from model import GPT, GPTConfig
-from pretrained import read_ours
+from pretrained import is_tied, plain_names, read_ours
 
 WEIGHTS = {"model": dict, "model_args": dict}                       # what every checkpoint holds
 RUN = {"optimizer": dict, "iter_num": int,                          # what going on needs as well
@@ -295,7 +295,7 @@ def load(path, device="cpu", resume=False):
     path = Path(path)
     require(os.path.isfile(path), f"{path} does not exist: name an existing checkpoint")
     try:
-        checkpoint = (read_ours(path.parent) if path.suffix == ".safetensors" else
+        checkpoint = (read_ours(path) if path.suffix == ".safetensors" else
                       torch.load(path, map_location=device, weights_only=True))
     except ConfigError:
         raise
@@ -308,9 +308,8 @@ def load(path, device="cpu", resume=False):
     wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
     require(not wrong, f"{path} is not a checkpoint{' to go on from' * resume}: {', '.join(wrong)} missing "
                        f"or damaged{f', type --init_from={path} to start from its weights' * resume}")
-    checkpoint["model"] = {str(key).removeprefix("_orig_mod."): value
-                           for key, value in checkpoint["model"].items()
-                           if not str(key).endswith(".attn.bias")}   # nanoGPT's mask without flash attention
+    checkpoint["model"] = {key: value for key, value in plain_names(checkpoint["model"], path).items()
+                           if not key.endswith(".attn.bias")}   # nanoGPT's mask without flash attention
     return checkpoint
 
 
@@ -323,6 +322,8 @@ def build_model(checkpoint, path, learns=False, **overrides):
     try:
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
         model = settle(model) if packed else model
+        require(not model.config.tie_weights or is_tied(checkpoint["model"]), "tie_weights=True, but its head "
+                "is not its embedding")
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version "

@@ -371,12 +371,16 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """OpenAI's GPT-2 weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' through the transformers
-        package, or a local Hugging Face GPT-2 folder. override_args may hold dropout alone, as in nanoGPT."""
+        package, or a local Hugging Face GPT-2 folder or file in one. override_args may hold dropout alone, as in nanoGPT."""
         override = override_args or {}
         require(set(override) <= {"dropout"},
                 f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
         args, weights = pretrained.read(model_type)
-        model = cls(GPTConfig(**args, bias=True, **override), init=False)
+        config = GPTConfig(**args, bias=True, **override)
+        with torch.device("meta"):              # a config.json that lies about sizes takes no memory
+            expected = {name: t.shape for name, t in cls(config, init=False).state_dict().items()}
+        pretrained.check_shapes(weights, expected, model_type)
+        model = cls(config, init=False)
         model.load_state_dict(weights)
         return model
 
