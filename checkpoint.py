@@ -322,8 +322,8 @@ def build_model(checkpoint, path, learns=False, **overrides):
     try:
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
         model = settle(model) if packed else model
-        require(not model.config.tie_weights or is_tied(checkpoint["model"]), "tie_weights=True, but its head "
-                "is not its embedding")
+        require(not model.config.tie_weights or is_tied(checkpoint["model"]),
+                "tie_weights=True, but its head is not its embedding")
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version "

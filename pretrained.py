@@ -23,8 +23,8 @@ GPT2_SIZES = {
 
 
 def read(name):
-    """A Hugging Face GPT-2 folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments, our
-    state dict). What this package would compute otherwise than transformers is a ConfigError."""
+    """A Hugging Face GPT-2 folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments,
+    our state dict). What this package would compute otherwise than transformers is a ConfigError."""
     return read_folder(Path(name)) if os.path.exists(name) else download(name)
 
 
@@ -43,7 +43,8 @@ def download(model_type):
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"'{model_type}' could not be downloaded ({why}): without a network, name a local "
                           "Hugging Face GPT-2 folder (config.json, model.safetensors)") from error
-    note(f"{model_type} is computed with the exact GELU, as nanoGPT does; OpenAI's is the tanh form, which its "
+    note(f"{model_type} is computed with the exact GELU, as nanoGPT does; OpenAI's is the tanh form, "
+         "which its "
          "Hugging Face folder, named as a path, is computed with")
     args = dict(GPT2_SIZES[model_type], vocab_size=50257, block_size=1024)
     return args, from_hf_names(weights, GPT2_DEFAULTS | GPT2_SIZES[model_type], model_type)
@@ -73,17 +74,18 @@ EXPECTED = {bool: "true or false", str: "a name", float: "a number", int: "a who
 HEADS = "GPT2LMHeadModel", "GPT2Model"
 # fields that say nothing of the logits: of training, generation, summaries, files
 NO_PART = frozenset("""
-    _name_or_path name_or_path model_type architectures transformers_version torch_dtype dtype use_bfloat16 shared
-    attn_pdrop embd_pdrop resid_pdrop initializer_range gradient_checkpointing problem_type finetuning_task
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    id2label label2id num_labels use_cache return_dict return_dict_in_generate output_attentions
-    output_hidden_states output_past output_scores torchscript tf_legacy_loss chunk_size_feed_forward is_decoder
-    tie_encoder_decoder task_specific_params tokenizer_class prefix bos_token_id eos_token_id pad_token_id
-    sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id min_length max_length do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens attn_implementation _attn_implementation _attn_implementation_autoset""".split())
+    _name_or_path name_or_path model_type architectures transformers_version torch_dtype dtype
+    use_bfloat16 shared attn_pdrop embd_pdrop resid_pdrop initializer_range gradient_checkpointing
+    problem_type finetuning_task summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj id2label label2id num_labels use_cache return_dict
+    return_dict_in_generate output_attentions output_hidden_states output_past output_scores torchscript
+    tf_legacy_loss chunk_size_feed_forward is_decoder tie_encoder_decoder task_specific_params
+    tokenizer_class prefix bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id min_length max_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    attn_implementation _attn_implementation _attn_implementation_autoset""".split())
 
 
 def read_folder(place):
@@ -91,7 +93,8 @@ def read_folder(place):
     folder = place if os.path.isdir(place) else place.parent
     path = folder / "config.json"
     require(os.path.isfile(path), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
-    require(folder != place or not (folder / "ckpt.pt").exists(), f"{folder} holds a run (ckpt.pt) and a Hugging "
+    require(folder != place or not (folder / "ckpt.pt").exists(), f"{folder} holds a run (ckpt.pt) and a "
+                                                                  "Hugging "
             f"Face model: name the file, {folder / 'ckpt.pt'} or {folder / 'model.safetensors'}")
     c = fields_of(config_of(path), path)
     weights = read_shards(folder) if folder == place else read_tensors(place)
@@ -109,40 +112,82 @@ def read_folder(place):
 
 
 def fields_of(said, path):
-    """The fields of a GPT-2 config.json that decide the logits, each one checked -> dict like GPT2_DEFAULTS."""
+    """The fields of a GPT-2 config.json that decide the logits, each one checked -> dict like "
+      "GPT2_DEFAULTS."""
     kind = said.get("model_type")
     require(kind == "gpt2", f"{path.parent} holds a '{kind}' model, expected 'gpt2'")
     c = GPT2_DEFAULTS | {name: said[name] for name in GPT2_DEFAULTS if name in said}
     for other, name in SAME_FIELD.items():
         require(other not in said or name not in said or said[other] == said[name],
-                f"{path}: {other}={said.get(other)} contradicts {name}={said.get(name)}: leave one of them out")
+                f"{path}: {other}={said.get(other)} contradicts {name}={said.get(name)}: leave one of "
+                "them out")
         c[name] = said.get(name, said.get(other, c[name])) if other in said else c[name]
     for name, value in said.items():
-        require(name in GPT2_DEFAULTS or name in SAME_FIELD or name in NO_PART or name in NEVER or name == OURS,
-                f"{path} has {name}={str(value)[:40]}, which GPT-2 has no such field for: if the model does not "
+        require(name in {*GPT2_DEFAULTS, *SAME_FIELD, *NO_PART, *NEVER, OURS},
+                f"{path} has {name}={str(value)[:40]}, which GPT-2 has no such field for: if the model "
+                "does not "
                 "depend on it, delete the field")
-        require(name not in NEVER or any(value == fits and isinstance(value, type(fits)) for fits in NEVER[name]),
-                f"{path}: {name}={str(value)[:40]!r}, but this GPT-2 computes {NEVER.get(name, ['?'])[0]} alone: "
+        require(any(value == fits and isinstance(value, type(fits)) for fits in NEVER.get(name, [value])),
+                f"{path}: {name}={str(value)[:40]!r}, but this GPT-2 computes {NEVER.get(name, ['?'])[0]} "
+                "alone: "
                 "use transformers for this model")
     for name, value in c.items():
         kind = type(GPT2_DEFAULTS[name])
         fits = type(value) is kind or (name == "n_inner" and type(value) is int)
         require(fits and not (type(value) is int and value < 1),
                 f"{path}: {name}={str(value)[:40]!r}, expected {EXPECTED.get(kind, EXPECTED[int])}")
-    require(c["activation_function"] in GELUS, f"{path}: activation_function='{c['activation_function']}' is not "
+    require(c["activation_function"] in GELUS, f"{path}: activation_function='{c['activation_function']}' "
+                                               "is not "
             f"computed here, only {', '.join(GELUS)}: use transformers for this model")
     heads = said.get("architectures") or [HEADS[0]]
     require(isinstance(heads, list) and set(map(str, heads)) <= set(HEADS),
-            f"{path}: architectures={heads!r}, expected one of {', '.join(HEADS)}: what other models predict is "
+            f"{path}: architectures={heads!r}, expected one of {', '.join(HEADS)}: what other models "
+            "predict is "
             "not the next token")
     require(c["n_embd"] % c["n_head"] == 0,
             f"{path}: n_embd={c['n_embd']} is not divisible by n_head={c['n_head']}")
     return c
 
 
+def folder_of(name):
+    """The folder of what `read` reads from one; None for a name of GPT2_SIZES that is downloaded."""
+    return None if not os.path.exists(name) else Path(name) if os.path.isdir(name) else Path(name).parent
+
+
+def carried(name):
+    """What export.py has written into config.json for sampling again ("tokenizer", "config"); {} "
+                                                                                           "elsewhere."""
+    folder = folder_of(name)
+    own = config_of(folder / "config.json").get(OURS, {}) if folder else {}
+    parts = [own] + [own.get(key, {}) for key in ("tokenizer", "config") if isinstance(own, dict)]
+    require(all(isinstance(part, dict) for part in parts), f"{name}: {OURS} in its config.json is damaged")
+    return own
+
+
+def tokenizer_of(name, vocab_size):
+    """The tokenizer of what `read` reads: GPT-2's for its names, else that of the folder's own files; None
+    where it has none."""
+    folder = folder_of(name)
+    if folder is None:
+        return tokenizers.GPT2Tokenizer()
+    found = tokenizers.in_folder(folder, config_of(folder / "config.json").get("eos_token_id"))
+    if found is None and vocab_size == 50257:
+        note(f"{folder} has no tokenizer files; of 50257 ids, so GPT-2's tokenizer is taken")
+        return tokenizers.GPT2Tokenizer()
+    return found
+
+
+def description_of(name, vocab_size):
+    """The description of that tokenizer, as a checkpoint has it; None where it is not known."""
+    own = carried(name).get("tokenizer")
+    found = own or tokenizer_of(name, vocab_size)
+    return own or (found and found.meta())
+
+
 # -------------------------------------------------- files of weights ----------------------------------------
 
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = ("model.safetensors", "model.safetensors.index.json",
+         "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_shards(folder):
@@ -152,9 +197,10 @@ def read_shards(folder):
     if path.suffix != ".json":
         return read_tensors(path)
     index = config_of(path).get("weight_map")
-    require(isinstance(index, dict) and index, f"{path} has no weight_map: damaged")
+    fits = isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())
+    require(fits, f"{path} has no weight_map from names to files: damaged")
     weights = {}
-    for file in dict.fromkeys(map(str, index.values())):
+    for file in dict.fromkeys(index.values()):
         require(file == os.path.basename(file) and file not in ("", ".", ".."),
                 f"{path} names '{file}', expected a file of this folder")
         part = read_tensors(folder / file)
@@ -166,7 +212,8 @@ def read_shards(folder):
 
 
 def read_tensors(path):
-    """The tensors of a .safetensors file or of a pickle, which runs no code; what is neither is a ConfigError."""
+    """The tensors of a .safetensors file or of a pickle, which runs no code; what is neither is a "
+      "ConfigError."""
     require(os.path.isfile(path), f"{path} does not exist")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -198,16 +245,21 @@ def read_safetensors(path):
         raise ConfigError(f"{path} cannot be read as safetensors ({error})") from error
 
 
-OURS = "nanocortex"        # model_type in the config.json of a model of ours, and the field of what else is needed
+OURS = "nanocortex"     # model_type in the config.json of a model of ours; in to=hf the field of what we add
 
 
 def is_gpt2(name):
-    """Is it one of GPT2_SIZES, or a folder (or a file of weights in one) whose config.json is not that of a model
-    of ours?"""
+    """Is it one of GPT2_SIZES, or a folder (or a file of weights in one) whose config.json is not that of a
+    model of ours?"""
     place = Path(name)
     folder = place.parent if place.suffix in (".safetensors", ".bin") and os.path.isfile(place) else place
     path = folder / "config.json"
-    return name in GPT2_SIZES or (os.path.isfile(path) and config_of(path).get("model_type") != OURS)
+    return name in GPT2_SIZES or (os.path.isfile(path) and not is_ours(config_of(path)))
+
+
+def is_ours(said):
+    """Is a config.json that of a model of ours?"""
+    return said.get("model_type") == OURS or "model_args" in said
 
 
 def config_of(path):
@@ -223,12 +275,15 @@ def config_of(path):
 
 
 def read_ours(path):
-    """A .safetensors file beside a config.json of write_folder -> what a checkpoint of the model alone holds."""
+    """A .safetensors file beside a config.json of write_folder -> what a checkpoint of the model alone "
+      "holds."""
     folder = path.parent
-    require(os.path.isfile(folder / "config.json"), f"{folder} has no config.json, which says what {path.name} "
+    require(os.path.isfile(folder / "config.json"), f"{folder} has no config.json, which says what "
+                                                    f"{path.name} "
             "holds: copy it there too")
     about = config_of(folder / "config.json")
-    require(about.get("model_type") == OURS, f"{path} is a '{about.get('model_type')}' model of Hugging Face: "
+    require(is_ours(about), f"{path} is a '{about.get('model_type')}' model of Hugging "
+                                             "Face: "
             f"type --init_from={folder} (sample.py and train.py)")
     require(isinstance(about.get("tokenizer") or {}, dict), f"{folder / 'config.json'}: tokenizer is damaged")
     weights = read_safetensors(path)
@@ -260,7 +315,7 @@ def write_folder(folder, weights, about):
 
 
 SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",
-                "tie_weights", "screen", "mlp_units", "zero_init", "sr_ste")
+                "tie_weights", "act", "screen", "mlp_units", "zero_init", "sr_ste")
 
 
 def to_hf(model):
@@ -271,6 +326,8 @@ def to_hf(model):
         require(field.name in SAME_IN_GPT2 or getattr(c, field.name) == field.default,
                 f"{field.name}={getattr(c, field.name)} has no counterpart in GPT-2, to=hf is for dense "
                 "models: type --to=safetensors")
+    act = {"gelu": "gelu", "gelu_tanh": "gelu_new"}.get(c.act)
+    require(act, f"act={c.act} has no counterpart in GPT-2, to=hf is for dense models: type --to=safetensors")
     weights = {}
     for name, tensor in model.state_dict().items():
         conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -280,7 +337,7 @@ def to_hf(model):
             weights[partner] = tensor.new_zeros(len(tensor))
     return weights, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
                      "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
-                     "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": "gelu",
+                     "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": act,
                      "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tie_weights,
                      "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
                      "bos_token_id": None, "eos_token_id": None}
@@ -290,8 +347,8 @@ WRAPPERS = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 
 
 def plain_names(weights, path):
-    """A state dict without what torch.compile, DDP and FSDP put before names, in any order; DDP's `module` is at
-    the front alone. Two names that become one are a ConfigError."""
+    """A state dict without what torch.compile, DDP and FSDP put before names, in any order; DDP's `module` is
+    at the front alone. Two names that become one are a ConfigError."""
     out = {}
     for name, tensor in weights.items():
         parts = [part for part in str(name).split(".") if part not in WRAPPERS]
@@ -353,7 +410,8 @@ def check_shapes(weights, expected, place):
 
 def check_shape(weights, name, shape, place):
     found = tuple(weights[name].shape) if name in weights else shape
-    require(found == tuple(shape), f"{place}: {name} is {found}, config.json makes it {tuple(shape)}: the two "
+    require(found == tuple(shape), f"{place}: {name} is {found}, config.json makes it {tuple(shape)}: the "
+                                   "two "
                                    "do not belong together")
 
 

@@ -48,6 +48,13 @@ ROWS = {
     "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
     "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+    "F26": ("Hugging Face folders and wrapped names", "test_a_hugging_face_", "test_hugging_face_weights_",
+            "test_every_field_of_a_hugging_", "test_fields_that_a_hugging_face_", "test_a_pickle_of_hugging_",
+            "test_a_path_means_that_file", "test_prefixes_of_wrapped_", "test_two_prefixes_of_one_name_",
+            "test_an_exported_model_samples_", "test_an_export_without_a_tokenizer_",
+            "test_the_vocabulary_is_that_of_", "test_a_damaged_vocabulary_of_a_folder_",
+            "test_files_of_two_vocabularies_", "test_gpt2s_vocabulary_is_recognised_",
+            "test_training_on_with_another_vocabulary_", "test_a_name_that_would_download_"),
 }
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}

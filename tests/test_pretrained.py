@@ -1,4 +1,4 @@
-"""Hugging Face folders: the model that transformers reads there, or one sentence; never another in silence."""
+"""Hugging Face folders: the model that transformers reads there, or one sentence; never another one."""
 import json
 import os
 import shutil
@@ -20,17 +20,18 @@ from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, TrainedTokeni
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 SMALL = dict(vocab_size=31, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-BPE = Path(os.environ.get("NANOCORTEX_GPT2_BPE") or Path(__file__).resolve().parents[2] / "shared/data/gpt2_bpe")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+BPE = Path(os.environ.get("NANOCORTEX_GPT2_BPE") or SHARED / "gpt2_bpe")
 
 
-def made(folder, kind="GPT2LMHeadModel", save={}, **fields):
+def made(folder, kind="GPT2LMHeadModel", save=None, **fields):
     """A folder that transformers writes: a tiny random GPT-2 with those fields -> the folder."""
     torch.manual_seed(1)
     peer = getattr(transformers, kind)(transformers.GPT2Config(**SMALL | fields))
     with torch.no_grad():
         for p in peer.parameters():
             p.normal_(std=0.3)
-    peer.save_pretrained(folder, **save)
+    peer.save_pretrained(folder, **save or {})
     return folder
 
 
@@ -211,7 +212,8 @@ FIELDS = [
     (dict(rope_theta=1e4), "rope_theta"), (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(auto_map={"AutoModel": "mine.Mine"}), "auto_map"), (dict(is_encoder_decoder=True), "encoder"),
     (dict(pruned_heads={"0": [1]}), "pruned_heads"), (dict(pruned_heads={}), None),
-    (dict(model_type="gpt_neo"), "gpt_neo"), (dict(model_type=None), "None"), (dict(model_type=["gpt2"]), "gpt2"),
+    (dict(model_type="gpt_neo"), "gpt_neo"), (dict(model_type=None), "None"),
+    (dict(model_type=["gpt2"]), "gpt2"),
 ]
 
 
@@ -251,11 +253,11 @@ FILES = {
     "config is deep": (lambda f: (f / "config.json").write_text("[" * 99999), "config.json"),
     "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    "renamed weights": (lambda f: (f / "model.safetensors").rename(f / "gpt.safetensors"), "model.safetensors"),
+    "renamed weights": (lambda f: (f / "model.safetensors").rename(f / "g.safetensors"), "model.safetensors"),
     "cut weights": (lambda f: cut(f / "model.safetensors"), "model.safetensors"),
     "cut header": (lambda f: cut(f / "model.safetensors", 0.01), "model.safetensors"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
-    "a pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+    "a pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec"),
                   "model.safetensors"),
     "a run beside": (lambda f: (f / "ckpt.pt").write_bytes(b""), "ckpt.pt"),
 }
@@ -387,3 +389,194 @@ def test_a_checkpoint_of_a_tied_model_with_another_head_is_refused(tmp_path):
     torch.save({"model": state, "model_args": model.config.model_args()}, tmp_path / "ckpt.pt")
     with pytest.raises(ConfigError, match="tie_weights"):
         checkpoint.build_model(*checkpoint.read(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.parametrize("arm", [dict(mlp_topk=0.25), dict(experts=4, experts_active=2),
+                                 dict(columns=8, columns_active=2), dict(weights="2:4"), {}])
+def test_the_tanh_gelu_decodes_as_it_computes(arm):
+    model, idx = build(arm | dict(act="gelu_tanh"), std=0.2), tokens(1, 9)
+    told = model.generate(idx[:, :4], 5, temperature=0)
+    full = idx[:, :4]
+    for _ in range(5):
+        full = torch.cat((full, model(full)[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(told, full)
+
+
+def test_a_tanh_gelu_model_is_exported_and_read_again(tmp_path):
+    folder = run_of(tmp_path, ByteTokenizer().meta(), act="gelu_tanh", tie_weights=False, mlp_units=40)
+    same_as_transformers(folder)
+    assert json.loads((folder / "config.json").read_text())["activation_function"] == "gelu_new"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the vocabulary
+
+TEXT = "The quick brown fox\n jumps over 12 lazy dogs' <|endoftext|> 한국 déjà"
+
+
+def run_of(tmp_path, tokenizer, **changes):
+    """A run with that description of a tokenizer, exported as a user does -> the folder."""
+    model = build({}, std=0.2, vocab_size=600, **changes)
+    about = {"tokenizer": tokenizer} if tokenizer else {}
+    checkpoint.save({"model": model.state_dict(), "model_args": model.config.model_args(), **about,
+                     "config": {"dataset": "some"}}, tmp_path / "ckpt.pt")
+    export.main(export.ExportConfig(out_dir=str(tmp_path), to="hf", dtype="float32",
+                                    export_dir=str(tmp_path / "hf")))
+    return tmp_path / "hf"
+
+
+def sampled(folder, tmp_path, *argv, **keys):
+    keys = dict(num_samples=1, max_new_tokens=8, device="cpu", top_k=0, dtype="float32", start="ab") | keys
+    return Job("sample.py", [*words(init_from=folder, **keys), *argv], tmp_path).wait()
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_an_exported_model_samples_with_its_own_tokenizer(tmp_path, kind, case):
+    made_of = {"byte": ByteTokenizer(), "char": CharTokenizer(list("abcdefgh한\n")),
+               "bpe": TrainedTokenizer({"tokens": [chr(i) for i in range(256)] + ["ab", "<|endoftext|>"],
+                                        "specials": {"<|endoftext|>": 257}})}[kind]
+    folder = run_of(tmp_path, made_of.meta())
+    there = [sampled(folder, tmp_path), sampled(tmp_path / "ckpt.pt", tmp_path),
+             sampled("resume", tmp_path, out_dir=folder)]
+    assert [job.status for job in there] == [0, 0, 0], there[0].err
+    assert there[0].out == there[1].out == there[2].out and len(there[0].out) > 4
+    assert "note:" not in there[0].err
+    again = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    again.save_pretrained(tmp_path / "again")            # transformers keeps what it does not know
+    assert sampled(tmp_path / "again", tmp_path).out == there[0].out
+    case(), case()
+
+
+def test_an_export_without_a_tokenizer_says_what_to_type(tmp_path, case):
+    folder = run_of(tmp_path, ByteTokenizer().meta())
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "nanocortex"}))
+    one_sentence(sampled(folder, tmp_path), "sample.py", "no tokenizer", "--tokenizer=")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "meta.json").write_text('{"tokenizer": "byte", "vocab_size": 256}')
+    assert sampled(folder, tmp_path, tokenizer=data).status == 0
+    for bad in (3, {"tokenizer": "byte"}, {"tokenizer": {"tokenizer": "bite"}}):
+        (folder / "config.json").write_text(json.dumps(said | {"nanocortex": bad}))
+        one_sentence(sampled(folder, tmp_path), "sample.py")
+        case()
+    large = {"tokenizer": {"tokenizer": "char", "chars": [chr(1000 + i) for i in range(700)]}}
+    (folder / "config.json").write_text(json.dumps(said | {"nanocortex": large}))
+    one_sentence(sampled(folder, tmp_path), "sample.py", "700 ids")
+    case(), case()
+
+
+def theirs(folder, texts, size=300, legacy=False, **more):
+    """A vocabulary that the tokenizers package learns and transformers writes into a folder."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    learned = tokenizers.ByteLevelBPETokenizer(**more)
+    learned.train_from_iterator(texts, vocab_size=size, special_tokens=["<pad>", "<|endoftext|>"],
+                                show_progress=False)
+    if legacy:
+        learned.save_model(str(folder))
+        (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 0}))
+    else:
+        transformers.PreTrainedTokenizerFast(tokenizer_object=learned).save_pretrained(folder)
+    return learned
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_vocabulary_is_that_of_the_folders_own_files(tmp_path, plain, no_network, legacy, case):
+    plain = made(tmp_path / "own", vocab_size=300)
+    learned = theirs(plain, [TEXT * 3, "quick lazy dogs jump " * 9], legacy=legacy)
+    model, own = sample.load(str(plain), "out")
+    text = TEXT.replace("<|endoftext|>", "and")
+    assert own.encode(text) == learned.encode(text).ids and own.decode(own.encode(text)) == text
+    assert own.decode(own.encode(TEXT)) == TEXT and len(own.encode("<|endoftext|>")) > 1
+    assert own.encode("<|endoftext|>", allow_special=True) == [1] and own.vocab_size <= 300
+    assert b"".join(map(own.token_bytes, own.encode(text))).decode() == text
+    assert own.encode(text) == transformers.AutoTokenizer.from_pretrained(plain)(text).input_ids
+    case(), case()
+
+
+def cut_tokenizer(folder):
+    cut(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name, content, words_", [
+    ("tokenizer.json", "{", "tokenizer.json"), ("tokenizer.json", "[]", "tokenizer.json"),
+    ("tokenizer.json", '{"model": {}}', "tokenizer.json"),
+    ("tokenizer.json", '{"model": 3}', "tokenizer.json"),
+    ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "ByteLevel"),
+    ("vocab.json", "{}", "merges.txt"), ("merges.txt", "a b", "vocab.json")])
+def test_a_damaged_vocabulary_of_a_folder_is_one_sentence(tmp_path, plain, name, content, words_, case):
+    (plain / name).write_text(content)
+    with pytest.raises(ConfigError, match=words_) as error:
+        sample.load(str(plain), "out")
+    assert "\n" not in str(error.value)
+    case()
+
+
+def test_files_of_two_vocabularies_are_refused(tmp_path, case):
+    folder = made(tmp_path / "two", vocab_size=300)
+    theirs(folder, [TEXT], size=280, legacy=True)
+    merges = (folder / "merges.txt").read_text(encoding="utf-8")
+    theirs(folder, ["another text " * 9], size=290)
+    with pytest.raises(ConfigError, match=r"vocab\.json"):
+        sample.load(str(folder), "out")
+    (folder / "tokenizer.json").unlink()
+    (folder / "merges.txt").write_text(merges + "qq zz\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"merges\.txt"):
+        sample.load(str(folder), "out")
+    case(), case()
+
+
+@pytest.fixture
+def bpe():
+    if not BPE.is_dir():
+        pytest.skip(f"GPT-2's vocabulary is not in {BPE}")
+    return BPE
+
+
+def test_gpt2s_vocabulary_is_recognised_in_every_form(tmp_path, bpe, no_network, monkeypatch, case):
+    monkeypatch.setenv("NANOCORTEX_GPT2_BPE", str(tmp_path / "none"))
+    folder = made(tmp_path / "gpt2", n_layer=1, n_embd=4, vocab_size=50257)
+    shutil.copy(bpe / "encoder.json", folder / "vocab.json")
+    shutil.copy(bpe / "vocab.bpe", folder / "merges.txt")
+    one = sample.load(str(folder), "out")[1]
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    other = sample.load(str(folder), "out")[1]
+    for found in (one, other):
+        assert isinstance(found, GPT2Tokenizer) and found.encode("Hello world") == [15496, 995]
+        assert found.decode(found.encode(TEXT)) == TEXT and found.end_of_text == 50256
+        case()
+    assert pretrained.description_of(str(folder), 50257) == {"tokenizer": "gpt2"}
+
+
+def test_training_on_with_another_vocabulary_names_both(train, tmp_path, case):
+    """50257 ids alone do not make a vocabulary GPT-2's; what an export carries is compared too."""
+    folder = made(tmp_path / "spanish", n_layer=1, n_embd=4, vocab_size=50257)
+    theirs(folder, [TEXT])
+    shape = dict(n_layer=1, n_head=2, n_embd=4)
+    one_sentence(train(init_from=folder, status=2, **shape), "train.py", "tokenizer.json", "'byte'")
+    chars = tmp_path / "chars"
+    chars.mkdir()
+    folder = run_of(chars, CharTokenizer(list("abc")).meta())
+    one_sentence(train(init_from=folder, status=2, n_layer=2, n_embd=16), "train.py", "'char'", "'byte'")
+    own = tmp_path / "bytes"
+    own.mkdir()
+    folder = run_of(own, ByteTokenizer().meta(), act="gelu_tanh", tie_weights=False)
+    train(init_from=folder, n_layer=2, n_embd=16, max_iters=1, out="more")
+    args = train.checkpoint("more")["model_args"]
+    assert args["act"] == "gelu_tanh" and args["tie_weights"] is False and args["vocab_size"] == 600
+    train.resume(out="more", max_iters=2)
+    case(), case(), case()
+
+
+def test_a_name_that_would_download_says_what_to_do_without_a_network(tmp_path, case):
+    offline = dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    result = Job("sample.py", words(init_from="gpt2", device="cpu"), tmp_path, env=offline).wait()
+    one_sentence(result, "sample.py", "'gpt2' could not be downloaded", "config.json")
+    case()
+
+
+def test_a_run_reads_no_hugging_face_folder_as_its_own(tmp_path, plain):
+    with pytest.raises(ConfigError, match="Hugging Face"):
+        checkpoint.read(plain)
