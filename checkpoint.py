@@ -6,6 +6,7 @@ Keys: nanoGPT's model, optimizer, model_args, iter_num, best_val_loss, config; o
 manifest.json holds the SHA-256 of every checkpoint of its folder; a file that is not what was written is not
 used: `read` says so and takes the one before it. nanoGPT's folders have no manifest and are read without.
 """
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -316,15 +317,20 @@ def load(path, device="cpu", resume=False):
 def build_model(checkpoint, path, learns=False, **overrides):
     """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
     it is to be trained, so packed weights will not do."""
+    for field in dataclasses.fields(GPTConfig):
+        value, kind = checkpoint["model_args"].get(field.name, field.default), type(field.default)
+        require(type(value) is kind or (kind is float and type(value) is int),
+                f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
+                f"expected {kind.__name__})")
     packed = any(key.endswith(".meta") for key in checkpoint["model"])
     require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
                                      "checkpoint that was packed")
     try:
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
         model = settle(model) if packed else model
+        model.load_state_dict(checkpoint["model"])
         require(not model.config.tie_weights or is_tied(checkpoint["model"]),
                 "tie_weights=True, but its head is not its embedding")
-        model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version "
                           f"({str(error).splitlines()[-1].strip()})") from error

@@ -54,7 +54,8 @@ ROWS = {
             "test_an_exported_model_samples_", "test_an_export_without_a_tokenizer_",
             "test_the_vocabulary_is_that_of_", "test_a_damaged_vocabulary_of_a_folder_",
             "test_files_of_two_vocabularies_", "test_gpt2s_vocabulary_is_recognised_",
-            "test_training_on_with_another_vocabulary_", "test_a_name_that_would_download_"),
+            "test_training_on_with_another_vocabulary_", "test_a_name_that_would_download_",
+            "test_gpt2_by_name_is_nanogpts_", "test_a_folders_own_vocabulary_talks"),
 }
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}

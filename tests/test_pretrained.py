@@ -10,9 +10,11 @@ from arms import build, tokens
 from conftest import Job, one_sentence, words
 
 import checkpoint
+import decoding
 import export
 import pretrained
 import sample
+from chat import Chat
 from configurator import ConfigError
 from model import GPT
 from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, TrainedTokenizer
@@ -580,3 +582,54 @@ def test_a_name_that_would_download_says_what_to_do_without_a_network(tmp_path, 
 def test_a_run_reads_no_hugging_face_folder_as_its_own(tmp_path, plain):
     with pytest.raises(ConfigError, match="Hugging Face"):
         checkpoint.read(plain)
+
+
+def test_gpt2_by_name_is_nanogpts_and_says_so(monkeypatch, capsys, case):
+    """nanoGPT computes OpenAI's weights with the exact GELU; read from a folder they have the tanh form."""
+    monkeypatch.setitem(pretrained.GPT2_SIZES, "gpt2", dict(n_layer=1, n_head=2, n_embd=4))
+    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=4))
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", lambda name: peer)
+    monkeypatch.chdir("/")
+    model = GPT.from_pretrained("gpt2", dict(dropout=0.1))
+    assert (model.config.act, model.config.dropout, model.config.block_size) == ("gelu", 0.1, 1024)
+    told = capsys.readouterr().err
+    assert told.startswith("note: gpt2 is computed with the exact GELU") and told.count("note:") == 1
+    peer.config.activation_function = "gelu"
+    peer.transformer.h[0].mlp.act = torch.nn.GELU()
+    idx = tokens(2, 9)
+    torch.testing.assert_close(model.eval()(idx, idx)[0], peer.eval()(idx).logits, atol=1e-5, rtol=1e-5)
+    case()
+
+
+@pytest.mark.parametrize("field, value", [("bias", "no"), ("n_head", True), ("n_layer", 2.0),
+                                          ("dropout", None), ("tie_weights", 0), ("act", ["gelu"]),
+                                          ("vocab_size", "31")])
+def test_model_args_of_another_type_are_one_sentence(tmp_path, field, value):
+    model = build({}, std=0.2)
+    torch.save({"model": model.state_dict(), "model_args": model.config.model_args() | {field: value}},
+               tmp_path / "ckpt.pt")
+    with pytest.raises(ConfigError, match=rf"do not fit.*{field}="):
+        checkpoint.build_model(*checkpoint.read(tmp_path / "ckpt.pt"))
+
+
+def test_a_head_of_another_dtype_than_the_embedding_is_compared_by_value(plain):
+    weights = weights_of(plain)
+    wte = weights["transformer.wte.weight"].bfloat16()
+    with_weights(plain, weights | {"transformer.wte.weight": wte, "lm_head.weight": wte.double()})
+    same_as_transformers(plain)
+    with_weights(plain, weights | {"transformer.wte.weight": wte, "lm_head.weight": wte[:-1].clone()})
+    refused(plain, "tie_word_embeddings")
+
+
+def test_a_folders_own_vocabulary_talks(tmp_path, case):
+    folder = made(tmp_path / "own", vocab_size=300, eos_token_id=1)
+    theirs(folder, [TEXT * 3])
+    model, own = sample.load(str(folder), "out")
+    talk = Chat(lambda prompt: (token[0] for token in decoding.stream(model, prompt, 4, decoding.Sampler(0))),
+                own, "cpu", 1)
+    assert own.end_of_text == talk.end == 1 and "".join(talk.answer("fox")) == talk.text[4:]
+    traced = sampled(folder, tmp_path, trace="trace.html")
+    assert traced.status == 0 and (tmp_path / "trace.html").is_file(), traced.err
+    again = sampled(folder / "model.safetensors", tmp_path)
+    assert again.out == sampled(folder, tmp_path).out and again.status == 0
+    case(), case(), case()
