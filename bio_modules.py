@@ -23,6 +23,7 @@ from layers import (
     NeuronMajor,
     Packed,
     ReLU2,
+    TanhGELU,
     Winners,
     as_is,
     cast,
@@ -63,7 +64,8 @@ class Oscillating(nn.Module):
         return kernels.osc(x, *(p[rows] for p in (self.w, self.phi, self.b)))
 
 
-ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Oscillating}
+ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Oscillating,
+        "gelu_tanh": lambda units: TanhGELU()}
 
 # ------------------------------------------------------------------------------------------------------------
 # selectors: (..., units) -> the same with the losers at exactly zero

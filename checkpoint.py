@@ -6,6 +6,7 @@ Keys: nanoGPT's model, optimizer, model_args, iter_num, best_val_loss, config; o
 manifest.json holds the SHA-256 of every checkpoint of its folder; a file that is not what was written is not
 used: `read` says so and takes the one before it. nanoGPT's folders have no manifest and are read without.
 """
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import torch
 from configurator import ConfigError, require
 from layers import settle
 from model import GPT, GPTConfig
-from pretrained import read_ours
+from pretrained import is_tied, plain_names, read_ours
 
 WEIGHTS = {"model": dict, "model_args": dict}                       # what every checkpoint holds
 RUN = {"optimizer": dict, "iter_num": int,                          # what going on needs as well
@@ -294,7 +295,7 @@ def load(path, device="cpu", resume=False):
     path = Path(path)
     require(os.path.isfile(path), f"{path} does not exist: name an existing checkpoint")
     try:
-        checkpoint = (read_ours(path.parent) if path.suffix == ".safetensors" else
+        checkpoint = (read_ours(path) if path.suffix == ".safetensors" else
                       torch.load(path, map_location=device, weights_only=True))
     except ConfigError:
         raise
@@ -307,15 +308,19 @@ def load(path, device="cpu", resume=False):
     wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
     require(not wrong, f"{path} is not a checkpoint{' to go on from' * resume}: {', '.join(wrong)} missing "
                        f"or damaged{f', type --init_from={path} to start from its weights' * resume}")
-    checkpoint["model"] = {str(key).removeprefix("_orig_mod."): value
-                           for key, value in checkpoint["model"].items()
-                           if not str(key).endswith(".attn.bias")}   # nanoGPT's mask without flash attention
+    checkpoint["model"] = {key: value for key, value in plain_names(checkpoint["model"], path).items()
+                           if not key.endswith(".attn.bias")}   # nanoGPT's mask without flash attention
     return checkpoint
 
 
 def build_model(checkpoint, path, learns=False, **overrides):
     """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
     it is to be trained, so packed weights will not do."""
+    for field in dataclasses.fields(GPTConfig):
+        value, kind = checkpoint["model_args"].get(field.name, field.default), type(field.default)
+        require(type(value) is kind or (kind is float and type(value) is int),
+                f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
+                f"expected {kind.__name__})")
     packed = any(key.endswith(".meta") for key in checkpoint["model"])
     require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
                                      "checkpoint that was packed")
@@ -323,6 +328,8 @@ def build_model(checkpoint, path, learns=False, **overrides):
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
         model = settle(model) if packed else model
         model.load_state_dict(checkpoint["model"])
+        require(not model.config.tie_weights or is_tied(checkpoint["model"]),
+                "tie_weights=True, but its head is not its embedding")
     except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version "
                           f"({str(error).splitlines()[-1].strip()})") from error

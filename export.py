@@ -48,7 +48,10 @@ def hf(cfg, loaded, path):
     """-> a function that writes a dense model in the layout of transformers' GPT2LMHeadModel."""
     model = ckpt.build_model(loaded, path).to(DTYPES[cfg.dtype])
     weights, about = pretrained.to_hf(model)
-    return lambda folder: pretrained.write_folder(folder, weights, about | {"torch_dtype": cfg.dtype})
+    dataset = (loaded.get("config") or {}).get("dataset")
+    needed = {"tokenizer": loaded.get("tokenizer"), "config": dataset and {"dataset": dataset}}
+    about |= {"torch_dtype": cfg.dtype, pretrained.OURS: {key: said for key, said in needed.items() if said}}
+    return lambda folder: pretrained.write_folder(folder, weights, about)
 
 
 FORMS = {"packed": packed, "safetensors": safetensors, "hf": hf}
@@ -66,7 +69,8 @@ def main(cfg):
     write(folder)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"{folder}: {size / 2**20:.2f} MiB; " + (
-        f"read it with transformers.GPT2LMHeadModel.from_pretrained('{folder}')" if cfg.to == "hf" else
+        f"read it with transformers.GPT2LMHeadModel.from_pretrained('{folder}'), sample with: "
+        f"python sample.py --init_from={folder}" if cfg.to == "hf" else
         f"sample with: python sample.py --out_dir={folder}"))
 
 

@@ -489,6 +489,13 @@ class GELU(nn.Module):
         return F.gelu(x)
 
 
+class TanhGELU(nn.Module):
+    """The approximation by tanh that OpenAI's GPT-2 was trained with (1606.08415)."""
+
+    def forward(self, x, rows=None):
+        return F.gelu(x, approximate="tanh")
+
+
 class ReLU2(nn.Module):
     """max(x, 0) squared (2109.08668): cheap, and most units are exactly zero."""
 

@@ -71,7 +71,7 @@ class GPTConfig:
     pos: str = "learned"  # position table (learned), or rotation of queries and keys (rope)
     qk_norm: bool = False  # RMS-normalise queries and keys per head
     qk_gain: float = 0.0  # learned factor of each head's normalised queries, from this on; 0: none
-    act: str = "gelu"  # activation of the MLP: gelu, relu2, swiglu (8/3 as wide), osc
+    act: str = "gelu"  # activation of the MLP: gelu, gelu_tanh (OpenAI's), relu2, swiglu (8/3 as wide), osc
     softcap: float = 0.0  # bound logits to (-softcap, softcap) by tanh; 0: off
     zero_init: bool = False  # start the projections into the residual stream, and an untied head, at zero
     tie_weights: bool = True  # one matrix for the token embedding and the head
@@ -371,12 +371,17 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """OpenAI's GPT-2 weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' through the transformers
-        package, or a local Hugging Face GPT-2 folder. override_args may hold dropout alone, as in nanoGPT."""
+        package, or a local Hugging Face GPT-2 folder or a file of weights in one, computed as transformers
+        does or refused. override_args may hold dropout alone, as in nanoGPT."""
         override = override_args or {}
         require(set(override) <= {"dropout"},
                 f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
         args, weights = pretrained.read(model_type)
-        model = cls(GPTConfig(**args, bias=True, **override), init=False)
+        config = GPTConfig(**args, bias=True, **override)
+        with torch.device("meta"):              # a config.json that lies about sizes takes no memory
+            expected = {name: t.shape for name, t in cls(config, init=False).state_dict().items()}
+        pretrained.check_shapes(weights, expected, model_type)
+        model = cls(config, init=False)
         model.load_state_dict(weights)
         return model
 

@@ -2,8 +2,11 @@
 folder or downloaded; ours, written and read; and what a pretrained model needs for a vocabulary that has
 grown."""
 import dataclasses
+import itertools
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -18,10 +21,11 @@ GPT2_SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 
+
 def read(name):
-    """A local Hugging Face GPT-2 folder or one of GPT2_SIZES -> (GPTConfig arguments, our state dict)."""
-    args, weights = read_folder(Path(name)) if os.path.isdir(name) else download(name)
-    return args, from_hf_names(weights)
+    """A Hugging Face GPT-2 folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments,
+    our state dict). What this package would compute otherwise than transformers is a ConfigError."""
+    return read_folder(Path(name)) if os.path.exists(name) else download(name)
 
 
 def download(model_type):
@@ -35,26 +39,192 @@ def download(model_type):
                        "or name a local Hugging Face GPT-2 folder")
     try:
         weights = GPT2LMHeadModel.from_pretrained(model_type).state_dict()
-    except OSError as error:
-        require(False, f"'{model_type}' could not be downloaded ({str(error).splitlines()[0]}): without a "
-                       "network, name a local Hugging Face GPT-2 folder (config.json, model.safetensors)")
-    return dict(GPT2_SIZES[model_type], vocab_size=50257, block_size=1024), weights
+    except Exception as error:                  # hubs, proxies, TLS, full disks: each raises its own type
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"'{model_type}' could not be downloaded ({why}): without a network, name a local "
+                          "Hugging Face GPT-2 folder (config.json, model.safetensors)") from error
+    note(f"{model_type} is computed with the exact GELU, as nanoGPT does; OpenAI's is the tanh form, "
+         "which its "
+         "Hugging Face folder, named as a path, is computed with")
+    args = dict(GPT2_SIZES[model_type], vocab_size=50257, block_size=1024)
+    return args, from_hf_names(weights, GPT2_DEFAULTS | GPT2_SIZES[model_type], model_type)
 
 
-def read_folder(folder):
-    """A Hugging Face folder (config.json, model.safetensors or pytorch_model.bin) -> args, state dict."""
-    require((folder / "config.json").is_file(),
-            f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
-    c = config_of(folder / "config.json")
-    require(c.get("model_type") == "gpt2", f"{folder} holds a '{c.get('model_type')}' model, expected 'gpt2'")
-    if (folder / "model.safetensors").is_file():
-        weights = read_safetensors(folder / "model.safetensors")
-    else:
-        require((folder / "pytorch_model.bin").is_file(),
-                f"{folder} has neither model.safetensors nor pytorch_model.bin")
-        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    return dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
-                block_size=c["n_positions"]), weights
+def note(sentence):
+    """On stderr, once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {sentence}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------- config.json ---------------------------------------------
+
+# what transformers takes for a field that config.json leaves out
+GPT2_DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024, n_inner=None,
+                     activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                     reorder_and_upcast_attn=False, add_cross_attention=False)
+SAME_FIELD = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+              "max_position_embeddings": "n_positions", "n_ctx": "n_positions"}
+GELUS = {"gelu": "gelu", "gelu_python": "gelu"} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_tanh")
+# what GPT-2 is not, so anything else here is another model
+NEVER = {"layer_norm_epsilon": [1e-5], "add_cross_attention": [False], "is_encoder_decoder": [False],
+         "pruned_heads": [{}, None], "cross_attention_hidden_size": [None]}
+EXPECTED = {bool: "true or false", str: "a name", float: "a number", int: "a whole number from 1 on"}
+HEADS = "GPT2LMHeadModel", "GPT2Model"
+# fields that say nothing of the logits: of training, generation, summaries, files
+NO_PART = frozenset("""
+    _name_or_path name_or_path model_type architectures transformers_version torch_dtype dtype
+    use_bfloat16 shared attn_pdrop embd_pdrop resid_pdrop initializer_range gradient_checkpointing
+    problem_type finetuning_task summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj id2label label2id num_labels use_cache return_dict
+    return_dict_in_generate output_attentions output_hidden_states output_past output_scores torchscript
+    tf_legacy_loss chunk_size_feed_forward is_decoder tie_encoder_decoder task_specific_params
+    tokenizer_class prefix bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id min_length max_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    attn_implementation _attn_implementation _attn_implementation_autoset""".split())
+
+
+def read_folder(place):
+    """A Hugging Face folder, or a file of weights in one -> GPTConfig arguments, our state dict."""
+    folder = place if os.path.isdir(place) else place.parent
+    path = folder / "config.json"
+    require(os.path.isfile(path), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
+    require(folder != place or not (folder / "ckpt.pt").exists(), f"{folder} holds a run (ckpt.pt) and a "
+                                                                  "Hugging "
+            f"Face model: name the file, {folder / 'ckpt.pt'} or {folder / 'model.safetensors'}")
+    c = fields_of(config_of(path), path)
+    weights = read_shards(folder) if folder == place else read_tensors(place)
+    said = config_of(path).get("shared", {})
+    if isinstance(said, dict):                   # a folder that export.py has written
+        weights |= {other: weights[name] for other, name in said.items() if name in weights}
+    layers = set(re.findall(r"(?:^|\.)h\.(\d+)\.", "\n".join(map(str, weights)), re.MULTILINE))
+    require(len(layers) == c["n_layer"], f"{path}: n_layer={c['n_layer']}, but the weights of {place} are of "
+            f"{len(layers)} layers: the two do not belong together")
+    units = {"mlp_units": c["n_inner"]} if c["n_inner"] not in (None, 4 * c["n_embd"]) else {}
+    args = dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
+                block_size=c["n_positions"], act=GELUS[c["activation_function"]],
+                tie_weights=c["tie_word_embeddings"])
+    return args | units, from_hf_names(weights, c, place)
+
+
+def fields_of(said, path):
+    """The fields of a GPT-2 config.json that decide the logits, each one checked -> dict like "
+      "GPT2_DEFAULTS."""
+    kind = said.get("model_type")
+    require(kind == "gpt2", f"{path.parent} holds a '{kind}' model, expected 'gpt2'")
+    c = GPT2_DEFAULTS | {name: said[name] for name in GPT2_DEFAULTS if name in said}
+    for other, name in SAME_FIELD.items():
+        require(other not in said or name not in said or said[other] == said[name],
+                f"{path}: {other}={said.get(other)} contradicts {name}={said.get(name)}: leave one of "
+                "them out")
+        c[name] = said.get(name, said.get(other, c[name])) if other in said else c[name]
+    for name, value in said.items():
+        require(name in {*GPT2_DEFAULTS, *SAME_FIELD, *NO_PART, *NEVER, OURS},
+                f"{path} has {name}={str(value)[:40]}, which GPT-2 has no such field for: if the model "
+                "does not "
+                "depend on it, delete the field")
+        require(any(value == fits and isinstance(value, type(fits)) for fits in NEVER.get(name, [value])),
+                f"{path}: {name}={str(value)[:40]!r}, but this GPT-2 computes {NEVER.get(name, ['?'])[0]} "
+                "alone: "
+                "use transformers for this model")
+    for name, value in c.items():
+        kind = type(GPT2_DEFAULTS[name])
+        fits = type(value) is kind or (name == "n_inner" and type(value) is int)
+        require(fits and not (type(value) is int and value < 1),
+                f"{path}: {name}={str(value)[:40]!r}, expected {EXPECTED.get(kind, EXPECTED[int])}")
+    require(c["activation_function"] in GELUS, f"{path}: activation_function='{c['activation_function']}' "
+                                               "is not "
+            f"computed here, only {', '.join(GELUS)}: use transformers for this model")
+    heads = said.get("architectures") or [HEADS[0]]
+    require(isinstance(heads, list) and set(map(str, heads)) <= set(HEADS),
+            f"{path}: architectures={heads!r}, expected one of {', '.join(HEADS)}: what other models "
+            "predict is "
+            "not the next token")
+    require(c["n_embd"] % c["n_head"] == 0,
+            f"{path}: n_embd={c['n_embd']} is not divisible by n_head={c['n_head']}")
+    return c
+
+
+def folder_of(name):
+    """The folder of what `read` reads from one; None for a name of GPT2_SIZES that is downloaded."""
+    return None if not os.path.exists(name) else Path(name) if os.path.isdir(name) else Path(name).parent
+
+
+def carried(name):
+    """What export.py has written into config.json for sampling again ("tokenizer", "config"); {} "
+                                                                                           "elsewhere."""
+    folder = folder_of(name)
+    own = config_of(folder / "config.json").get(OURS, {}) if folder else {}
+    parts = [own] + [own.get(key, {}) for key in ("tokenizer", "config") if isinstance(own, dict)]
+    require(all(isinstance(part, dict) for part in parts), f"{name}: {OURS} in its config.json is damaged")
+    return own
+
+
+def tokenizer_of(name, vocab_size):
+    """The tokenizer of what `read` reads: GPT-2's for its names, else that of the folder's own files; None
+    where it has none."""
+    folder = folder_of(name)
+    if folder is None:
+        return tokenizers.GPT2Tokenizer()
+    found = tokenizers.in_folder(folder, config_of(folder / "config.json").get("eos_token_id"))
+    if found is None and vocab_size == 50257:
+        note(f"{folder} has no tokenizer files; of 50257 ids, so GPT-2's tokenizer is taken")
+        return tokenizers.GPT2Tokenizer()
+    return found
+
+
+def description_of(name, vocab_size):
+    """The description of that tokenizer, as a checkpoint has it; None where it is not known."""
+    own = carried(name).get("tokenizer")
+    found = own or tokenizer_of(name, vocab_size)
+    return own or (found and found.meta())
+
+
+# -------------------------------------------------- files of weights ----------------------------------------
+
+FILES = ("model.safetensors", "model.safetensors.index.json",
+         "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_shards(folder):
+    """The weights of a folder, in one file or in several that an index names, in transformers' order."""
+    path = next((folder / name for name in FILES if os.path.isfile(folder / name)), None)
+    require(path, f"{folder} has no weights: expected {', '.join(FILES[:-1])} or {FILES[-1]}")
+    if path.suffix != ".json":
+        return read_tensors(path)
+    index = config_of(path).get("weight_map")
+    fits = isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())
+    require(fits, f"{path} has no weight_map from names to files: damaged")
+    weights = {}
+    for file in dict.fromkeys(index.values()):
+        require(file == os.path.basename(file) and file not in ("", ".", ".."),
+                f"{path} names '{file}', expected a file of this folder")
+        part = read_tensors(folder / file)
+        listed = {name for name, place in index.items() if place == file}
+        require(part.keys() == listed, f"{path} does not fit {file}: "
+                f"{min(part.keys() ^ listed, default='')} is in one of them only")
+        weights |= part
+    return weights
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors file or of a pickle, which runs no code; what is neither is a "
+      "ConfigError."""
+    require(os.path.isfile(path), f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read: damaged, or it holds more than tensors "
+                          f"({type(error).__name__})") from error
+    require(isinstance(weights, dict) and all(isinstance(t, torch.Tensor) for t in weights.values()),
+            f"{path} is not the state dict of a model: expected tensors by name")
+    return weights
 
 
 def package(path):
@@ -75,13 +245,21 @@ def read_safetensors(path):
         raise ConfigError(f"{path} cannot be read as safetensors ({error})") from error
 
 
-OURS = "nanocortex"                              # model_type in the config.json of a model of ours
+OURS = "nanocortex"     # model_type in the config.json of a model of ours; in to=hf the field of what we add
 
 
 def is_gpt2(name):
-    """Is it one of GPT2_SIZES, or a folder with a config.json that is not of a model of ours?"""
-    path = Path(name) / "config.json"
-    return name in GPT2_SIZES or (os.path.isfile(path) and config_of(path).get("model_type") != OURS)
+    """Is it one of GPT2_SIZES, or a folder (or a file of weights in one) whose config.json is not that of a
+    model of ours?"""
+    place = Path(name)
+    folder = place.parent if place.suffix in (".safetensors", ".bin") and os.path.isfile(place) else place
+    path = folder / "config.json"
+    return name in GPT2_SIZES or (os.path.isfile(path) and not is_ours(config_of(path)))
+
+
+def is_ours(said):
+    """Is a config.json that of a model of ours?"""
+    return said.get("model_type") == OURS or "model_args" in said
 
 
 def config_of(path):
@@ -90,15 +268,25 @@ def config_of(path):
         return {}
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path} is not readable JSON ({error})") from error
     require(isinstance(said, dict), f"{path} holds a {type(said).__name__}, expected an object")
     return said
 
 
-def read_ours(folder):
-    """A folder of write_folder -> what a checkpoint of the model alone holds."""
-    about, weights = config_of(folder / "config.json"), read_safetensors(folder / "model.safetensors")
+def read_ours(path):
+    """A .safetensors file beside a config.json of write_folder -> what a checkpoint of the model alone "
+      "holds."""
+    folder = path.parent
+    require(os.path.isfile(folder / "config.json"), f"{folder} has no config.json, which says what "
+                                                    f"{path.name} "
+            "holds: copy it there too")
+    about = config_of(folder / "config.json")
+    require(is_ours(about), f"{path} is a '{about.get('model_type')}' model of Hugging "
+                                             "Face: "
+            f"type --init_from={folder} (sample.py and train.py)")
+    require(isinstance(about.get("tokenizer") or {}, dict), f"{folder / 'config.json'}: tokenizer is damaged")
+    weights = read_safetensors(path)
     weights |= {other: weights[name] for other, name in about.get("shared", {}).items() if name in weights}
     return {"model": weights} | {key: about[key] for key in ("model_args", "config", "tokenizer")
                                  if about.get(key) is not None}
@@ -127,7 +315,7 @@ def write_folder(folder, weights, about):
 
 
 SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",
-                "tie_weights", "screen", "mlp_units", "zero_init", "sr_ste")
+                "tie_weights", "act", "screen", "mlp_units", "zero_init", "sr_ste")
 
 
 def to_hf(model):
@@ -138,6 +326,8 @@ def to_hf(model):
         require(field.name in SAME_IN_GPT2 or getattr(c, field.name) == field.default,
                 f"{field.name}={getattr(c, field.name)} has no counterpart in GPT-2, to=hf is for dense "
                 "models: type --to=safetensors")
+    act = {"gelu": "gelu", "gelu_tanh": "gelu_new"}.get(c.act)
+    require(act, f"act={c.act} has no counterpart in GPT-2, to=hf is for dense models: type --to=safetensors")
     weights = {}
     for name, tensor in model.state_dict().items():
         conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -147,23 +337,82 @@ def to_hf(model):
             weights[partner] = tensor.new_zeros(len(tensor))
     return weights, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
                      "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
-                     "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": "gelu",
+                     "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": act,
                      "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tie_weights,
                      "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
                      "bos_token_id": None, "eos_token_id": None}
 
 
-def from_hf_names(weights):
-    """Hugging Face's state dict -> ours: Conv1D matrices transposed, mask buffers dropped, head tied."""
+WRAPPERS = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
+
+
+def plain_names(weights, path):
+    """A state dict without what torch.compile, DDP and FSDP put before names, in any order; DDP's `module` is
+    at the front alone. Two names that become one are a ConfigError."""
     out = {}
     for name, tensor in weights.items():
+        parts = [part for part in str(name).split(".") if part not in WRAPPERS]
+        plain = ".".join(itertools.dropwhile(lambda part: part == "module", parts))
+        require(plain not in out, f"{path} holds {plain} twice, with a prefix and without, or with two: "
+                "keep one")
+        out[plain] = tensor
+    return out
+
+
+def from_hf_names(weights, c, place):
+    """Hugging Face's state dict -> ours: Conv1D matrices transposed, mask buffers dropped, a head that is not
+    stored tied. c: like GPT2_DEFAULTS; scales of attention that differ from ours go into the queries."""
+    out = {}
+    for name, tensor in plain_names(weights, place).items():
         name = "transformer." + name.removeprefix("transformer.") if not name.startswith("lm_head") else name
+        require(name not in out, f"{place} holds {name} twice, with and without 'transformer.': keep one")
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
+        require(tensor.is_floating_point(), f"{place}: {name} is {str(tensor.dtype).removeprefix('torch.')}, "
+                "expected floating point: quantised weights are not read")
         conv1d = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        out[name] = tensor.t() if conv1d else tensor
-    out["lm_head.weight"] = out["transformer.wte.weight"]
+        out[name] = tensor.t() if conv1d and tensor.dim() == 2 else tensor
+    ends = "transformer.wte.weight", "lm_head.weight"
+    for one, other in (ends, ends[::-1]) if c["tie_word_embeddings"] else ():
+        out |= {other: out[one]} if one in out and other not in out else {}
+    require(not c["tie_word_embeddings"] or is_tied(out), f"{place} holds an lm_head.weight that is not the "
+            "embedding, but its config.json ties them: set tie_word_embeddings to false there")
+    units = c["n_inner"] or 4 * c["n_embd"]
+    for name, rows in (("wte", c["vocab_size"]), ("wpe", c["n_positions"]), ("h.0.mlp.c_fc", units)):
+        check_shape(out, f"transformer.{name}.weight", (rows, c["n_embd"]), place)
+    for layer in range(c["n_layer"]):
+        scale = (c["n_embd"] // c["n_head"]) ** 0.5 if not c["scale_attn_weights"] else 1
+        scale /= layer + 1 if c["scale_attn_by_inverse_layer_idx"] else 1
+        for part in ("weight", "bias") if scale != 1 else ():
+            name = f"transformer.h.{layer}.attn.c_attn.{part}"
+            if name in out:
+                queries, others = out[name].float().tensor_split([c["n_embd"]])
+                out[name] = torch.cat((queries * scale, others))
     return out
+
+
+def is_tied(weights):
+    """Are the embedding and the head of a state dict one matrix, as far as both are there?"""
+    one, other = weights.get("transformer.wte.weight"), weights.get("lm_head.weight")
+    return one is None or other is None or (one.shape == other.shape and bool((one == other).all()))
+
+
+def check_shapes(weights, expected, place):
+    """ConfigError unless a state dict has the names and shapes of `expected`, {name: shape}."""
+    lacks = [name for name in expected if name not in weights]
+    more = [name for name in weights if name not in expected]
+    wrong = [f"lack {name}" for name in lacks[:1]] + [f"have {name}, which it does not" for name in more[:1]]
+    require(not wrong, f"{place} does not hold the weights of the GPT-2 of its config.json: they "
+                       f"{' and '.join(wrong)}")
+    for name, shape in expected.items():
+        check_shape(weights, name, shape, place)
+
+
+def check_shape(weights, name, shape, place):
+    found = tuple(weights[name].shape) if name in weights else shape
+    require(found == tuple(shape), f"{place}: {name} is {found}, config.json makes it {tuple(shape)}: the "
+                                   "two "
+                                   "do not belong together")
 
 
 def fit_vocabulary(model, old, meta):

@@ -16,6 +16,7 @@ import checkpoint as ckpt
 import continual
 import dataset as datasets
 import decoding
+import pretrained
 import runtime
 import sparse_kernels
 import tokenizer as tokenizers
@@ -78,12 +79,31 @@ class SampleConfig:
 
 def load(init_from, out_dir, folder=""):
     """What init_from names -> (GPT in eval mode on the CPU, its tokenizer); folder: see tokenizer_of."""
+    place = Path(out_dir)                        # a Hugging Face folder may be named like a run
+    no_run = os.path.isdir(place) and not any(place.glob("ckpt*.pt"))
+    if init_from == "resume" and no_run and is_gpt2(out_dir):
+        init_from = out_dir
     if is_gpt2(init_from):
         model = GPT.from_pretrained(init_from).eval()
-        return model, tokenizer_of({"tokenizer": {"tokenizer": "gpt2"}}, folder, model.config.vocab_size)
+        return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size)
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
     model = ckpt.build_model(loaded, path).eval()
     return model, tokenizer_of(loaded, folder, model.config.vocab_size)
+
+
+def pretrained_tokenizer(name, folder, vocab_size):
+    """The tokenizer of a Hugging Face folder or of GPT-2: what the export carries, what its files say, or
+    that of the data `folder`."""
+    carried = pretrained.carried(name)
+    if carried:
+        return tokenizer_of(carried, folder, vocab_size)
+    own = pretrained.tokenizer_of(name, vocab_size)
+    if own is None or folder:
+        require(folder, f"{name} has no tokenizer (tokenizer.json, or vocab.json and merges.txt): copy it "
+                        "there, or "
+                        "type --tokenizer=FOLDER of the data that the model was trained on")
+        return tokenizer_of({"tokenizer": own and own.meta()}, folder, vocab_size)
+    return fitting(own, vocab_size)
 
 
 def tokenizer_of(loaded, folder, vocab_size):
@@ -97,6 +117,11 @@ def tokenizer_of(loaded, folder, vocab_size):
         tokenizers.require_same(own, given.meta(), f"the checkpoint and {place}", "leave --tokenizer out")
     else:
         given = tokenizers.from_meta(own)
+    return fitting(given, vocab_size)
+
+
+def fitting(given, vocab_size):
+    """A tokenizer -> itself, if the model has a row for each of its ids."""
     require(given.vocab_size <= vocab_size, f"the tokenizer has {given.vocab_size} ids, the model "
             f"{vocab_size}: they do not belong together; type --tokenizer=FOLDER of the model's data")
     return given

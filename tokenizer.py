@@ -109,13 +109,16 @@ class GPT2Tokenizer(BytePairs):
     """GPT-2's 50,257 byte pairs by tiktoken, loaded at the first use: training needs only vocab_size.
 
     Offline, the files encoder.json and vocab.bpe are read from the folder that the environment variable
-    NANOCORTEX_GPT2_BPE names, or from data/gpt2_bpe.
+    NANOCORTEX_GPT2_BPE names, or from data/gpt2_bpe. ranks: {bytes: id}, where they have been read already.
     """
     vocab_size = 50257
 
+    def __init__(self, ranks=None):
+        self.ranks = ranks
+
     @functools.cached_property
     def bpe(self):
-        return load_bpe()
+        return load_bpe() if self.ranks is None else gpt2_encoding(need("tiktoken"), self.ranks)
 
     def meta(self):
         return {"tokenizer": "gpt2"}
@@ -369,8 +372,150 @@ def local_bpe(tiktoken, folder):
                                                 BPE_SHA256["vocab.bpe"], BPE_SHA256["encoder.json"])
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} does not hold GPT-2's encoder.json and vocab.bpe: {error}") from error
+    return gpt2_encoding(tiktoken, ranks)
+
+
+def gpt2_encoding(tiktoken, ranks):
     return tiktoken.Encoding("gpt2", pat_str=BPE_WORDS, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: 50256})
+
+
+# -------------------------------------------------- Hugging Face folders ------------------------------------
+
+class FolderTokenizer:
+    """The byte pairs of a Hugging Face folder, by the tokenizers package as transformers takes them. Added
+    tokens are plain text in a prompt unless allow_special. text: what tokenizer.json holds, or would hold."""
+
+    def __init__(self, path, text, end=None):
+        self.path, self.tokens = path, None
+        try:
+            self.tokens = need("tokenizers", f"the tokenizer of {path} would").Tokenizer.from_str(text)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{path} is no tokenizer ({str(error)[:120]})") from error
+        self.tokens.no_truncation()
+        self.tokens.no_padding()
+        decoder = json.loads(text).get("decoder") or {}
+        require(decoder.get("type") == "ByteLevel", f"{path} is a tokenizer whose decoder is "
+                f"{decoder.get('type')}, expected GPT-2's ByteLevel: use transformers for this model")
+        vocabulary = self.tokens.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.added = {i: token.content for i, token in self.tokens.get_added_tokens_decoder().items()}
+        self.end_of_text = end if type(end) is int else vocabulary.get(END_OF_TEXT)
+
+    def encode(self, text, allow_special=False):
+        utf8(text)
+        self.tokens.encode_special_tokens = not allow_special
+        return self.tokens.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id):
+        [token_id] = known([token_id], self.vocab_size)
+        if token_id in self.added:
+            return self.added[token_id].encode()
+        return spelled(self.tokens.id_to_token(token_id) or "", self.path)
+
+    def meta(self):
+        return {"tokenizer": f"that of {self.path}"}
+
+
+@functools.cache
+def bytes_of_characters():
+    """{the printable character that GPT-2's files write for a byte: that byte}"""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def spelled(token, path):
+    """A token of vocab.json as bytes."""
+    table = bytes_of_characters()
+    require(all(char in table for char in token), f"{path}: token {token[:40]!r} is not spelled in "
+                                                  "GPT-2's bytes")
+    return bytes(table[char] for char in token)
+
+
+def in_folder(folder, end=None):
+    """The tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json with merges.txt; None without any
+    of the three. end: the id that ends a document there, if known."""
+    there = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()]
+    if not there:
+        return None
+    try:
+        said = {name: (folder / name).read_text(encoding="utf-8") for name in there}
+        found = {name: json.loads(text) for name, text in said.items() if name.endswith(".json")}
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{folder}: {' or '.join(there)} is damaged ({error})") from error
+    full, vocab = found.get("tokenizer.json"), found.get("vocab.json")
+    if full is None:
+        require("merges.txt" in there and vocab is not None,
+                f"{folder} has {there[0]} alone, expected vocab.json and merges.txt, or tokenizer.json: "
+                "copy the "
+                "other file there too")
+        full = as_tokenizer_json(folder, vocab, said["merges.txt"])
+    require(isinstance(full, dict) and isinstance(full.get("model"), dict) and vocab in (None,
+            full["model"].get("vocab")), f"{folder}: its tokenizer.json is damaged, or has not the tokens "
+                                         "of its "
+            "vocab.json: delete one of them")
+    if is_gpt2s(full):
+        named = full["model"]["vocab"].items()
+        return GPT2Tokenizer({spelled(token, folder): i for token, i in named if token != END_OF_TEXT})
+    return FolderTokenizer(folder / there[0], json.dumps(full), end)
+
+
+def as_tokenizer_json(folder, vocab, merges):
+    """What tokenizer.json says where a folder has vocab.json and merges.txt, and perhaps other files of added
+    tokens."""
+    def other(name):
+        try:
+            text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else "{}"
+            found = json.loads(text)
+        except (ValueError, RecursionError, OSError) as error:
+            raise ConfigError(f"{folder / name} is damaged ({error})") from error
+        require(isinstance(found, dict), f"{folder / name} holds a {type(found).__name__}, expected an "
+                                         "object")
+        return found
+    ids = isinstance(vocab, dict) and all(type(i) is int for i in vocab.values())
+    require(ids, f"{folder / 'vocab.json'} is damaged: expected an id for each token")
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    pairs = all(len(line.split(" ")) == 2 and "".join(line.split(" ")) in vocab for line in lines)
+    require(pairs, f"{folder / 'merges.txt'} is damaged, or does not belong to vocab.json beside it")
+    config = other("tokenizer_config.json")
+    added = {content: i for content, i in other("added_tokens.json").items()}
+    listed = config.get("added_tokens_decoder", {})
+    try:
+        added |= {token["content"]: int(i) for i, token in listed.items()}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is damaged") from error
+    if END_OF_TEXT in vocab:
+        added.setdefault(END_OF_TEXT, vocab[END_OF_TEXT])
+    space = config.get("add_prefix_space", False)
+    rules = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    level = {"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": True, "use_regex": True}
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": level,
+            "post_processor": None, "decoder": level,
+            "added_tokens": [dict(id=i, content=content) | rules for content, i in
+                             sorted(added.items(), key=lambda item: item[1])],
+            "model": {"type": "BPE", "vocab": vocab, "merges": lines}}
+
+
+def is_gpt2s(full):
+    """Is a tokenizer.json OpenAI's vocabulary, cut into words as OpenAI does?"""
+    model, words = full["model"], full.get("pre_tokenizer") or {}
+    try:
+        vocab = json.dumps(dict(sorted(model["vocab"].items(), key=lambda item: item[1])))
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        added = [token["content"] for token in full.get("added_tokens") or ()]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    merges = "#version: 0.2\n" + "".join(line + "\n" for line in lines)
+    return (hashlib.sha256(vocab.encode()).hexdigest() == BPE_SHA256["encoder.json"]
+            and hashlib.sha256(merges.encode()).hexdigest() == BPE_SHA256["vocab.bpe"]
+            and added in ([], [END_OF_TEXT]) and full.get("normalizer") is None
+            and words.get("type") == "ByteLevel" and not words.get("add_prefix_space"))
 
 
 def utf8(text):

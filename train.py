@@ -216,7 +216,7 @@ def build_model():
     path = Path(cfg.init_from)
     if pretrained.is_gpt2(cfg.init_from):
         model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
-        known = {"tokenizer": "gpt2"} if model.config.vocab_size == 50257 else None
+        known = pretrained.description_of(cfg.init_from, model.config.vocab_size)
         model = pretrained.fit_vocabulary(model, known, meta)
     else:
         require(os.path.exists(path),

@@ -51,6 +51,14 @@ ROWS = {
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
     "F22": ("several hosts", "test_two_hosts_", "test_a_host_that_is_killed_",
             "test_hosts_that_do_not_share_", "test_restarts_on_several_hosts_"),
+    "F26": ("Hugging Face folders and wrapped names", "test_a_hugging_face_", "test_hugging_face_weights_",
+            "test_every_field_of_a_hugging_", "test_fields_that_a_hugging_face_", "test_a_pickle_of_hugging_",
+            "test_a_path_means_that_file", "test_prefixes_of_wrapped_", "test_two_prefixes_of_one_name_",
+            "test_an_exported_model_samples_", "test_an_export_without_a_tokenizer_",
+            "test_the_vocabulary_is_that_of_", "test_a_damaged_vocabulary_of_a_folder_",
+            "test_files_of_two_vocabularies_", "test_gpt2s_vocabulary_is_recognised_",
+            "test_training_on_with_another_vocabulary_", "test_a_name_that_would_download_",
+            "test_gpt2_by_name_is_nanogpts_", "test_a_folders_own_vocabulary_talks"),
 }
 BEGAN = time.monotonic()
 rows = {}                                        # {row: [held, failed, seconds]}
