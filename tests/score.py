@@ -48,6 +48,8 @@ ROWS = {
     "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
     "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+    "F27": ("corpora", "test_every_document_is_used_", "test_a_document_that_is_not_used_",
+            "test_a_file_that_cannot_be_used_", "test_going_on_", "test_two_preparations_"),
 }
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}
