@@ -1,4 +1,4 @@
-"""Corpora: documents that stream from parquet and JSON-lines files, here or on the Hub, into token files.
+"""Corpora: documents that stream from files (inputs.py says which) or from the Hub into token files.
 
     python data/openwebtext/prepare.py                          from the Hub
     python data/openwebtext/prepare.py --input=FOLDER           from files of it that you have
@@ -18,22 +18,38 @@ from pathlib import Path
 
 import numpy as np
 
+import inputs
 import tokenizer as tokenizers
 import vocabulary
 from configurator import ConfigError, configure, require
-from dataset import AGAIN, DTYPES, as_bytes, dtype_for, new_meta, report, text_files
+from dataset import (
+    AGAIN,
+    DTYPES,
+    as_bytes,
+    dropped,
+    dtype_for,
+    expanded,
+    locked,
+    new_meta,
+    report,
+    tell_decomposed,
+    text_files,
+    tokenizer_place,
+)
+from inputs import BadRow, first_line
 
 PART_TOKENS = 1 << 24           # tokens between two notes of the progress
 BATCH_CHARS = 1 << 20           # characters of text that are encoded at a time
-WHOLE_TEXT = 256 << 20          # bytes of the largest text file that may be one document among many
 REACH_SECONDS = 120             # without an answer from the Hub for so long there is no network
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+BAD_ROWS = 1000                 # rows of a file that may be unusable before the first good one
+NAMED = 20                      # files and documents of a kind that are named; the others are counted
+READER = 2                      # what a position among rows means
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The keys of a corpus's prepare.py."""
-    input: str = ""                 # files of it that you have: a .parquet, .jsonl or folder; empty: the Hub
+    input: str = ""                 # files of it that you have: a file or a folder of rows; empty: the Hub
     out_dir: str = ""               # folder to write to; empty: the folder of this script
     tokenizer: str = "gpt2"         # byte, gpt2, or a data folder with a tokenizer of its own
     val_fraction: float = 0.0005    # the part held out for validation, whole documents chosen by their text
@@ -47,13 +63,15 @@ class Corpus:
 def prepare(config_class, here, hub, text, argv=None):
     """The main() of a corpus's prepare.py.
 
-    hub: config -> keys of datasets.load_dataset; text: a row (dict) -> a document, or None for no document.
+    hub: config -> keys of datasets.load_dataset; text: a row (dict) -> a document, or None for no document;
+    its attribute columns names those that it reads.
     """
     config, started = configure(config_class, argv), time.time()
-    rows = local_rows(config.input) if config.input else hub_rows(hub(config))
+    columns = getattr(text, "columns", None)
+    rows = local_rows(config.input, columns) if config.input else hub_rows(hub(config))
     documents = Documents(rows, text, config.documents)
-    tokenizer = vocabulary.chosen(config.tokenizer, documents.pieces)
-    folder = Path(config.out_dir or Path(here).resolve().parent)
+    tokenizer = vocabulary.chosen(tokenizer_place(config.tokenizer), documents.pieces)
+    folder = expanded(config.out_dir or Path(here).resolve().parent)
     source = source_of(config.input, hub(config))
     meta = write_corpus(folder, documents, tokenizer, config.val_fraction, source)
     report(folder, meta, time.time() - started)
@@ -73,22 +91,23 @@ def hub_rows(keys):
                           "built-in data: python train.py --dataset=pylib") from error
 
 
-def local_rows(path):
-    """Files of one kind (.parquet, .jsonl, .txt) as a stream of rows; a text file is one row of "text"."""
-    files = files_of(path)
-    kinds = sorted({KINDS[file.suffix] for file in files})
-    require(len(kinds) == 1, f"{path} mixes {' and '.join(kinds)} files, expected one kind: take one of them")
-    long = [file for file in files if kinds == ["text"] and file.stat().st_size > WHOLE_TEXT]
-    require(not long, f"{long and long[0]} is too long to be one document among many: prepare it by itself, "
-                      "python data/prepare.py --input=FILE")
-    require(any(file.stat().st_size for file in files), f"{path} is empty: expected documents")
-    load = library("parquet and jsonl files").load_dataset
-    options = {"sample_by": "document"} if kinds == ["text"] else {}
-    try:
-        return load(kinds[0], data_files=[str(file) for file in files], split="train", streaming=True,
-                    **options)
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be read ({first_line(error)})") from error
+def local_rows(path, columns=None):
+    """The rows of a file or a folder as inputs.LocalRows; a text file is one row of "text"."""
+    files, left_out = inputs.files_of(path)
+    texts = [file for file in files if inputs.kind_of(file) == "text"]
+    kinds = sorted({inputs.kind_of(file) for file in files})
+    require(len(texts) in (0, len(files)), f"{path} mixes {' and '.join(kinds)} files, rows and whole texts: "
+                                           f"take one of them (the first text is {texts and texts[0]})")
+    rows = inputs.LocalRows(files, ["text"] if texts else columns, left_out)
+    tell_left_out(rows.left_out)
+    return rows
+
+
+def tell_left_out(left_out):
+    for name, reason in list(left_out.items())[:NAMED]:
+        print(f"left out: {name} ({reason})", flush=True)
+    if len(left_out) > NAMED:
+        print(f"left out: {len(left_out) - NAMED:,} more, which meta.json will name", flush=True)
 
 
 def library(why):
@@ -101,21 +120,11 @@ def library(why):
     return datasets
 
 
-def files_of(path):
-    """The files that a path names, itself or all below it, in the order of their names."""
-    path = Path(path)
-    require(path.exists(), f"input {path} does not exist: type --input=FILE or --input=FOLDER")
-    found = sorted(file for file in path.rglob("*") if file.suffix in KINDS) if path.is_dir() else [path]
-    require(found and found[0].suffix in KINDS,
-            f"input {path} holds none of {', '.join(KINDS)}: convert it to one of these")
-    return found
-
-
 def source_of(path, hub):
     """In words where the documents come from; other files give other words."""
     if not path:
         return " ".join([hub["path"], hub.get("name", ""), *map(str, hub.get("data_files", ()))]).strip()
-    sizes = [f"{file.name} {file.stat().st_size}" for file in files_of(path)]
+    sizes = [f"{file.name} {file.stat().st_size}" for file in inputs.files_of(path)[0]]
     sha = hashlib.sha256(repr(sizes).encode()).hexdigest()
     return f"{len(sizes)} files, {sizes[0]} to {sizes[-1]} bytes, {sha[:12]}"
 
@@ -123,53 +132,122 @@ def source_of(path, hub):
 def column(name):
     """row -> its column `name`, for rows that have one document each."""
     def text(row):
-        require(name in row, f"the rows have no column '{name}' but {', '.join(row)}: type --column=ANOTHER")
-        require(isinstance(row[name], str | None), f"column '{name}' holds {str(row[name])[:40]!r}, no text: "
-                                                   "type --column=ANOTHER")
-        return row[name]
-    return text
+        return None if name in row and row[name] is None else value(row, name)
+    return reads(name)(text)
+
+
+def reads(*columns):
+    """Names the columns that a function of rows reads, so that no others are."""
+    def named(function):
+        function.columns = list(columns)
+        return function
+    return named
+
+
+def value(row, name):
+    """The text in a column of a row, or BadRow."""
+    if name not in row:
+        raise BadRow("without the column", inputs.no_column("has", name, row))
+    if not isinstance(row[name], str):
+        raise BadRow("no text", f"has {str(row[name])[:40]!r} in column '{name}', no text: "
+                                "type --column=ANOTHER")
+    return row[name]
 
 
 class Documents:
     """The documents of a stream of rows; state() and go_to(state) are the position in it.
 
     passed_over counts what is no document: empty text, text that is no valid Unicode, text with a NUL, which
-    ends documents in bytes and characters, and repetitions of the document before.
+    ends documents in bytes and characters, repetitions of the document before, and rows that cannot be used.
+    dropped has the numbers and names the first ones. A file of which no row can be used is a ConfigError.
     """
 
     def __init__(self, rows, text, most=0):
         self.rows, self.text, self.most = rows, text, most
-        self.count = self.passed_over = 0
+        self.count = self.passed_over = self.seen = self.decomposed = 0
+        self.dropped = {}               # {reason: {"count": n, "first": [where]}}
         self.last = ""                  # the hash of the last document
+        self.file, self.good, self.bad, self.first_bad = "", 0, 0, ""   # the file that is read, and its rows
 
     def __iter__(self):
         try:
             for row in self.rows:
-                text = self.text(row)
-                if not text or "\0" in text or not is_utf8(text) or mark(text) == self.last:
-                    self.passed_over += 1
+                self.seen += 1
+                text = self.document(row)
+                if text is None:
                     continue
                 self.count, self.last = self.count + 1, mark(text)
+                self.decomposed += tokenizers.is_decomposed(text)
                 yield text
                 if self.count == self.most:
                     return
+            self.file_ends("")
         except (ConfigError, OSError):
             raise
-        except Exception as error:              # a network or a file that fails on the way
+        except Exception as error:              # a network that fails on the way
             raise ConfigError(f"the documents end after {self.count:,} ({first_line(error)}): mend that "
                               "and type the same command again to go on") from error
 
+    def document(self, row):
+        """The text of a row, or None once the reason why there is none is counted."""
+        if getattr(self.rows, "file", "") != self.file:
+            self.file_ends(self.rows.file)
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            text = self.text(row)
+        except BadRow as error:
+            self.bad += 1
+            where = f"{self.place()} {error}"
+            self.first_bad = where if self.bad == 1 else self.first_bad
+            require(self.good or self.bad < BAD_ROWS, f"{self.first_bad}; no other of its first {BAD_ROWS:,} "
+                                                      "rows can be used either")
+            return self.drop(error.kind, where)
+        self.good += 1
+        reason = no_document(text) or (mark(text) == self.last and "the same as the one before")
+        return self.drop(reason, self.place()) if reason else text
+
+    def file_ends(self, following):
+        """A file is over: refuse it if all its rows were unusable."""
+        require(self.good or not self.bad, f"{self.first_bad}; no other row of it can be used either")
+        self.file, self.good, self.bad = following, 0, 0
+
+    def place(self):
+        return getattr(self.rows, "place", f"row {self.seen:,}")
+
+    def drop(self, reason, where):
+        self.passed_over += 1
+        entry = self.dropped.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        entry["first"] += [where] * (len(entry["first"]) < NAMED)
+
+    STATE = ("count", "passed_over", "seen", "decomposed", "dropped", "last", "file", "good", "bad",
+             "first_bad")
+
     def state(self):
-        return {"rows": self.rows.state_dict(), "count": self.count, "passed_over": self.passed_over,
-                "last": self.last}
+        return {"rows": self.rows.state_dict()} | {name: getattr(self, name) for name in self.STATE}
 
     def go_to(self, state):
         self.rows.load_state_dict(state["rows"])
-        self.count, self.passed_over, self.last = state["count"], state["passed_over"], state["last"]
+        for name in self.STATE:
+            setattr(self, name, state[name])
+
+    def about(self):
+        """What meta.json has of the documents."""
+        files = getattr(self.rows, "files", None)
+        of_files = {} if files is None else {"files": len(files), "left_out": self.rows.left_out}
+        return {"documents": self.count, "passed_over": self.passed_over, "dropped": self.dropped, **of_files}
 
     def pieces(self):
         """The text alone, from its first document on, for a vocabulary that is learned from it."""
         yield from Documents(self.rows, self.text, self.most)
+
+
+def no_document(text):
+    """Why a text is no document, or ''."""
+    if not text:
+        return "empty"
+    return "with a NUL character" if "\0" in text else "" if is_utf8(text) else "no valid Unicode"
 
 
 def mark(text):
@@ -184,10 +262,6 @@ def is_utf8(text):
     return True
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
-
-
 # ------------------------------------------------------------------------------------------------------------
 # writing
 
@@ -199,12 +273,13 @@ def write_corpus(folder, documents, tokenizer, val_fraction, source):
     meta = new_meta(tokenizer, source) | {"val_fraction": val_fraction}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        parts = Parts(folder, meta, documents)
-        for texts in batches(documents):
-            for split, ids in encoded(texts, tokenizer, val_fraction):
-                parts.write(split, ids)
-            parts.note_progress(PART_TOKENS)
-        return parts.finish()
+        with locked(folder):
+            parts = Parts(folder, meta, documents)
+            for texts in batches(documents):
+                for split, ids in encoded(texts, tokenizer, val_fraction):
+                    parts.write(split, ids)
+                parts.note_progress(PART_TOKENS)
+            return parts.finish()
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} could not be read or written ({error.strerror}): type "
                           "the same command again to go on from the last note of the progress") from error
@@ -251,15 +326,37 @@ class Parts:
 
     def old_note(self):
         """The note of an interrupted preparation of the same documents with the same tokenizer, or None."""
+        if not self.note.exists():
+            return None
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
+            return self.anew(f"{self.note} cannot be read")
         wanted = json.loads(json.dumps(self.identity()))
-        return note if isinstance(note, dict) and note.get("identity") == wanted else None
+        complete = isinstance(note, dict) and {"bytes", "sha256", "documents"} <= note.keys()
+        if not complete or note.get("identity") != wanted:
+            return self.anew(f"{self.note} is about other files, another tokenizer or other keys")
+        for split, path in self.files.items():
+            if not path.exists() and not self.take_back(split, note):
+                return self.anew(f"{path} is missing")
+        return note
+
+    def anew(self, why):
+        print(f"{why}: beginning at the first document", flush=True)
+
+    def take_back(self, split, note):
+        """Whether train.bin or val.bin is the part that is missing, put in place just before a crash."""
+        done, sha = self.folder / f"{split}.bin", hashlib.sha256()
+        if not done.is_file() or done.stat().st_size != note["bytes"][split]:
+            return False
+        read_into(sha, done, note["bytes"][split])
+        same = sha.hexdigest() == note["sha256"][split]
+        if same:
+            os.replace(done, self.files[split])
+        return same
 
     def identity(self):
-        return {"tokenizer": tokenizers.name_of(self.meta), "most": self.documents.most,
+        return {"tokenizer": tokenizers.name_of(self.meta), "most": self.documents.most, "reader": READER,
                 **{key: self.meta[key] for key in ("source", "val_fraction", "vocab_size")}}
 
     def go_on(self, note):
@@ -299,10 +396,10 @@ class Parts:
         self.note_progress()
         for file in self.open.values():
             file.close()
-        meta = self.meta | {"documents": self.documents.count, "passed_over": self.documents.passed_over}
+        meta = self.meta | self.documents.about()
         for split, path in self.files.items():
-            require(self.sizes[split], f"no document came to {split}.bin: there are {self.documents.count}, "
-                    f"and val_fraction is {meta['val_fraction']}; type another --val_fraction")
+            require(self.sizes[split], f"no document came to {split}.bin: {self.documents.count} are kept"
+                    f"{dropped(meta)}; val_fraction is {meta['val_fraction']}: type another --val_fraction")
             require(path.stat().st_size == self.sizes[split], f"{path} has not the size written: {AGAIN}")
             meta["tokens"][split] = self.sizes[split] // self.dtype.itemsize
             meta["sha256"][split] = self.shas[split].hexdigest()
@@ -311,6 +408,8 @@ class Parts:
         for split, path in self.files.items():
             os.replace(path, self.folder / f"{split}.bin")
         self.note.unlink()
+        if self.documents.decomposed:
+            tell_decomposed(f"{self.documents.decomposed:,} documents have")
         return meta
 
 

@@ -4,21 +4,29 @@ A data set is a folder with train.bin and val.bin, flat arrays of token ids exac
 (uint16; uint32 for vocabularies above 65,536), and meta.json with the tokenizer, the counts and the hashes.
 Folders made by nanoGPT, with meta.pkl or no meta file at all, work as they are.
 """
+import contextlib
+import functools
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import unicodedata
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
 
+import inputs
 import vocabulary
 from configurator import ConfigError, close_match, require
-from tokenizer import described, from_meta, meta_of, require_same
+from tokenizer import TOKENIZERS, described, from_meta, is_decomposed, meta_of, require_same
 
 DATA = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "val")
@@ -36,13 +44,63 @@ SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/maste
 # finding and preparing
 
 def find(dataset):
-    """The folder of a data set: a name below data/ (this repository's, else ./data) or a path to a folder."""
-    places = [DATA / dataset, Path("data") / dataset, Path(dataset)]
-    folder = next((place for place in places if dataset and os.path.isdir(place)), None)
-    near = close_match(dataset, [entry.name for entry in DATA.glob("*") if entry.is_dir()])
-    require(folder, f"data set '{dataset}' is neither a folder in {DATA} nor a path{near}; "
-                    f"{how_to_make(Path(dataset).stem)}")
-    return folder
+    """The folder of a data set: a path to it, or a name below data/ (this repository's, else ./data).
+
+    What has a separator, a drive or ~ is a path and nothing else. Of the folders that a name may mean, one
+    with train.bin and val.bin goes before one without.
+    """
+    names = [dataset] if is_path(dataset) else [DATA / dataset, Path("data") / dataset, dataset]
+    places = [place for place in map(on_disk, names) if dataset and os.path.isdir(place)]
+    ready = [place for place in places if not missing_files(place)]
+    near = close_match(Path(dataset).name, [entry.name for entry in DATA.glob("*") if entry.is_dir()])
+    require(places, f"data set '{dataset}' " + ("is no folder" if is_path(dataset) else
+            f"is neither a folder in {DATA} nor a path") + f"{near}; {how_to_make(Path(dataset).stem)}")
+    for other in ready[1:]:
+        if not os.path.samefile(other, ready[0]):
+            tell_other(dataset, ready[0], os.path.join(".", other))
+    return (ready or places)[0]
+
+
+@functools.cache
+def tell_other(dataset, chosen, other):
+    """Once: there are two data sets of this name."""
+    print(f"note: data set '{dataset}' is {chosen}; type --dataset={other} for the other one",
+          file=sys.stderr)
+
+
+def is_path(name):
+    """Whether a data set's name is a path: it begins with ~ or a drive, has a separator, or is . or .. ."""
+    drive, separators = os.path.splitdrive(name)[0], {os.sep, os.altsep or os.sep}
+    return bool(drive) or name.startswith("~") or name in (".", "..") or not separators.isdisjoint(name)
+
+
+def expanded(path):
+    """A path as it was typed, ~ put in full."""
+    return Path(os.path.expanduser(path))
+
+
+def on_disk(path):
+    """The path itself, or where there is none the entry of its folder that Unicode takes for the same name:
+    archives from macOS have Hangul decomposed (NFD), and a keyboard gives it composed."""
+    path = expanded(path)
+    if os.path.exists(path) or not os.path.isdir(path.parent) or str(path).isascii():
+        return path
+    name = unicodedata.normalize("NFC", path.name)
+    return next((entry for entry in sorted(path.parent.iterdir())
+                 if unicodedata.normalize("NFC", entry.name) == name), path)
+
+
+def is_there(name):
+    """Whether find(name) finds a folder."""
+    try:
+        return bool(find(name))
+    except ConfigError:
+        return False
+
+
+def tokenizer_place(name):
+    """What --tokenizer names, for vocabulary.chosen: a kind as it is, a data set as its folder."""
+    return name if name in TOKENIZERS else os.path.abspath(find(name))
 
 
 def how_to_make(name):
@@ -58,10 +116,15 @@ def prepare_if_missing(dataset):
         return folder
     script = folder / "prepare.py"
     require(script.is_file(), f"{lacks} and no prepare.py to make it; {how_to_make(folder.name)}")
+    if wait_for_other(folder) and not missing_files(folder):
+        return folder
     print(f"{lacks}: running {script}", flush=True)
     child = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE,
                            text=True, errors="replace")
     last = (child.stderr.strip().splitlines() or [f"status {child.returncode} and no message"])[-1]
+    if child.returncode and BUSY in last:       # another process was faster by a moment
+        wait_for_other(folder)
+        return prepare_if_missing(dataset)
     require(child.returncode == 0, f"{script} failed: {last}")
     require(not missing_files(folder), f"{script} ended and {lacks} still")
     return folder
@@ -102,6 +165,122 @@ def missing_files(folder):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# one preparation of a folder at a time
+
+LOCK = "preparing.lock"         # {"pid", "host", "start"} of the process that prepares the folder
+BUSY = "is being prepared by process"
+HELD = set()                    # the locks of this process
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Inside, no other process prepares the folder; where one does already, that is a ConfigError.
+
+    The lock of a process that was killed is taken over, and a line says so.
+    """
+    path = Path(folder).resolve() / LOCK
+    while True:
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            break
+        except FileExistsError:
+            owner = read_lock(path)
+            if owner is not None:
+                require(not runs(owner, path), f"{folder} {busy(owner, path)}")
+                print(f"{path} is from process {owner.get('pid', '?')}, which has ended: removed", flush=True)
+                remove_lock(path, owner)
+    HELD.add(path)
+    try:
+        with os.fdopen(file, "w", encoding="utf-8") as stream:
+            pid, host = os.getpid(), socket.gethostname()
+            json.dump({"pid": pid, "host": host, "start": started(pid)}, stream)
+        yield
+    finally:
+        HELD.discard(path)
+        path.unlink(missing_ok=True)
+
+
+def busy(owner, path):
+    return (f"{BUSY} {owner.get('pid')} on {owner.get('host')}: wait for it, or remove {path} if that "
+            "process is no more")
+
+
+def read_lock(path):
+    """What a lock says; {} if that cannot be read, None if it is gone. One still empty gets a moment."""
+    for _ in range(10):
+        try:
+            owner = json.loads(path.read_text(encoding="utf-8"))
+            return owner if isinstance(owner, dict) else {}
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError):
+            time.sleep(0.05)
+    return {}
+
+
+def remove_lock(path, owner):
+    """Remove the lock of `owner`, unless another process was faster and has put its own in place."""
+    aside = path.with_name(f"{LOCK}.{os.getpid()}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if read_lock(aside) != owner:
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def runs(owner, path):
+    """Whether the process that a lock names may still prepare; of another machine's that cannot be known."""
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname():
+        return bool(owner)
+    if pid == os.getpid():
+        return path in HELD
+    return type(pid) is int and pid > 0 and alive(pid) and started(pid) in (owner.get("start"), None)
+
+
+def alive(pid):
+    """Whether there is a process of this number."""
+    if os.name == "nt":
+        import ctypes
+        kernel = ctypes.windll.kernel32
+        handle = kernel.OpenProcess(0x100000, False, pid)                       # SYNCHRONIZE
+        waits = bool(handle) and kernel.WaitForSingleObject(handle, 0) == 0x102   # WAIT_TIMEOUT: it runs
+        if handle:
+            kernel.CloseHandle(handle)
+        return waits
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def started(pid):
+    """When a process began, in ticks since the machine did: the same number may be another process by now.
+    None where the system does not say it, -1 if the process has ended."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = said.rpartition(")")[2].split()
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def wait_for_other(folder):
+    """Wait while another process prepares the folder -> whether one did."""
+    path, waited = Path(folder).resolve() / LOCK, False
+    while (owner := read_lock(path)) is not None and runs(owner, path):
+        if not waited:
+            print(f"{folder} {busy(owner, path)}; waiting", flush=True)
+        waited = True
+        time.sleep(0.2)
+    return waited
+
+
+# ------------------------------------------------------------------------------------------------------------
 # writing
 
 def write_dataset(folder, splits, tokenizer, source):
@@ -119,14 +298,16 @@ def write_dataset(folder, splits, tokenizer, source):
     meta = new_meta(tokenizer, source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for split, pieces in splits.items():
-            size, sha256 = write_blocks(staged[f"{split}.bin"], as_bytes(pieces, tokenizer.vocab_size, dtype))
-            require(size, f"no tokens for {split}.bin from {source}: the text is too short to be split")
-            meta["tokens"][split], meta["sha256"][split] = size // dtype.itemsize, sha256
-        for name, content in text_files(meta).items():
-            write_blocks(staged[name], [content])
-        for name, temporary in staged.items():
-            os.replace(temporary, folder / name)
+        with locked(folder):
+            for split, pieces in splits.items():
+                block = as_bytes(pieces, tokenizer.vocab_size, dtype)
+                size, sha256 = write_blocks(staged[f"{split}.bin"], block)
+                require(size, f"no tokens for {split}.bin from {source}: the text is too short to be split")
+                meta["tokens"][split], meta["sha256"][split] = size // dtype.itemsize, sha256
+            for name, content in text_files(meta).items():
+                write_blocks(staged[name], [content])
+            for name, temporary in staged.items():
+                os.replace(temporary, folder / name)
     except OSError as error:
         where = error.filename or folder
         raise ConfigError(f"{where} could not be read or written: {error.strerror}") from error
@@ -196,37 +377,59 @@ def write_text(folder, path, kind, val_fraction, vocab_size=0):
 
 
 def report(folder, meta, seconds):
-    """Print one line on what was written."""
+    """Print one line on what was written, and before it, of documents, which were kept and which were not."""
     train, val = meta["tokens"]["train"], meta["tokens"]["val"]
     megabytes = (train + val) * DTYPES[meta["dtype"]].itemsize / 1e6
+    if "documents" in meta:
+        files = "files" in meta and f"{meta['files']:,} files read, {len(meta['left_out']):,} left out; "
+        print(f"{files or ''}{meta['documents']:,} documents kept{dropped(meta)}")
     print(f"{folder}: train {train:,} tokens, val {val:,}, vocabulary {meta['vocab_size']:,} "
           f"({meta['tokenizer']}), {megabytes:.1f} MB, {seconds:.1f} s")
 
 
+def dropped(meta):
+    """In words which documents were dropped and why, the first of each kind by its place."""
+    kinds = [f"{entry['count']:,} {reason} ({'; '.join(entry['first'][:3])})"
+             for reason, entry in meta["dropped"].items()]
+    return f", {meta['passed_over']:,} dropped: {', '.join(kinds)}" if kinds else ", none dropped"
+
+
+def tell_decomposed(what):
+    print(f"note: {what} letters that are spelled in parts (NFD, as macOS writes names); they are encoded as "
+          "they are, and composed text (NFC) has other tokens", flush=True)
+
+
 def survey(path):
     """(number of characters, set of the characters) of a text file."""
-    length, chars = 0, set()
+    length, chars, decomposed = 0, set(), False
     for piece in text_pieces(path):
         length += len(piece)
         chars.update(piece)
+        decomposed = decomposed or is_decomposed(piece)
+    if decomposed:
+        tell_decomposed(f"{path} has")
     require(length, f"{path} is empty: expected a text")
     require("\0" not in chars, f"{path} holds NUL bytes and looks binary: expected a text in UTF-8")
     return length, chars
 
 
 def text_pieces(path):
-    """The text of a UTF-8 file in pieces; every line end becomes a newline, a byte order mark is dropped."""
-    require(os.path.isfile(path), f"input file {path} does not exist")
+    """The text of a UTF-8 file, unpacked if it is a .gz or .zst, in pieces; every line end becomes a newline,
+    a byte order mark is dropped."""
+    path = expanded(path)
+    require(os.path.exists(path), f"input file {path} does not exist")
+    require(os.path.isfile(path), f"{path} is no plain file, and a text is read several times: save it")
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(inputs.opened(path), encoding="utf-8-sig") as file:
             while piece := file.read(TEXT_CHUNK):
                 yield piece
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ConfigError(f"{path} is not text in UTF-8 (it holds byte 0x{byte:02x} where none may be): "
                           "convert it, with iconv for example") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or inputs.first_line(error)
+        raise ConfigError(f"{path} cannot be read: {why}") from error
 
 
 def between(path, start, stop):
@@ -242,19 +445,21 @@ def whole_words(pieces):
 
     GPT-2 splits there in any case, so encoding the pieces gives the ids of the whole text.
     """
-    rest = ""
+    parts, end = [], ""                         # a word that never ends is put together once
     for piece in pieces:
-        rest += piece
-        last = re.match(r"(?s).*\S(?=[ \n]\S)", rest)
-        cut = last.end() if last else 0
-        yield rest[:cut]
-        rest = rest[cut:]
-    yield rest
+        parts.append(piece)
+        seen, end = end + piece, (end + piece)[-2:]
+        if re.search(r"\S[ \n]\S", seen):
+            text = "".join(parts)
+            cut = re.match(r"(?s).*\S(?=[ \n]\S)", text).end()
+            yield text[:cut]
+            parts = [text[cut:]]
+    yield "".join(parts)
 
 
 def text_file(given, folder, url, sha256):
     """The text to prepare: the file the user gave, else input.txt in `folder`, downloaded if missing."""
-    path = Path(given or Path(folder) / "input.txt")
+    path = expanded(given or Path(folder) / "input.txt")
     if not given and not path.is_file():
         download(url, path, sha256)
     return path

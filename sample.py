@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -128,15 +127,25 @@ def fitting(given, vocab_size):
 
 
 def prompt_of(start):
-    """The text of --start, read from a file after FILE:."""
+    """The text of --start, read from a file or a pipe (/dev/stdin) after FILE:, without a byte order mark."""
     if not start.startswith("FILE:"):
-        return start
-    path = Path(start.removeprefix("FILE:"))
-    require(os.path.isfile(path), f"start='{start}': {path} does not exist")
+        return heard(start)
+    path = datasets.expanded(start.removeprefix("FILE:"))
+    require(os.path.exists(path) and not os.path.isdir(path), f"start='{start}': {path} does not exist")
     try:
-        return path.read_text(encoding="utf-8")
+        return heard(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        require(False, f"start='{start}': {path} cannot be read ({error.strerror})")
     except UnicodeDecodeError as error:
         require(False, f"start='{start}': {path} is not UTF-8 text (byte {error.start})")
+
+
+def heard(text):
+    """The text as it is; a line says so where its letters are spelled in parts, which data seldom has."""
+    if tokenizers.is_decomposed(text):
+        print("note: start has letters that are spelled in parts (NFD, as macOS writes names); they are "
+              "encoded as they are, and composed text (NFC) has other tokens", file=sys.stderr)
+    return text
 
 
 def main(cfg):

@@ -13,7 +13,9 @@ import itertools
 import json
 import os
 import pickle
+import re
 import threading
+import unicodedata
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -25,6 +27,7 @@ BPE_SHA256 = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0b
 # how GPT-2 cuts text into words before merging bytes (Radford et al. 2019)
 BPE_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+SPACES = 50_000             # in a row, which tiktoken surely cuts into words; near a million it fails
 DOWNLOAD_SECONDS = 60       # a vocabulary of 1.5 MB that takes longer has not been reached
 DESCRIPTION = ("tokenizer", "chars", "tokenizer_sha256", "bpe")     # what of a meta says how to encode
 
@@ -90,11 +93,32 @@ class BytePairs:
         """The ids; '<|endoftext|>' is plain text unless allow_special makes it the one token."""
         utf8(text)
         allowed = set(self.specials) if allow_special else set()
+        if has_many_spaces(text):
+            return self.encode_words(text, allowed)
         return self.bpe.encode(text, allowed_special=allowed, disallowed_special=())
 
     def encode_many(self, texts):
         """[encode(text)] on all processors."""
-        return self.bpe.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        texts = list(texts)
+        if any(map(has_many_spaces, texts)):
+            return [self.encode(text) for text in texts]
+        return self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    @functools.cached_property
+    def whole(self):
+        """The same byte pairs for a text that is one word."""
+        return need("tiktoken").Encoding("whole", pat_str=r"(?s:.+)", special_tokens={},
+                                         mergeable_ranks=self.bpe._mergeable_ranks)
+
+    def encode_words(self, text, specials=()):
+        """encode(text), cut into words by a library whose stack does not grow with them."""
+        regex, ids = need("regex"), []
+        cut = f"({'|'.join(map(regex.escape, specials))})" if specials else r"(?!)"
+        for part in regex.split(cut, text):
+            words = [] if part in specials else regex.findall(BPE_WORDS, part)
+            ids += [self.specials[part]] if part in specials else []
+            ids += [i for word in words for i in self.whole.encode_ordinary(word)]
+        return ids
 
     def decode(self, ids):
         ids = known(ids, self.vocab_size)
@@ -103,6 +127,11 @@ class BytePairs:
     def token_bytes(self, token_id):
         [token_id] = known([token_id], self.vocab_size)
         return self.bpe.decode_single_token_bytes(token_id)
+
+
+def has_many_spaces(text):
+    """Whether so many spaces follow each other that the stack of tiktoken's regular expressions may end."""
+    return len(text) > SPACES and re.search(rf"(?<!\s)\s{{{SPACES}}}", text) is not None
 
 
 class GPT2Tokenizer(BytePairs):
@@ -525,6 +554,13 @@ def utf8(text):
     except UnicodeEncodeError as error:
         raise ConfigError(f"character {error.start} of the text is {text[error.start]!a}, half of a pair "
                           "and not valid Unicode: check the encoding of the input") from error
+
+
+def is_decomposed(text):
+    """Whether letters are spelled in parts that Unicode has whole (NFD), as macOS writes file names: a Hangul
+    syllable is two or three characters then, and other tokens."""
+    normal = text.isascii() or unicodedata.is_normalized("NFC", text)
+    return not normal and len(unicodedata.normalize("NFC", text)) < len(text)
 
 
 def known(ids, vocab_size):

@@ -23,6 +23,7 @@ from tokenizer import (
 )
 
 LEARN_CHARS = 100_000_000       # read of a text: more changes little, and the table of words grows
+LONGEST = 1000                  # characters of a word that is learned from: counting takes their square
 SEEN = 2                        # a pair seen once is no pattern
 GAP = "\ue000"                  # stands between words that are handed to the trainer
 FIRST = 0x10000                 # a token id is handed over as the character FIRST + id
@@ -125,7 +126,8 @@ def merges(words, tokens, ranks):
 
 def count_words(pieces, times=1.0):
     """Counter of the words in pieces of text, cut as GPT-2 cuts them; each counts `times` (rounded, at least
-    once). Reads LEARN_CHARS characters at most."""
+    once). Reads LEARN_CHARS characters at most. A word of more than LONGEST characters counts as the parts
+    that it is cut into, and a line says so; encoding cuts no word."""
     words, left = Counter(), LEARN_CHARS
     cut = need("regex").compile(BPE_WORDS)
     for piece in pieces:
@@ -133,6 +135,13 @@ def count_words(pieces, times=1.0):
         left -= len(piece)
         if left <= 0:
             break
+    long = {word: words.pop(word) for word in [word for word in words if len(word) > LONGEST]}
+    for word, count in long.items():
+        for start in range(0, len(word), LONGEST):
+            words[word[start:start + LONGEST]] += count
+    if long:
+        print(f"{sum(long.values()):,} words of up to {max(map(len, long)):,} characters, as in DNA or "
+              f"base64, are learned from in parts of {LONGEST:,}", flush=True)
     return Counter({word: max(1, round(count * times)) for word, count in words.items()})
 
 

@@ -1,21 +1,24 @@
 """Any text of your own as a data set.
 
     python data/prepare.py --input=FILE.txt --name=mydata [--tokenizer=byte|char|gpt2|bpe|FOLDER]
-    python data/prepare.py --input=FILE.jsonl|FILE.parquet|FOLDER --name=mydata [--column=text]
+    python data/prepare.py --input=FILE.jsonl|.parquet|.csv|FOLDER --name=mydata [--column=text]
     python train.py --dataset=mydata
 
-A text file is one text and its end is held out. JSON lines, parquet and folders hold many documents: each is
-followed by the end-of-text token, and some are held out whole.
+A text file is one text and its end is held out. Tables (.parquet, .jsonl, .ndjson, .json, .csv, .tsv) and
+folders hold many documents: each is followed by the end-of-text token, and some are held out whole. A .gz or
+.zst is unpacked.
 """
 import re
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import corpus
 import dataset
+import inputs
 import vocabulary
 from configurator import close_match, configure, require
 from tokenizer import TOKENIZERS
@@ -24,19 +27,19 @@ from tokenizer import TOKENIZERS
 @dataclass(frozen=True)
 class Prepare:
     """Write data/NAME from text of your own."""
-    input: str = ""                         # a .txt, .jsonl or .parquet file, or a folder of one kind
+    input: str = ""                         # a text, a .jsonl, .json, .parquet, .csv or .tsv, or a folder
     name: str = ""                          # name of the new folder in data/
     tokenizer: str = "byte"                 # byte, char, gpt2, bpe (learned), or a data folder that has one
     vocab_size: int = 0                     # of --tokenizer=bpe: 500 or 1000 suit tiny models
-    column: str = "text"                    # what holds the text in jsonl and parquet files
+    column: str = "text"                    # what holds the text in tables
     val_fraction: float = 0.1               # the part held out for validation
 
     def __post_init__(self):
         require(self.input, "no input file: type --input=FILE.txt")
-        require(re.fullmatch(r"\w[\w.-]{0,99}", self.name),
+        require(re.fullmatch(r"\w[\w.-]{0,99}", composed(self.name)),
                 f"name={self.name!r} must be a plain folder name (letters, digits, '_', '-', '.'): "
                 "type --name=mydata")
-        require(self.tokenizer in TOKENIZERS or Path(self.tokenizer).is_dir(),
+        require(self.tokenizer in TOKENIZERS or dataset.is_there(self.tokenizer),
                 f"unknown tokenizer '{self.tokenizer}'{close_match(self.tokenizer, TOKENIZERS)}; expected "
                 f"one of {', '.join(TOKENIZERS)}, or a data folder")
         require(self.tokenizer != "bpe" or self.vocab_size,
@@ -49,22 +52,33 @@ class Prepare:
 
 def main(argv=None):
     config, started = configure(Prepare, argv), time.time()
-    folder = dataset.DATA / config.name
+    folder = dataset.on_disk(dataset.DATA / composed(config.name))
     require(not (folder / "prepare.py").exists(), f"'{config.name}' is a data set with its own prepare.py: "
                                                   "choose another --name")
-    path = Path(config.input)
-    many = path.is_dir() or corpus.KINDS.get(path.suffix, "text") != "text"
+    path = dataset.expanded(config.input)
+    kind = inputs.kind_of(path)
+    if kind is None and path.is_file():
+        print(f"{path}: a kind of file that has no rows here, read as one text", flush=True)
+    many = path.is_dir() or kind not in (None, "text")
     meta = (write_many if many else write_one)(config, folder)
     dataset.report(folder, meta, time.time() - started)
 
 
+def composed(name):
+    """A name with its letters whole (NFC), however the keyboard or macOS spells them."""
+    return unicodedata.normalize("NFC", name)
+
+
 def write_one(config, folder):
-    return dataset.write_text(folder, config.input, config.tokenizer, config.val_fraction, config.vocab_size)
+    return dataset.write_text(folder, config.input, dataset.tokenizer_place(config.tokenizer),
+                              config.val_fraction, config.vocab_size)
 
 
 def write_many(config, folder):
-    documents = corpus.Documents(corpus.local_rows(config.input), corpus.column(config.column))
-    tokenizer = vocabulary.chosen(config.tokenizer, documents.pieces, config.vocab_size)
+    text = corpus.column(config.column)
+    documents = corpus.Documents(corpus.local_rows(config.input, text.columns), text)
+    place = dataset.tokenizer_place(config.tokenizer)
+    tokenizer = vocabulary.chosen(place, documents.pieces, config.vocab_size)
     return corpus.write_corpus(folder, documents, tokenizer, config.val_fraction,
                                f"{corpus.source_of(config.input, {})} {config.column}")
 

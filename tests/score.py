@@ -59,6 +59,8 @@ ROWS = {
             "test_files_of_two_vocabularies_", "test_gpt2s_vocabulary_is_recognised_",
             "test_training_on_with_another_vocabulary_", "test_a_name_that_would_download_",
             "test_gpt2_by_name_is_nanogpts_", "test_a_folders_own_vocabulary_talks"),
+    "F27": ("corpora", "test_every_document_is_used_", "test_a_document_that_is_not_used_",
+            "test_a_file_that_cannot_be_used_", "test_going_on_", "test_two_preparations_"),
 }
 BEGAN = time.monotonic()
 rows = {}                                        # {row: [held, failed, seconds]}

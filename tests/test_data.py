@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+import unicodedata
 import urllib.request
 import weakref
 from pathlib import Path
@@ -772,3 +774,151 @@ def test_every_key_of_a_script_has_a_meaning(path):
     meanings = configurator.meanings(config)
     assert set(config.__dataclass_fields__) == set(meanings)
     assert "main()" in ast.unparse(ast.parse(Path(module.__file__).read_text()).body[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# paths and names
+
+def folder_of(path, prepared=True, prepare_py=False):
+    path.mkdir(parents=True)
+    if prepared:
+        byte_data(path)
+    if prepare_py:
+        (path / "prepare.py").write_text("raise SystemExit('it must not run')")
+    return path
+
+
+@pytest.mark.parametrize("typed", ["./a1", "../here/a1", "a1/", "{}/a1", "~/a1", "./b/../a1"])
+def test_a_path_that_says_that_it_is_one_is_never_a_name(data_folder, tmp_path, monkeypatch, typed):
+    folder_of(data_folder / "a1")
+    folder_of(tmp_path / "here" / "data" / "a1")
+    own = folder_of(tmp_path / "here" / "a1", prepared=False)
+    (own.parent / "b").mkdir()
+    monkeypatch.setenv("HOME", str(own.parent))
+    monkeypatch.setenv("USERPROFILE", str(own.parent))
+    monkeypatch.chdir(own.parent)
+    assert find(typed.format(own.parent)).samefile(own) and find("a1") == data_folder / "a1"
+    own.rename(own.parent / "gone")
+    with pytest.raises(ConfigError, match="is no folder, did you mean 'a1'"):
+        find(typed.format(own.parent))
+
+
+def test_data_that_is_prepared_goes_before_a_folder_that_is_not(data_folder, tmp_path, capfd):
+    folder_of(data_folder / "own", prepared=False, prepare_py=True)
+    folder_of(tmp_path / "data" / "own", prepared=False)
+    assert find("own") == data_folder / "own", "without data anywhere it is the one that can make it"
+    byte_data(tmp_path / "data" / "own")
+    assert prepare_if_missing("own") == Path("data/own")
+    folder_of(data_folder / "two", prepared=False, prepare_py=True)
+    assert prepare_if_missing(str(folder_of(tmp_path / "two"))) == tmp_path / "two"
+    assert find("two") == Path("two") and capfd.readouterr() == ("", "")
+
+
+def test_of_two_prepared_folders_of_one_name_the_other_one_is_named_once(data_folder, tmp_path, capsys):
+    folder_of(data_folder / "twice")
+    folder_of(tmp_path / "data" / "twice")
+    assert find("twice") == find("twice") == data_folder / "twice"
+    error = capsys.readouterr().err
+    other = os.path.join(".", "data", "twice")
+    assert error.count("note: ") == 1 and f"type --dataset={other} for the other one" in error
+    assert find(other).samefile(tmp_path / "data" / "twice")
+
+
+def test_everything_that_takes_a_data_set_takes_a_path(data_folder, tmp_path, monkeypatch):
+    import plots
+    import sample
+    folder_of(data_folder / "a1")
+    own = folder_of(tmp_path / "a1", prepared=False)
+    write_dataset(own, {split: [[1, 0] * 50] for split in ("train", "val")}, CharTokenizer(["a", "b"]), "own")
+    assert dataset.prepare_sources("./a1:2,a1") == [(Path("a1"), 2.0), (data_folder / "a1", 1.0)]
+    given = sample.tokenizer_of({"config": {"dataset": "./a1"}}, "", 256)
+    assert given.vocab_size == 2 and sample.tokenizer_of({}, "./a1", 256).vocab_size == 2
+    assert sample.tokenizer_of({}, "a1", 256).vocab_size == 256
+    assert dataset.tokenizer_place("./a1") == str(own) and dataset.tokenizer_place("byte") == "byte"
+    assert plots.datasets is dataset
+    assert dataset.tokenizer_place(str(folder_of(tmp_path / "byte"))) == str(tmp_path / "byte")
+    assert dataset.tokenizer_place("./byte") == str(tmp_path / "byte"), "a path is no kind"
+
+
+def test_a_name_that_unicode_spells_in_two_ways_is_one_name(data_folder, tmp_path, capsys):
+    composed, parts = "한글 é".replace(" ", "_"), unicodedata.normalize("NFD", "한글_é")
+    assert composed != parts
+    (tmp_path / "own.txt").write_text("some text " * 100)
+    script("prepare.py").main([f"--input={tmp_path}/own.txt", f"--name={parts}"])
+    assert [path.name for path in data_folder.iterdir()] == [composed]
+    assert find(parts) == find(composed) == data_folder / composed
+    folder_of(data_folder / unicodedata.normalize("NFD", "맥"))
+    assert find("맥").is_dir() and find(str(data_folder / "맥")).is_dir()
+    script("prepare.py").main([f"--input={tmp_path}/own.txt", "--name=맥"])
+    assert len(list(data_folder.iterdir())) == 2, "it is the folder that is there"
+
+
+def test_the_home_folder_is_put_in_full(data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "own.txt").write_text("some text " * 100)
+    script("prepare.py").main(["--input=~/own.txt", "--name=mine"])
+    script("shakespeare_char/prepare.py").main(["--input=~/own.txt", "--out_dir=~/out"])
+    assert load(tmp_path / "home" / "out").vocab_size == 7 and find("mine").is_dir()
+    script("prepare.py").main(["--input=~/own.txt", "--name=again", "--tokenizer=~/out"])
+    assert load(find("again")).vocab_size == 7 and not Path("~").exists()
+
+
+def test_what_another_process_prepares_is_waited_for(data_folder, capfd):
+    """Two trainings that begin at once, of which one has begun to prepare the data that both lack."""
+    slowly = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import dataset, tokenizer\n"
+              "from pathlib import Path\n"
+              "def pieces():\n    time.sleep(1)\n    yield [1] * 100\n"
+              "sys.excepthook = __import__('configurator').say_and_exit\n"
+              "dataset.write_dataset(Path(__file__).parent, {'train': pieces(), 'val': [[2] * 100]},\n"
+              "                      tokenizer.ByteTokenizer(), 'here')\n")
+    with_script(data_folder / "mine", slowly)
+    first = subprocess.Popen([sys.executable, str(data_folder / "mine" / "prepare.py")])
+    limit = time.time() + 60
+    while not (data_folder / "mine" / dataset.LOCK).exists() and time.time() < limit:
+        time.sleep(0.01)
+    assert prepare_if_missing("mine") == data_folder / "mine" and first.wait() == 0
+    printed = capfd.readouterr().out
+    assert f"is being prepared by process {first.pid}" in printed and "running" not in printed
+    assert check(data_folder / "mine", BLOCK, 256) == {"train": 100, "val": 100}
+
+
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", os.mkdir)])
+def test_an_input_that_is_no_plain_file_is_one_sentence(data_folder, tmp_path, make):
+    make(tmp_path / "own")
+    with pytest.raises(ConfigError, match=r"is no plain file|holds none of"):
+        script("prepare.py").main([f"--input={tmp_path}/own", "--name=mine"])
+
+
+def test_a_text_without_a_space_is_put_together_once(monkeypatch):
+    """Its pieces were joined anew at every piece, which takes the square of its length."""
+    searched, search = [], dataset.re.search
+    monkeypatch.setattr(dataset.re, "search", lambda *words: searched.append(len(words[1])) or search(*words))
+    text = "ACGT" * 5000
+    assert "".join(dataset.whole_words(text[i:i + 100] for i in range(0, len(text), 100))) == text
+    assert len(searched) == 200 and sum(searched) < 1.1 * len(text)
+
+
+PROMPT = ("import runpy, sys; sys.path.insert(0, {root!r}); import sample; "
+          "sys.stdout.reconfigure(encoding='utf-8'); print(ascii(sample.prompt_of(sys.argv[1])))")
+
+
+@pytest.mark.parametrize("content, expected, note", [
+    (b"\xef\xbb\xbfdef main(\r\n", "def main(\n", False),
+    ("\u1112\u1161\u11ab".encode(), "\u1112\u1161\u11ab", True),
+    ("한".encode(), "한", False)], ids=["mark", "in parts", "whole"])
+def test_a_prompt_comes_from_a_file_or_a_pipe(tmp_path, monkeypatch, capsys, content, expected, note):
+    import sample
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "prompt.txt").write_bytes(content)
+    for start in (f"FILE:{tmp_path}/prompt.txt", "FILE:~/prompt.txt"):
+        assert sample.prompt_of(start) == expected
+        assert ("note: start has letters that are spelled in parts" in capsys.readouterr().err) == note
+    if os.path.exists("/dev/stdin"):
+        child = subprocess.run([sys.executable, "-c", PROMPT.format(root=str(ROOT)), "FILE:/dev/stdin"],
+                               input=content, capture_output=True, timeout=90, check=True)
+        assert ast.literal_eval(child.stdout.decode().strip()) == expected
+    with pytest.raises(ConfigError, match="does not exist"):
+        sample.prompt_of(f"FILE:{tmp_path}")

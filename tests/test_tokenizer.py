@@ -230,3 +230,10 @@ def test_a_bad_meta_json_is_one_sentence(tmp_path, text):
     with pytest.raises(ConfigError, match=r"meta.json") as caught:
         meta_of(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("text, expected", [("", False), ("plain", False), ("한국어 café", False),
+                                            ("\u1112\u1161\u11ab", True), ("cafe\u0301", True),
+                                            ("\u0915\u093f", False), ("\u1100", False), ("豈", False)])
+def test_letters_in_parts_are_noticed_where_unicode_has_them_whole(text, expected):
+    assert tokenizer.is_decomposed(text) == expected

@@ -1,5 +1,6 @@
 """Byte pairs of our own: any text survives, an extension leaves English alone, no two tokenizers mix."""
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -357,3 +358,53 @@ def test_a_network_that_swallows_packets_is_one_sentence_in_time(monkeypatch, tm
     with pytest.raises(ConfigError, match=r"TimeoutError.*NANOCORTEX_GPT2_BPE"):
         GPT2Tokenizer().encode("x")
     assert time.perf_counter() - started < 10
+
+
+# ------------------------------------------------------------------------------------------------------------
+# words that do not end
+
+@pytest.mark.parametrize("abc", ["ACGT", "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", "가나다라"])
+def test_a_word_that_does_not_end_is_learned_from_in_parts(capsys, abc):
+    """Counted whole, a word takes the square of its length."""
+    text = "".join(random.Random(0).choices(abc, k=20_500))
+    words = vocabulary.count_words([text])
+    assert "1 words of up to 20,500 characters" in capsys.readouterr().out
+    assert max(map(len, words)) == vocabulary.LONGEST
+    assert sum(len(word) * count for word, count in words.items()) == len(text)
+    made, again = (vocabulary.learn(vocabulary.count_words([text]), 400) for _ in range(2))
+    assert made.vocabulary == again.vocabulary and made.vocab_size == 400
+    ids = made.encode(text + " " * 30)
+    assert made.decode(ids) == text + " " * 30 and len(ids) < 0.95 * len(text.encode())
+
+
+def test_words_of_usual_length_are_counted_as_before(capsys):
+    text = "a b " + "c" * vocabulary.LONGEST + " a"
+    assert vocabulary.count_words([text]) == {
+        "a": 1, " b": 1, " " + "c" * (vocabulary.LONGEST - 1): 1, "c": 1, " a": 1}
+    assert "characters" in capsys.readouterr().out
+    assert vocabulary.count_words(["a" * vocabulary.LONGEST]) == {"a" * vocabulary.LONGEST: 1}
+    assert capsys.readouterr().out == ""
+
+
+LONG = {"DNA": "ACGT" * 100_000, "spaces": " " * 999_999, "spaces and a word": "a" + " " * 999_999 + "b",
+        "line ends": "\n" * 999_999, "signs": "^" * 300_000, "Hangul": "가나" * 100_000,
+        "a special in spaces": " " * 999_999 + "<|endoftext|>" + "\t" * 9_999}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_word_that_does_not_end_survives_byte_pairs(name):
+    """Spaces in such numbers end the stack of tiktoken's regular expressions."""
+    text = LONG[name]
+    ids = SMALL.encode(text)
+    assert SMALL.decode(ids) == text and SMALL.encode_many([text, "a"]) == [ids, SMALL.encode("a")]
+    special = SMALL.encode(text, allow_special=True)
+    assert SMALL.decode(special) == text and (SMALL.end_of_text in special) == ("<|endoftext|>" in text)
+    assert SMALL.end_of_text not in ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="ab'! \n\t\x1f한<|>1", max_size=60))
+def test_words_that_are_cut_by_themselves_give_the_same_ids(text):
+    text += "<|endoftext|>" * (len(text) % 2) + text
+    assert SMALL.encode_words(text) == SMALL.encode(text)
+    assert SMALL.encode_words(text, set(SMALL.specials)) == SMALL.encode(text, allow_special=True)

@@ -59,7 +59,7 @@ def main(argv=None):
     made = learned(config, texts("train"))
     tags = {language: made.specials[tag] if config.language_tags else None for language, tag in TAGS.items()}
     splits = {split: blocks(texts(split), made, tags) for split in ("train", "val")}
-    folder = Path(config.out_dir or Path(__file__).resolve().parent)
+    folder = dataset.expanded(config.out_dir or Path(__file__).resolve().parent)
     meta = dataset.write_dataset(folder, splits, made, f"{Path(config.korean).name}, "
                                                        f"{Path(config.english).name}")
     dataset.report(folder, meta, time.time() - started)
@@ -86,6 +86,7 @@ def learned(config, texts):
 
 def old_tokenizer(folder):
     """The tokenizer of a folder with GPT-2's two files, or of a data folder with byte pairs."""
+    folder = dataset.expanded(folder)
     if (Path(folder) / "vocab.bpe").is_file():
         os.environ["NANOCORTEX_GPT2_BPE"] = str(folder)
         return tokenizers.GPT2Tokenizer()

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, require
-from dataset import download, report, write_dataset
+from dataset import download, expanded, report, write_dataset
 from tokenizer import ByteTokenizer
 
 ZIP = {"url": "http://mattmahoney.net/dc/enwik8.zip",
@@ -35,12 +35,12 @@ class Enwik8:
 
 def main(argv=None):
     config, started, here = configure(Enwik8, argv), time.time(), Path(__file__).resolve().parent
-    path = Path(config.input or here / "enwik8.zip")
+    path = expanded(config.input or here / "enwik8.zip")
     if not config.input and not path.is_file():
         download(ZIP["url"], path, ZIP["sha256"], timeout=60)
     check(path)
     splits = {split: pieces(path, *ends) for split, ends in SPLITS.items()}
-    folder = Path(config.out_dir or here)
+    folder = expanded(config.out_dir or here)
     report(folder, write_dataset(folder, splits, ByteTokenizer(), "enwik8"), time.time() - started)
 
 

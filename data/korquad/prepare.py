@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from corpus import Corpus, prepare
+from corpus import Corpus, prepare, reads, value
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ def hub(config):
     return {"path": "KorQuAD/squad_kor_v1"}
 
 
+@reads("title", "context")
 def text(row):
-    return f"{row['title']}\n{row['context']}\n"
+    return f"{value(row, 'title')}\n{value(row, 'context')}\n"
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from corpus import Corpus, prepare
+from corpus import Corpus, prepare, reads, value
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,10 @@ def hub(config):
     return {"path": "Helsinki-NLP/opus-100", "name": "en-ko"}
 
 
+@reads("translation")
 def text(row):
-    pair = [row["translation"]["en"], row["translation"]["ko"]]
+    both = row.get("translation") or {}
+    pair = [value(both, "en"), value(both, "ko")]
     return "\n".join(pair[::-1 if zlib.crc32(pair[0].encode(errors="replace")) % 2 else 1]) + "\n"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from dataset import report, write_dataset
+from dataset import expanded, report, write_dataset
 from tokenizer import ByteTokenizer
 
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
@@ -33,7 +33,7 @@ class PyLib:
 
 def main(argv=None):
     config, started = configure(PyLib, argv), time.time()
-    folder = Path(config.out_dir or Path(__file__).resolve().parent)
+    folder = expanded(config.out_dir or Path(__file__).resolve().parent)
     files = {False: [], True: []}
     for root in roots(config.site_packages):
         for name, path in sources(root):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from dataset import SHAKESPEARE, report, text_file, write_text
+from dataset import SHAKESPEARE, expanded, report, text_file, write_text
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ShakespeareBytes:
 
 def main(argv=None):
     config, started, here = configure(ShakespeareBytes, argv), time.time(), Path(__file__).resolve().parent
-    folder = Path(config.out_dir or here)
+    folder = expanded(config.out_dir or here)
     meta = write_text(folder, text_file(config.input, here, **SHAKESPEARE), "byte", 0.1)
     report(folder, meta, time.time() - started)
 
