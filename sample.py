@@ -21,7 +21,7 @@ import sparse_kernels
 import tokenizer as tokenizers
 import tracing
 from chat import Chat, converse, show
-from configurator import configure, require
+from configurator import configure, require, run_script
 from layers import Packed, settle
 from model import GPT
 from pretrained import is_gpt2
@@ -187,10 +187,4 @@ def depth_used(model, stream):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    cfg = configure(SampleConfig)
-    try:
-        main(cfg)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+    run_script(lambda: main(configure(SampleConfig, files=True)), encoding="utf-8")

@@ -28,7 +28,7 @@ import pretrained
 import runtime
 import sparse_kernels
 import tokenizer as tokenizers
-from configurator import ConfigError, convert, require, say_and_exit, typed_words
+from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
 from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
 
@@ -153,8 +153,9 @@ class TrainConfig(GPTConfig):
 
 # -------------------------------------------------- configuration and run directory -------------------------
 
+begin_script()
 argv = sys.argv[1:] or [DEFAULT_RUN]
-given = typed_words(TrainConfig, argv)                         # what the user typed, to tell it from defaults
+given = typed_words(TrainConfig, argv, files=True)             # what the user typed, to tell it from defaults
 for key in ("n_layer", "n_head", "n_embd"):
     require(not given.get("size") or key not in given,
             f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")

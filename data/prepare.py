@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import corpus
 import dataset
 import vocabulary
-from configurator import close_match, configure, require
+from configurator import close_match, configure, require, run_script
 from tokenizer import TOKENIZERS
 
 
@@ -70,4 +70,4 @@ def write_many(config, folder):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

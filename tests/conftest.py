@@ -87,8 +87,11 @@ def run_here(script, argv, cwd, env, before, out, err):
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                status = 120                                       # as Python's own end
         os._exit(status)
 
 
@@ -257,7 +260,8 @@ def same(a, b, where="", skip=()):
 
 
 def one_sentence(result, script, *parts):
-    """Assert that a run ended as a mistake of the user's: status 2 and one line on stderr, with all `parts`.
+    """Assert that a run ended as a mistake of the user's: status 2 and one line on stderr, with all `parts`
+    -> that line.
 
     sample.py first says on stderr where it computes; that line does not count.
     """
@@ -267,3 +271,4 @@ def one_sentence(result, script, *parts):
     assert "Traceback" not in result.out
     for part in parts:
         assert part in lines[0], f"{part!r} is missing in: {lines[0]}"
+    return lines[0]

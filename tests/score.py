@@ -48,6 +48,8 @@ ROWS = {
     "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
     "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+    "F24": ("every script, whatever its streams, words and folders", "test_every_script_",
+            "test_real_work_ends_", "test_a_real_pipeline_", "test_a_cache_folder_"),
 }
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}
