@@ -13,8 +13,10 @@ import time
 import pytest
 import torch
 from conftest import LIMIT, ONE_THREAD, ROOT, TINY, Job, in_parallel, one_sentence, run_real, same, words
+from test_configurator import STREAMS
 
 import checkpoint
+import sparse_kernels
 from configurator import ConfigError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks of POSIX")
@@ -502,3 +504,160 @@ def test_the_file_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path
     checkpoint.save({"model": {}, "model_args": {}}, path)
     manifest = path.with_name("manifest.json")
     assert order.index(path.stat().st_ino) < order.index(str(manifest)) < order.index(str(path))
+
+
+# -------------------------------------------------- streams and folders of every script --------------------
+
+HERE = "import dataset, pathlib; dataset.DATA = pathlib.Path('data'); "
+TYPED = ("import os, sys; os.dup2(os.open('text.txt', os.O_RDONLY), 0); "
+         "sys.stdin = open(0, encoding='utf-8', closefd=False); ")
+CPU = dict(device="cpu", dtype="float32")
+WORK = {                                         # name: (script, words; {out} is a finished run, code before)
+    "train": ("train.py", words(**TINY | dict(max_iters=4), dataset="{data}", out_dir="new"), ""),
+    "sample": ("sample.py", words(out_dir="{out}", **CPU, max_new_tokens=3, num_samples=2), ""),
+    "chat": ("sample.py", ["--chat", *words(out_dir="{out}", **CPU, max_new_tokens=3)], TYPED),
+    "export": ("export.py", words(out_dir="{out}", to="safetensors", export_dir="new"), ""),
+    "compress": ("compress.py", ["c", "text.txt", *words(out_dir="{out}", output="new")], ""),
+    "plots": ("plots.py", ["{out}", "--out=new"], ""),
+    "text": ("data/prepare.py", ["--input=text.txt", "--name=new"], HERE),
+    "shakespeare": ("data/shakespeare_char/prepare.py", ["--input=text.txt", "--out_dir=new"], ""),
+}
+ALL_WORK = [pytest.param(name, marks=pytest.mark.slow) if name == "plots" else name for name in WORK]
+NEW_TMPDIR = "import tempfile; tempfile.tempdir = None\n"        # Python keeps what it once found
+NO_HOME = {
+    "no folder can be made at home": ("", {"HOME": "/dev/null/home", "XDG_CACHE_HOME": ""}),
+    "there is no home": ("import os, pwd; os.environ.pop('HOME', None); os.environ['XDG_CACHE_HOME'] = ''\n"
+                         "def nobody(number): raise KeyError(number)\npwd.getpwuid = nobody", {}),
+    "the cache is a file": ("", {"XDG_CACHE_HOME": "text.txt"}),
+}
+
+
+def at_work(finished, tmp_path, work, before="", env=None, name="job"):
+    """Start one of WORK in a new folder -> (Job, the folder)."""
+    script, argv, patch = WORK[work]
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "data").mkdir()
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 2)
+    argv = [word.format(out=finished.folder / "out", data=finished.data) for word in argv]
+    return Job(script, argv, folder, env, patch + before, name), folder
+
+
+@posix
+@pytest.mark.parametrize("work", ALL_WORK)
+def test_real_work_ends_as_it_should_whatever_its_streams_are(finished, tmp_path, work, case):
+    """A stream that cannot be used ends a script by the rule, and otherwise its work is done."""
+    jobs = {name: at_work(finished, tmp_path, work, before, name=str(number))
+            for number, (name, (before, _, _)) in enumerate(STREAMS.items())}
+    for name, (_, status, sentence) in STREAMS.items():
+        job, folder = jobs[name]
+        result = job.wait()
+        assert result.status == status, f"{name}: status {result.status}\n{result.err}"
+        assert "Traceback" not in result.err and "Exception ignored" not in result.err, name
+        assert sentence in result.err
+        assert status or work in ("sample", "chat") or list(folder.glob("**/new"))
+        case()
+
+
+def quick_compiler(folder):
+    """A C compiler whose every product is the library that this process has built."""
+    library = sparse_kernels.cpu_library()[0]
+    if library is None:
+        pytest.skip("no C kernels here")
+    compiler = folder / "cc"
+    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp {library._name} "$2"\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
+@posix
+@pytest.mark.parametrize("work", ALL_WORK)
+def test_real_work_ends_as_it_should_without_a_home_or_a_cache(finished, tmp_path, work, case):
+    env = {"CC": str(quick_compiler(tmp_path)), "TMPDIR": str(tmp_path)}
+    jobs = {name: at_work(finished, tmp_path, work, NEW_TMPDIR + before, env | more, name=str(number))
+            for number, (name, (before, more)) in enumerate(NO_HOME.items())}
+    for name, (job, _) in jobs.items():
+        result = job.wait()
+        assert result.status == 0, f"{name}: status {result.status}\n{result.err}"
+        assert "Traceback" not in result.err and "no C kernels" not in result.err + result.out, name
+        assert WORK[work][0] != "sample.py" or "C kernels for decode steps, kept in" in result.err, name
+        case()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "foreign"])
+def test_a_cache_folder_with_a_damaged_library_gets_a_new_one(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = str(quick_compiler(tmp_path))
+    _, said = sparse_kernels.compiled(compiler)
+    [path] = (tmp_path / "nanocortex").iterdir()
+    whole = path.read_bytes()
+    path.unlink()                                                 # this process may have mapped its pages
+    path.write_bytes({"cut": whole[:4096], "flipped": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+                      "emptied": b"", "foreign": b"#!/bin/sh\n"}[damage])
+    assert not sparse_kernels.intact(path)
+    library, again = sparse_kernels.compiled(compiler)
+    assert library.picks and (said, again) == ("", "") and path.read_bytes() == whole
+    assert [p.name for p in (tmp_path / "nanocortex").iterdir()] == [path.name]
+
+
+PATH_TAKEN = """
+import sparse_kernels
+library, said = sparse_kernels.cpu_library()
+print(library is None, said)
+"""
+
+
+@posix
+def test_a_cache_folder_that_many_processes_fill_at_once_ends_with_one_library(tmp_path, case):
+    (tmp_path / "taken.py").write_text(PATH_TAKEN)
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CC": str(quick_compiler(tmp_path))}
+    jobs = [Job(tmp_path / "taken.py", [], tmp_path, env, name=f"job{i}") for i in range(8)]
+    for job in jobs:
+        assert job.wait().out == "False C kernels for decode steps\n"
+        case()
+    [path] = (tmp_path / "cache" / "nanocortex").iterdir()
+    assert sparse_kernels.intact(path)
+
+
+@posix
+@pytest.mark.parametrize("theirs", ["open to all", "a link", "a file"])
+def test_a_cache_folder_that_others_can_write_to_is_not_used(tmp_path, theirs):
+    (tmp_path / "taken.py").write_text(PATH_TAKEN)
+    folder = tmp_path / f"nanocortex-{os.getuid()}"
+    (tmp_path / "other").mkdir(mode=0o700)
+    if theirs == "a link":
+        folder.symlink_to(tmp_path / "other")
+    elif theirs == "a file":
+        folder.write_bytes(b"")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    env = {"XDG_CACHE_HOME": "/dev/null/x", "CC": str(quick_compiler(tmp_path)), "TMPDIR": str(tmp_path)}
+    said = Job(tmp_path / "taken.py", [], tmp_path, env, NEW_TMPDIR).wait().out
+    assert said.startswith("True no C kernels: they could not be built or loaded (") and str(folder) in said
+    assert not list((tmp_path / "other").iterdir())
+
+
+# -------------------------------------------------- real pipes ---------------------------------------------
+
+SHELL = {                                        # a line of bash behind PY=python SCRIPT -> status, stderr
+    "$PY --help | head -1; exit ${PIPESTATUS[0]}": (141, ""),
+    "PYTHONUNBUFFERED=1 $PY --help | true; exit ${PIPESTATUS[0]}": (141, ""),
+    "$PY --help > /dev/full": (1, "export.py: standard output cannot be written (No space left on device)\n"),
+    "$PY --help <&- >&-": (0, ""),
+    "$PY <&- >&- 2>&-": (2, ""),
+    "$PY > /dev/full 2> /dev/full": (2, ""),
+    "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 PYTHONIOENCODING= $PY --out_dir=뇌": (2, "export.py: "),
+}
+
+
+@posix
+@pytest.mark.parametrize("line", [line if i == 0 else pytest.param(line, marks=pytest.mark.slow)
+                                  for i, line in enumerate(SHELL)])
+def test_a_real_pipeline_ends_as_the_forks_do(tmp_path, line):
+    status, err = SHELL[line]
+    line = line.replace("$PY", f"{sys.executable} {ROOT / 'export.py'}")
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(err) and bool(done.stderr) == bool(err) and "Traceback" not in done.stderr
