@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def hub_rows(keys):
         return tokenizers.within(REACH_SECONDS, lambda: load(**keys, split="train", streaming=True))
     except Exception as error:                  # the Hub's client raises dozens of types
         raise ConfigError(f"'{keys['path']}' could not be reached on the Hub ({first_line(error)}): without "
-                          "a network, type --input=FOLDER with its parquet or jsonl files, or use the "
+                          f"a network, type python {sys.argv[0]} --input=FOLDER with its parquet or jsonl "
+                          "files, or use the "
                           "built-in data: python train.py --dataset=pylib") from error
 
 
@@ -122,10 +124,12 @@ def source_of(path, hub):
 
 def column(name):
     """row -> its column `name`, for rows that have one document each."""
+    other = "type python data/prepare.py --input=... --name=... --column=ANOTHER"     # any corpus's files
+
     def text(row):
-        require(name in row, f"the rows have no column '{name}' but {', '.join(row)}: type --column=ANOTHER")
+        require(name in row, f"the rows have no column '{name}' but {', '.join(row)}: {other}")
         require(isinstance(row[name], str | None), f"column '{name}' holds {str(row[name])[:40]!r}, no text: "
-                                                   "type --column=ANOTHER")
+                                                   f"{other}")
         return row[name]
     return text
 

@@ -21,7 +21,7 @@ import sparse_kernels
 import tokenizer as tokenizers
 import tracing
 from chat import Chat, converse, show
-from configurator import configure, require, run_script
+from configurator import ConfigError, configure, require, run_script
 from layers import Packed, settle
 from model import GPT
 from pretrained import is_gpt2
@@ -91,8 +91,7 @@ def tokenizer_of(loaded, folder, vocab_size):
     (GPT-2's if unknown). A folder with another tokenizer than the checkpoint's is an error naming both."""
     own = loaded.get("tokenizer")
     if folder or not isinstance(own, dict):
-        trained_on = loaded.get("config", {}).get("dataset", "openwebtext")
-        place = datasets.find(folder or datasets.named(trained_on)[0][0])
+        place = datasets.find(folder) if folder else trained_on(loaded.get("config"))
         given = tokenizers.load(place)
         tokenizers.require_same(own, given.meta(), f"the checkpoint and {place}", "leave --tokenizer out")
     else:
@@ -100,6 +99,17 @@ def tokenizer_of(loaded, folder, vocab_size):
     require(given.vocab_size <= vocab_size, f"the tokenizer has {given.vocab_size} ids, the model "
             f"{vocab_size}: they do not belong together; type --tokenizer=FOLDER of the model's data")
     return given
+
+
+def trained_on(settings):
+    """The data folder of a checkpoint that has no tokenizer, by the `config` that it holds."""
+    name = settings.get("dataset", "openwebtext") if isinstance(settings, dict) else "openwebtext"
+    try:
+        require(isinstance(name, str), "no name")
+        return datasets.find(datasets.named(name)[0][0])
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint has no tokenizer, and its data, dataset={name!r}, is "
+                          "not here: type --tokenizer=FOLDER of that data") from error
 
 
 def prompt_of(start):

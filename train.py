@@ -165,7 +165,8 @@ given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from)
 if given["init_from"] == "resume":
     resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
-    base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
+    base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items()
+            if k in known and k not in given}                  # so typing a key mends one that is damaged
 cfg = TrainConfig(**{**base, **given})
 require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
         f"tasks='{cfg.tasks}': leave --dataset out")
@@ -457,10 +458,14 @@ wandb = None
 if cfg.wandb_log and world.master and not looks_only:
     try:
         import wandb
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
     except ImportError as error:
         raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
                           "--wandb_log=False") from error
-    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
+    except Exception as error:                  # no key, no network, no answer; a folder of that name
+        why = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise ConfigError(f"wandb does not start ({why}): type wandb login, or set WANDB_MODE=offline, or "
+                          "type --wandb_log=False") from error
 
 # -------------------------------------------------- the loop ------------------------------------------------
 

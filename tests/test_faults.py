@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -661,3 +662,98 @@ def test_a_real_pipeline_ends_as_the_forks_do(tmp_path, line):
                           capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith(err) and bool(done.stderr) == bool(err) and "Traceback" not in done.stderr
+
+
+# -------------------------------------------------- advice that works --------------------------------------
+
+WANDB = """
+import sys, types
+def init(**keys): {init}
+sys.modules["wandb"] = types.SimpleNamespace(init=init, log=lambda *words, **keys: {log})
+"""
+
+
+@pytest.mark.parametrize("code, said", [
+    (WANDB.format(init="raise RuntimeError('api_key not configured (no-tty)')", log="None"),
+     "wandb does not start (RuntimeError: api_key not configured (no-tty)): type wandb login"),
+    (WANDB.format(init="raise EOFError", log="None"), "wandb does not start (EOFError"),
+    ("import sys, types; sys.modules['wandb'] = types.ModuleType('wandb')", "wandb does not start"),
+    ("import sys; sys.modules['wandb'] = None", "needs wandb: pip install wandb")])
+def test_every_script_that_logs_to_wandb_says_why_it_cannot(train, code, said):
+    """Without a key, without an answer to its question, with a folder of that name in its place."""
+    one_sentence(train(wandb_log=True, before=code, status=2), "train.py", said, "--wandb_log=False")
+
+
+@pytest.fixture(scope="module")
+def odd_types(finished, tmp_path_factory):
+    """{what is wrong: out_dir} of checkpoints whose settings are of other types."""
+    made, kept = {}, finished.checkpoint()
+    odd = {"a str": {"batch_size": "many"}, "a float": {"seed": 1.5}, "None": {"out_dir": None},
+           "a list": {"dataset": ["a"]}, "a number": {"dataset": 3}}
+    for name, changes in odd.items():
+        made[name] = tmp_path_factory.mktemp("odd") / "out"
+        made[name].mkdir()
+        torch.save(kept | {"config": kept["config"] | changes}, made[name] / "ckpt.pt")
+    return made
+
+
+@pytest.mark.parametrize("name, key, typed", [("a str", "batch_size", 2), ("a float", "seed", 7),
+                                              ("a list", "dataset", None), ("a number", "dataset", None)])
+def test_every_script_that_resumes_takes_what_is_typed_for_a_setting_of_another_type(
+        train, odd_types, name, key, typed):
+    shutil.copytree(odd_types[name], train.folder / "out")
+    said = one_sentence(train.resume(status=2), "train.py", "ckpt.pt", f"{key}=", f"type --{key}=")
+    assert said.count("type --") == 1
+    train.resume(**{key: typed or train.data}, max_iters=17)
+    assert train.checkpoint()["iter_num"] == 17
+
+
+@pytest.mark.parametrize("name", ["a str", "a list", "a number", "None"])
+def test_every_script_that_reads_a_model_ignores_settings_that_it_has_no_use_for(odd_types, tmp_path, name):
+    for number, (script, keys) in enumerate({"sample.py": dict(num_samples=1, max_new_tokens=2, **CPU),
+                                             "export.py": dict(to="safetensors")}.items()):
+        argv = words(out_dir=odd_types[name], **keys)
+        result = Job(script, argv, tmp_path, name=str(number)).wait()
+        assert result.status == 0, result.err
+
+
+NO_TOKENIZER = [({"dataset": ["a"]}, "dataset=['a']"), ({"dataset": 3}, "dataset=3"),
+                ("text", "type --tokenizer="), ({"dataset": ""}, "type --tokenizer=")]
+
+
+@pytest.mark.parametrize("config, said", NO_TOKENIZER, ids=str)
+def test_every_script_that_samples_names_a_tokenizer_that_it_cannot_find(finished, tmp_path, config, said):
+    kept = {key: value for key, value in finished.checkpoint().items() if key != "tokenizer"}
+    torch.save(kept | {"config": config}, tmp_path / "ckpt.pt")
+    argv = words(out_dir=tmp_path, num_samples=1, max_new_tokens=2, **CPU)
+    one_sentence(Job("sample.py", argv, tmp_path).wait(), "sample.py", said)
+    typed = Job("sample.py", [*argv, f"--tokenizer={finished.data}"], tmp_path, name="typed").wait()
+    assert typed.status == 0
+
+
+OFFLINE = """
+import urllib.request
+def urlopen(*words, **keys): raise OSError("no network")
+urllib.request.urlopen = urlopen
+"""
+
+
+def test_every_script_that_downloads_says_which_one_takes_input(tmp_path):
+    """train.py runs the data set's prepare.py, whose advice must be right for the reader of train.py too."""
+    folder = tmp_path / "data" / "shakespeare_char"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "data" / "shakespeare_char" / "prepare.py", folder)
+    said = one_sentence(Job(folder / "prepare.py", [], tmp_path, before=OFFLINE).wait(), "prepare.py")
+    assert said.endswith(f"type python {folder / 'prepare.py'} --input=FILE")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf", "packed"])
+def test_every_script_that_exports_to_a_full_disk_ends_with_a_sentence(finished, train, to):
+    out = finished.folder / "out"
+    if to == "packed":
+        train(weights="2:4", n_embd=32, max_iters=1)
+        out = train.folder / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))"
+    job = Job("export.py", words(out_dir=out, to=to, export_dir="new"), train.folder, before=limit)
+    said = one_sentence(job.wait(), "export.py", "could not be written", "another folder")
+    assert "--out_dir" not in said and not list((train.folder / "new").iterdir())
