@@ -23,6 +23,8 @@ import textwrap
 import typing
 from pathlib import Path
 
+TEXTS = ("start", "stop", "enter")             # keys whose value is text for a model, and no path
+
 
 class ConfigError(ValueError):
     """A user's mistake in one sentence: the value, the rule, what to type. Scripts exit with status 2."""
@@ -196,6 +198,8 @@ def literal(text):
 def convert(field, value, where, raw):
     """`value` as the field's type (int serves as float, any text as str) or a ConfigError."""
     wanted = kinds(field)
+    if where == "command line" and str in wanted and value == raw:
+        value = with_home(field.name, raw)
     if type(value) in wanted:
         return value
     if str in wanted and where == "command line":
@@ -205,6 +209,16 @@ def convert(field, value, where, raw):
     raise ConfigError(f"{where}: {field.name}={value!r} is {type(value).__name__}, expected "
                       f"{' or '.join(kind.__name__ for kind in wanted)}: "
                       f"type --{field.name}={field.default!r}, for example")
+
+
+def with_home(key, text):
+    """A value with the home folder for its ~/, which shells leave alone behind `--key=`; in a list by commas
+    each one. Text for a model stays as it is, and so does a value in quotes, which never comes here."""
+    def home(found):
+        path = os.path.expanduser("~/")
+        require(path != "~/", f"command line: {key}={text!r}: the home folder is not known, write it out")
+        return found[1] + path
+    return re.sub(r"^(FILE:)~/" if key in TEXTS else r"(^|,|^FILE:)~/", home, text)
 
 
 def kinds(field):

@@ -33,6 +33,7 @@ class SampleConfig:
     init_from: str = "resume"  # resume (from out_dir), gpt2[-medium|-large|-xl], checkpoint or GPT-2 folder
     out_dir: str = "out"  # run to sample from when init_from is resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt
+    special: bool = True  # <|endoftext|> in a text is the one token, if the model has it; False: plain text
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens in each sample
     temperature: float = 0.8  # below 1 less random, above 1 more; 0 is greedy
@@ -143,8 +144,8 @@ def main(cfg):
     if cfg.chat:
         continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
         return converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop,
-                             cfg.enter))
-    ids = tokenizer.encode(prompt_of(cfg.start))
+                             cfg.enter, cfg.special))
+    ids = tokenizer.encode(prompt_of(cfg.start), cfg.special)
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)
     torch.manual_seed(cfg.seed)

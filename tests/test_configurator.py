@@ -88,7 +88,8 @@ def test_every_config_comes_back_from_its_own_words(config):
     assert Config(**parse(Config, render(config))) == config
 
 
-@given(strange.filter(lambda text: not text.startswith(("'", '"')) and "'" not in text and '"' not in text))
+@given(strange.filter(lambda text: not text.startswith(("'", '"')) and "'" not in text and '"' not in text
+                      and "~/" not in text))
 @settings(max_examples=300, deadline=None)
 def test_text_without_quotes_needs_none(text):
     assert parse(Config, [f"--name={text}"]) == {"name": text}
@@ -150,6 +151,37 @@ def test_a_bad_word_says_what_to_type(word, sentence):
         parse(Config, [word])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+HOME_WORDS = [("--name=~/x", "/home/me/x"), ("--name=~/a:3,~/b", "/home/me/a:3,/home/me/b"),
+              ("--name=FILE:~/x", "FILE:/home/me/x"), ("--name='~/x'", "~/x"), ("--name=~", "~"),
+              ("--name=~x", "~x"), ("--name=a~/b", "a~/b"), ("--name=~ /x", "~ /x"),
+              ("--mode=~/x", "/home/me/x")]
+
+
+@pytest.mark.parametrize("word, value", HOME_WORDS)
+def test_every_script_knows_the_home_folder_behind_an_equals_sign(monkeypatch, word, value):
+    """A shell leaves it there as it is, and a folder named ~ would be made. Quotes keep it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert list(parse(Config, [word]).values()) == [value]
+
+
+def test_every_script_that_is_given_text_keeps_it_as_it_is(classes, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    argv = ["--start=~/x", "--chat", "--stop=~/", "--enter=~/e", "--out_dir=~/o"]
+    made = configure(classes["sample"], argv)
+    assert (made.start, made.stop, made.enter) == ("~/x", "~/", "~/e")
+    assert made.out_dir == f"{tmp_path}/o"
+    made = configure(classes["sample"], ["--start=FILE:~/x"])
+    assert made.start == f"FILE:{tmp_path}/x"
+
+
+def test_every_script_without_a_home_says_so(monkeypatch):
+    monkeypatch.setattr(configurator.os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match="name='~/x': the home folder is not known"):
+        parse(Config, ["--name=~/x"])
 
 
 def test_the_last_word_wins(tmp_path):

@@ -757,3 +757,33 @@ def test_every_script_that_exports_to_a_full_disk_ends_with_a_sentence(finished,
     job = Job("export.py", words(out_dir=out, to=to, export_dir="new"), train.folder, before=limit)
     said = one_sentence(job.wait(), "export.py", "could not be written", "another folder")
     assert "--out_dir" not in said and not list((train.folder / "new").iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp949"])
+@pytest.mark.parametrize("work", ["train", "export", "compress", "sample"])
+def test_every_script_that_prints_a_name_can_whatever_the_encoding(finished, tmp_path, work, encoding):
+    script, argv, _ = WORK[work]
+    new, text = tmp_path / "뇌é", tmp_path / "뇌é.txt"
+    text.write_text("text")
+    argv = [word.format(out=finished.folder / "out", data=finished.data) for word in argv]
+    argv = [f"{word.split('=')[0]}={new}" if word.endswith("=new") else word for word in argv]
+    argv = [str(text) if word == "text.txt" else word for word in argv]
+    before = f"import sys; sys.stdout = open(1, 'w', encoding={encoding!r}, closefd=False)"
+    job = Job(script, argv, tmp_path, before=before)
+    assert job.wait().status == 0, job.err.read_text()
+    said = job.out.read_bytes().decode("utf-8" if work == "sample" else encoding)
+    assert work == "sample" or "\\ub1cc" in said or "뇌" in said
+
+
+INTERRUPTED = """
+import os, signal, model
+model.GPT.trunk = lambda self, *words: os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@posix
+def test_every_script_that_is_interrupted_ends_with_130_and_a_word(finished, tmp_path):
+    argv = words(out_dir=finished.folder / "out", num_samples=1, **CPU)
+    result = Job("sample.py", argv, tmp_path, before=INTERRUPTED).wait()
+    assert result.status == 130 and result.err.endswith("sample.py: stopped\n")
+    assert "Traceback" not in result.err
