@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import Bench, record
-from configurator import close_match, configure, require, say_and_exit
+from configurator import close_match, configure, require, run_script
 
 # subcommand: class of its keys in the module benchmarks/subcommand.py, whose function subcommand() measures
 COMMANDS = {
@@ -63,7 +63,6 @@ def menu():
 
 def main(words):
     """Run the subcommand that the words name; the JSON record is the last line of stdout."""
-    sys.excepthook = say_and_exit
     if words[:1] in (["--help"], ["-h"]):
         return print(menu())
     choice = f"type python bench.py {' or '.join(COMMANDS)}; --help says what they measure"
@@ -72,11 +71,11 @@ def main(words):
     require(name in COMMANDS, f"unknown subcommand '{name}'{close_match(name, COMMANDS)}; {choice}")
     kind, function = load(name)
     sys.argv[0] += f" {name}"                   # so that help and errors name the command that was typed
-    cfg = configure(kind, words[1:])
+    cfg = configure(kind, words[1:], files=True)
     if not issubclass(kind, Bench):             # it reads records and makes none
         return function(cfg)
     record.measure(function, cfg, words)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(lambda: main(sys.argv[1:]))

@@ -22,14 +22,14 @@ class Chat:
     """The text so far, and what goes on with it.
 
     stream: a function of a prompt (1, T) that yields token ids; stop: a text that ends an answer, it stays in
-    the text but is not shown; enter: what a typed line ends with.
+    the text but is not shown; enter: what a typed line ends with; special: <|endoftext|> is the one token.
     """
 
-    def __init__(self, stream, tokenizer, device, seed, start="", stop="", enter="\n"):
+    def __init__(self, stream, tokenizer, device, seed, start="", stop="", enter="\n", special=True):
         self.stream, self.tokenizer, self.device, self.seed = stream, tokenizer, device, seed
         self.start = self.text = start
         self.stop, self.enter = newlines(stop), newlines(enter)
-        self.end = tokenizer.end_of_text
+        self.special, self.end = special, tokenizer.end_of_text
 
     def reset(self):
         self.text = self.start
@@ -37,7 +37,7 @@ class Chat:
     def answer(self, line, interrupted=lambda: False):
         """Yield the answer to a line piece by piece, whole characters at a time; `interrupted` is asked
         behind each token. ConfigError where the line has characters that the model does not know."""
-        ids = self.tokenizer.encode(self.text + line + self.enter)
+        ids = self.tokenizer.encode(self.text + line + self.enter, self.special)
         require(ids, "there is no text yet to go on with: type a line")
         self.text += line + self.enter
         torch.manual_seed(self.seed)

@@ -65,8 +65,8 @@ def save(checkpoint, path, keep=1):
     except (OSError, RuntimeError) as error:
         remove_quietly(temporary)
         raise ConfigError(f"{path} could not be written ({reason(error)}); {free_space(path.parent)} free "
-                          "there, the previous checkpoint is unchanged: make room or type "
-                          "--out_dir=ANOTHER_FOLDER") from error
+                          "there, the previous checkpoint is unchanged: make room or name "
+                          "another folder") from error
     VERIFIED[path.resolve()] = new["sha256"]
     forget(path.parent, [new, *older, *(entry for entry in known if entry["file"] != path.name
                                         and not entry["file"].startswith("ckpt-"))])
@@ -228,7 +228,7 @@ def find(out_dir, resume=False):
                    key=lambda name: int(name[5:-3]), reverse=True)
     paths = [folder / name for name in (*names, *older, "model.safetensors") if os.path.isfile(folder / name)]
     require(paths, f"{out_dir} holds no ckpt.pt: train first (python train.py --out_dir={out_dir}) "
-                   "or name another --out_dir")
+                   "or name another folder")
     return paths
 
 

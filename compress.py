@@ -23,7 +23,7 @@ import torch
 import checkpoint as ckpt
 import decoding
 import tokenizer as tokenizers
-from configurator import ConfigError, configure, require, say_and_exit
+from configurator import ConfigError, configure, require, run_script
 
 MAGIC, SUFFIX = b"nanoCortex 1\n", ".ncx"
 ROW_BYTES, MOST_ROWS = 4096, 256            # a longer row begins cold more rarely, more rows are faster
@@ -231,13 +231,13 @@ COMMANDS = {"c": compress_file, "d": decompress_file}
 
 
 def main(words):
-    sys.excepthook = say_and_exit
-    asked = "--help" in words or "-h" in words
-    cfg = configure(Compress, words if asked else words[2:])
-    require(len(words) >= 2 and words[0] in COMMANDS, f"a command and a file are missing: {USAGE}")
+    keys = [word for word in words if word.startswith("-")]
+    cfg, (command, *files) = configure(Compress, keys), [word for word in words if word not in keys] or [""]
+    require(command in COMMANDS and files, f"a command and a file are missing: {USAGE}")
+    require(len(files) == 1, f"'{files[-1]}' is one word too many, one file at a time: {USAGE}")
     clock = time.perf_counter()
-    print(f"{COMMANDS[words[0]](Path(words[1]), cfg)}, {time.perf_counter() - clock:.1f} s")
+    print(f"{COMMANDS[command](Path(files[0]), cfg)}, {time.perf_counter() - clock:.1f} s")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(lambda: main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def hub_rows(keys):
         return tokenizers.within(REACH_SECONDS, lambda: load(**keys, split="train", streaming=True))
     except Exception as error:                  # the Hub's client raises dozens of types
         raise ConfigError(f"'{keys['path']}' could not be reached on the Hub ({first_line(error)}): without "
-                          "a network, type --input=FOLDER with its parquet or jsonl files, or use the "
+                          f"a network, type python {sys.argv[0]} --input=FOLDER with its parquet or jsonl "
+                          "files, or use the "
                           "built-in data: python train.py --dataset=pylib") from error
 
 
@@ -150,7 +152,7 @@ def value(row, name):
         raise BadRow("without the column", inputs.no_column("has", name, row))
     if not isinstance(row[name], str):
         raise BadRow("no text", f"has {str(row[name])[:40]!r} in column '{name}', no text: "
-                                "type --column=ANOTHER")
+                                + inputs.OTHER_COLUMN)
     return row[name]
 
 

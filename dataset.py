@@ -468,7 +468,8 @@ def text_file(given, folder, url, sha256):
 def download(url, path, sha256, timeout=10):
     """Fetch a file that fits memory and whose hash is known; ConfigError when offline or when something else
     comes back. timeout: seconds without a byte."""
-    instead, temporary = "get the text another way and type --input=FILE", Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    instead = f"get the text another way and type python {sys.argv[0]} --input=FILE"    # train.py says it too
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
             body = answer.read()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import checkpoint as ckpt
 import pretrained
-from configurator import configure, require
+from configurator import configure, require, run_script
 from layers import settle
 from runtime import DTYPES
 
@@ -75,4 +75,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(configure(ExportConfig))
+    run_script(lambda: main(configure(ExportConfig)))

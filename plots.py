@@ -25,7 +25,7 @@ import torch
 import checkpoint as ckpt
 import dataset as datasets
 from bio_modules import BranchGate, ColumnGate, EventGate, ExpertGate, Oscillating
-from configurator import ConfigError, configure, require, say_and_exit
+from configurator import ConfigError, configure, require, run_script
 from figures import drawing, pyplot
 
 USAGE = "type python plots.py out-pylib, for example; --help lists the keys"
@@ -490,7 +490,6 @@ def report(figure, runs, paths):
 
 
 def main(words):
-    sys.excepthook = say_and_exit
     keys = [word for word in words if word.startswith("-")]
     cfg, folders = configure(Plots, keys), folders_of([word for word in words if word not in keys])
     pyplot()                                     # better missed now than behind twenty checkpoints
@@ -506,5 +505,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    main(sys.argv[1:])
+    run_script(lambda: main(sys.argv[1:]), encoding="utf-8")

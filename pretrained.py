@@ -295,23 +295,24 @@ def read_ours(path):
 def write_folder(folder, weights, about):
     """model.safetensors and config.json. A tensor of several names is stored once: `shared` says which. A
     failing disk is a ConfigError."""
-    save_file = package(folder / "model.safetensors").torch.save_file
+    safetensors = package(folder / "model.safetensors")
     first, shared = {}, {}
     for name, tensor in weights.items():
         one = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
         shared |= {name: one} if one != name else {}
     kept = {name: tensor.detach().contiguous() for name, tensor in weights.items() if name not in shared}
     said = json.dumps(about | {"shared": shared}, indent=1) + "\n"
-    writers = {"model.safetensors": lambda path: save_file(kept, path, metadata={"format": "pt"}),
+    writers = {"model.safetensors": lambda path: safetensors.torch.save_file(kept, path, {"format": "pt"}),
                "config.json": lambda path: path.write_text(said, encoding="utf-8")}
     for name, write in writers.items():
         temporary = folder / (name + ".tmp")
         try:
             write(temporary)
             os.replace(temporary, folder / name)
-        except OSError as error:
-            raise ConfigError(f"{folder / name} could not be written ({error}): name another "
-                              "--export_dir") from error
+        except (OSError, safetensors.SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(f"{folder / name} could not be written ({error}): make room or name another "
+                              "folder, --export_dir") from error
 
 
 SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",

@@ -201,6 +201,7 @@ def leave(world, status):
     world.close()
     if not world.master:                            # nothing to flush, and gloo's threads abort Python's own
         os._exit(status)                            # shutdown now and then (3 of 57 runs, torch 2.15, CPU)
+    sys.stdout.flush()
     sys.exit(status)
 
 

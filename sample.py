@@ -21,7 +21,7 @@ import sparse_kernels
 import tokenizer as tokenizers
 import tracing
 from chat import Chat, converse, show
-from configurator import configure, require
+from configurator import ConfigError, configure, require, run_script
 from layers import Packed, settle
 from model import GPT
 from pretrained import is_gpt2
@@ -33,6 +33,7 @@ class SampleConfig:
     init_from: str = "resume"  # resume (from out_dir), gpt2[-medium|-large|-xl], checkpoint or GPT-2 folder
     out_dir: str = "out"  # run to sample from when init_from is resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt
+    special: bool = True  # <|endoftext|> in a text is the one token, if the model has it; False: plain text
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens in each sample
     temperature: float = 0.8  # below 1 less random, above 1 more; 0 is greedy
@@ -110,8 +111,7 @@ def tokenizer_of(loaded, folder, vocab_size):
     (GPT-2's if unknown). A folder with another tokenizer than the checkpoint's is an error naming both."""
     own = loaded.get("tokenizer")
     if folder or not isinstance(own, dict):
-        trained_on = loaded.get("config", {}).get("dataset", "openwebtext")
-        place = datasets.find(folder or datasets.named(trained_on)[0][0])
+        place = datasets.find(folder) if folder else trained_on(loaded.get("config"))
         given = tokenizers.load(place)
         tokenizers.require_same(own, given.meta(), f"the checkpoint and {place}", "leave --tokenizer out")
     else:
@@ -124,6 +124,17 @@ def fitting(given, vocab_size):
     require(given.vocab_size <= vocab_size, f"the tokenizer has {given.vocab_size} ids, the model "
             f"{vocab_size}: they do not belong together; type --tokenizer=FOLDER of the model's data")
     return given
+
+
+def trained_on(settings):
+    """The data folder of a checkpoint that has no tokenizer, by the `config` that it holds."""
+    name = settings.get("dataset", "openwebtext") if isinstance(settings, dict) else "openwebtext"
+    try:
+        require(isinstance(name, str), "no name")
+        return datasets.find(datasets.named(name)[0][0])
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint has no tokenizer, and its data, dataset={name!r}, is "
+                          "not here: type --tokenizer=FOLDER of that data") from error
 
 
 def prompt_of(start):
@@ -167,8 +178,8 @@ def main(cfg):
     if cfg.chat:
         continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
         return converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop,
-                             cfg.enter))
-    ids = tokenizer.encode(prompt_of(cfg.start))
+                             cfg.enter, cfg.special))
+    ids = tokenizer.encode(prompt_of(cfg.start), cfg.special)
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)
     torch.manual_seed(cfg.seed)
@@ -221,10 +232,4 @@ def depth_used(model, stream):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    cfg = configure(SampleConfig)
-    try:
-        main(cfg)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+    run_script(lambda: main(configure(SampleConfig, files=True)), encoding="utf-8")

@@ -6,6 +6,7 @@ They share PyTorch's OpenMP threads.
 """
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import importlib
@@ -602,9 +603,11 @@ def cpu_library():
         missing = "no C compiler" if sys.platform == "linux" else f"not on {platform.system()} yet"
         return None, f"no C kernels: {missing}"
     try:
-        library = ctypes.CDLL(str(compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        library, anew = compiled(compiler)
+    except subprocess.SubprocessError as error:
         return None, f"no C kernels: {compiler} did not build them ({type(error).__name__})"
+    except OSError as error:
+        return None, f"no C kernels: they could not be built or loaded ({error})"
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
@@ -625,11 +628,12 @@ def cpu_library():
         for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
             one = getattr(library, f"{kernel}_one_{name}")
             one.argtypes, one.restype = [pointer] * pointers + [number] * numbers + [ctypes.c_int] * 2, number
-    return library, "C kernels for decode steps"
+    return library, "C kernels for decode steps" + anew
 
 
 def compiled(compiler):
-    """The shared library in the user's cache, keyed by source, compiler and processor."""
+    """-> (the library in the user's cache, keyed by source, compiler and processor; ""). Where that folder
+    cannot be used: (the one in a temporary folder, the words that say so)."""
     flags = ["-O3", "-march=native", "-fPIC", "-std=gnu11", "-ffp-contract=fast"]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -637,18 +641,57 @@ def compiled(compiler):
     except (OSError, StopIteration):
         processor = platform.machine()
     key = hashlib.sha256("\n".join((SOURCE, compiler, *flags, processor)).encode()).hexdigest()[:16]
+    failures = []
+    for folder in (users_cache, users_temporary):
+        try:
+            path = folder() / f"cpu_{key}.so"
+            if not intact(path):
+                build(compiler, flags, path)
+            library = ctypes.CDLL(str(path))
+            return library, "".join(f", kept in {path.parent} (the user's cache folder: {reason(error)})"
+                                    for error in failures)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:    # RuntimeError: no home
+            failures.append(error)
+    raise failures[-1]
+
+
+def users_cache():
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanocortex"
-    path = folder / f"cpu_{key}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            source, unit, library = (Path(work) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
-            source.write_text(SOURCE, encoding="utf-8")
-            run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
-            run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(unit)])
-            run([compiler, "-shared", str(unit), "-o", str(library), "-lm"])   # OpenMP: PyTorch's
-            os.replace(library, path)
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def users_temporary():
+    """A folder that no other user can have put a library into."""
+    folder = Path(tempfile.gettempdir(), f"nanocortex-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if (found.st_uid, found.st_mode & 0o077) != (os.getuid(), 0):              # a link's mode is 0o777
+        raise PermissionError(errno.EPERM, "not this user's alone", str(folder))
+    return folder
+
+
+def reason(error):
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def build(compiler, flags, path):
+    """Write the library, and behind it the hash that `intact` looks for. Processes may do so at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        source, unit, library = (Path(work) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
+        source.write_text(SOURCE, encoding="utf-8")
+        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
+        run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(unit)])
+        run([compiler, "-shared", str(unit), "-o", str(library), "-lm"])       # OpenMP: PyTorch's
+        content = library.read_bytes()
+        library.write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(library, path)
+
+
+def intact(path):
+    """Is this a library that `build` has finished? A cut one would end the process when it is called."""
+    content = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """Text to token ids and back: bytes, the characters of one text, GPT-2's byte pairs, or ones of our own.
 
-Every tokenizer has encode(str) -> list of ids, decode(ids) -> str, token_bytes(id) -> bytes, vocab_size,
-end_of_text (the id that ends a document, or None), and meta() -> the JSON-able dict from which from_meta()
-rebuilds it. Data sets and checkpoints carry that dict, so text is always read and written with the vocabulary
-it was trained with. vocabulary.py learns new ones.
+Every tokenizer has encode(str, allow_special) -> list of ids, decode(ids) -> str, token_bytes(id) -> bytes,
+vocab_size, end_of_text (the id that ends a document, or None), and meta() -> the JSON-able dict from which
+from_meta() rebuilds it. Data sets and checkpoints carry that dict, so text is always read and written with
+the vocabulary it was trained with. vocabulary.py learns new ones.
 """
 import codecs
 import functools
@@ -37,7 +37,7 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_text = 0
 
-    def encode(self, text):
+    def encode(self, text, allow_special=False):
         return list(utf8(text))
 
     def decode(self, ids):
@@ -63,7 +63,7 @@ class CharTokenizer:
         self.vocab_size = len(chars)
         self.end_of_text = self.ids.get("\0")
 
-    def encode(self, text):
+    def encode(self, text, allow_special=False):
         try:
             return [self.ids[char] for char in text]
         except KeyError as missing:

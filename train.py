@@ -28,7 +28,7 @@ import pretrained
 import runtime
 import sparse_kernels
 import tokenizer as tokenizers
-from configurator import ConfigError, convert, require, say_and_exit, typed_words
+from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
 from model import GPT, SIZES, GPTConfig
 from pretrained import GPT2_SIZES
 
@@ -153,8 +153,9 @@ class TrainConfig(GPTConfig):
 
 # -------------------------------------------------- configuration and run directory -------------------------
 
+begin_script()
 argv = sys.argv[1:] or [DEFAULT_RUN]
-given = typed_words(TrainConfig, argv)                         # what the user typed, to tell it from defaults
+given = typed_words(TrainConfig, argv, files=True)             # what the user typed, to tell it from defaults
 for key in ("n_layer", "n_head", "n_embd"):
     require(not given.get("size") or key not in given,
             f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
@@ -166,7 +167,8 @@ given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from)
 if given["init_from"] == "resume":
     resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
-    base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items() if k in known}
+    base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items()
+            if k in known and k not in given}                  # so typing a key mends one that is damaged
 world.require_same(resumed["iter_num"] if resumed else 0, "starts at iteration {}", "out_dir")
 cfg = TrainConfig(**{**base, **given})
 require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
@@ -460,10 +462,14 @@ wandb = None
 if cfg.wandb_log and world.master and not looks_only:
     try:
         import wandb
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
     except ImportError as error:
         raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
                           "--wandb_log=False") from error
-    wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
+    except Exception as error:                  # no key, no network, no answer; a folder of that name
+        why = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise ConfigError(f"wandb does not start ({why}): type wandb login, or set WANDB_MODE=offline, or "
+                          "type --wandb_log=False") from error
 
 # -------------------------------------------------- the loop ------------------------------------------------
 

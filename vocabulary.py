@@ -207,7 +207,8 @@ def chosen(name, pieces, vocab_size=0):
     pieces: function -> pieces of the text to encode, read where the kind is learned from it (char, bpe).
     """
     if name == "bpe":
-        require(vocab_size, "tokenizer='bpe' is learned from the text: type --vocab_size=1000, for example")
+        require(vocab_size, "tokenizer='bpe' is learned from a text: type python data/prepare.py --name=NAME "
+                            "--input=FILE --tokenizer=bpe --vocab_size=1000, then --tokenizer=data/NAME")
         return learn(count_words(pieces()), vocab_size)
     if name == "char":
         return from_meta({"tokenizer": name, "chars": sorted(set().union(*pieces()))})

@@ -7,7 +7,9 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # before benchmarks/: another train.py
+from benchmarks import ROOT
+from configurator import require, run_script
 
 
 def leak(model):
@@ -33,8 +35,11 @@ def mask(model):
 BREAK = {"leaky": leak, "slow": mask}
 
 
-def main(name, *words):
-    sys.path[0] = str(ROOT)                      # it was benchmarks/, where another train.py lies
+def main(name="", *words):
+    if name in ("--help", "-h"):
+        return print(__doc__)
+    require(name in BREAK, f"'{name}' is no broken arm: type python benchmarks/broken.py "
+                           f"{' or '.join(BREAK)} CONFIG")
     import model
     whole = model.GPT.__init__
 
@@ -47,4 +52,4 @@ def main(name, *words):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_script(lambda: main(*sys.argv[1:]))

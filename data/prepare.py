@@ -20,7 +20,7 @@ import corpus
 import dataset
 import inputs
 import vocabulary
-from configurator import close_match, configure, require
+from configurator import close_match, configure, require, run_script
 from tokenizer import TOKENIZERS
 
 
@@ -84,4 +84,4 @@ def write_many(config, folder):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -69,6 +69,7 @@ def run_here(script, argv, cwd, env, before, out, err):
     signal.alarm(LIMIT)
     for number, path in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     os.chdir(cwd)
@@ -87,8 +88,11 @@ def run_here(script, argv, cwd, env, before, out, err):
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                status = 120                                       # as Python's own end
         os._exit(status)
 
 
@@ -257,7 +261,8 @@ def same(a, b, where="", skip=()):
 
 
 def one_sentence(result, script, *parts):
-    """Assert that a run ended as a mistake of the user's: status 2 and one line on stderr, with all `parts`.
+    """Assert that a run ended as a mistake of the user's: status 2 and one line on stderr, with all `parts`
+    -> that line.
 
     sample.py first says on stderr where it computes; that line does not count.
     """
@@ -267,3 +272,4 @@ def one_sentence(result, script, *parts):
     assert "Traceback" not in result.out
     for part in parts:
         assert part in lines[0], f"{part!r} is missing in: {lines[0]}"
+    return lines[0]

@@ -61,6 +61,8 @@ ROWS = {
             "test_gpt2_by_name_is_nanogpts_", "test_a_folders_own_vocabulary_talks"),
     "F27": ("corpora", "test_every_document_is_used_", "test_a_document_that_is_not_used_",
             "test_a_file_that_cannot_be_used_", "test_going_on_", "test_two_preparations_"),
+    "F24": ("every script, whatever its streams, words and folders", "test_every_script_",
+            "test_real_work_ends_", "test_a_real_pipeline_", "test_a_cache_folder_"),
 }
 BEGAN = time.monotonic()
 rows = {}                                        # {row: [held, failed, seconds]}

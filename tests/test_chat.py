@@ -1,4 +1,5 @@
 """sample.py --chat: through a pipe, and at a real terminal where the system has pseudo-terminals."""
+import json
 import os
 import re
 import select
@@ -12,8 +13,9 @@ from conftest import LIMIT, ONE_THREAD, ROOT, Job, Trainer, one_sentence, words
 
 import chat
 import dataset
+import vocabulary
 from configurator import ConfigError
-from tokenizer import ByteTokenizer, CharTokenizer
+from tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, load
 
 ANTHEM = "동해물과 백두산이 마르고 닳도록\n하느님이 보우하사 우리나라 만세\n"
 needs_terminal = pytest.mark.skipif(not hasattr(os, "fork") or not find_spec("termios"),
@@ -248,3 +250,63 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(korean):
         terminal.type("\x03")
     status, err = terminal.end()
     assert status == 130 and err.strip().endswith("stopped") and "Traceback" not in err
+
+
+# -------------------------------------------------- special tokens -----------------------------------------
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A finished run on byte pairs, whose end of text is one token."""
+    folder = tmp_path_factory.mktemp("pairs")
+    made = vocabulary.learn(vocabulary.count_words([ANTHEM]), 300)
+    ids = [*made.encode(ANTHEM * 20), made.end_of_text]
+    dataset.write_dataset(folder / "data", {"train": [ids], "val": [ids]}, made, "test_chat.py")
+    trainer = Trainer(folder, folder / "data")
+    trainer(max_iters=2)
+    return trainer
+
+
+PROMPT = """
+import decoding
+stream = decoding.stream
+def told(model, prompt, *words, **keys):
+    print('ids', prompt.tolist())
+    return stream(model, prompt, *words, **keys)
+decoding.stream = told
+"""
+
+
+def prompt_ids(run, *argv, **keys):
+    """The ids that sample.py goes on with."""
+    done = Job("sample.py", [*words(**keys_of(run, **keys)), *argv], run.folder, before=PROMPT).wait()
+    assert done.status == 0, done.err
+    return json.loads(re.search(r"ids \[(.*)\]", done.out)[1])
+
+
+def test_the_end_of_text_in_a_start_is_the_one_token_as_in_nanogpt(pairs):
+    made = load(pairs.folder / "data")
+    start = f"국{END_OF_TEXT}마"
+    one = [*made.encode("국"), made.end_of_text, *made.encode("마")]
+    assert prompt_ids(pairs, start=start, num_samples=1) == one
+    assert prompt_ids(pairs, start=start, num_samples=1, special=False) == made.encode(start) != one
+
+
+def test_a_chat_reads_the_end_of_text_as_sample_does(pairs):
+    typed = pairs.folder / "typed.txt"
+    typed.write_text(END_OF_TEXT + "국\n", encoding="utf-8")
+    before = f"{PROMPT}\nimport os, sys; os.dup2(os.open({str(typed)!r}, os.O_RDONLY), 0)\n" \
+             "sys.stdin = open(0, closefd=False)"
+    made, found = load(pairs.folder / "data"), {}
+    for special in (True, False):
+        argv = ["--chat", *words(**keys_of(pairs, start="", special=special))]
+        done = Job("sample.py", argv, pairs.folder, before=before).wait()
+        assert done.status == 0, done.err
+        found[special] = json.loads(re.search(r"ids \[(.*)\]", done.out)[1])
+    assert found[True] == [made.end_of_text, *made.encode("국\n")]
+    assert found[False] == made.encode(END_OF_TEXT + "국\n")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_bytes_and_characters_have_no_special_tokens(finished, special):
+    found = prompt_ids(finished, start=END_OF_TEXT, num_samples=1, special=special)
+    assert found == list(END_OF_TEXT.encode())

@@ -6,6 +6,7 @@ import runpy
 import string
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configurator
-from configurator import ConfigError, configure, help_text, parse, render
+from configurator import ConfigError, help_text, render
 
+parse, configure = partial(configurator.parse, files=True), partial(configurator.configure, files=True)
 NANOGPT = os.environ.get("NANOGPT")
+posix = pytest.mark.skipif(os.name != "posix", reason="file descriptors and /dev/full of POSIX")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
 
 
@@ -47,18 +50,19 @@ def classes():
 
 def class_of(script, cls):
     """The dataclass of a script, whose run ends before it does anything."""
-    def stop(found, argv=None, base=None):
+    def stop(found, argv=None, base=None, files=False):
         raise Found(found)
 
     class Found(Exception):
         pass
 
-    hooks = {name: getattr(configurator, name) for name in ("configure", "typed_words")}
+    hooks = {name: getattr(configurator, name) for name in ("configure", "typed_words", "begin_script")}
     saved = sys.argv
     try:
         sys.argv = [str(ROOT / script)]
         for name in hooks:
             setattr(configurator, name, stop)
+        configurator.begin_script = lambda encoding=None: None    # the streams here are pytest's
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except Found as found:
         return found.args[0]
@@ -84,7 +88,8 @@ def test_every_config_comes_back_from_its_own_words(config):
     assert Config(**parse(Config, render(config))) == config
 
 
-@given(strange.filter(lambda text: not text.startswith(("'", '"')) and "'" not in text and '"' not in text))
+@given(strange.filter(lambda text: not text.startswith(("'", '"')) and "'" not in text and '"' not in text
+                      and "~/" not in text))
 @settings(max_examples=300, deadline=None)
 def test_text_without_quotes_needs_none(text):
     assert parse(Config, [f"--name={text}"]) == {"name": text}
@@ -146,6 +151,37 @@ def test_a_bad_word_says_what_to_type(word, sentence):
         parse(Config, [word])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+HOME_WORDS = [("--name=~/x", "/home/me/x"), ("--name=~/a:3,~/b", "/home/me/a:3,/home/me/b"),
+              ("--name=FILE:~/x", "FILE:/home/me/x"), ("--name='~/x'", "~/x"), ("--name=~", "~"),
+              ("--name=~x", "~x"), ("--name=a~/b", "a~/b"), ("--name=~ /x", "~ /x"),
+              ("--mode=~/x", "/home/me/x")]
+
+
+@pytest.mark.parametrize("word, value", HOME_WORDS)
+def test_every_script_knows_the_home_folder_behind_an_equals_sign(monkeypatch, word, value):
+    """A shell leaves it there as it is, and a folder named ~ would be made. Quotes keep it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert list(parse(Config, [word]).values()) == [value]
+
+
+def test_every_script_that_is_given_text_keeps_it_as_it_is(classes, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    argv = ["--start=~/x", "--chat", "--stop=~/", "--enter=~/e", "--out_dir=~/o"]
+    made = configure(classes["sample"], argv)
+    assert (made.start, made.stop, made.enter) == ("~/x", "~/", "~/e")
+    assert made.out_dir == f"{tmp_path}/o"
+    made = configure(classes["sample"], ["--start=FILE:~/x"])
+    assert made.start == f"FILE:{tmp_path}/x"
+
+
+def test_every_script_without_a_home_says_so(monkeypatch):
+    monkeypatch.setattr(configurator.os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match="name='~/x': the home folder is not known"):
+        parse(Config, ["--name=~/x"])
 
 
 def test_the_last_word_wins(tmp_path):
@@ -406,3 +442,80 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, data):
 def test_a_name_that_no_file_can_have_is_a_missing_config_file(name):
     with pytest.raises(ConfigError, match="does not exist"):
         parse(Config, [name])
+
+
+# -------------------------------------------------- every script --------------------------------------------
+
+def is_script(path):
+    text = path.read_text(encoding="utf-8")
+    return "\nif __name__ == \"__main__\":" in text or path == ROOT / "train.py"
+
+
+FILES = [path for pattern in ("*.py", "data/**/prepare.py", "benchmarks/*.py") for path in ROOT.glob(pattern)]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in FILES if is_script(path))
+CONFIG_READERS = {"train.py", "sample.py", "bench.py", "benchmarks/broken.py"}     # broken.py is train.py
+OWN_WORDS = {"compress.py": ["c", "FILE"], "plots.py": ["."], "benchmarks/broken.py": ["leaky"],
+             "bench.py": ["decode"]}
+EXECUTED = "from pathlib import Path\nPath('executed').touch()\n"
+
+# what a job does to its streams before it is the script: (code, exit status of --help, what stderr says)
+UNREAD = ("import os, sys; r, w = os.pipe(); os.dup2(w, {0}); os.close(r); os.close(w); "
+          "sys.std{1} = open({0}, 'w', encoding='utf-8', closefd=False)")
+STREAMS = {
+    "stdin is closed": ("import os, sys; os.close(0); sys.stdin = None", 0, ""),
+    "stdout is closed": ("import os, sys; os.close(1); sys.stdout = None", 0, ""),
+    "stderr is closed": ("import os, sys; os.close(2); sys.stderr = None", 0, ""),
+    "all are closed": ("import os, sys; os.closerange(0, 3); sys.stdin = sys.stdout = sys.stderr = None",
+                       0, ""),
+    "stdout is full": ("import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", 1,
+                       "standard output cannot be written (No space left on device)"),
+    "stderr is full": ("import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 2)", 0, ""),
+    "stdout is read no more": (UNREAD.format(1, "out"), 141, ""),
+    "stdout is read no more, unbuffered": (
+        UNREAD.format(1, "out") + "; import io; "
+        "sys.stdout = io.TextIOWrapper(open(1, 'wb', 0, closefd=False), 'utf-8', write_through=True)",
+        141, ""),
+    "stderr is read no more": (UNREAD.format(2, "err"), 0, ""),
+    "stdout is ascii": ("import sys; sys.stdout = open(1, 'w', encoding='ascii', closefd=False)", 0, ""),
+    "stdout is cp1252": ("import sys; sys.stdout = open(1, 'w', encoding='cp1252', closefd=False)", 0, ""),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_takes_its_own_words_and_executes_no_other(tmp_path, script, case):
+    """A file that is typed as a word runs only where config files are read."""
+    (tmp_path / "other.py").write_text(EXECUTED)
+    own = OWN_WORDS.get(script, [])
+    lines = {"behind": [*own, "other.py"], "before": ["other.py", *own], "key": [*own, "--", "other.py"],
+             "folder": [*own, "."], "missing": [*own, "gone.py"], "empty": [*own, ""]}
+    if script in CONFIG_READERS:
+        del lines["behind"]
+    if script in ("train.py", "sample.py"):
+        del lines["before"]
+    if script == "plots.py":
+        del lines["folder"]                                       # folders are its own words
+    jobs = {name: Job(script, argv, tmp_path, name=name) for name, argv in lines.items()}
+    for name, job in jobs.items():
+        said = one_sentence(job.wait(), Path(script).name)
+        assert not (tmp_path / "executed").exists(), name
+        assert "config file" not in said or script in CONFIG_READERS
+        case()
+
+
+@posix
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_ends_quietly_whatever_its_streams_are(tmp_path, script, case):
+    jobs = {name: Job(script, ["--help"], tmp_path, before=before, name=f"job{number}")
+            for number, (name, (before, _, _)) in enumerate(STREAMS.items())}
+    for name, (_, status, sentence) in STREAMS.items():
+        result = jobs[name].wait()
+        assert result.status == status, f"{name}: status {result.status}\n{result.err}"
+        assert result.err == (f"{Path(script).name}: {sentence}\n" if sentence else ""), name
+        case()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_runs_in_the_one_handler(script):
+    text = (ROOT / script).read_text(encoding="utf-8")
+    assert ("\n    run_script(" in text) != ("\nbegin_script()" in text)
+    assert "sys.stdout.reconfigure" not in text and "say_and_exit)" not in text

@@ -773,7 +773,7 @@ def test_every_key_of_a_script_has_a_meaning(path):
     config = next(v for k, v in vars(module).items() if hasattr(v, "__dataclass_fields__"))
     meanings = configurator.meanings(config)
     assert set(config.__dataclass_fields__) == set(meanings)
-    assert "main()" in ast.unparse(ast.parse(Path(module.__file__).read_text()).body[-1])
+    assert "run_script(main)" in ast.unparse(ast.parse(Path(module.__file__).read_text()).body[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------

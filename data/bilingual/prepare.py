@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dataset
 import tokenizer as tokenizers
 import vocabulary
-from configurator import configure, require
+from configurator import configure, require, run_script
 
 TAGS = {"korean": "<|korean|>", "english": "<|english|>"}
 BLOCK_CHARS = 4000                          # whole lines of one language that follow each other
@@ -125,4 +125,4 @@ def blocks_of_lines(pieces):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure, require
+from configurator import configure, require, run_script
 from dataset import download, expanded, report, write_dataset
 from tokenizer import ByteTokenizer
 
@@ -69,4 +69,4 @@ def pieces(path, start, stop):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure
+from configurator import configure, run_script
 from dataset import expanded, report, write_dataset
 from tokenizer import ByteTokenizer
 
@@ -83,4 +83,4 @@ def is_utf8(text):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
