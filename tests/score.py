@@ -48,6 +48,11 @@ ROWS = {
     "F18": ("any text", "test_any_text_survives_", "test_bytes_that_are_no_text_"),
     "F19": ("metrics only rise", "test_rows_of_metrics_rise_", "test_metrics_rise_whatever_the_clock_"),
     "F20": ("no sockets", "test_the_whole_way_without_a_network"),
+    "F21": ("two runs, one folder", "test_copies_by_hand_", "test_a_copy_by_hand_", "test_auto_knows_",
+            "test_a_second_run_", "test_a_lock_", "test_locks_", "test_of_many_that_find_a_stale_lock_",
+            "test_a_new_run_", "test_a_damaged_checkpoint_of_a_new_run_", "test_the_run_before_",
+            "test_a_kill_while_the_run_before_", "test_one_id_", "test_a_run_whose_folder_was_taken_",
+            "test_an_export_"),
 }
 rows = {}                                        # {row: [held, failed, seconds]}
 current = {"cases": 0}
