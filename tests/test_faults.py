@@ -386,10 +386,14 @@ model.GPT.forward = fatal
 
 
 @pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv there")
-@pytest.mark.parametrize("rank, at", [(1, 11), *(pytest.param(r, n, marks=pytest.mark.slow) for r, n in
-                                                 ((0, 11), (1, 2), (0, 30), (1, 16)))])
-def test_a_killed_rank_is_started_again_and_the_run_is_the_one_without_it(train, rank, at):
-    """One rank of two dies in the middle of a step; torchrun starts both again, they resume by themselves."""
+@pytest.mark.parametrize("rank, at, old", [
+    (1, 11, False), *(pytest.param(*which, marks=pytest.mark.slow) for which in (
+        (0, 11, False), (1, 2, False), (0, 30, False), (1, 16, False), (0, 2, True), (0, 11, True)))])
+def test_a_killed_rank_is_started_again_and_the_run_is_the_one_without_it(train, rank, at, old):
+    """One rank of two dies in the middle of a step; torchrun starts both again, they resume alone, and
+    the master takes its predecessor's lock. old: another run was there before, and is put away once."""
+    if old:
+        train(out="killed", max_iters=12, seed=7)
     runner = train.folder / "killed.py"
     runner.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
                       + KILL_ONCE.format(rank=rank, at=at)
@@ -406,6 +410,11 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_one_without_it(train,
     assert train.losses("killed") == train.losses("whole") and len(train.losses("whole")) == 16
     killed = train.checkpoint("killed")
     assert killed.pop("launch")
+    assert [path.name for path in (train.folder / "killed").glob("previous-*")] == ["previous-1"] * old
+    assert not old or train.checkpoint("killed", "previous-1/ckpt.pt")["iter_num"] == 12
+    assert "held another run" in done.stderr or not old
+    assert not (train.folder / "killed" / "run.lock").exists()
+    assert {row["run"] for row in train.metrics("killed")} == {killed["run"]}
     same(killed, train.checkpoint("whole"), skip=TIMES)
 
 
