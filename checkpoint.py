@@ -1,10 +1,11 @@
 """Checkpoints: nanoGPT's ckpt.pt, written so that a crash at any moment leaves the previous one whole.
 
 Keys: nanoGPT's model, optimizer, model_args, iter_num, best_val_loss, config; ours beside them: tokenizer
-(its meta), scaler, seconds. Files are read with weights_only=True: nothing in them executes.
+(its meta), scaler, seconds, run (its id). Files are read with weights_only=True: nothing in them executes.
 
-manifest.json holds the SHA-256 of every checkpoint of its folder; a file that is not what was written is not
-used: `read` says so and takes the one before it. nanoGPT's folders have no manifest and are read without.
+manifest.json holds the SHA-256 of every checkpoint of its folder and the run's id; a file that is not what
+was written is not used: `read` says so and takes the one before it. What the manifest does not list is the
+user's: never removed, and read only if it is of the same run. nanoGPT's folders are read without one.
 """
 import dataclasses
 import hashlib
@@ -43,9 +44,9 @@ class Hashed:
 def save(checkpoint, path, keep=1):
     """Write a temporary file, flush it to the disk, rename: `path` is the old file or the new, never a part.
 
-    keep: how many saves of this path stay; the older ones are ckpt-ITERATION.pt. The manifest lists the new
-    hash before the rename and forgets the old one behind it, so it fits whatever a crash leaves. A full or
-    failing disk is a ConfigError that names the path and the free space; the old file stays.
+    keep: how many saves of this path stay; the older ones are ckpt-ITERATION.pt. The manifest lists a file
+    before it is there and until it is gone, so it fits whatever a crash leaves. A full or failing disk is a
+    ConfigError that names the path and the free space; the old file stays.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -55,11 +56,15 @@ def save(checkpoint, path, keep=1):
             torch.save(checkpoint, hashed)
             file.flush()
             os.fsync(file.fileno())
-        known = entries(path.parent) or []
-        older = keep_older(path, known, keep, checkpoint.get("iter_num"))
+        known, about = manifest(path.parent)
+        known, about = known or [], {key: checkpoint[key] for key in ABOUT if key in checkpoint} or about
+        older = older_of(path, known, keep, checkpoint.get("iter_num"))
         new = {"file": path.name, "iter_num": checkpoint.get("iter_num"), "bytes": hashed.bytes,
                "sha256": hashed.sha.hexdigest()}
-        write_manifest(path.parent, [new, *older, *known])
+        write_manifest(path.parent, [new, *older, *known], about)
+        for entry in older[:1]:                                 # the others have their names
+            if not (path.parent / entry["file"]).exists():
+                second_name(path, path.parent / entry["file"])
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -69,40 +74,47 @@ def save(checkpoint, path, keep=1):
                           "another folder") from error
     VERIFIED[path.resolve()] = new["sha256"]
     forget(path.parent, [new, *older, *(entry for entry in known if entry["file"] != path.name
-                                        and not entry["file"].startswith("ckpt-"))])
+                                        and not entry["file"].startswith("ckpt-"))], known, about)
 
 
 # -------------------------------------------------- the manifest --------------------------------------------
 
 MANIFEST = "manifest.json"
 NAMES = re.compile(r"ckpt(_last|-\d+)?\.pt")        # what a manifest may speak of, and a save may remove
+ABOUT = ("run", "launch")                         # what a manifest takes over from its checkpoints
 VERIFIED = {}                                     # {path: SHA-256 of what this process wrote or read there}
+
+
+def manifest(folder):
+    """What a folder's manifest says -> (its entries, newest first, {"run": id, ...}); (None, {}) without one
+    that can be believed."""
+    try:
+        said = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        found, about = said["checkpoints"], {key: said[key] for key in ABOUT if key in said}
+        if said["sha256"] != digest(found, about):
+            return None, {}
+        return [entry for entry in found if NAMES.fullmatch(entry["file"])], about
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, {}
 
 
 def entries(folder):
     """The manifest's entries, newest first; None without a manifest that can be believed."""
-    try:
-        said = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-        found = said["checkpoints"]
-        if said["sha256"] != digest(found):
-            return None
-        return [entry for entry in found if NAMES.fullmatch(entry["file"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return manifest(folder)[0]
 
 
-def digest(found):
+def digest(found, about):
     """Of the entries themselves: a damaged manifest is not believed."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([found, about] if about else found, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder, found):
+def write_manifest(folder, found, about=()):
     """Replace the manifest; OSError where that fails."""
-    found = list({(entry["file"], entry["sha256"]): entry for entry in found}.values())
+    found, about = list({(entry["file"], entry["sha256"]): entry for entry in found}.values()), dict(about)
     temporary = folder / (MANIFEST + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            said = json.dumps({"checkpoints": found, "sha256": digest(found)}, indent=1)
+            said = json.dumps({**about, "checkpoints": found, "sha256": digest(found, about)}, indent=1)
             file.write((said + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
@@ -112,18 +124,21 @@ def write_manifest(folder, found):
         raise
 
 
-def keep_older(path, known, keep, iteration):
-    """Give the file at `path` a second name, that of its iteration -> entries of the older files that stay.
+def older_of(path, known, keep, iteration):
+    """Entries of the older files that stay behind a save; the first is that of the file at `path`, under the
+    name of its iteration that it is to get.
 
-    It stays only if it is what was written there, and not a save of the same iteration.
+    It stays only if it is what was written there, and not a save of the same iteration. A name that a file of
+    the user's has gets another zero.
     """
-    older = [entry for entry in known if entry["file"].startswith("ckpt-")]
+    listed = {entry["file"] for entry in known}
+    older = [entry for entry in known if entry["file"].startswith("ckpt-")
+             and (path.parent / entry["file"]).exists()]
     last = next((entry for entry in known if entry["file"] == path.name
                  and entry["sha256"] == (VERIFIED.get(path.resolve()) or sha_of(path))), None)
     if path.name == "ckpt.pt" and keep > 1 and last and last["iter_num"] not in (None, iteration):
-        name = f"ckpt-{last['iter_num']:06d}.pt"
-        if not (path.parent / name).exists():
-            second_name(path, path.with_name(name))
+        names = (f"ckpt-{last['iter_num']:0{digits}d}.pt" for digits in itertools.count(6))
+        name = next(name for name in names if name in listed or not (path.parent / name).exists())
         older = [last | {"file": name}, *(entry for entry in older if entry["file"] != name)]
     return older[:max(0, keep - 1)]
 
@@ -138,17 +153,34 @@ def second_name(path, other):
         os.replace(temporary, other)
 
 
-def forget(folder, stay):
-    """Remove the older checkpoints that are not in `stay`, and what the manifest says of them. What fails
-    here leaves a file too many and a manifest that is true of all of them."""
-    names = {entry["file"] for entry in stay}
+def forget(folder, stay, known, about):
+    """Remove the older checkpoints that the manifest listed and that are not in `stay`, then what it says of
+    them. A file of another size is not what it lists: the user's. What fails here leaves a file too many and
+    a manifest that is true of all of them."""
+    names, left = {entry["file"] for entry in stay}, []
+    for entry in known:
+        path = folder / entry["file"]
+        if entry["file"] not in names and entry["file"].startswith("ckpt-") and is_of(path, entry):
+            remove_quietly(path)
+            left += [entry] * path.exists()
     try:
-        write_manifest(folder, stay)
+        write_manifest(folder, [*stay, *left], about)
     except OSError:
         return
-    for path in folder.glob("ckpt-*.pt"):
-        if NAMES.fullmatch(path.name) and path.name not in names:
-            remove_quietly(path)
+
+
+def discard(path):
+    """Remove a checkpoint that the manifest lists, and no other."""
+    if any(entry["file"] == path.name and is_of(path, entry) for entry in entries(path.parent) or ()):
+        remove_quietly(path)
+
+
+def is_of(path, entry):
+    """Has the file the size that the manifest says?"""
+    try:
+        return path.stat().st_size == entry["bytes"]
+    except OSError:
+        return False
 
 
 def sha_of(path):
@@ -171,7 +203,43 @@ def why_not(path, sha, found):
             "yourself, delete the manifest")
 
 
+def is_listed(path, found):
+    """Is the file one that the manifest speaks of? Without a manifest, or of another kind, all are."""
+    return found is None or not NAMES.fullmatch(path.name) or path.name in [entry["file"] for entry in found]
+
+
+def of_the_same_run(loaded, path, about):
+    """Is a checkpoint that the manifest does not list, a copy by hand, of the folder's run? -> loaded"""
+    require(loaded.get("run") == about.get("run"), f"{path} is of another run than {path.parent / MANIFEST}: "
+            f"type --init_from={path} to start from its weights")
+    return loaded
+
+
 # -------------------------------------------------- files and folders ---------------------------------------
+
+def stamps(folder):
+    """Tells whether a folder's checkpoints were written again: {name: what changes then}."""
+    found = {path.name: path.stat() for path in Path(folder).glob("ckpt*.pt")}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def set_aside(folder, used):
+    """What stands where the next saves go, is not what was written there and is not what is used: damaged, or
+    put there by hand. It gets another name instead of being overwritten."""
+    found = entries(folder)
+    for path in [Path(folder) / name for name in ("ckpt.pt", "ckpt_last.pt")]:
+        if found is None or path == used or not path.is_file():
+            continue
+        if sha_of(path) not in [entry["sha256"] for entry in found]:
+            other = next(other for n in itertools.count(1)
+                         if not (other := path.with_name(f"{path.name}.aside-{n}")).exists())
+            try:
+                os.replace(path, other)
+            except OSError as error:
+                raise ConfigError(f"{path} is not what was written there and cannot be renamed "
+                                  f"({error.strerror}): rename it yourself") from error
+            note(f"{path} is kept as {other}")
+
 
 def sync_folder(folder):
     """Make a rename durable where possible: Windows has no handle on a folder, some network disks refuse."""
@@ -210,8 +278,9 @@ def free_space(folder):
 
 def sweep(out_dir):
     """Remove what an interrupted save left behind."""
-    for pattern in ("*.pt.tmp", MANIFEST + ".tmp"):
-        for stray in Path(out_dir).glob(pattern):
+    for stray in Path(out_dir).glob("*.tmp"):
+        name = stray.name.removesuffix(".tmp")
+        if NAMES.fullmatch(name) or name == MANIFEST or name.startswith("run.lock."):
             remove_quietly(stray)
 
 
@@ -235,16 +304,23 @@ def find(out_dir, resume=False):
 def read(place, device="cpu", resume=False):
     """The best intact checkpoint of a run's folder, or the one file that is named -> (dict, its path).
 
-    What is damaged is told on stderr and left out; without an intact one a ConfigError says why.
+    What is damaged or of another run is told on stderr and left out; without any other a ConfigError says
+    why. Copies by hand, which no manifest lists, come last; the one file that is named may be one.
     """
-    paths = find(place, resume) if resume or not os.path.isfile(place) else [Path(place)]
-    found, wrong, hashes = entries(paths[0].parent), [], {}
-    for path in paths:
+    named = os.path.isfile(place) and not resume
+    paths = [Path(place)] if named else find(place, resume)
+    (found, about), wrong, hashes = manifest(paths[0].parent), [], {}
+    for path in sorted(paths, key=lambda path: not is_listed(path, found)):
         try:
             if found is not None and NAMES.fullmatch(path.name):
                 hashes[path] = sha_of(path)
-                bad = why_not(path, hashes[path], found)
-                require(bad is None, bad)
+            if not is_listed(path, found):
+                copied = hashes[path] in [entry["sha256"] for entry in found]
+                loaded = load(path, device, resume)
+                return told(loaded if named or copied else of_the_same_run(loaded, path, about), path, wrong,
+                            found if copied else None)
+            bad = why_not(path, hashes[path], found) if path in hashes else None
+            require(bad is None, bad)
             return told(load(path, device, resume), path, wrong, found)
         except ConfigError as error:
             wrong.append(str(error))
@@ -255,13 +331,29 @@ def read(place, device="cpu", resume=False):
     return told(load(path, device, resume), path, wrong, found)
 
 
+def to_go_on_from(out_dir):
+    """Does a folder hold what init_from=resume would take, or complain of? What its manifest does not list
+    counts if it is of the same run."""
+    try:
+        paths = [path for path in find(out_dir, resume=True) if NAMES.fullmatch(path.name)]
+    except ConfigError:
+        return False
+    found, about = manifest(out_dir)
+
+    def counts(path):
+        try:
+            return is_listed(path, found) or bool(of_the_same_run(load(path), path, about))
+        except ConfigError:
+            return False
+    return any(map(counts, paths))
+
+
 def start_of(init_from, out_dir, restarted=False):
     """What init_from comes to: auto resumes where out_dir has a checkpoint; processes of a launch that
     torchrun has restarted (on any host, see World.restarted) resume where this launch has saved one."""
-    there = any(os.path.isfile(Path(out_dir) / name) for name in ("ckpt.pt", "ckpt_last.pt"))
     if init_from == "auto":
-        return "resume" if there else "scratch"
-    if not (restarted and there) or init_from == "resume":
+        return "resume" if to_go_on_from(out_dir) else "scratch"
+    if not restarted or init_from == "resume" or not to_go_on_from(out_dir):
         return init_from
     return "resume" if read(out_dir, resume=True)[0].get("launch") == launch() else init_from
 
@@ -276,7 +368,8 @@ def told(loaded, path, wrong, found):
     if wrong:
         note(f"{'; '.join(wrong)}. Going on with {path}, iteration {loaded.get('iter_num')}")
     if found is None and "keep_checkpoints" in (loaded.get("config") or ()):
-        note(f"{path} is read unverified: {path.parent / MANIFEST} is missing or damaged")
+        note(f"{path} is read unverified: {path.parent / MANIFEST} "
+             + ("is missing or damaged" if entries(path.parent) is None else "does not list it"))
     return loaded, path
 
 

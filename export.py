@@ -4,11 +4,13 @@
     python export.py --out_dir=out --to=safetensors       any model, for sample.py, train.py and other tools
     python export.py --out_dir=out --to=hf                a dense model, for transformers
 """
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint as ckpt
 import pretrained
+import rundir
 from configurator import configure, require, run_script
 from layers import settle
 from runtime import DTYPES
@@ -50,17 +52,55 @@ def hf(cfg, loaded, path):
     weights, about = pretrained.to_hf(model)
     dataset = (loaded.get("config") or {}).get("dataset")
     needed = {"tokenizer": loaded.get("tokenizer"), "config": dataset and {"dataset": dataset}}
-    about |= {"torch_dtype": cfg.dtype, pretrained.OURS: {key: said for key, said in needed.items() if said}}
+    about |= {"torch_dtype": cfg.dtype, "_name_or_path": MADE_HERE,
+              pretrained.OURS: {key: said for key, said in needed.items() if said}}
     return lambda folder: pretrained.write_folder(folder, weights, about)
 
 
 FORMS = {"packed": packed, "safetensors": safetensors, "hf": hf}
+MADE_HERE = "nanocortex-export"                # in the config.json of --to=hf: tells it from anybody's GPT-2
+
+
+def folder_of(cfg):
+    """The folder that is written: export_dir, or the run's name and the form's, beside the run."""
+    if cfg.export_dir:
+        return Path(cfg.export_dir)
+    run = Path(cfg.out_dir)
+    run = run if run.name not in ("", "..") else run.resolve()         # '.' and '..' have their names above
+    require(run.name, f"out_dir={cfg.out_dir} has no name to make a folder's of: type --export_dir=FOLDER")
+    return run.with_name(f"{run.name}-{cfg.to}")
+
+
+def check_target(folder, to):
+    """A ConfigError unless the folder is new, without a model, or an earlier export of the same form."""
+    require(not os.path.lexists(folder) or folder.is_dir(), f"export_dir={folder} is a file: name a folder")
+    name = next((name for name in holds_a_run(folder)), None)
+    require(name is None, f"export_dir={folder} holds a run ({name}), which an export would overwrite: name "
+            "another folder")
+    about = pretrained.config_of(folder / "config.json")
+    form = ("packed" if (folder / "ckpt.pt").exists() else
+            "safetensors" if about.get("model_type") == pretrained.OURS else
+            "hf" if about.get("_name_or_path") == MADE_HERE else
+            "other" if about or [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*")] else to)
+    require(form == to, f"export_dir={folder} holds " + ("a model that export.py did not write" if
+            form == "other" else f"an export of another form ({form})") + ": name another folder")
+
+
+def holds_a_run(folder):
+    """The files by which a folder holds a run of train.py or nanoGPT's, or copies of its checkpoints; an
+    export's own ckpt.pt, listed without an iteration, is none."""
+    mine = {(entry["file"], entry["sha256"]) for entry in ckpt.entries(folder) or ()
+            if entry["iter_num"] is None}
+    for name in (rundir.LOCK, rundir.LOG, *sorted(path.name for path in folder.glob("ckpt*.pt"))):
+        if os.path.lexists(folder / name) and (name, ckpt.sha_of(folder / name)) not in mine:
+            yield name
 
 
 def main(cfg):
-    folder = Path(cfg.export_dir or f"{cfg.out_dir.rstrip('/')}-{cfg.to}")
+    folder = folder_of(cfg)
     require(folder.resolve() != Path(cfg.out_dir).resolve(), f"export_dir={cfg.export_dir} is the "
             "run itself, whose checkpoint would be lost: name another folder")
+    check_target(folder, cfg.to)
     write = FORMS[cfg.to](cfg, *ckpt.read(cfg.out_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)

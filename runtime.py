@@ -2,6 +2,7 @@
 import os
 import platform
 import shutil
+import stat
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
-from configurator import require
+from configurator import ConfigError, require
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,6 +153,21 @@ class World:
         first, second = (sentence.format(found[rank]) for rank in (0, other))
         require(not other, f"rank 0 {first}, rank {other} {second}: all hosts must see the same {what}")
 
+    def by_master(self, work, *words):
+        """Let the master do what one process does for all -> its result, None on the others. Where that is a
+        ConfigError all of them end with it: none waits for a master that has gone."""
+        found, mistake = None, None
+        if self.master:
+            try:
+                found = work(*words)
+            except ConfigError as error:
+                mistake = error
+        if self.sum([float(mistake is not None)])[0]:
+            if self.master:
+                raise mistake
+            leave(self, 2)
+        return found
+
     def barrier(self):
         if self.size > 1:
             dist.barrier()
@@ -194,6 +210,20 @@ def meeting_place(world, limit):
                           is_master=False, timeout=limit)
     attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return dict(store=attempt, rank=world.rank, world_size=world.size)
+
+
+def leave_lost_terminals():
+    """Behind a SIGHUP: what would go to a terminal that has hung up goes nowhere. Writing there is an error,
+    and a run that ends has more to do than to be heard."""
+    for number in (1, 2):
+        try:
+            lost = stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number)
+        except OSError:
+            continue
+        if lost:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def leave(world, status):

@@ -25,6 +25,7 @@ import energy
 import estimate
 import optimizers
 import pretrained
+import rundir
 import runtime
 import sparse_kernels
 import tokenizer as tokenizers
@@ -165,6 +166,7 @@ resumed, base = None, {}
 given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from),
                                    given.get("out_dir", TrainConfig.out_dir), world.restarted())
 if given["init_from"] == "resume":
+    before_reading = ckpt.stamps(given.get("out_dir", TrainConfig.out_dir))
     resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items()
@@ -180,15 +182,21 @@ require(cfg.gradient_accumulation_steps % world.size == 0,
         f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "
         f"{world.size} processes: type --gradient_accumulation_steps={world.size}, for example")
 runtime.check_sharding(cfg, world, place.dtype)
-looks_only = cfg.eval_only or cfg.dry_run                      # nothing is written
-if world.master:
-    if not looks_only:
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out_dir={cfg.out_dir} cannot be made ({error.strerror}): type "
-                              "--out_dir=ANOTHER_FOLDER") from error
-        ckpt.sweep(out_dir)
+
+
+def open_folder():
+    """The run's folder, ready for this run alone -> its lock."""
+    taken = rundir.take(out_dir)
+    require(not resumed or ckpt.stamps(out_dir) == before_reading, f"out_dir={out_dir}: another run, which "
+            "has ended now, saved there while this one was reading: type the command again")
+    ckpt.sweep(out_dir)
+    if resumed:
+        ckpt.set_aside(out_dir, resumed_path)
+    return taken
+
+
+looks_only = cfg.eval_only or cfg.dry_run                      # nothing is written, so no lock is needed
+lock = None if looks_only else world.by_master(open_folder)
 for turn in (world.master, world.local_rank == 0):             # hosts may have data folders of their own
     for name in cfg.task_names() if turn else ():
         datasets.prepare_sources(name)
@@ -276,6 +284,7 @@ if resumed:
     if resumed.get("scaler"):
         scaler.load_state_dict(resumed["scaler"])
 saved_tasks = (resumed or {}).get("tasks")
+run_id = rundir.id_of(out_dir, resumed)
 resumed = None                                                  # frees the weights held twice
 
 accumulation = cfg.gradient_accumulation_steps // world.size
@@ -379,26 +388,33 @@ def grow(iteration):
 
 def save_checkpoint(path):
     """Write the state before iteration iter_num; weights that are not finite are never written."""
+    global asked
+    asked = iter_num
     weights, moments = runtime.whole([raw_model.state_dict(), optimizer.state_dict()])   # by all ranks
     if not world.master:
         return
     if not all(bool(torch.isfinite(p).all()) for p in weights.values()):
         return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is",
                           file=sys.stderr)
-    ckpt.save(dict(model=weights, optimizer=moments,
+    lock.check()
+    ckpt.save(dict(model=weights, optimizer=moments, run=run_id,
                    model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
                    config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds(),
                    **({"tasks": tasks.state_dict()} if cfg.tasks else {}),
                    **({"launch": ckpt.launch()} if ckpt.launch() else {})), path, cfg.keep_checkpoints)
+    saved[path.name] = iter_num
     if path.name == "ckpt.pt":
-        ckpt.remove_quietly(out_dir / "ckpt_last.pt")
+        ckpt.discard(out_dir / "ckpt_last.pt")
+        saved.pop("ckpt_last.pt", None)
 
 
 def open_metrics():
     """metrics.jsonl, opened to append; a resumed run drops rows past its checkpoint: iterations only rise."""
-    path, kept = out_dir / "metrics.jsonl", []
+    path, kept = out_dir / rundir.LOG, []
+    if cfg.init_from != "resume":
+        rundir.begin(out_dir, run_id, cfg.init_from)
     try:
-        if cfg.init_from == "resume" and path.is_file():
+        if cfg.init_from == "resume" and path.is_file() and not rundir.kept_as_another(path, run_id):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and iteration_of(line) < iter_num]
         path.write_text("".join(kept), encoding="utf-8")
@@ -417,16 +433,31 @@ def iteration_of(line):
 
 
 def log(row):
-    """One row of metrics.jsonl; what is not finite is null, as JSON has no NaN."""
+    """One row of metrics.jsonl, with the run's id; what is not finite is null, as JSON has no NaN."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     if world.master:
         try:
-            metrics.write(json.dumps(row) + "\n")
+            metrics.write(json.dumps(row | {"run": run_id}) + "\n")
         except OSError as error:
             raise ConfigError(f"{metrics.name} cannot be written ({error.strerror}); "
                               f"{ckpt.free_space(out_dir)} free there") from error
     if wandb:
         wandb.log({k: v for k, v in row.items() if k != "by_layer"}, step=row["iter"])
+
+
+def what_is_saved():
+    """The end of a run's last sentence: what its folder holds, and what it does not."""
+    sample = f"sample with: python sample.py --out_dir={cfg.out_dir}"
+    there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
+    if iter_num in saved.values() and "ckpt_last.pt" not in saved:
+        return sample
+    if saved.get("ckpt_last.pt") == iter_num:
+        return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
+                "--init_from=resume goes on; " + ("ckpt.pt holds the best; " * ("ckpt.pt" in there)) + sample)
+    why = ("no iteration was trained" if iter_num == iter_before else
+           f"the weights of iteration {iter_num} were not saved")
+    return f"{why}; " + (f"{out_dir / there[0]} is an earlier save; {sample}" if there else
+                         f"{out_dir} holds no checkpoint")
 
 
 def seconds():
@@ -438,8 +469,12 @@ def request_stop(number, frame):
     """First signal: stop at the next step boundary. Second: now."""
     global stop_signal
     if stop_signal:
+        if lock:
+            lock.release()
         os._exit(128 + number)
     stop_signal = number
+    if number == HANG_UP:
+        runtime.leave_lost_terminals()
 
 
 def answer(kind, error, trace):
@@ -474,10 +509,16 @@ if cfg.wandb_log and world.master and not looks_only:
 # -------------------------------------------------- the loop ------------------------------------------------
 
 stop_signal, skipped, status = 0, 0, 0
+saved, asked = {}, None                                        # {file: iteration} by the master; iteration
+HANG_UP = getattr(signal, "SIGHUP", 0)                         # the terminal has gone; Windows has none
 signal.signal(signal.SIGINT, request_stop)
 signal.signal(signal.SIGTERM, request_stop)
-metrics = open_metrics() if world.master and not looks_only else None
+if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:     # ignored under nohup, and left so
+    signal.signal(HANG_UP, request_stop)
+world.barrier()                                                # all have read what the run starts from
+metrics = None if looks_only else world.by_master(open_metrics)
 terminal = sys.stderr.isatty()
+iter_before = iter_num
 bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or looks_only,
            dynamic_ncols=True, mininterval=0.2 if terminal else 20)
 sys.excepthook = answer
@@ -519,6 +560,8 @@ while True:
     if iter_num >= cfg.max_iters or cfg.eval_only:
         if not cfg.eval_only:
             log(row | {"seconds": seconds(), "joules": meter.joules()})
+            if iter_num not in (iter_before, asked):
+                save_checkpoint(out_dir / "ckpt_last.pt")       # not better than the best, but the last
         break
 
     raw_model.anneal(min(1.0, iter_num / (cfg.anneal * cfg.lr_decay_iters)) if cfg.anneal else 1.0)
@@ -553,13 +596,13 @@ while True:
 
 bar.close()
 if status == 1:
-    print(f"train.py: stopped at iteration {iter_num}: {row['skipped']}, {skipped} steps in a row; "
-          f"no weight was changed by them. The last learning rate was {lr:.2e}: "
-          "type a lower --learning_rate, or --dtype=float32", file=sys.stderr)
+    say(f"train.py: stopped at iteration {iter_num}: {row['skipped']}, {skipped} steps in a row; "
+        f"no weight was changed by them. The last learning rate was {lr:.2e}: "
+        "type a lower --learning_rate, or --dtype=float32; " + what_is_saved(), file=sys.stderr)
 elif status:
     say(f"stopped by signal {status - 128} before iteration {iter_num}; "
-        f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
+        + (f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}"
+           if iter_num in saved.values() else what_is_saved()))
 elif not cfg.eval_only:
-    say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; "
-        f"sample with: python sample.py --out_dir={cfg.out_dir}")
+    say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; {what_is_saved()}")
 runtime.leave(world, status)

@@ -1,4 +1,5 @@
 """Runs of the scripts for the tests: cheap ones fork from a process that has torch, real ones are new."""
+import atexit
 import importlib
 import json
 import multiprocessing
@@ -74,6 +75,7 @@ def run_here(script, argv, cwd, env, before, out, err):
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     os.chdir(cwd)
     os.environ.update(env)
+    atexit._clear()                                             # what the nursery's imports have registered
     sys.argv, sys.excepthook, status = [str(script), *argv], sys.__excepthook__, 0
     try:
         try:
@@ -88,6 +90,7 @@ def run_here(script, argv, cwd, env, before, out, err):
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
+        atexit._run_exitfuncs()
         for stream in filter(None, (sys.stdout, sys.stderr)):
             try:
                 stream.flush()

@@ -63,6 +63,11 @@ ROWS = {
             "test_a_file_that_cannot_be_used_", "test_going_on_", "test_two_preparations_"),
     "F24": ("every script, whatever its streams, words and folders", "test_every_script_",
             "test_real_work_ends_", "test_a_real_pipeline_", "test_a_cache_folder_"),
+    "F21": ("two runs, one folder", "test_copies_by_hand_", "test_a_copy_by_hand_", "test_auto_knows_",
+            "test_a_second_run_", "test_a_lock_", "test_locks_", "test_of_many_that_find_a_stale_lock_",
+            "test_a_new_run_", "test_a_damaged_checkpoint_of_a_new_run_", "test_the_run_before_",
+            "test_a_kill_while_the_run_before_", "test_one_id_", "test_a_run_whose_folder_was_taken_",
+            "test_an_export_"),
 }
 BEGAN = time.monotonic()
 rows = {}                                        # {row: [held, failed, seconds]}

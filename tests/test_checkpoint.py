@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -292,6 +293,83 @@ def test_a_manifest_names_no_file_but_checkpoints_beside_it(tmp_path, case):
         case()
 
 
+def of_run(run, n):
+    return {"model": {"w": torch.full((2_000,), float(n))}, "model_args": {}, "iter_num": n, "run": run}
+
+
+def saves(folder, numbers, keep=2, run="this"):
+    for n in numbers:
+        checkpoint.save(of_run(run, n), folder / "ckpt.pt", keep)
+    checkpoint.VERIFIED.clear()
+
+
+@pytest.mark.parametrize("name", ["ckpt-20.pt", "ckpt-000002.pt", "ckpt-000001.pt", "ckpt-0000003.pt",
+                                  "ckpt-7.pt", "ckpt_last.pt", "ckpt-best.pt", "my.pt.tmp"])
+def test_copies_by_hand_outlive_every_save(tmp_path, case, name):
+    """A name that the manifest does not list is the user's, whatever it looks like and whenever it came."""
+    for at in range(4):
+        folder = tmp_path / f"after{at}"
+        folder.mkdir()
+        saves(folder, range(1, at + 1))
+        listed = {entry["file"] for entry in checkpoint.entries(folder) or ()}
+        if name in listed:                                      # then it is the run's own
+            continue
+        (folder / name).write_bytes(b"mine")
+        saves(folder, range(at + 1, 8))
+        checkpoint.sweep(folder)
+        checkpoint.discard(folder / name)
+        assert (folder / name).read_bytes() == b"mine"
+        mine = {path.name for path in folder.glob("*.pt")} - {name}
+        assert len(mine) == 2 and mine == {entry["file"] for entry in checkpoint.entries(folder)}
+        (folder / "ckpt.pt").write_bytes(b"damaged")
+        assert checkpoint.read(folder)[0]["iter_num"] == 6
+        case()
+
+
+def test_copies_by_hand_that_took_a_listed_name_outlive_every_save(tmp_path, case):
+    saves(tmp_path, (1, 2), keep=3)
+    (tmp_path / "ckpt-000001.pt").write_bytes(b"mine")
+    saves(tmp_path, range(3, 9), keep=3)
+    assert (tmp_path / "ckpt-000001.pt").read_bytes() == b"mine"
+    case()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_copy_by_hand_of_the_same_run_is_the_last_resort(tmp_path, capsys, case, copied):
+    """A copy, and a save of the same run that the manifest does not know; never another run's."""
+    saves(tmp_path, range(1, 5))
+    if copied:
+        shutil.copy(tmp_path / "ckpt.pt", tmp_path / "ckpt-20.pt")
+    else:
+        torch.save(of_run("this", 4), tmp_path / "ckpt-20.pt")
+    torch.save(of_run("another", 99), tmp_path / "ckpt-99.pt")
+    (tmp_path / "ckpt.pt").write_bytes(b"damaged")
+    assert checkpoint.read(tmp_path)[0]["iter_num"] == 3        # the listed one comes first
+    (tmp_path / "ckpt-000003.pt").unlink()
+    loaded, path = checkpoint.read(tmp_path)
+    assert (loaded["iter_num"], path.name) == (4, "ckpt-20.pt")
+    assert "ckpt-99.pt is of another run" in capsys.readouterr().err
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"ckpt\.pt is damaged.*ckpt-99\.pt is of another run.*--init_"):
+        checkpoint.read(tmp_path)
+    assert checkpoint.read(tmp_path / "ckpt-99.pt")[0]["iter_num"] == 99        # named, it is read
+    case()
+
+
+def test_a_copy_by_hand_in_the_place_of_a_save_is_kept_under_another_name(train, case):
+    train(max_iters=8)
+    out = train.folder / "out"
+    shutil.copy(out / "ckpt-000004.pt", train.folder / "at4.pt")
+    for name in ("ckpt.pt", "ckpt_last.pt"):
+        (out / name).write_bytes(b"mine" + name.encode())
+    result = train.resume(max_iters=12)
+    assert "ckpt.pt is kept as" in result.err and "iteration 4" in result.err
+    for name in ("ckpt.pt", "ckpt_last.pt"):
+        assert (out / f"{name}.aside-1").read_bytes() == b"mine" + name.encode()
+    assert train.checkpoint()["iter_num"] == 12 and len(train.metrics()) == 13
+    case()
+
+
 def test_a_hundred_saves_keep_memory_and_file_descriptors_constant(tmp_path):
     proc = Path("/proc/self")
     if not proc.is_dir():
@@ -323,7 +401,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(train):
     assert sampled.status == 0 and "Going on with" in sampled.err
     assert "iteration 8" in train.resume(max_iters=16).err
     train(out="whole")
-    same(train.checkpoint(), train.checkpoint("whole"), skip=("seconds", "config"))
+    same(train.checkpoint(), train.checkpoint("whole"), skip=("seconds", "config", "run"))
     assert train.losses() == train.losses("whole")
 
 

@@ -247,7 +247,7 @@ def other(tmp_path_factory):
     return folder
 
 
-CLOCKS = ("ms", "seconds", "tokens_per_s", "joules")
+CLOCKS = ("ms", "seconds", "tokens_per_s", "joules", "run")
 EVERYTHING = dict(ewc=5.0, ewc_samples=5, replay=0.3, replay_blocks=7, adapters="fox,hamlet", adapter_width=4,
                   lr_decay_iters=8, max_iters=16)
 STOP = """

@@ -8,6 +8,7 @@ from conftest import Job, one_sentence, words
 
 import checkpoint
 import export
+from configurator import ConfigError
 from pretrained import GPT2_SIZES
 
 safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -75,6 +76,86 @@ def test_an_exported_run_samples_and_trains_on(train):
     train(init_from=folder, out="more", max_iters=1, learning_rate=0, min_lr=0)
     before, after = train.checkpoint()["model"], train.checkpoint("more")["model"]
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def held(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("to", ["packed", "safetensors", "hf"])
+@pytest.mark.parametrize("kind", ["run", "nanoGPT's", "log", "live", "copy", "stopped", "swapped"])
+def test_an_export_into_a_folder_with_a_run_is_refused(tmp_path, case, to, kind):
+    """Another run's folder, whole or a part of it: one sentence, and its bytes stay."""
+    run_of(tmp_path, ARMS["two_of_four"] if to == "packed" else {})
+    other = tmp_path / "other"
+    other.mkdir()
+    if kind in ("run", "swapped"):
+        run_of(other, ARMS["columns"])
+    if kind == "swapped":                                       # an export's manifest over a run's checkpoint
+        checkpoint.save({"model": {}, "model_args": {}}, other / "ckpt.pt")
+        (other / "ckpt.pt").write_bytes((tmp_path / "ckpt.pt").read_bytes())
+    name = {"nanoGPT's": "ckpt.pt", "log": "metrics.jsonl", "live": "run.lock", "copy": "ckpt-20.pt",
+            "stopped": "ckpt_last.pt"}.get(kind)
+    if name:
+        (other / name).write_bytes(b"{}")
+    before = held(other)
+    for _ in range(2):
+        result = Job("export.py", words(out_dir=tmp_path, to=to, export_dir=other), tmp_path).wait()
+        one_sentence(result, "export.py", str(other), "holds a run", "name another folder")
+        assert held(other) == before
+        case()
+
+
+def test_an_export_may_be_written_again_but_not_over_another(tmp_path, case):
+    run_of(tmp_path, ARMS["two_of_four"])
+    for to in ("packed", "safetensors"):
+        exported(tmp_path, to)
+        first = held(exported(tmp_path, to))
+        for form in ("packed", "safetensors"):
+            if form != to:
+                with pytest.raises(ConfigError, match="an export of another form"):
+                    export.main(export.ExportConfig(out_dir=str(tmp_path), to=form,
+                                                    export_dir=str(tmp_path / to)))
+        assert held(tmp_path / to) == first
+        case()
+
+
+def test_an_export_leaves_a_model_of_somebody_else_alone(tmp_path, case):
+    run_of(tmp_path, {})
+    exported(tmp_path, "hf")
+    exported(tmp_path, "hf")                                    # its own is written again
+    theirs = tmp_path / "gpt2"
+    theirs.mkdir()
+    for names in (["config.json", "model.safetensors"], ["pytorch_model.bin"], ["model.safetensors"]):
+        for name in names:
+            (theirs / name).write_text('{"model_type": "gpt2"}')
+        for to in ("hf", "safetensors"):
+            with pytest.raises(ConfigError, match=r"a model that export\.py did not write"):
+                export.main(export.ExportConfig(out_dir=str(tmp_path), to=to, export_dir=str(theirs)))
+        assert held(theirs) == dict.fromkeys(names, b'{"model_type": "gpt2"}')
+        for name in names:
+            (theirs / name).unlink()
+        case()
+
+
+@pytest.mark.parametrize("typed", [".", "./", "../run", "../run/", "", "./.", "sub/.."])
+def test_an_export_of_the_folder_one_is_in_lands_beside_it(tmp_path, case, typed):
+    run = tmp_path / "run"
+    (run / "sub").mkdir(parents=True)
+    run_of(run, {})
+    before = held(run)
+    done = Job("export.py", words(out_dir=typed, to="safetensors"), run).wait()
+    assert done.status == 0, done.err
+    for path in run.glob("job.*"):
+        path.unlink()
+    assert held(run) == before and sorted(path.name for path in tmp_path.iterdir()) == ["run",
+                                                                                        "run-safetensors"]
+    assert sorted(held(tmp_path / "run-safetensors")) == ["config.json", "model.safetensors"]
+    case()
+
+
+def test_an_export_whose_folder_has_no_name_is_one_sentence(tmp_path):
+    one_sentence(Job("export.py", words(out_dir="/", to="hf"), tmp_path).wait(), "export.py", "--export_dir=")
 
 
 @pytest.mark.parametrize("name, content, words_", [

@@ -18,7 +18,7 @@ from tokenizer import ByteTokenizer
 
 NANOGPT = os.environ.get("NANOGPT")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
-TIMES = ("seconds", "config")  # what two equal runs may differ in: clocks, and how they were asked for
+TIMES = ("seconds", "config", "run")  # what two equal runs may differ in: clocks, words typed, ids
 
 
 # -------------------------------------------------- resuming ------------------------------------------------
