@@ -154,7 +154,7 @@ def settings(recipe, arm):
     files, flags = parts(arm)
     words = [str(ROOT / file) for file in [*recipe.split(","), *files]]
     given = parse(key_class(), [*words, *(f"--{key}={value}" for key, value in flags.items())])
-    given = {key: float(value) if isinstance(key_defaults()[key], float) else value
+    given = {key: kind(value) if (kind := type(key_defaults()[key])) in (float, str) else value
              for key, value in given.items() if key not in APART}
     return {key: value for key, value in sorted(given.items()) if value != key_defaults()[key]}
 

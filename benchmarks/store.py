@@ -147,7 +147,7 @@ def hash_of_data(data):
 
 # flags whose values are different parts: a curve of one says nothing of another
 CHOICES = {"norm", "pos", "act", "weights"}
-OFF = 0, 1, ""                                   # defaults that turn a flag off; with others it only has a size
+OFF = 0, 1, ""                                   # defaults that turn a flag off; others are but a size
 
 
 def golden_of(said, broken=""):

@@ -270,7 +270,8 @@ def test_what_changes_a_runs_numbers_does_not_find_it(trained_once, kept, tmp_pa
     assert trained_once(iters=101) == set() and trained_once(config=str(other)) == set()
     assert held.read(Run(TWIN, 2), 100) is None
     for module, name, value, found in (
-            (store.torch, "__version__", "9.9.9", set()), (store, "hash_of_data", lambda data: "other", set()),
+            (store.torch, "__version__", "9.9.9", set()),
+            (store, "hash_of_data", lambda data: "other", set()),
             (store.torch, "__version__", torch.__version__.partition("+")[0] + "+other.build", EVERY)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
@@ -322,11 +323,6 @@ def test_reading_the_golden_arms_leaves_the_threads_as_they_are():
         assert store.golden_arms().keys() == FLAGS.keys() and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
-
-
-PYLIB = ["446ab8a357be3e7e306bd0644edff03a59fbdbcc78ddb0f8301ca6ea66656d93",
-         "20a823671ba8c7cb10ba9bfd494409b8c4ba2dd9fe7fdf39e1e90d4b37a35fb1",
-         {"vocab_size": 256, "dtype": "uint16"}]      # of Python 3.11.7's library
 
 
 # ------------------------------------------------ dense twins ---------------------------------
@@ -384,6 +380,17 @@ def test_every_arm_of_the_tests_is_a_mechanism_or_a_switch_and_lists_of_keys_nam
     assert arms.SHARED <= arms.model_defaults().keys() and arms.SIZED.keys() <= keys.keys()
     assert arms.TRAINED | arms.APART <= keys.keys() and not arms.APART & arms.model_defaults().keys()
     assert {name for name, flags in FLAGS.items() if not arms.owned(flags)} == SWITCHES
+
+
+def test_settings_are_as_train_py_reads_them_wherever_they_are_written(tmp_path, monkeypatch):
+    (tmp_path / "typed.py").write_text("exits = '2'\nlearning_rate = 1\nn_layer = 4\n")
+    monkeypatch.setitem(arms.ARMS, "typed", dict(exits="2", learning_rate=1, n_layer=4))
+    monkeypatch.setitem(arms.ARMS, "plain", {})
+    recipe = "config/compare_pylib.py"
+    found = arms.settings(recipe, "typed")
+    assert found == arms.settings(f"{recipe},{tmp_path / 'typed.py'}", "plain")
+    assert (found["exits"], found["learning_rate"]) == ("2", 1.0) and type(found["learning_rate"]) is float
+    assert found["act"] == "relu2" and not found.keys() & {"out_dir", "dataset", "max_iters", "qk_gain"}
 
 
 def test_arms_that_are_one_model_by_their_flags_are_trained_and_counted_once():
