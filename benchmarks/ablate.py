@@ -39,5 +39,10 @@ def ablate(cfg):
     return {"measurements": {"val loss": losses}, "validation": VALIDATION, "seeds": seeds(cfg), "runs": runs}
 
 
+def beside_twins(cfg):
+    """(the one key that is changed, none) of every change: here each choice counts as a mechanism."""
+    return [(change, {}) for change in CHANGES.values()]
+
+
 def race_changed(cfg, data, work, change, seed):
     return race_ours(cfg, data, work, seed, ROOT / cfg.config, **change)

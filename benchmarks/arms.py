@@ -1,13 +1,20 @@
-"""The arms that are trained beside their dense twin: the table of blocks by their flags."""
+"""The arms that are trained beside their dense twin: the table of blocks by their flags, and what the dense
+twin of any of them is."""
+import ast
+import dataclasses
 import shutil
 import statistics
+from functools import cache
 
+from benchmarks import ROOT
 from benchmarks.broken import BREAK
 from benchmarks.record import TWIN
 from benchmarks.runs import trained_with
 from benchmarks.timing import spread
-from configurator import require
+from configurator import parse, require
+from model import GPTConfig
 
+BASE = dict(act="relu2")                         # of every arm without an activation of its own, and its twin
 WINDOW = dict(window=64, window_pattern="SSSL")
 ARMS = {                                         # a file in config/, keys, or both
     TWIN: {}, "3 layers": dict(n_layer=3), "2 layers": dict(n_layer=2), "1 layer": dict(n_layer=1),
@@ -35,7 +42,7 @@ DENSE = TWIN, "3 layers", "2 layers", "1 layer", "96 wide", "64 wide", "dense/4"
 # what the table leaves out unless it is named
 OTHERS = "columns*2", "columns*4", "branches1", "branches4", *BREAK
 
-# the presets and their parts at GPT-2's shape, where a decode step is bytes and not calls
+# the presets and their parts, behind BASE, at GPT-2's shape, where a decode step is bytes and not calls
 SHAPED = {
     "2:4": dict(weights="2:4"),
     "screened head": dict(screen=True),
@@ -55,10 +62,107 @@ def check_arms(cfg):
 
 
 def chosen_arms(cfg):
-    """The arms that `arms` names, without it all but OTHERS; `broken` names those that are."""
+    """The arms that `arms` names, without it all but OTHERS; `broken` names those that are. An arm that is
+    the model of one before it is left out: same_models tells which."""
+    named = named_arms(cfg)
+    return [arm for arm in named if arm not in same_models(cfg.config, named)]
+
+
+def named_arms(cfg):
     named = [name for name in cfg.arms.split(",") if name]
     named = [arm for name in named for arm in (BREAK if name == "broken" else [name])]
-    return named or [arm for arm in ARMS if arm not in OTHERS]
+    return list(dict.fromkeys(named or [arm for arm in ARMS if arm not in OTHERS]))
+
+
+def same_models(recipe, arms):
+    """{arm: the arm before it that is the same model, found by their flags}."""
+    first, same = {}, {}
+    for arm in arms:
+        key = repr((sorted(settings(recipe, arm).items()), arm * (arm in BREAK)))
+        if first.setdefault(key, arm) != arm:
+            same[arm] = first[key]
+    return same
+
+
+# -------------------------------------------------- settings and dense twins --------------------------------
+
+# flags of GPTConfig that both sides of a comparison share, shape and switches; the others are a mechanism's
+SHARED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "norm", "pos",
+          "qk_norm", "qk_gain", "act", "softcap", "zero_init", "tie_weights", "ngram_buckets", "ngram_order",
+          "recompute", "mlp_units"}
+# {mechanism's flag: what its arm sizes too, so that it holds about as many weights as the twin}
+SIZED = {"columns": "mlp_units", "mlp_predict": "mlp_units", "dendrites": "n_head"}
+# train.py's keys that belong to a mechanism
+TRAINED = {"anneal", "grow", "tasks", "ewc", "ewc_samples", "replay", "replay_blocks", "freeze"}
+# its keys that decide no number of a run; iterations and seed are told apart, data by their content
+APART = {"out_dir", "dataset", "eval_interval", "eval_iters", "log_interval", "always_save_checkpoint",
+         "keep_checkpoints", "wandb_log", "wandb_project", "wandb_run_name", "max_iters", "lr_decay_iters",
+         "seed", "device"}
+
+
+def owned(flags):
+    """Which keys of `flags` are a mechanism's: its flags, what it sizes, an activation that is one."""
+    found = {key for key in flags if key in TRAINED | (model_defaults().keys() - SHARED)}
+    found |= {SIZED[key] for key in found & SIZED.keys()}
+    return found | ({"act"} if flags.get("act") == "osc" else set())
+
+
+def twin_of(flags, shape=None):
+    """The flags of a model's dense twin: `flags` without the mechanism's. What the mechanism sizes is as in
+    `shape` (or GPTConfig's default), and an activation that is a mechanism becomes BASE's."""
+    own, shape = owned(flags), (shape or {})
+    kept = {key: value for key, value in flags.items() if key not in own}
+    return {key: shape[key] for key in own & shape.keys() & SHARED} | kept | (BASE if "act" in own else {})
+
+
+def unfair(flags, twin):
+    """The keys in which a model and the dense model beside it differ although no mechanism owns them."""
+    other = {key for key in flags.keys() | twin.keys() if flags.get(key, twin_default(key))
+             != twin.get(key, twin_default(key))}
+    return other - owned(flags)
+
+
+def twin_default(key):
+    return key_defaults().get(key)
+
+
+@cache
+def model_defaults():
+    return {field.name: field.default for field in dataclasses.fields(GPTConfig)}
+
+
+@cache
+def key_defaults():
+    """{key: default} of train.py, which is a script and cannot be imported: its class is read."""
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    [keys] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainConfig"]
+    return model_defaults() | {node.target.id: ast.literal_eval(node.value) for node in keys.body
+                               if isinstance(node, ast.AnnAssign)}
+
+
+@cache
+def key_class():
+    return dataclasses.make_dataclass("Keys", [(key, bool | int | float | str, default)
+                                               for key, default in key_defaults().items()])
+
+
+def settings(recipe, arm):
+    """What a run of an arm is trained with: the keys that are not train.py's defaults -> {key: value}.
+
+    recipe: config files by commas. Without APART, so that two arms with equal settings are one model.
+    """
+    files, flags = parts(arm)
+    words = [str(ROOT / file) for file in [*recipe.split(","), *files]]
+    given = parse(key_class(), [*words, *(f"--{key}={value}" for key, value in flags.items())])
+    given = {key: kind(value) if (kind := type(key_defaults()[key])) in (float, str) else value
+             for key, value in given.items() if key not in APART}
+    return {key: value for key, value in sorted(given.items()) if value != key_defaults()[key]}
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model beside it) of every arm that a table, quality or steps compares."""
+    return [(settings(cfg.config, arm), settings(cfg.config, TWIN)) for arm in ARMS
+            if arm not in (*DENSE, *BREAK)]
 
 
 def steps_alone(cfg, data, work, arms, iters=60):
@@ -73,11 +177,14 @@ def steps_alone(cfg, data, work, arms, iters=60):
 
 
 def parts(arm):
-    """An arm's config files, and its keys."""
+    """An arm's config files, and its keys. Its activation is BASE's, whatever the recipe's is, unless it has
+    one of its own: so is the twin's."""
     flags = ARMS[arm]
     if not isinstance(flags, tuple):
         flags = (flags, {}) if isinstance(flags, str) else ("", flags)
-    return [f"config/{flags[0]}.py"] * bool(flags[0]), flags[1]
+    files = [f"config/{flags[0]}.py"] * bool(flags[0])
+    own = parse(key_class(), [str(ROOT / file) for file in files]) | flags[1]
+    return files, (flags[1] if "act" in own else BASE | flags[1])
 
 
 def trained(cfg, data, out_dir, arm, seed, iters, **more):

@@ -62,6 +62,11 @@ def arms(cfg):
             "EWC + replay + adapters": TWO | together}
 
 
+def beside_twins(cfg):
+    """(keys, keys of fine-tuning) of every way to hold a task."""
+    return [(keys, arms(cfg)[PLAIN]) for name, keys in arms(cfg).items() if name != PLAIN]
+
+
 def continual(cfg):
     runs = {}
     with tempfile.TemporaryDirectory() as work:

@@ -10,9 +10,9 @@ import torch
 import runtime
 import sparse_kernels
 from benchmarks import Timed
-from benchmarks.arms import SHAPED
+from benchmarks.arms import BASE, SHAPED, twin_of
 from benchmarks.peers import HuggingFace, peer_model
-from benchmarks.record import HF, OURS, OURS_FP32, PEER
+from benchmarks.record import HF, OURS, OURS_FP32, PEER, TWIN
 from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
 from benchmarks.work import ready, work
 from configurator import require
@@ -62,20 +62,21 @@ def decode(cfg):
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
-    for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS | SHAPED if cfg.blocks else {}).items():
-        config = GPTConfig(**SHAPES[cfg.shape], act="relu2", **flags)
-        models[name] = ready(GPT(config, seed=1337), place)
+    blocks = blocks_and_twins() if cfg.blocks else {}
+    twins = {name: named_twin(flags) for name, flags in blocks.items() if named_twin(flags) != name}
+    for name, flags in blocks.items():
+        models[name] = ready(GPT(GPTConfig(**SHAPES[cfg.shape] | flags), seed=1337), place)
         contexts[name] = contextlib.nullcontext()
-    worked = work_of({name: model for name, model in models.items() if name not in PEERS}, prompt)
+    worked = work_of({name: model for name, model in models.items() if name not in PEERS}, prompt, twins)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold)
     rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
     steps = {name: step_of(name, model, prompt, contexts[name]) for name, model in models.items()}
     ms = milliseconds(interleave(steps, 4 * cfg.repeats, device=place.device, cold=cfg.cold))
     results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
-    results["decode"]["to_twin"] = {name: ratio for name, ratio in
-                                    times_better(results["decode"]["sides"], OURS, True).items()
-                                    if name not in SAME_WEIGHTS}
+    sides = results["decode"]["sides"]
+    results["decode"] |= {"twins": twins, "to_twin": {
+        name: sides[name]["median"] / sides[twin]["median"] for name, twin in twins.items()}}
     if cfg.hf:
         for result in results.values():
             same = {name: s for name, s in result["sides"].items() if name in SAME_WEIGHTS}
@@ -84,7 +85,7 @@ def decode(cfg):
           f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
     show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
     for name, ratio in results["decode"]["to_twin"].items():
-        print(f"  {name}: {ratio:.2f}x its dense twin's tokens/s ({worked[name]['ceiling']:.2f}x is the "
+        print(f"  {name}: {ratio:.2f}x the tokens/s of {twins[name]} ({worked[name]['ceiling']:.2f}x is the "
               f"ceiling by {worked[name]['weight_bytes'] / 1e6:.0f} MB of weights a token), random weights")
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
     tell_agreement(agreement)
@@ -92,11 +93,12 @@ def decode(cfg):
             "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337]}
 
 
-def work_of(models, prompt, new=8):
-    """{side: multiply-adds and bytes of weights of a decoded token, and how many times fewer bytes than ours:
-    as much faster could decoding be if it read weights and did nothing else}."""
+def work_of(models, prompt, twins, new=8):
+    """{side: multiply-adds and bytes of weights of a decoded token, and how many times fewer bytes than its
+    dense twin (ours where it has none): as much faster could decoding be if it read weights and did nothing
+    else}."""
     found = {name: work(model, prompt, new) for name, model in models.items()}
-    return {name: of | {"ceiling": found[OURS]["weight_bytes"] / of["weight_bytes"]}
+    return {name: of | {"ceiling": found[twins.get(name, OURS)]["weight_bytes"] / of["weight_bytes"]}
             for name, of in found.items()}
 
 
@@ -111,6 +113,23 @@ def decoded_blocks(rank, active):
     """{name: flags} of the blocks whose decode reads a share of the MLP that no weight decides."""
     return {"top 10%": dict(mlp_topk=0.1), "columns 3 of 32": dict(columns=32, columns_active=3),
             f"predicted {active:.0%}": dict(mlp_topk=0.1, mlp_predict=rank, mlp_active=active)}
+
+
+def blocks_and_twins():
+    """{side: flags} of all models with blocks, and of their dense twins."""
+    blocks = {name: BASE | flags for name, flags in (decoded_blocks(64, 0.2) | OTHER_BLOCKS | SHAPED).items()}
+    return {named_twin(flags): twin_of(flags) for flags in blocks.values()} | blocks
+
+
+def named_twin(flags):
+    """The side that is the dense twin of a model with these flags."""
+    return ", ".join([TWIN, *(f"{key}={value}" for key, value in twin_of(flags).items())])
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model beside it) of every comparison."""
+    sides = blocks_and_twins()
+    return [(flags, sides[named_twin(flags)]) for name, flags in sides.items() if name != named_twin(flags)]
 
 
 def decoders(cfg, place):

@@ -35,9 +35,7 @@ class Depth(Models):
 
 def depth(cfg):
     data = datasets.prepare_if_missing("pylib").resolve()
-    depths = [int(n) for n in cfg.exits.split(",")] + [cfg.layers]
-    flags = {f"dense, {n} layers": dict(n_layer=n) for n in depths}
-    flags["exits"] = dict(n_layer=cfg.layers, exits=cfg.exits, layer_dropout=cfg.layer_dropout)
+    depths, flags = depths_of(cfg), sides_of(cfg)
     models = trained_models(cfg, data, flags)
     model, validation = models["exits"], validation_of(models["exits"])
     points = {name: {"layers": n, "val_loss": fixed_loss(models[name], data, validation)}
@@ -60,6 +58,21 @@ def depth(cfg):
             "drafted": drafted, "parameters": {name: m.get_num_params() for name, m in models.items()},
             "probe_bytes": 4 * model.config.n_embd, "head_bytes": 4 * model.lm_head.weight.numel(),
             "seeds": [1337]}
+
+
+def depths_of(cfg):
+    return [int(n) for n in cfg.exits.split(",")] + [cfg.layers]
+
+
+def sides_of(cfg):
+    """{model: its flags behind the recipe}: the dense ones, then the one with exits."""
+    flags = {f"dense, {n} layers": dict(n_layer=n) for n in depths_of(cfg)}
+    return flags | {"exits": dict(n_layer=cfg.layers, exits=cfg.exits, layer_dropout=cfg.layer_dropout)}
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model of as many layers)."""
+    return [(sides_of(cfg)["exits"], sides_of(cfg)[f"dense, {cfg.layers} layers"])]
 
 
 def leave_at(model, threshold):

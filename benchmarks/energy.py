@@ -13,6 +13,7 @@ import bio_modules
 import dataset as datasets
 import energy as spending
 from benchmarks import Bench
+from benchmarks.arms import twin_of
 from benchmarks.runs import fixed_loss, trained_model, trained_with, validation_of
 from benchmarks.timing import measurement
 from configurator import require
@@ -51,9 +52,7 @@ def shares(cfg):
 
 def energy(cfg):
     data, points = datasets.prepare_if_missing("pylib").resolve(), defaultdict(list)
-    ungated = {key: GATES[key] for key in ("block_size", "batch_size", "act")}
-    sides = {"no gates": ungated}
-    sides |= {f"budget {share:g}": GATES | dict(energy_budget=share) for share in shares(cfg)}
+    sides = sides_of(cfg)
     with tempfile.TemporaryDirectory() as work:
         for seed in range(cfg.repeats):
             for name, flags in sides.items():
@@ -71,6 +70,18 @@ def energy(cfg):
                     for key in ("val_loss", "macs"))
     return {"measurements": {"val loss": measurement("nats", losses),
                              "decode step": measurement("multiply-adds", macs)}, "points": points}
+
+
+def sides_of(cfg):
+    """{side: flags behind the recipe}: what no gate closes, then a model for each budget."""
+    gated = {f"budget {share:g}": GATES | dict(energy_budget=share) for share in shares(cfg)}
+    return {"no gates": twin_of(GATES)} | gated
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model beside it) of every budget."""
+    sides = sides_of(cfg)
+    return [(flags, sides["no gates"]) for name, flags in sides.items() if name != "no gates"]
 
 
 def measured(cfg, data, out_dir, flags, seed):

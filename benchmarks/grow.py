@@ -40,10 +40,11 @@ def grow(cfg):
     runs = {FROM_THE_START: [], GROWN: [], GROWN_LONGER: []}
     with tempfile.TemporaryDirectory() as work:
         for seed in range(cfg.repeats):
-            full = grown_run(cfg, data, Path(work) / f"{seed}a", {}, seed, cfg.iters)
-            grown = grown_run(cfg, data, Path(work) / f"{seed}b", dict(grow=cfg.grow), seed, cfg.iters)
+            [(growing, plain)] = beside_twins(cfg)
+            full = grown_run(cfg, data, Path(work) / f"{seed}a", plain, seed, cfg.iters)
+            grown = grown_run(cfg, data, Path(work) / f"{seed}b", growing, seed, cfg.iters)
             iters = round(grown["iters"] * full["step_seconds"] / grown["step_seconds"])
-            longer = grown_run(cfg, data, Path(work) / f"{seed}c", dict(grow=cfg.grow), seed, iters)
+            longer = grown_run(cfg, data, Path(work) / f"{seed}c", growing, seed, iters)
             for name, run in zip(runs, (full, grown, longer)):
                 runs[name].append(run)
     losses = losses_of(runs)
@@ -58,10 +59,14 @@ def grow(cfg):
             "runs": runs}
 
 
+def beside_twins(cfg):
+    """(flags of the one that grows up, flags of the one of full depth)."""
+    return [(dict(n_layer=cfg.layers, grow=cfg.grow), dict(n_layer=cfg.layers))]
+
+
 def grown_run(cfg, data, out_dir, flags, seed, iters):
     """-> val loss on fixed batches, seconds of all training steps, curve of [seconds, val loss, FLOPs]."""
-    rows = trained_with(cfg, data, out_dir, [], dict(n_layer=cfg.layers) | flags, seed, iters,
-                        eval_interval=100)
+    rows = trained_with(cfg, data, out_dir, [], flags, seed, iters, eval_interval=100)
     model, seconds, flops, curve = trained_model(out_dir), 0.0, 0.0, []
     for row, after in pairwise(rows):
         model.use_layers(row.get("layers", cfg.layers))

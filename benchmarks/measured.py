@@ -27,7 +27,7 @@ def measured(store, first, iters, deadline):
     print(f"training is done; load average {load[0]:.2f}" if load else "training is done", file=sys.stderr)
     place = runtime.choose("cpu", "auto", False)
     models = {arm: ready(store.model(run, iters), place) for arm, run in first.items()}
-    steps = {arm: training_step(store.model(run, iters), store.cache / store.place(run, iters), store.data)
+    steps = {arm: training_step(store.model(run, iters), store.checkpoint(run, iters), store.data)
              for arm, run in first.items()}
     prompt = datasets.TokenStream(store.data, "val", PROMPT, max(BATCHES), seed=0).batch(0)[0]
     counter = energy.Meter(place.device).source
@@ -37,10 +37,17 @@ def measured(store, first, iters, deadline):
              for batch in BATCHES} | {"training step": steps}
     rates = {name: rates_of(of, share, deadline, store.cfg.repeats)
              for (name, of), share in zip(sides.items(), (1 / 3, 1 / 2, 0.9))}
-    return {"measurements": {name: measurement("tokens/s", of, higher_is_better=True)
+    return {"measurements": {name: with_rounds(measurement("tokens/s", of, higher_is_better=True), of)
                              for name, of in rates.items()},
             "counted": counted, "energy": counter, "place": str(place), "tokens": steps[TWIN].tokens,
             "load_before_timing": load}
+
+
+def with_rounds(result, rates):
+    """A measurement that keeps what each round gave: round i of all sides was timed together."""
+    for name, side in result["sides"].items():
+        side["rounds"] = [float(f"{rate:.5g}") for rate in rates[name]]
+    return result
 
 
 def counts(model, prompt, device):

@@ -8,8 +8,9 @@ import torch
 
 import sparse_kernels
 from benchmarks import Bench
+from benchmarks.arms import BASE, twin_of
 from benchmarks.decode import decoded_blocks
-from benchmarks.record import DENSE, DENSE_FP32
+from benchmarks.record import DENSE, DENSE_FP32, TWIN
 from benchmarks.timing import interleave, measurement, times_better
 from configurator import require
 from context import Context
@@ -40,7 +41,7 @@ def mlp(cfg):
     """Each side goes once through copies of its weights that no cache holds, with an input each."""
     print(sparse_kernels.path_taken(torch.device("cpu")))
     measurements, work = {}, {}
-    arms = {"dense": dict(act="gelu")} | decoded_blocks(cfg.predict, cfg.active)
+    arms = sides_of(cfg)
     for width in map(int, cfg.widths.split(",")):
         sides, copies = {}, {}
         for dtype in (torch.bfloat16, torch.float32):
@@ -50,7 +51,7 @@ def mlp(cfg):
                 name = f"{arm}, {ending}"
                 sides[name], copies[name] = partial(through, mlps, inputs), len(mlps)
                 work[f"{name}, {width}"] = work_of(mlps[0], inputs[0])
-                if arm == "dense":
+                if arm == TWIN:
                     name = f"F.linear, {ending}"
                     sides[name], copies[name] = partial(through_linears, mlps, inputs), len(mlps)
                 elif dtype == torch.bfloat16:
@@ -60,6 +61,7 @@ def mlp(cfg):
               for name, values in interleave(sides, cfg.repeats).items()}
         measurements[f"width {width}"] = result = measurement("us", us)
         result["against"] = {base: times_better(result["sides"], base) for base in (DENSE, DENSE_FP32)}
+        result["to_twin"] = to_twin(result["sides"], arms)
         print(f"one token, {width} to {4 * width} to {width}, us: median (min to max); times faster than "
               f"{DENSE} and than {DENSE_FP32}")
         for name, s in result["sides"].items():
@@ -69,10 +71,29 @@ def mlp(cfg):
     return {"measurements": measurements, "work": work, "kernels": kernels, "seeds": [0]}
 
 
+def sides_of(cfg):
+    """{arm: flags}: the blocks and, first, the dense twin of all of them."""
+    blocks = {name: BASE | flags for name, flags in decoded_blocks(cfg.predict, cfg.active).items()}
+    [twin] = {repr(twin_of(flags)): twin_of(flags) for flags in blocks.values()}.values()
+    return {TWIN: twin} | blocks
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model beside it) of every comparison."""
+    sides = sides_of(cfg)
+    return [(flags, sides[TWIN]) for name, flags in sides.items() if name != TWIN]
+
+
+def to_twin(sides, arms):
+    """{side: how many times its dense twin's speed, in the same dtype} of every arm's own kernels."""
+    return {f"{arm}, {dtype}": sides[f"{TWIN}, {dtype}"]["median"] / sides[f"{arm}, {dtype}"]["median"]
+            for arm in arms if arm != TWIN for dtype in ("bfloat16", "float32")}
+
+
 def cold_mlps(width, flags, dtype, cold):
     """Copies of one MLP, together `cold` bytes, and an input (1, 1, width) for each."""
     config = GPTConfig(n_layer=1, n_head=1, n_embd=width, bias=False, vocab_size=1, block_size=1,
-                       **dict(act="relu2") | flags)
+                       **flags)
     model = GPT(config, seed=0).eval().to(dtype).use_policy()
     copies = max(2, cold // (8 * width * width * dtype.itemsize))
     mlps = [copy.deepcopy(model.transformer.h[0].mlp) for _ in range(copies)]

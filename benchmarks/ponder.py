@@ -20,10 +20,7 @@ class Ponder(Models):
 
 def ponder(cfg):
     data = datasets.prepare_if_missing("pylib").resolve()
-    flags = {f"ponder, cost {cost}": dict(n_layer=cfg.layers, ponder=cfg.most, ponder_cost=float(cost))
-             for cost in cfg.costs.split(",")}
-    flags |= {f"dense, {n} layers": dict(n_layer=n) for n in range(cfg.layers, cfg.layers + cfg.most)}
-    models = trained_models(cfg, data, flags)
+    models = trained_models(cfg, data, sides_of(cfg))
     batch = datasets.TokenStream(data, "val", models[f"dense, {cfg.layers} layers"].config.block_size, 5,
                                  seed=0).batch(0)
     points = {name: {"val_loss": fixed_loss(model, data, validation_of(model)),
@@ -45,6 +42,20 @@ def ponder(cfg):
     return {"measurements": {}, "validation": QUALITY_VALIDATION, "points": points,
             "parameters": {name: model.get_num_params() for name, model in models.items()},
             "seeds": [1337]}
+
+
+def sides_of(cfg):
+    """{model: its flags behind the recipe}: those that ponder, then the dense ones."""
+    flags = {f"ponder, cost {cost}": dict(n_layer=cfg.layers, ponder=cfg.most, ponder_cost=float(cost))
+             for cost in cfg.costs.split(",")}
+    return flags | {f"dense, {n} layers": dict(n_layer=n) for n in range(cfg.layers, cfg.layers + cfg.most)}
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model of as many layers) of every model that ponders."""
+    sides = sides_of(cfg)
+    twin = sides[f"dense, {cfg.layers} layers"]
+    return [(flags, twin) for name, flags in sides.items() if name.startswith("ponder")]
 
 
 def decoded_by(model):

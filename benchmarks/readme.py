@@ -88,7 +88,7 @@ def table(head, rows):
     return [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *rows, ""] if rows else []
 
 
-COLUMNS = 0, 1, 2, 3, 6, 7, 9, 13, 16             # of report.HEAD that fit here; the report has the others
+COLUMNS = 0, 1, 2, 3, 4, 7, 8, 10, 14, 17      # of report.HEAD that fit here; the report has the others
 
 
 def arm_rows(record):
@@ -111,8 +111,12 @@ def measurement_rows(what, result):
             ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
             twin = result.get("to_twin", {}).get(side)
             label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
-            label += f", {twin:.2f}x its dense twin" if twin else ""
+            if twin:
+                label += f", {twin:.2f}x its dense twin" if "twins" in result else NO_TWIN
             yield f"{label} | {figure(s)} | {figure(peer)} | {ratio}"
+
+
+NO_TWIN = ", squared ReLU; superseded: no dense twin beside it"
 
 
 def quality_rows(record):
@@ -145,7 +149,11 @@ def mlp_rows(record):
                 continue
             work = record["work"].get(f"{side}, {width.removeprefix('width ')}", {})
             mib = f"{work['bytes'] / 2**20:.2f} MiB" if work else ""
-            yield (f"{width}: {side} | {figure(s)} | {result['against'][DENSE][side]:.2f}x "
+            if side in result.get("to_twin", {}):
+                side_said = f"{side}, {result['to_twin'][side]:.2f}x its dense twin"
+            else:                                # the dense side of older records has GELU: no block's twin
+                side_said = side if "to_twin" in result else re.sub("^dense,", "dense with GELU,", side)
+            yield (f"{width}: {side_said} | {figure(s)} | {result['against'][DENSE][side]:.2f}x "
                    f"| {result['against'][DENSE_FP32][side]:.2f}x | {mib}")
 
 

@@ -4,9 +4,9 @@ import html
 import json
 from pathlib import Path
 
-from benchmarks import ROOT
+from benchmarks import ROOT, stats
 from benchmarks.frontier import frontier
-from benchmarks.record import OURS, PEER, TWIN, read, write_atomically
+from benchmarks.record import PEER, TWIN, read, write_atomically
 from figures import drawing
 
 SHOWN = ("decode time", "decode bytes", "training time")
@@ -47,13 +47,61 @@ def pays(name, row, axes):
     return (", ".join(won) or "no") + "; decodes slower than dense" * slow
 
 
-def cells(name, row, result):
-    """A row of the main table."""
+# -------------------------------------------------- which rows, which tests ---------------------------------
+
+def rows_once(result):
+    """The rows of a table without those of an arm that is the model of another one: it counts once."""
+    return {name: row for name, row in result["rows"].items() if name not in result.get("same_as", {})}
+
+
+def same_said(result):
+    """Sentences: which arms are one model; where a record timed it twice, how far timing alone goes."""
+    for name, first in result.get("same_as", {}).items():
+        said = f"{name} is the same model as {first}, flag by flag: it has no row of its own and counts once."
+        rates = [result["rows"][arm]["speed"]["decode, batch 1"]["median"] for arm in (first, name)
+                 if arm in result["rows"]]
+        yield said + (f" This record timed it twice: {rates[0]:,.0f} and {rates[1]:,.0f} tokens/s, "
+                      f"{abs(rates[1] / rates[0] - 1):.0%} apart, are the noise of timing."
+                      if len(rates) == 2 else "")
+
+
+def corrected(result):
+    """-> ({arm: Holm's p of its difference to its dense twin}, {(arm, axis): Holm's p of its gain}).
+
+    A test of each family is an arm that counts, and an arm that counts on an axis; rivals are no claims.
+    """
+    arms = {name: row for name, row in rows_once(result).items() if row["kind"] == "arm"}
+    losses = {name: row["to_twin"]["p"] for name, row in arms.items() if row["to_twin"]}
+    gains = {(name, axis): p_of_gain(result, name, axis) for name in arms for axis in SHOWN}
+    return tuple(stats.holm({test: p for test, p in of.items() if p is not None}) for of in (losses, gains))
+
+
+def p_of_gain(result, name, axis):
+    return stats.p_of(result["axes"][axis]["to_frontier"].get(name, {}).get("gain"))
+
+
+def timing_said(result):
+    """The sentence on what the intervals of timed costs hold."""
+    rounds = rounds_of(result)
+    return (f"Intervals in time hold seeds and the {rounds} rounds of timing, drawn together (bootstrap), by "
+            "Student's t." if rounds else "This record keeps no rounds of timing: its intervals in time hold "
+            "the seeds alone and are too narrow; the next run of `bench.py table` keeps them.")
+
+
+def rounds_of(result):
+    """Rounds of timing that the intervals of a table's record hold, 0 without any."""
+    gains = [found["gain"] for axis in SHOWN for found in result["axes"][axis]["to_frontier"].values()]
+    return max((gain.get("rounds", 0) for gain in gains if gain), default=0)
+
+
+def cells(name, row, result, holm):
+    """A row of the main table. holm: corrected(result)'s first."""
     twin, axes = result["rows"][TWIN], result["axes"]
     to_twin, equal = row["to_twin"], axes["equal time"]["to_frontier"].get(name)
     zeros, held = row["counters"].get("zeros"), row.get("held")
     return [name, plain(row["val_loss"]), signed(to_twin),
             f"{to_twin['p']:.2g}" if to_twin and to_twin["p"] is not None else "",
+            f"{holm[name]:.2g}" if name in holm else "",
             signed(opposite(equal["gain"])) if equal else "", f"{row['bits_per_byte']:.3f}",
             speed(row, "training step", twin), speed(row, "decode, batch 1", twin),
             speed(row, "decode, batch 8", twin),
@@ -65,8 +113,8 @@ def cells(name, row, result):
             "yes" if row["sees_the_future"] else "no", pays(name, row, axes)]
 
 
-HEAD = ("arm", "val loss, nats (95%)", "to its dense twin", "p", "at its twin's time", "bits/byte",
-        "training tokens/s", "decode tokens/s, batch 1", "batch 8", "MB of weights a token",
+HEAD = ("arm", "val loss, nats (95%)", "to its dense twin", "p", "p (Holm)", "at its twin's time",
+        "bits/byte", "training tokens/s", "decode tokens/s, batch 1", "batch 8", "MB of weights a token",
         "M multiply-adds", "MiB held", "parameters", "zeros into W_down", "J a token", "sees the future",
         "pays: nats beyond the dense frontier in")
 
@@ -85,17 +133,23 @@ def lines_of(head, rows):
 def main_rows(result):
     """The main table's cells; how fast the slowest quarter of the dense twin's rounds was goes with them."""
     twin = result["rows"][TWIN]["speed"]["decode, batch 1"]["quartiles"][0]
-    return [cells(name, row | {"slowest_as_fast": twin}, result) for name, row in result["rows"].items()]
+    holm = corrected(result)[0]
+    return [cells(name, row | {"slowest_as_fast": twin}, result, holm)
+            for name, row in rows_once(result).items()]
 
 
 def frontier_rows(result):
     """Every arm against the dense frontier on every axis."""
-    for name, row in result["rows"].items():
+    holm = corrected(result)[1]
+    for name, row in rows_once(result).items():
         for axis in SHOWN:
             found = result["axes"][axis]["to_frontier"].get(name)
             if found and found["cheaper"] and not row["sees_the_future"]:
                 at_least = "at least " * found["at_least"]
+                p = p_of_gain(result, name, axis)
                 yield [name, axis, signed(found["gain"]) or "cheaper than every dense model",
+                       "" if p is None else f"{p:.2g}",
+                       f"{holm[name, axis]:.2g}" if (name, axis) in holm else "",
                        f"{at_least}{found['cheaper']:.2f}x", "yes" if found["pays"] else "no"]
 
 
@@ -103,9 +157,9 @@ def aim(result):
     """The sentence that answers: which arm decodes how much faster than a dense model of equal loss?"""
     told = []
     for axis in ("decode time", "decode bytes"):
-        found = {name: f for name, f in result["axes"][axis]["to_frontier"].items()
-                 if f["cheaper"] and not result["rows"][name]["sees_the_future"]
-                 and result["rows"][name]["kind"] == "arm"}
+        rows = rows_once(result)
+        found = {name: f for name, f in result["axes"][axis]["to_frontier"].items() if name in rows
+                 and f["cheaper"] and not rows[name]["sees_the_future"] and rows[name]["kind"] == "arm"}
         if found:
             name = max(found, key=lambda name: found[name]["cheaper"])
             bound = "at least " * found[name]["at_least"]
@@ -115,14 +169,15 @@ def aim(result):
 
 def presets(result):
     """Sentences: what the presets lose in bits per byte and what they save, against the dense twin."""
-    rows, twin = result["rows"], result["rows"][TWIN]
+    rows, twin, same = result["rows"], result["rows"][TWIN], result.get("same_as", {})
     for name in ("efficient", "quality"):
-        if name in rows:
-            row = rows[name]
+        if same.get(name, name) in rows:
+            row = rows[same.get(name, name)]
+            said = f"config/{name}.py" + f" (the same model as {same.get(name)})" * (name in same)
             more = row["bits_per_byte"] / twin["bits_per_byte"] - 1
             times = {key: row["speed"][key]["median"] / twin["speed"][key]["median"]
                      for key in ("decode, batch 1", "training step")}
-            yield (f"config/{name}.py: {more:+.2%} bits per byte against its dense twin, "
+            yield (f"{said}: {more:+.2%} bits per byte against its dense twin, "
                    f"{times['decode, batch 1']:.2f}x its decode speed, {times['training step']:.2f}x its "
                    f"training speed, {twin['weight_bytes'] / row['weight_bytes']:.2f}x fewer bytes of weights"
                    " a token.")
@@ -133,14 +188,26 @@ def shape_rows(path=SHAPE_RECORD):
     if not path.is_file():
         return []
     record = read(path)
-    sides = record["measurements"]["decode"]["sides"]
-    own, peer = sides[OURS]["median"], sides.get(PEER, {}).get("median")
-    ceilings = {name: w.get("ceiling") for name, w in record.get("work", {}).items()}
-    return [[name, f"{s['median']:.1f}", f"{s['median'] / own:.2f}x",
+    decode = record["measurements"]["decode"]
+    sides, twins = decode["sides"], decode.get("twins", {})
+    peer = sides.get(PEER, {}).get("median")
+    ceilings = {name: record["work"][name]["ceiling"] for name in twins}
+    return [[name, f"{s['median']:.1f}",
+             f"{s['median'] / sides[twins[name]]['median']:.2f}x" if name in twins else "",
              f"{ceilings[name]:.2f}x" if ceilings.get(name) else "",
              f"{s['median'] / peer:.1f}x" if peer else ""] for name, s in sides.items()]
 
 
+def shape_said(path=SHAPE_RECORD):
+    """The sentence above these rows."""
+    superseded = "twins" not in read(path)["measurements"]["decode"]
+    return ("Another record, decode_gpt2_cpu.json: 124M parameters, random weights, so no loss is known."
+            + f" {SUPERSEDED}" * superseded)
+
+
+SUPERSEDED = ("Superseded: its blocks have squared ReLU and its dense side GELU, so what the blocks are "
+              "worth beside a dense twin is not in this record; `python bench.py decode --shape=gpt2 "
+              "--blocks=True` makes it anew.")
 SHAPE_HEAD = ("124M shape, random weights", "tokens/s", "its dense twin", "ceiling by bytes", "nanoGPT")
 
 
@@ -149,24 +216,27 @@ def told(result):
     missing = [f"Missing: {run}: {why}" for run, why in result["missing"].items()]
     yield ("Arms beside their dense twin", [
         f"{result['tokens']:,} tokens a run ({result['iterations']} iterations), seeds {result['seeds']}; "
-        "means with 95% intervals (Student's t); differences are paired by seed, p by the paired t test. "
+        "means with 95% intervals (Student's t); differences are paired by seed, p by the paired t test, "
+        f"beside it Holm's correction for the {len(corrected(result)[0])} arms that are tested. "
         "Losses are those of the model as it decodes, shortcuts on. Speeds are medians of interleaved rounds "
         f"({result['place']}), and times the dense twin's. MiB held: weights and the cache of one full "
         "context when decoding, counted. At its twin's time: against the dense twin trained for as many "
-        f"seconds of steps as the arm. Joules: {result['energy']}.", *presets(result), *missing],
+        f"seconds of steps as the arm. Joules: {result['energy']}.",
+        *same_said(result), *presets(result), *missing],
         HEAD, main_rows(result))
     yield ("Arms and the dense frontier", [
         "The frontier is what plain models of other widths and depths reach, on a straight line over the log "
         "of the cost between two of them; beyond its last model it stays level. Nats: the frontier's loss at "
         "the arm's cost less the arm's, so above zero is beyond it. It pays where the whole interval is; "
-        "the seeds alone make the interval; how far timings scatter is in the record (quartiles). At "
-        "this width a decode step is calls more than bytes: decode time says little of large models.",
-        aim(result)], ("arm", "cost", "nats beyond the frontier (95%)", "cheaper at equal loss", "pays"),
+        f"p: that it is zero; Holm: corrected for all {len(corrected(result)[1])} tests. "
+        f"{timing_said(result)} At this width a decode step is calls more than bytes: decode time says "
+        "little of large models.",
+        aim(result)], ("arm", "cost", "nats beyond the frontier (95%)", "p", "p (Holm)",
+                       "cheaper at equal loss", "pays"),
         list(frontier_rows(result)))
     rows = shape_rows()
     if rows:
-        yield ("Decoding at GPT-2's shape", ["Another record, decode_gpt2_cpu.json: 124M parameters, random "
-                                             "weights, so no loss is known."], SHAPE_HEAD, rows)
+        yield "Decoding at GPT-2's shape", [shape_said()], SHAPE_HEAD, rows
 
 
 def markdown(result):
@@ -184,7 +254,7 @@ def draw_axis(path, result, axis):
     """
     scale, costs, rows = SCALES[axis], result["axes"][axis]["costs"], result["rows"]
     points = {name: (costs[name] * scale, rows[name]["val_loss"]["mean"]) for name in costs
-              if not rows[name]["sees_the_future"]}
+              if name in rows_once(result) and not rows[name]["sees_the_future"]}
     with drawing(path, size=(8, 5)) as axes:
         dense = [xy for name, xy in points.items() if rows[name]["kind"] == "dense"]
         axes.plot(*zip(*frontier(dense)), "-", color="black", lw=1, label="dense frontier")
@@ -203,7 +273,7 @@ def draw_axis(path, result, axis):
 
 def draw_sparsity(path, result):
     """Of every arm, zeros into W_down and the multiply-adds that a token really costs."""
-    rows = {name: row for name, row in result["rows"].items() if "macs" in row}
+    rows = {name: row for name, row in rows_once(result).items() if "macs" in row}
     most = rows[TWIN]["macs"]
     with drawing(path, columns=2, size=(8, 0.22 * len(rows) + 1.2), sharey=True) as axes:
         zeros = [row["counters"].get("zeros", 0.0) for row in rows.values()]

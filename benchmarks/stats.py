@@ -1,6 +1,8 @@
 """Means over seeds with their uncertainty, by Student's t, and the t distribution itself."""
 import math
+import random
 import statistics
+from functools import cache
 
 
 def mean_interval(values, level=0.95):
@@ -26,12 +28,46 @@ def p_of_zero(values):
     return two_sided(mean / error, len(values) - 1) if error else float(mean == 0)
 
 
+def p_of(s):
+    """The two-sided t test's p of a mean of zero, from mean_interval's 95% interval; None without one."""
+    if not s or not s["interval"]:
+        return None
+    error = (s["interval"][1] - s["mean"]) / quantile(s["n"] - 1, 0.95)
+    return two_sided(s["mean"] / error, s["n"] - 1) if error else float(s["mean"] == 0)
+
+
+def holm(found):
+    """{test: p} -> {test: p corrected for so many tests}, Holm's step-down: the smallest times their number,
+    the next times one fewer, and so on, never falling and at most 1."""
+    corrected, least = {}, 0.0
+    for done, name in enumerate(sorted(found, key=found.get)):
+        least = max(least, min(1.0, (len(found) - done) * found[name]))
+        corrected[name] = least
+    return corrected
+
+
+def resampled(draw, seeds, rounds, count=1000):
+    """The bootstrap over seeds and rounds of timing together -> the standard error of a mean over seeds.
+
+    draw: function of the numbers of the rounds, drawn with replacement -> {seed: value}. Seeds are drawn too;
+    the variance of n drawn ones is (n - 1)/n of what it should be, which is put right: without noise of the
+    timing this is Student's standard error.
+    """
+    random_ = random.Random(0)
+    means = []
+    for _ in range(count):
+        values = draw(random_.choices(range(rounds), k=rounds))
+        means.append(statistics.fmean(values[seed] for seed in random_.choices(seeds, k=len(seeds))))
+    return statistics.pstdev(means) * math.sqrt(len(seeds) / (len(seeds) - 1))
+
+
 def two_sided(t, freedom):
     """P(|T| > |t|) of Student's t, the regularised incomplete beta I_x(freedom/2, 1/2) at
     x = freedom / (freedom + t^2) (Abramowitz & Stegun 26.7.1)."""
     return beta_share(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
+@cache
 def quantile(freedom, level):
     """The t with P(|T| <= t) = level, by halving."""
     low, high = 0.0, 1e4

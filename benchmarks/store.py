@@ -1,7 +1,9 @@
-"""Training runs that are kept: a small JSON each, found again by what it was trained with; and their plan.
+"""Training runs that are kept: a small JSON each, found again by what decides its numbers; and their plan.
 
-A run's name ends with a hash of its flags, the recipe, the iterations, the seed, the data, torch and every
-file that training reads, so what was trained by other code is never taken for this one's.
+A run's file name ends with a hash of its settings (the arm's flags and the recipe's), the iterations, the
+seed, the data's content, torch's version, and the golden curves (tests/golden.json) of all that it is made
+of. No source file is part of it: one that moves or is written anew keeps its runs, behaviour that changes
+moves a golden curve and does not.
 """
 import hashlib
 import json
@@ -13,23 +15,22 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
 
 import dataset as datasets
 from benchmarks import ROOT
-from benchmarks.arms import described, parts, trained
+from benchmarks.arms import described, key_defaults, model_defaults, settings, trained
 from benchmarks.broken import BREAK
 from benchmarks.judge import as_trained, judge
+from benchmarks.peers import load_module
 from benchmarks.race import thinned
 from benchmarks.record import write_atomically
 from configurator import ConfigError, require
 
-CODE = ("model.py", "bio_modules.py", "layers.py", "context.py", "sparse_kernels.py", "optimizers.py",
-        "dataset.py", "tokenizer.py", "runtime.py", "checkpoint.py", "train.py", "benchmarks/broken.py",
-        "benchmarks/runs.py", "benchmarks/judge.py")
+GOLDEN = ROOT / "tests" / "golden.json"
 TRIAL = 12                                       # iterations of the short runs that a plan is made from
 LEAST = 20                                       # iterations below which a loss says nothing
 
@@ -56,33 +57,42 @@ class Store:
 
     @cached_property
     def common(self):
-        """What all runs of this code, data and recipe share, as one hash."""
-        files = [ROOT / name for name in (*CODE, *self.cfg.config.split(","))]
-        said = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        return digest([*said, hash_of_data(self.data), torch.__version__])
+        """What all runs share that is no key: data and torch."""
+        return [hash_of_data(self.data), torch.__version__.partition("+")[0]]
+
+    def key(self, run, iters):
+        """The hash by which a run is found again."""
+        said, broken = settings(self.cfg.config, run.arm), run.arm * (run.arm in BREAK)
+        return digest([self.common, said, broken, golden_of(said, broken), run.seed, count_of(run, iters)])
 
     def place(self, run, iters):
-        """The run's file name without its ending."""
-        files, flags = parts(run.arm)
-        said = [(ROOT / file).read_text(encoding="utf-8") for file in files]
-        key = digest([self.common, said, flags, run.arm * (run.arm in BREAK), run.seed, iters,
-                      float(run.share)])
-        return "".join(c if c.isalnum() else "-" for c in run.name) + f"-{1337 + run.seed}-{key}"
+        """The run's file name without its ending: the name is for people, the key finds it."""
+        name = "".join(c if c.isalnum() else "-" for c in run.name)
+        return f"{name}-{1337 + run.seed}-{self.key(run, iters)}"
+
+    def kept(self, folder, run, iters, ending=""):
+        """The path in a folder that has the run's key, whatever its arm was called; or where it would be."""
+        found = sorted(folder.glob(f"*-{self.key(run, iters)}{ending}"))
+        return found[0] if found else folder / (self.place(run, iters) + ending)
+
+    def checkpoint(self, run, iters):
+        """The folder of a run's checkpoint, kept or not."""
+        return self.kept(self.cache, run, iters)
 
     def model(self, run, iters):
         """The model of a run whose checkpoint is kept, in eval mode."""
-        return as_trained(run.arm, self.cache / self.place(run, iters))
+        return as_trained(run.arm, self.checkpoint(run, iters))
 
     def read(self, run, iters):
         """A finished run's record, or None: it, or the checkpoint that later measurements need, is missing.
         """
-        path = self.records / (self.place(run, iters) + ".json")
-        weights = run.seed or run.share != 1 or (self.cache / path.stem / "ckpt.pt").is_file()
+        path = self.kept(self.records, run, iters, ".json")
+        weights = run.seed or run.share != 1 or (self.checkpoint(run, iters) / "ckpt.pt").is_file()
         return json.loads(path.read_text(encoding="utf-8")) if weights and path.is_file() else None
 
     def train(self, run, iters):
         """Train a run and judge it -> its record. What is written is there whole or not at all."""
-        place, count = self.place(run, iters), max(LEAST // 2, round(iters * run.share))
+        place, count = self.place(run, iters), count_of(run, iters)
         work = self.cache / f"{place}.{os.getpid()}.tmp"
         shutil.rmtree(work, ignore_errors=True)
         clock = time.perf_counter()
@@ -92,13 +102,14 @@ class Store:
             arm=run.name, seed=1337 + run.seed, curve=curve_of(rows), seconds=time.perf_counter() - clock,
             step_ms=statistics.median(row["ms"] for row in rows[2:] if "ms" in row))
         require(math.isfinite(found["val_loss"]), "its validation loss is not finite")
-        keep = self.cache / place
+        keep = self.checkpoint(run, iters)
         shutil.rmtree(keep, ignore_errors=True)
         if run.seed or run.share != 1:
             shutil.rmtree(work)
         else:
             os.replace(work, keep)
-        write_atomically(self.records / f"{place}.json", json.dumps(found, allow_nan=False) + "\n")
+        path = self.kept(self.records, run, iters, ".json")
+        write_atomically(path, json.dumps(found, allow_nan=False) + "\n")
         return found
 
 
@@ -118,9 +129,51 @@ def digest(said):
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def count_of(run, iters):
+    """Iterations of a run."""
+    return max(LEAST // 2, round(iters * run.share))
+
+
 def hash_of_data(data):
-    """Of the token files themselves."""
-    return [hashlib.sha256((data / f"{split}.bin").read_bytes()).hexdigest() for split in datasets.SPLITS]
+    """Of the token files' content, read once a command in constant memory, and what their ids mean."""
+    said, meta = [], datasets.meta_of(data)
+    for split in datasets.SPLITS:
+        with open(data / f"{split}.bin", "rb") as file:
+            said.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return [*said, {key: meta.get(key) for key in ("vocab_size", "dtype")}]
+
+
+# -------------------------------------------------- golden curves ------------------------------------------
+
+# flags whose values are different parts: a curve of one says nothing of another
+CHOICES = {"norm", "pos", "act", "weights"}
+OFF = 0, 1, ""                                   # defaults that turn a flag off; others are but a size
+
+
+def golden_of(said, broken=""):
+    """{name: losses} of the golden curves of all that a run with these settings is made of: of every flag
+    that is on, of a whole training run with Muon, and of what breaks the arm on purpose."""
+    golden, default = json.loads(GOLDEN.read_text(encoding="utf-8")), model_defaults()
+    effective = {key: said.get(key, key_defaults()[key]) for key in default}
+
+    def on(key, value):
+        return (effective[key] == value if key in CHOICES else
+                effective[key] != default[key] or default[key] not in OFF)
+    names = [name for name, flags in golden_arms().items() if all(on(*item) for item in flags.items())]
+    curves = golden["curves"] | golden.get("runs", {})
+    wanted = [*names, "training", *[broken] * bool(broken)]
+    missing = [name for name in wanted if name not in curves]
+    require(not missing, f"tests/golden.json has no curve of {missing[:1]}: type python tests/test_golden.py")
+    return {name: curves[name] for name in sorted(wanted)}
+
+
+@cache
+def golden_arms():
+    """{name: flags} of the arms that have golden curves."""
+    threads = torch.get_num_threads()
+    arms = load_module("golden_arms", ROOT / "tests" / "arms.py").ARMS
+    torch.set_num_threads(threads)               # the tests' table asks for one
+    return arms
 
 
 def curve_of(rows):
@@ -174,8 +227,9 @@ def plan(store, runs, seconds):
     seconds: what training may take; the short runs that are timed first are a part of it.
     """
     cfg, clock = store.cfg, time.perf_counter()
-    wanted = [store.common, cfg.budget, cfg.iters, cfg.jobs, [(run.name, run.seed) for run in runs],
-              [parts(run.arm) for run in runs]]
+    wanted = [store.common, cfg.budget, cfg.iters, cfg.jobs,
+              [(settings(cfg.config, run.arm), run.arm * (run.arm in BREAK), run.seed, float(run.share))
+               for run in runs]]
     path = store.records / f"plan-{digest(wanted)}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))

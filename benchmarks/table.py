@@ -6,9 +6,9 @@ from pathlib import Path
 import dataset as datasets
 import tokenizer
 from benchmarks import Recipe, report
-from benchmarks.arms import DENSE, check_arms, chosen_arms
+from benchmarks.arms import DENSE, check_arms, chosen_arms, named_arms, same_models, settings
 from benchmarks.broken import BREAK
-from benchmarks.frontier import beyond
+from benchmarks.frontier import beyond, middle
 from benchmarks.judge import JUDGED
 from benchmarks.measured import measured
 from benchmarks.record import TWIN, hardware
@@ -64,7 +64,10 @@ def table(cfg):
     whole = {run: record for run, record in found.items() if run.arm in first}     # the others have no speed
     rows = rows_of(whole, timed, iters, bytes_per_token(data))
     axes = axes_of(rows)
+    for row in rows.values():
+        row["settings"] = settings(cfg.config, row["arm"])
     result = {"table_schema": SCHEMA, "rows": rows, "axes": axes, "iterations": iters,
+              "same_as": same_models(cfg.config, named_arms(cfg)),
               "tokens": iters * timed["tokens"], "validation": {"batches": JUDGED, "tokens": 1280},
               "measurements": timed["measurements"], "energy": timed["energy"], "place": timed["place"],
               "load_before_timing": timed["load_before_timing"],
@@ -122,8 +125,10 @@ def rows_of(found, timed, iters, per_token):
         rows[name]["bits_per_byte"] = rows[name]["val_loss"]["mean"] / LN2 / per_token
         speeds = {key: m["sides"].get(run.arm) for key, m in timed["measurements"].items()}
         rows[name]["speed"] = speeds
-        rows[name]["train_seconds"] = (run.share * iters * timed["tokens"] / speeds["training step"]["median"]
+        trained = run.share * iters * timed["tokens"]
+        rows[name]["train_seconds"] = (trained / speeds["training step"]["median"]
                                        if speeds["training step"] else None)
+        rows[name]["trained_tokens"] = trained
     return rows
 
 
@@ -135,9 +140,15 @@ def kind_of(run):
     return "dense" if run.arm in DENSE else "broken" if run.arm in BREAK else "arm"
 
 
-AXES = {"decode time": lambda row: 1 / row["speed"]["decode, batch 1"]["median"],
+AXES = {"decode time": lambda row: seconds_of(row["speed"]["decode, batch 1"], 1),
         "decode bytes": lambda row: row["weight_bytes"],
-        "training time": lambda row: row["train_seconds"]}
+        "training time": lambda row: (seconds_of(row["speed"]["training step"], row["trained_tokens"])
+                                      if "trained_tokens" in row else row["train_seconds"])}
+
+
+def seconds_of(speed, tokens):
+    """What so many tokens take: of every round that the record keeps, else of the median."""
+    return [tokens / rate for rate in speed["rounds"]] if "rounds" in speed else tokens / speed["median"]
 
 
 def axes_of(rows):
@@ -151,10 +162,11 @@ def axes_of(rows):
         here = {name: row for name, row in rows.items()
                 if row["speed"]["training step"] and (row["share"] == 1 or axis == "training time")}
         costs = {name: cost_of(row) for name, row in here.items()}
-        axes[axis] = {"costs": costs, "to_frontier": compared(here, costs, dense_of(here))}
+        shown = {name: middle(cost) for name, cost in costs.items()}
+        axes[axis] = {"costs": shown, "to_frontier": compared(here, costs, dense_of(here))}
         if axis == "training time":
             twins = [name for name, row in here.items() if row["arm"] == TWIN]
-            axes["equal time"] = {"costs": costs, "to_frontier": compared(here, costs, twins)}
+            axes["equal time"] = {"costs": shown, "to_frontier": compared(here, costs, twins)}
     return axes
 
 

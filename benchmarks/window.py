@@ -8,6 +8,7 @@ import torch
 import layers
 import sparse_kernels
 from benchmarks import Timed
+from benchmarks.arms import twin_of
 from benchmarks.record import CAUSAL
 from benchmarks.timing import interleave, measurement, milliseconds
 from configurator import require
@@ -56,9 +57,8 @@ def window(cfg):
         print(f"  {name:42}{s['median']:8.2f}  ({s['min']:.2f} to {s['max']:.2f}){faster}")
     contexts = [int(n) for n in cfg.contexts.split(",")]
     steps, cached = {}, {}
-    for side, size in (("window", cfg.window), ("full", 0)):
-        local = dict(window=size, window_pattern="S") if size else {}
-        model = GPT(GPTConfig(block_size=max(contexts), **LAYERS | local), seed=0).eval()
+    for side, flags in decoded_sides(cfg).items():
+        model = GPT(GPTConfig(block_size=max(contexts), **flags), seed=0).eval()
         model.to(device, torch.bfloat16)
         for context in contexts:
             name = f"{side}, {context}"
@@ -75,6 +75,17 @@ def window(cfg):
         draw_contexts(cfg.plot, contexts, found["sides"], cached)
     return {"measurements": {"layer": layer, "decoded token": found}, "cache_bytes": cached,
             "kernels": sparse_kernels.path_taken(device), "seeds": [0]}
+
+
+def decoded_sides(cfg):
+    """{side: flags} of the models that decode behind every context."""
+    local = LAYERS | dict(window=cfg.window, window_pattern="S")
+    return {"window": local, "full": twin_of(local)}
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model beside it) of every comparison."""
+    return [tuple(decoded_sides(cfg).values())]
 
 
 def attentions(cfg):

@@ -320,7 +320,10 @@ def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
     assert all(ratio > 0 for ratios in sides["against"].values() for ratio in ratios.values())
     read = {name: work["bytes"] for name, work in record["work"].items()}
     dense = 2 * 4 * 64 * 64 * 2
-    assert read["dense, bfloat16, 64"] == dense and read["dense, float32, 64"] == 2 * dense
+    for dtype, size in (("bfloat16", 1), ("float32", 2)):        # squared ReLU: of W_down only live units
+        assert size * dense / 2 < read[f"dense, {dtype}, 64"] < size * dense
+    assert sides["to_twin"].keys() == {f"{arm}, {dtype}" for dtype in ("bfloat16", "float32") for arm in
+                                       ("top 10%", "columns 3 of 32", "predicted 20%")}
     up, gate = dense * 3 // 64, 32 * 64 * 2                      # of W_down only the units above 0
     assert gate + up < read["columns 3 of 32, bfloat16, 64"] < gate + 2 * up
     up, predictor = 2 * 51 * 64, 2 * 4 * (64 + 256)
@@ -334,6 +337,13 @@ def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
     assert ratios.keys() == {"top 10%", "columns 3 of 32", "predicted 20%", *decode.OTHER_BLOCKS,
                              *SHAPED}
     assert min(ratios.values()) > 0
+    twin, found = "dense, act=relu2", record["measurements"]["decode"]
+    assert set(found["twins"].values()) == {twin} and found["twins"].keys() == ratios.keys()
+    for name, ratio in ratios.items():
+        assert ratio == found["sides"][name]["median"] / found["sides"][twin]["median"]
+    read = {name: work["weight_bytes"] for name, work in record["work"].items()}
+    assert read["window 128"] == pytest.approx(read[twin], rel=0.03) and read[twin] < 0.95 * read[OURS]
+    assert record["work"]["window 128"]["ceiling"] == read[twin] / read["window 128"]
 
 
 def test_decode_beside_hugging_face_gives_the_same_greedy_ids(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from test_table import result  # noqa: F401  what a table finds, for the pages
 
-from benchmarks import arms, broken, pages, readme
+from benchmarks import arms, broken, pages, readme, report
 from benchmarks.record import TWIN
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -121,4 +121,5 @@ def test_the_opening_quotes_the_records(language, records):
                 for name, (of, ratio) in named.items()}
     said = pages.opening(words, records)
     assert all(figure in said for figure in ("12.3", "5.7", "23.4", "7.9", "columns"))
-    assert words.verdict.format(arms=2, paying=1, losing=1) in said
+    tests = len(report.corrected(records[pages.TABLE])[1])
+    assert words.verdict.format(arms=2, paying=1, losing=1, tests=tests, sure=1) in said and tests == 6

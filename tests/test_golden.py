@@ -5,12 +5,20 @@
 """
 import json
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEXT
 from arms import ARMS, build
 from test_model import train_on
+
+import dataset as datasets
+from benchmarks import broken
+from benchmarks.judge import judge
+from benchmarks.runs import trained_model, trained_with
 
 FILE = ROOT / "tests" / "golden.json"
 STEPS = 20
@@ -20,6 +28,32 @@ def curve(arm):
     """Losses of 20 AdamW steps of an arm's tiny model on one batch, in fp32 on one thread."""
     model = build(arm).train()
     return train_on(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), range(STEPS))
+
+
+def broken_curve(name, arm):
+    """The same of an arm that is broken on purpose."""
+    model = broken.BREAK[name](build(arm).train())
+    return train_on(model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"), range(STEPS))
+
+
+def training():
+    """Losses of a run of train.py by the benchmarks' recipe, tiny and in fp32, and what its judge says: Muon,
+    schedule, batches, annealing."""
+    tiny = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, mlp_topk=0.25, anneal=0.5,
+                dtype="float32", compile=False, eval_iters=1)
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        (work / "text").write_text(TEXT, encoding="utf-8")
+        datasets.write_text(work / "data", work / "text", "byte", 0.1)
+        cfg = SimpleNamespace(config="config/compare_pylib.py", threads=1)
+        rows = trained_with(cfg, work / "data", work / "out", [], tiny, 0, 12)
+        loss = judge(trained_model(work / "out"), work / "data")["val_loss"]
+    return [row["loss"] for row in rows if "loss" in row] + [loss]
+
+
+# what the benchmarks' kept runs are made of beyond the arms; {name: (function, how near is the same)}
+RUNS = {"training": (training, 2e-3), "leaky": (lambda: broken_curve("leaky", {}), 1e-4),
+        "slow": (lambda: broken_curve("slow", ARMS["topk"]), 1e-4)}
 
 
 def here():
@@ -40,7 +74,21 @@ def test_every_arm_follows_its_golden_curve(name):
         assert found == pytest.approx(golden, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_what_kept_runs_are_made_of_follows_its_golden_curve(name):
+    found, (make, near) = json.loads(FILE.read_text(encoding="utf-8"))["runs"][name], RUNS[name]
+    assert len(found) >= 13 and make() == pytest.approx(found, rel=near)
+
+
+def recorded_runs(old):
+    """The curves of RUNS; one that still holds stays as it was recorded, so that kept runs stay too."""
+    made = {name: make() for name, (make, _) in RUNS.items()}
+    return {name: old[name] if old.get(name) == pytest.approx(found, rel=RUNS[name][1]) else found
+            for name, found in made.items()}
+
+
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({"here": here(), "curves": {name: curve(arm) for name, arm in ARMS.items()}},
-                               indent=1) + "\n", encoding="utf-8")
+    OLD = json.loads(FILE.read_text(encoding="utf-8")).get("runs", {})
+    FILE.write_text(json.dumps({"here": here(), "curves": {name: curve(arm) for name, arm in ARMS.items()},
+                                "runs": recorded_runs(OLD)}, indent=1) + "\n", encoding="utf-8")
     sys.exit(print(f"{FILE}: {len(ARMS)} curves"))
