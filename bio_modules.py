@@ -431,10 +431,10 @@ class Experts(Gathered):
         rows = expert[:, None] * self.width + torch.arange(self.width, device=x.device)
         up = self.c_fc.weight.to(x.dtype).unflatten(0, (self.groups, -1)).mT
         down = self.c_proj.weight.to(x.dtype).t().unflatten(0, (self.groups, -1))
-        a = F.grouped_mm(x.flatten(0, -2)[token], up, offs=ends)
+        a = kernels.grouped_product(x.flatten(0, -2)[token], up, ends)
         a = plus(a, self.c_fc.bias, rows)
         a = self.select(self.act(a, rows) * gates[token, expert, None], ctx, rows)
-        y = F.grouped_mm(a, down, offs=ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
+        y = kernels.grouped_product(a, down, ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
         return self.dropout(plus(y, self.c_proj.bias).view_as(x))
 
 

@@ -1240,6 +1240,62 @@ gathered_down.register_fake(lambda a, down, bias, groups, width: a.new_empty(len
 gathered_down.register_autograd(gathered_down_backward, setup_context=save_gathered_down)
 
 
+# ------------------------------------------------ products by group --------------------------------------
+#
+# y = a_g W_g for rows that are sorted by group: every row meets its own group's matrix alone, 2 n K N
+# operations. torch's grouped_mm does it in one call. It takes rows of whole multiples of 16 bytes, so others
+# get zeros behind them; before torch 2.15 it traces in bf16 alone, so a compiler sees an op of ours.
+
+
+def grouped_product_reference(a: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """a (n, K), weights (E, K, N), ends (E,) int32, where each group's rows of a end -> (n, N)."""
+    parts = a.tensor_split(ends[:-1].cpu().long())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights)])
+
+
+def grouped_outer_reference(a: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """a (n, K), grad (n, N), ends as above -> (E, K, N), a^T grad of each group's rows."""
+    at = ends[:-1].cpu().long()
+    return torch.stack([part.t() @ of for part, of in zip(a.tensor_split(at), grad.tensor_split(at))])
+
+
+def grouped_mm(a, weights, ends):
+    """grouped_product_reference by torch's kernel, which has a backward of its own."""
+    K, N = (-size % (16 // a.element_size()) for size in weights.shape[1:])
+    wide = F.pad(weights, (0, N, 0, K)) if K or N else weights
+    return F.grouped_mm(F.pad(a, (0, K)) if K else a, wide, offs=ends)[:, :weights.size(2)]
+
+
+def grouped_mm_outer(a, grad, ends):
+    """grouped_outer_reference by torch's kernel."""
+    a_wide, grad_wide = (F.pad(t, (0, -t.size(1) % (16 // t.element_size()))) for t in (a, grad))
+    return F.grouped_mm(a_wide.t(), grad_wide, offs=ends)[:, :a.size(1), :grad.size(1)].contiguous()
+
+
+def grouped_product(a, weights, ends):
+    """As the reference, differentiable in a and weights."""
+    return (grouped_product_op if torch.compiler.is_compiling() else grouped_mm)(a, weights, ends)
+
+
+def grouped_product_backward(ctx, grad):
+    a, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return grouped_product_op(grad, weights.mT, ends), grouped_outer_op(a, grad, ends), None
+
+
+grouped_product_op = torch.library.custom_op("nanocortex::grouped_product", grouped_product_reference,
+                                             mutates_args=())
+grouped_outer_op = torch.library.custom_op("nanocortex::grouped_outer", grouped_outer_reference,
+                                           mutates_args=())
+for device in ("cpu", "cuda"):
+    grouped_product_op.register_kernel(device, lambda *three: grouped_mm(*three).contiguous())
+    grouped_outer_op.register_kernel(device, grouped_mm_outer)
+grouped_product_op.register_fake(lambda a, weights, ends: a.new_empty(len(a), weights.size(2)))
+grouped_outer_op.register_fake(lambda a, grad, ends: a.new_empty(len(ends), a.size(1), grad.size(1)))
+grouped_product_op.register_autograd(
+    grouped_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 # ------------------------------------------------ a token through an MLP --------------------------------
 
 

@@ -87,6 +87,11 @@ def ops(dtype=torch.float32):
     yield kernels.winners_product, kernels.winners_product_reference, (x, grad(5, 64))
     for some, b, of in ((a, out_bias, groups), (grad(3, 10), None, None)):
         yield kernels.gathered_down, kernels.gathered_down_reference, (some, down, b, of, 2)
+    ends = torch.tensor([1, 1, 3], dtype=torch.int32)                   # the second of three groups is empty
+    for K, N in ((8, 12), (7, 5)):
+        rows, weights = grad(3, K), grad(3, K, N)
+        yield kernels.grouped_product_op, kernels.grouped_product_reference, (rows, weights, ends)
+        yield kernels.grouped_product_op, kernels.grouped_product_reference, (rows, grad(3, N, K).mT, ends)
 
 
 FREE = (1, 2)                                     # values and meta of linear_24: packed weights do not learn
