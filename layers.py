@@ -74,7 +74,7 @@ class TwoOfFour(Linear):
     """A Linear that keeps, of every four consecutive weights of an output, the two largest.
 
     Training lets every weight take the gradient of a kept one, and pulls what is pruned towards zero by
-    `pull`, so that the choice settles (SR-STE, 2102.04010). For inference see settle.
+    `pull`, once a step, so that the choice settles (SR-STE, 2102.04010). For inference see settle.
     """
 
     def __init__(self, n_in, n_out, bias, std=0.02, pull=0.0):
@@ -82,23 +82,28 @@ class TwoOfFour(Linear):
         self.pull = pull
 
     def matrix(self):
-        return Pruned.apply(self.weight, self.pull)
+        return Pruned.apply(self.weight)
+
+    @torch.no_grad()
+    def regularise(self):
+        """Add the pull to the weight's gradient, where it has one. A backward would add it for every
+        micro-batch and every run of a block, and under a loss scale. Of split weights each process holds
+        whole rows."""
+        if self.weight.grad is not None:
+            weight, grad = (getattr(t, "to_local", lambda: t)() for t in (self.weight, self.weight.grad))
+            grad.add_(self.pull * (weight * ~kernels.two_of_four(weight.abs())))
 
 
 class Pruned(torch.autograd.Function):
-    """Weights (N, K) -> the same with two of every four at zero; straight through, plus SR-STE's pull."""
+    """Weights (N, K) -> the same with two of every four at zero; straight through."""
 
     @staticmethod
-    def forward(ctx, weight, pull):
-        kept = kernels.two_of_four(weight.abs())
-        ctx.save_for_backward(weight, kept)
-        ctx.pull = pull
-        return weight * kept
+    def forward(ctx, weight):
+        return kernels.prune_24(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, kept = ctx.saved_tensors
-        return grad + ctx.pull * (weight * ~kept), None
+        return grad
 
 
 class Packed(nn.Module):

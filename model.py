@@ -406,6 +406,13 @@ class GPT(nn.Module):
             if hasattr(module, "anneal") and module is not self:
                 module.anneal(progress)
 
+    def regularise(self):
+        """Add to the gradients what modules pull their weights to whatever the data are: once a step, behind
+        all backwards and on unscaled gradients, before they are clipped. A training loop calls it."""
+        for module in self.modules():
+            if hasattr(module, "regularise") and module is not self:
+                module.regularise()
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in nanoGPT's two groups, see optimizers.adamw."""
         return optimizers.adamw([p for p in self.parameters() if p.requires_grad],
