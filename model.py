@@ -354,11 +354,11 @@ class GPT(nn.Module):
         """States -> logits in fp32."""
         return self.cap(self.lm_head(x).float())
 
-    def largest(self, x, k, of):
+    def largest(self, x, k, of, cache):
         """States (B, C) -> logits in fp32 of the first `of` ids, exact for the k largest; others may be -inf.
-        Without a screened head, or with k=None, all of them are exact."""
+        Without a screened head, or with k=None, all of them are exact. cache: the stream's."""
         if k and self.config.screen:
-            return self.lm_head.largest(x, k, of).float()
+            return self.lm_head.largest(x, k, of, cache).float()
         return self.head(x)[:, :of]
 
     def crop_block_size(self, block_size):
