@@ -227,7 +227,7 @@ class MLP(Stepwise):
             return self.union(x, ctx)
         up, up_bias, down, down_bias = weights = self.stored_by_unit()
         if kernels.takes_mlp(x, up, down):
-            return self.dropout(self.one(x, weights, getattr(self.select, "k", None)))
+            return self.dropout(self.one(x, ctx, weights, getattr(self.select, "k", None)))
         return self.union(x, ctx)
 
     def stored_by_unit(self):
@@ -235,7 +235,7 @@ class MLP(Stepwise):
         up, down = (self._modules[name]._parameters for name in ("c_fc", "c_proj"))     # a third of the time
         return up["weight"], up["bias"], down["weight"].t(), down["bias"]
 
-    def one(self, x, weights, keep):
+    def one(self, x, ctx, weights, keep):
         return kernels.mlp_one(x, *weights, self.one_call, keep)
 
     def union(self, x, ctx):
@@ -281,7 +281,6 @@ class ColumnGate(Narrowing):
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
         self.register_buffer("others", 1 - torch.eye(N), persistent=False)
-        self.kept = None, None, None
 
     def init_weights(self, normal_):
         nn.init.constant_(self.inhibition, -4.0)
@@ -308,12 +307,10 @@ class ColumnGate(Narrowing):
         """S (N, N) in fp32: what the activity of column d takes from column c."""
         return F.softplus(self.inhibition.float()).view_as(self.others) * self.others
 
-    def one(self):
-        """What a kernel chooses one token's columns by: router, S, balance."""
-        now = kernels.stamp(self.inhibition, self.balance)
-        if self.kept[0] != now:                  # a decode step does not compute N * N softplus again
-            self.kept = now, self.inhibits(), self.balance.float()
-        return self.router.weight, *self.kept[1:]
+    def one(self, ctx):
+        """What a kernel chooses one token's columns by: router, S, balance. A decode step does not compute
+        N * N softplus again."""
+        return self.router.weight, *ctx.copy_of(self, lambda: (self.inhibits(), self.balance.float()))
 
 
 def opened(gates, width):
@@ -364,8 +361,8 @@ class Columns(Gathered):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
         self.gate = ColumnGate(config)
 
-    def one(self, x, weights, keep):
-        return kernels.columns_one(x, *self.gate.one(), *weights, self.one_call, self.gate.k, keep)
+    def one(self, x, ctx, weights, keep):
+        return kernels.columns_one(x, *self.gate.one(ctx), *weights, self.one_call, self.gate.k, keep)
 
     def many(self, x, ctx):
         a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * self.gate(x, ctx).unsqueeze(-1)
@@ -433,10 +430,10 @@ class Experts(Gathered):
         rows = expert[:, None] * self.width + torch.arange(self.width, device=x.device)
         up = self.c_fc.weight.to(x.dtype).unflatten(0, (self.groups, -1)).mT
         down = self.c_proj.weight.to(x.dtype).t().unflatten(0, (self.groups, -1))
-        a = F.grouped_mm(x.flatten(0, -2)[token], up, offs=ends)
+        a = kernels.grouped_product(x.flatten(0, -2)[token], up, ends)
         a = plus(a, self.c_fc.bias, rows)
         a = self.select(self.act(a, rows) * gates[token, expert, None], ctx, rows)
-        y = F.grouped_mm(a, down, offs=ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
+        y = kernels.grouped_product(a, down, ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
         return self.dropout(plus(y, self.c_proj.bias).view_as(x))
 
 
@@ -498,9 +495,9 @@ class Predictive(MLP):
 
     ways = {False: exact, True: predicted}
 
-    def one(self, x, weights, keep):
+    def one(self, x, ctx, weights, keep):
         if not self.policy:
-            return super().one(x, weights, keep)
+            return super().one(x, ctx, weights, keep)
         sense, guess = self.sense.weight, self.guess
         return kernels.predicted_one(x, sense, guess.weight, guess.bias, *weights, self.one_call, self.active,
                                      keep)
@@ -806,7 +803,7 @@ class Thoughts:
 
     def __init__(self, ctx, window):
         self.ctx, self.window, self.kept = ctx, window, None
-        self.add_loss, self.spend = ctx.add_loss, ctx.spend
+        self.add_loss, self.spend, self.copy_of = ctx.add_loss, ctx.spend, ctx.copy_of
 
     def choose(self, thinking, step):
         """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,

@@ -35,6 +35,11 @@ class Context:
         if self.losses is not None:
             self.left.append(x)
 
+    def copy_of(self, owner, make):
+        """make(), what a module `owner` computes from its weights for decoding: see Cache. Here nothing is
+        kept."""
+        return make()
+
     def of_rows(self, rows):
         """The same call for some rows (n,)."""
         return self
@@ -83,6 +88,9 @@ class Cache:
     with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
     has a column for each group; behind the layers come the later runs of a block that ponders. states: what
     else a module keeps, by name. owed: states whose keys and values a layer has yet to compute, by layer.
+    copies: what modules have computed from their weights, by module. They live as long as the keys and values
+    that the same weights have made, a stream long: nothing that changes weights between two streams, in place
+    or not, noticed by torch or not, can leave one behind.
     """
 
     def __init__(self, model, batch_size, length):
@@ -97,7 +105,13 @@ class Cache:
                            dtype=model.compute_dtype or weight.dtype)      # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
-        self.states, self.owed = {}, {}
+        self.states, self.owed, self.copies = {}, {}, {}
+
+    def copy_of(self, owner, make):
+        """make() of a module's weights, computed once."""
+        if owner not in self.copies:
+            self.copies[owner] = make()
+        return self.copies[owner]
 
     def rings(self):
         """The layers whose columns are written over once the window has passed them."""
@@ -139,6 +153,9 @@ class CachedContext:
 
     def leave(self, x):
         """Nor states at early exits."""
+
+    def copy_of(self, owner, make):
+        return self.cache.copy_of(owner, make)
 
     def of_rows(self, rows):
         """The same call for some rows (n,)."""

@@ -104,7 +104,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         cached = True
-        token = sampler(model.largest(states, sampler.wants(), ids), seen[:, :ids])
+        token = sampler(model.largest(states, sampler.wants(), ids, cache), seen[:, :ids])
         history[rows, column(ends, idx.device)] = token
         seen.scatter_(1, token, True)
         ends = [end + 1 for end in ends]

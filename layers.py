@@ -53,28 +53,23 @@ class Linear(nn.Linear):
 
 class Screened(Linear):
     """A Linear of which sometimes only the k largest outputs are wanted: a decode step on a CPU first looks
-    at a copy in 8 bits, then at the rows that may be among them. Their values are exact."""
+    at a copy in 8 bits, then at the rows that may be among them. Their values are exact. The copy is made
+    anew in every stream."""
 
-    def __init__(self, n_in, n_out, bias, std=0.02):
-        super().__init__(n_in, n_out, bias, std)
-        self.kept = None, None
-
-    def largest(self, x, k, of):
+    def largest(self, x, k, of, cache):
         """x (B, C) -> (B, of) with the k largest of the first `of` outputs, others may be -inf."""
         weight = self.weight[:of]
         if len(x) > 1 or k >= of or not kernels.takes_matvec(x, weight):
             return self(x)[:, :of]
-        now = kernels.stamp(self.weight)
-        if self.kept[0] != now:
-            self.kept = now, kernels.copy_in_8_bits(self.weight)
-        return kernels.screened(x, weight, self.kept[1], k)
+        copy = cache.copy_of(self, lambda: kernels.copy_in_8_bits(self.weight))
+        return kernels.screened(x, weight, copy, k)
 
 
 class TwoOfFour(Linear):
     """A Linear that keeps, of every four consecutive weights of an output, the two largest.
 
     Training lets every weight take the gradient of a kept one, and pulls what is pruned towards zero by
-    `pull`, so that the choice settles (SR-STE, 2102.04010). For inference see settle.
+    `pull`, once a step, so that the choice settles (SR-STE, 2102.04010). For inference see settle.
     """
 
     def __init__(self, n_in, n_out, bias, std=0.02, pull=0.0):
@@ -82,23 +77,28 @@ class TwoOfFour(Linear):
         self.pull = pull
 
     def matrix(self):
-        return Pruned.apply(self.weight, self.pull)
+        return Pruned.apply(self.weight)
+
+    @torch.no_grad()
+    def regularise(self):
+        """Add the pull to the weight's gradient, where it has one. A backward would add it for every
+        micro-batch and every run of a block, and under a loss scale. Of split weights each process holds
+        whole rows."""
+        if self.weight.grad is not None:
+            weight, grad = (getattr(t, "to_local", lambda: t)() for t in (self.weight, self.weight.grad))
+            grad.add_(self.pull * (weight * ~kernels.two_of_four(weight.abs())))
 
 
 class Pruned(torch.autograd.Function):
-    """Weights (N, K) -> the same with two of every four at zero; straight through, plus SR-STE's pull."""
+    """Weights (N, K) -> the same with two of every four at zero; straight through."""
 
     @staticmethod
-    def forward(ctx, weight, pull):
-        kept = kernels.two_of_four(weight.abs())
-        ctx.save_for_backward(weight, kept)
-        ctx.pull = pull
-        return weight * kept
+    def forward(ctx, weight):
+        return kernels.prune_24(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, kept = ctx.saved_tensors
-        return grad + ctx.pull * (weight * ~kept), None
+        return grad
 
 
 class Packed(nn.Module):
@@ -111,6 +111,10 @@ class Packed(nn.Module):
         self.act, self.bias = "none", linear.bias
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
+
+    def _load_from_state_dict(self, *args, **keys):
+        super()._load_from_state_dict(*args, **keys)
+        kernels.forget_24(self.values)           # it is written in place
 
     def forward(self, x):
         bias = cast(self.bias, x.dtype)
@@ -259,12 +263,22 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        _, D = config.heads()
-        frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)
-        angles = torch.arange(config.block_size)[:, None, None] * frequencies
+        _, self.width = config.heads()
+        for name, table in zip(("cos", "sin"), self.tables(config.block_size)):
+            self.register_buffer(name, table, persistent=False)
+
+    def tables(self, length):
+        frequencies = 10000.0 ** (-torch.arange(0, self.width, 2) / self.width)
+        angles = torch.arange(length)[:, None, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
-        self.register_buffer("sin", torch.cat((sin, -sin), dim=-1), persistent=False)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+
+    def _apply(self, *args, **keys):
+        """A model that goes to another dtype gets its tables anew: what one has rounded away does not stay
+        lost in the next."""
+        super()._apply(*args, **keys)
+        self.cos, self.sin = [table.to(self.cos) for table in self.tables(len(self.cos))]
+        return self
 
     def turn(self, positions):
         return self.cos[positions], self.sin[positions]

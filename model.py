@@ -354,11 +354,11 @@ class GPT(nn.Module):
         """States -> logits in fp32."""
         return self.cap(self.lm_head(x).float())
 
-    def largest(self, x, k, of):
+    def largest(self, x, k, of, cache):
         """States (B, C) -> logits in fp32 of the first `of` ids, exact for the k largest; others may be -inf.
-        Without a screened head, or with k=None, all of them are exact."""
+        Without a screened head, or with k=None, all of them are exact. cache: the stream's."""
         if k and self.config.screen:
-            return self.lm_head.largest(x, k, of).float()
+            return self.lm_head.largest(x, k, of, cache).float()
         return self.head(x)[:, :of]
 
     def crop_block_size(self, block_size):
@@ -410,6 +410,13 @@ class GPT(nn.Module):
         for module in self.modules():
             if hasattr(module, "anneal") and module is not self:
                 module.anneal(progress)
+
+    def regularise(self):
+        """Add to the gradients what modules pull their weights to whatever the data are: once a step, behind
+        all backwards and on unscaled gradients, before they are clipped. A training loop calls it."""
+        for module in self.modules():
+            if hasattr(module, "regularise") and module is not self:
+                module.regularise()
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW in nanoGPT's two groups, see optimizers.adamw."""

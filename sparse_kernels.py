@@ -337,6 +337,31 @@ void unpack24_NAME(const TYPE *v, const uint32_t *meta, TYPE *dense, long N, lon
     }
 }
 
+/* w (N, K) in 8 bits: q = w / scale[n] to nearest, scale[n] = max |w[n]| / 127, error[n] = the length of
+   w[n] - scale[n] q[n], and what sums in fp32 may add. A row with NaN has a NaN for its error. */
+void copy8_NAME(const TYPE *w, int8_t *q, float *scale, float *error, long N, long K, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        const TYPE *row = w + n * K;
+        float most = 1e-30f, off = 0, size = 0;
+        #pragma omp simd reduction(max:most)
+        for (long k = 0; k < K; k++) {
+            float a = fabsf(up_NAME(row[k]));
+            most = a > most ? a : most;
+        }
+        float by = scale[n] = most / 127, times = 127 / most;
+        #pragma omp simd reduction(+:off, size)
+        for (long k = 0; k < K; k++) {
+            float v = up_NAME(row[k]), whole = rintf(v * times);
+            whole = whole > -127 ? whole < 127 ? whole : 127 : -127;     /* NaN: -127 */
+            q[n * K + k] = (int8_t)(int)whole;
+            off += (v - by * whole) * (v - by * whole);
+            size += v * v;
+        }
+        error[n] = 1.001f * sqrtf(off) + 2e-7f * K * sqrtf(size) + 1e-16f;    /* squares may underflow */
+    }
+}
+
 /* y = w x where the result can be among the k largest of the N rows, -inf elsewhere; those rows alone are
    read. scale[n] q[n] is w[n] in 8 bits, and |w[n] . x - scale[n] q[n] . x| <= error[n] |x|. Rounding to
    TYPE moves a result by `round` of itself. Returns how many rows were read. */
@@ -620,6 +645,7 @@ def cpu_library():
         getattr(library, f"osc_{name}").argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"osc_back_{name}").argtypes = [pointer] * 8 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"unpack24_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
+        getattr(library, f"copy8_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
         screened = getattr(library, f"screened_{name}")
         screened.argtypes = [pointer] * 8 + [ctypes.c_float] + [number] * 3 + [ctypes.c_int]
         screened.restype = number
@@ -759,13 +785,24 @@ ROUND = {torch.float32: 1e-6, torch.bfloat16: 2.0 ** -8}       # of a result, wh
 
 
 def copy_in_8_bits(weight):
+    """As the reference in one pass, at the memory's speed: every stream makes the copy anew."""
+    if not (weight.is_cpu and has_kernel(weight)):
+        return copy_in_8_bits_reference(weight)
+    (N, K), q = weight.shape, torch.empty_like(weight, dtype=torch.int8)
+    scale, error = (torch.empty(N) for _ in range(2))
+    kernel = getattr(cpu_library()[0], "copy8_" + NAMES[weight.dtype])
+    kernel(*map(pointer, (weight, q, scale, error)), N, K, torch.get_num_threads())
+    return q, scale, error
+
+
+def copy_in_8_bits_reference(weight):
     """(N, K) -> q (N, K) int8, scale (N,), error (N,) fp32: |w - scale q| of each row, and what sums in fp32
     may add to it."""
     wide = weight.float()
     scale = wide.abs().amax(dim=1).clamp(min=1e-30) / 127
     q = (wide / scale[:, None]).round().to(torch.int8)
     error = torch.addcmul(wide, q.float(), -scale[:, None]).norm(dim=1) * 1.001
-    return q, scale, error + 2e-7 * weight.size(1) * wide.norm(dim=1)
+    return q, scale, error + 2e-7 * weight.size(1) * wide.norm(dim=1) + 1e-16        # squares may underflow
 
 
 def screened_reference(x, weight, k):
@@ -843,11 +880,6 @@ def has_kernel(*tensors):
     dtype = tensors[0].dtype
     return (cpu_library()[0] is not None and dtype in NAMES
             and all(t.is_contiguous() and t.dtype == dtype for t in tensors))
-
-
-def stamp(*tensors):
-    """Changes whenever one of the tensors does: what was computed from them can be kept until then."""
-    return [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]
 
 
 def pointer(tensor):
@@ -1119,16 +1151,22 @@ def has_sparse_products(x, N):
             and x.size(-1) % 64 == 0 and x.dtype in (torch.float16, torch.bfloat16))
 
 
-second_packings = {}
+second_packings = {}                             # id of the values of pack_24: torch's packing
 
 
 def semi_structured(values, meta, K):
-    """Torch's packing of the same weights; kept for as long as these are."""
+    """Torch's packing of the same weights; kept for as long as these are. Whoever writes to them in place
+    calls forget_24: a Packed does when it loads a state dict, and nothing else here writes to one."""
     key = id(values)
     if key not in second_packings:
         second_packings[key] = torch.sparse.to_sparse_semi_structured(unpack_24(values, meta, K))
         weakref.finalize(values, second_packings.pop, key, None)
     return second_packings[key]
+
+
+def forget_24(values):
+    """What was made of these packed weights is not theirs any more."""
+    second_packings.pop(id(values), None)
 
 
 def linear_24_backward(ctx, grad):
@@ -1281,6 +1319,62 @@ gathered_down = torch.library.custom_op("nanocortex::gathered_down", gathered_do
 gathered_down.register_kernel("cuda", gathered_down_cuda)
 gathered_down.register_fake(lambda a, down, bias, groups, width: a.new_empty(len(a), down.size(1)))
 gathered_down.register_autograd(gathered_down_backward, setup_context=save_gathered_down)
+
+
+# ------------------------------------------------ products by group --------------------------------------
+#
+# y = a_g W_g for rows that are sorted by group: every row meets its own group's matrix alone, 2 n K N
+# operations. torch's grouped_mm does it in one call. It takes rows of whole multiples of 16 bytes, so others
+# get zeros behind them; before torch 2.15 it traces in bf16 alone, so a compiler sees an op of ours.
+
+
+def grouped_product_reference(a: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """a (n, K), weights (E, K, N), ends (E,) int32, where each group's rows of a end -> (n, N)."""
+    parts = a.tensor_split(ends[:-1].cpu().long())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights)])
+
+
+def grouped_outer_reference(a: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """a (n, K), grad (n, N), ends as above -> (E, K, N), a^T grad of each group's rows."""
+    at = ends[:-1].cpu().long()
+    return torch.stack([part.t() @ of for part, of in zip(a.tensor_split(at), grad.tensor_split(at))])
+
+
+def grouped_mm(a, weights, ends):
+    """grouped_product_reference by torch's kernel, which has a backward of its own."""
+    K, N = (-size % (16 // a.element_size()) for size in weights.shape[1:])
+    wide = F.pad(weights, (0, N, 0, K)) if K or N else weights
+    return F.grouped_mm(F.pad(a, (0, K)) if K else a, wide, offs=ends)[:, :weights.size(2)]
+
+
+def grouped_mm_outer(a, grad, ends):
+    """grouped_outer_reference by torch's kernel."""
+    a_wide, grad_wide = (F.pad(t, (0, -t.size(1) % (16 // t.element_size()))) for t in (a, grad))
+    return F.grouped_mm(a_wide.t(), grad_wide, offs=ends)[:, :a.size(1), :grad.size(1)].contiguous()
+
+
+def grouped_product(a, weights, ends):
+    """As the reference, differentiable in a and weights."""
+    return (grouped_product_op if torch.compiler.is_compiling() else grouped_mm)(a, weights, ends)
+
+
+def grouped_product_backward(ctx, grad):
+    a, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return grouped_product_op(grad, weights.mT, ends), grouped_outer_op(a, grad, ends), None
+
+
+grouped_product_op = torch.library.custom_op("nanocortex::grouped_product", grouped_product_reference,
+                                             mutates_args=())
+grouped_outer_op = torch.library.custom_op("nanocortex::grouped_outer", grouped_outer_reference,
+                                           mutates_args=())
+for device in ("cpu", "cuda"):
+    grouped_product_op.register_kernel(device, lambda *three: grouped_mm(*three).contiguous())
+    grouped_outer_op.register_kernel(device, grouped_mm_outer)
+grouped_product_op.register_fake(lambda a, weights, ends: a.new_empty(len(a), weights.size(2)))
+grouped_outer_op.register_fake(lambda a, grad, ends: a.new_empty(len(ends), a.size(1), grad.size(1)))
+grouped_product_op.register_autograd(
+    grouped_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 # ------------------------------------------------ a token through an MLP --------------------------------

@@ -367,6 +367,7 @@ def train_step(iteration, batch):
         scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
+    raw_model.regularise()
     tasks.pull()
     norms = [runtime.whole(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf))
              for part in clipped]

@@ -185,7 +185,7 @@ def cached_step(model, prompt):
     def run():
         states = (recorded([past + 1]) if recorded else
                   model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt))[:, 0])
-        model.largest(states, 1, model.config.vocab_size)
+        model.largest(states, 1, model.config.vocab_size, cache)
     return run
 
 

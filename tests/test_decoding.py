@@ -1,13 +1,19 @@
 """Generation with the cache equals generation without it, for every arm; filters do what their papers say."""
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bio_modules
 import decoding
+import optimizers
 import sparse_kernels as kernels
 from configurator import ConfigError
 from context import Cache, CachedContext
+from model import GPT
 
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 every_arm_and_pair = pytest.mark.parametrize("arm", (ARMS | PAIRS).values(), ids=(ARMS | PAIRS).keys())
@@ -86,6 +92,66 @@ def test_a_screened_head_draws_the_same_tokens():
             torch.manual_seed(3)
             said.append(model.generate(tokens(1, 4), 30, **how))
         assert torch.equal(*said), how
+
+
+def redrawn(model):
+    """Other weights under the names of a model's: its own in another order."""
+    return {name: p.detach().flatten().flip(0).view(p.shape)
+            for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def decoded(model, idx, count):
+    """The logits that a sampler sees."""
+    spy = Spy()
+    list(decoding.stream(model, idx, count, spy))
+    return torch.stack(spy.logits)
+
+
+def stepped(model, optimizer):
+    idx = tokens(2, 9)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    optimizer.step()
+    return model
+
+
+def written(model, into):
+    for p, new in zip(model.parameters(), [redrawn(model)[name] for name, _ in model.named_parameters()]):
+        into(p, new)
+    return model
+
+
+KEYS = dict(weight_decay=0.1, learning_rate=0.3, beta1=0.9, beta2=0.95, muon_learning_rate=0.3,
+            muon_momentum=0.95, muon_steps=5)
+CHANGES = {
+    "fused AdamW": lambda m: stepped(m, torch.optim.AdamW(m.parameters(), lr=0.3, fused=True)),
+    "foreach AdamW": lambda m: stepped(m, torch.optim.AdamW(m.parameters(), lr=0.3, foreach=True)),
+    "our AdamW": lambda m: stepped(m, m.configure_optimizers(0.1, 0.3, (0.9, 0.95), "cpu")),
+    "our Muon": lambda m: stepped(m, optimizers.build(m, SimpleNamespace(optimizer="muon", **KEYS), "cpu")),
+    "train and eval": lambda m: stepped(m.train(), torch.optim.AdamW(m.parameters(), lr=0.3)).eval(),
+    "in place": lambda m: written(m, torch.no_grad()(lambda p, new: p.copy_(new))),
+    "behind autograd": lambda m: written(m, lambda p, new: p.data.copy_(new)),
+    "other memory": lambda m: written(m, lambda p, new: setattr(p, "data", new)),
+    "a state dict": lambda m: (m.load_state_dict(redrawn(m)), m)[1],
+    "an assigned one": lambda m: (m.load_state_dict(redrawn(m), assign=True), m)[1],
+    "a dtype and back": lambda m: m.to(torch.bfloat16).to(torch.float32),
+    "a copy": lambda m: written(copy.deepcopy(m), lambda p, new: p.data.copy_(new)),
+}
+
+
+@every_arm
+def test_decoding_follows_every_change_of_the_weights(arm):
+    """Whatever is computed from weights for decoding: a change that torch does not note is none the less one,
+    and a model that never leaves eval mode decodes as a new one with its weights does."""
+    model = build(arm, std=0.2)
+    model.generate(tokens(1, 4), 6, temperature=0)
+    for name, change in CHANGES.items():
+        before = model.lm_head.weight.detach().clone()
+        model, fresh = change(model), GPT(model.config, init=False).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert not torch.equal(model.lm_head.weight, before) and model.lm_head.weight.isfinite().all(), name
+        said, right = (decoded(m, tokens(1, 4), 6) for m in (model, fresh))
+        torch.testing.assert_close(said, right, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+    assert bio_modules.counters(model, tokens(2, 8)) == bio_modules.counters(fresh, tokens(2, 8))
 
 
 @every_arm

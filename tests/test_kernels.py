@@ -164,6 +164,21 @@ def test_a_head_that_looks_twice_gives_the_largest_exactly_and_reads_few_rows(dt
     assert found[0].isnan().nonzero().flatten().tolist() == [3]
 
 
+@dtypes
+def test_a_copy_in_8_bits_says_how_far_it_is_off(dtype):
+    """In the C kernel, where this machine has it, and in its reference."""
+    for seed, (N, K, size) in enumerate(itertools.product((1, 7, 40), (1, 5, 33, 256), (1e-40, 1e-20, 1.0))):
+        weight = normal(N, K, dtype=dtype, seed=seed) * size
+        weight[N // 2] = 0
+        copies = [make(weight) for make in (kernels.copy_in_8_bits, kernels.copy_in_8_bits_reference)]
+        for q, scale, error in copies:
+            off = (weight.double() - scale.double()[:, None] * q.double()).norm(dim=1)
+            assert q.dtype == torch.int8 and (off <= error.double()).all()
+        torch.testing.assert_close(copies[0][1:], copies[1][1:], rtol=1e-2, atol=0)
+    weight[0, 0] = torch.nan
+    assert kernels.copy_in_8_bits(weight)[2].isnan().tolist() == [True] + [False] * (N - 1)
+
+
 @built
 @dtypes
 def test_a_token_through_columns_equals_the_reference(dtype):

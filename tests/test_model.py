@@ -136,6 +136,30 @@ def test_every_parameter_gets_a_finite_nonzero_gradient(arm):
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
 
 
+def gradients(model, idx, parts=1, scale=1.0):
+    """Of a step of so many micro-batches, all of them idx, under a loss scale, as train.py takes it."""
+    model.zero_grad()
+    for _ in range(parts):
+        torch.manual_seed(0)
+        (model(idx[:, :-1], idx[:, 1:])[1] * scale / parts).backward()
+    for p in model.parameters():
+        p.grad /= scale
+    model.regularise()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+RUN_AGAIN = ARMS | {name: arm for name, arm in PAIRS.items() if "ponder" in arm}
+
+
+@pytest.mark.parametrize("arm", RUN_AGAIN.values(), ids=RUN_AGAIN.keys())
+def test_the_gradient_of_a_step_knows_neither_micro_batches_nor_a_loss_scale(arm):
+    model, idx = build(arm, std=0.2).train(), tokens(2, 9)
+    one = gradients(model, idx)
+    for how in (dict(parts=4), dict(scale=4096.0)):
+        for name, grad in gradients(model, idx, **how).items():
+            torch.testing.assert_close(grad, one[name], atol=1e-6, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
 def train_on(model, optimizer, steps):
     """Losses of these steps on one batch."""
     idx, losses = tokens(4, 17), []
@@ -143,6 +167,7 @@ def train_on(model, optimizer, steps):
         torch.manual_seed(step)
         losses.append(model(idx[:, :-1], idx[:, 1:])[1])
         losses[-1].backward()
+        model.regularise()
         optimizer.step()
         optimizer.zero_grad()
     return [loss.item() for loss in losses]

@@ -192,11 +192,12 @@ def test_init_from_a_path_starts_anew_from_its_weights(train, finished):
 
 # -------------------------------------------------- several processes ---------------------------------------
 
-@pytest.mark.parametrize("ranks, optimizer, tolerance", [
-    (2, "adamw", 1e-6), (2, "muon", 1e-3),                 # Newton-Schulz is in bf16: it magnifies a last bit
-    pytest.param(4, "adamw", 1e-6, marks=pytest.mark.slow)])
-def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, tolerance):
-    keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel", optimizer=optimizer)
+@pytest.mark.parametrize("ranks, optimizer, tolerance, arm", [
+    (2, "adamw", 1e-6, dict(weights="2:4", sr_ste=0.5)),
+    (2, "muon", 1e-3, {}),                                 # Newton-Schulz is in bf16: it magnifies a last bit
+    pytest.param(4, "adamw", 1e-6, {}, marks=pytest.mark.slow)])
+def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, tolerance, arm):
+    keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel", optimizer=optimizer, **arm)
     results = in_parallel(train, ranks, max_iters=9, **keys)
     assert "step 0:" in results[0].out and not any(result.out for result in results[1:])  # the master speaks
     in_parallel(train, ranks, resume=True, max_iters=16, **keys)
@@ -211,7 +212,8 @@ def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, toler
     assert one == pytest.approx(many, rel=tolerance)
 
 
-@pytest.mark.parametrize("arm", [{}, dict(tie_weights=False, norm="rmsnorm", pos="rope", act="relu2"),
+@pytest.mark.parametrize("arm", [{}, dict(tie_weights=False, norm="rmsnorm", pos="rope", act="relu2",
+                                          weights="2:4", sr_ste=0.5),
                                  dict(columns=8, columns_active=2), dict(recompute=True, dendrites=4,
                                                                          dendrites_active=2)], ids=str)
 def test_sharded_weights_give_the_curve_of_one_process(train, arm):

@@ -87,6 +87,11 @@ def ops(dtype=torch.float32):
     yield kernels.winners_product, kernels.winners_product_reference, (x, grad(5, 64))
     for some, b, of in ((a, out_bias, groups), (grad(3, 10), None, None)):
         yield kernels.gathered_down, kernels.gathered_down_reference, (some, down, b, of, 2)
+    ends = torch.tensor([1, 1, 3], dtype=torch.int32)                   # the second of three groups is empty
+    for K, N in ((8, 12), (7, 5)):
+        rows, weights = grad(3, K), grad(3, K, N)
+        yield kernels.grouped_product_op, kernels.grouped_product_reference, (rows, weights, ends)
+        yield kernels.grouped_product_op, kernels.grouped_product_reference, (rows, grad(3, N, K).mT, ends)
 
 
 FREE = (1, 2)                                     # values and meta of linear_24: packed weights do not learn
@@ -137,10 +142,31 @@ def test_no_four_inputs_of_a_pruned_matrix_hold_more_than_two(arm):
 def test_training_pulls_what_is_pruned_towards_zero():
     module = TwoOfFour(8, 3, bias=False, pull=0.1)
     module.init_weights(lambda p, std: p.data.copy_(normal(3, 8)))
+    module.regularise()                                                  # a matrix without a gradient rests
+    assert module.weight.grad is None
     x, toward = normal(5, 8, seed=1), normal(5, 3, seed=2)
     module(x).backward(toward)
+    torch.testing.assert_close(module.weight.grad, toward.t() @ x)
     weight, pruned = module.weight.detach(), ~kernels.two_of_four(module.weight.detach().abs())
+    module.regularise()
     torch.testing.assert_close(module.weight.grad, toward.t() @ x + 0.1 * weight * pruned)
+
+
+@pytest.mark.parametrize("arm", MODELS)
+def test_a_step_pulls_once_however_often_a_block_runs(arm):
+    """The pull is the same whether a block is run once or several times, recomputed or not."""
+    idx, grads = tokens(2, 9), []
+    for strength in (0.0, 0.5):
+        model = build(MODELS[arm], std=0.2, sr_ste=strength).train()
+        torch.manual_seed(0)
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        model.regularise()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, module in model.named_modules():
+        if isinstance(module, TwoOfFour):
+            without, with_pull = (part[f"{name}.weight"] for part in grads)
+            pruned = module.weight.detach() * ~kernels.two_of_four(module.weight.detach().abs())
+            torch.testing.assert_close(with_pull - without, 0.5 * pruned, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arm", MODELS)
