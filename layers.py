@@ -45,6 +45,16 @@ class Linear(nn.Linear):
         """What inputs are multiplied by, (n_out, n_in)."""
         return self.weight
 
+    def sound(self):
+        """Are all weights finite? Where one is not, a step that leaves rows unread would not show it, and all
+        are read. Looked at once for each change of the weights."""
+        now = kernels.stamp(self.weight)
+        if self.looked_at[0] != now:
+            self.looked_at = now, kernels.all_finite(self.weight)
+        return self.looked_at[1]
+
+    looked_at = None, None
+
     def some(self, x, rows):
         """Of the outputs only the slice `rows`."""
         bias = cast(self.bias, x.dtype)
@@ -93,7 +103,7 @@ class Pruned(torch.autograd.Function):
         kept = kernels.two_of_four(weight.abs())
         ctx.save_for_backward(weight, kept)
         ctx.pull = pull
-        return weight * kept
+        return torch.where(kept, weight, 0)      # a product would keep what is NaN
 
     @staticmethod
     def backward(ctx, grad):
@@ -162,7 +172,7 @@ class NeuronMajor(Linear):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).t())
 
     def forward(self, a):
-        if kernels.takes_rows(a) or kernels.takes_units(a):
+        if (kernels.takes_rows(a) or kernels.takes_units(a)) and self.sound():
             return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
         return super().forward(a)
 
