@@ -2,12 +2,14 @@
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import LIMIT, ONE_THREAD, ROOT, Job, Trainer, one_sentence, words
 
 import chat
@@ -248,3 +250,21 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(korean):
         terminal.type("\x03")
     status, err = terminal.end()
     assert status == 130 and err.strip().endswith("stopped") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("chat_too", [False, True])
+def test_a_damaged_model_ends_with_a_sentence(korean, tmp_path, chat_too):
+    """NaN in one weight: status 2, no traceback, no text that means nothing; with --chat too."""
+    folder = tmp_path / "out"
+    shutil.copytree(korean.folder / "out", folder)
+    (folder / "manifest.json").unlink()          # as if it had been saved so
+    for path in folder.glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        saved["model"]["transformer.h.0.mlp.c_fc.weight"][3, 3] = torch.nan
+        torch.save(saved, path)
+    if chat_too:
+        done = piped(korean, "동해\n", status=2, name="damaged", out_dir=folder)
+    else:
+        done = Job("sample.py", words(**keys_of(korean, out_dir=folder, start="동해")), korean.folder,
+                   name="damaged").wait()
+    assert done.status == 2 and "Traceback" not in done.err and "not finite" in done.err.splitlines()[-1]
