@@ -115,20 +115,29 @@ static inline float activate(float v, int act) {
     return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v < 0 ? 0 : v * v;
 }
 
+/* what activate gives where TYPE would be stored before and behind it; GELU of bf16 from a table */
+static uint16_t gelu_bf16[65536];
+__attribute__((constructor)) static void fill_table(void) {
+    for (long i = 0; i < 65536; i++) gelu_bf16[i] = down_bf16(activate(up_bf16(i), 1));
+}
+static inline float stored_bf16(float v, int act) {
+    v = up_bf16(down_bf16(v));
+    return up_bf16(act == 1 ? gelu_bf16[down_bf16(v)] : down_bf16(activate(v, act)));
+}
+
 /* sine, cosine and tanh without a branch, so that a compiler makes vectors of them; errors below 1e-6 where
    |z| < FAR. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
 #define FAR 1e4f
-static inline float half_turn(float z, float turns) {           /* sin(z), turns = half turns to take off */
-    float r = (z - turns * 3.140625f) - turns * 9.67653589793e-4f, q = r * r;
-    float s = r * (1 + q * (-1.66666667e-1f + q * (8.33333333e-3f + q * (-1.98412698e-4f
-              + q * (2.75573192e-6f - q * 2.50521084e-8f)))));
-    return turns * 0.5f != rintf(turns * 0.5f) ? -s : s;         /* an odd number of them */
+static inline float half_turn(float z) {
+    union { float f; uint32_t u; } t = { z * 0.318309886f + 12582912.0f }, s;   /* half turns, in its bits */
+    float turns = t.f - 12582912.0f, r = (z - turns * 3.140625f) - turns * 9.67653589793e-4f, q = r * r;
+    s.f = r * (1 + q * (-1.66666667e-1f + q * (8.33333333e-3f + q * (-1.98412698e-4f
+          + q * (2.75573192e-6f - q * 2.50521084e-8f)))));
+    s.u ^= t.u << 31;                                           /* an odd number of them turns the sign */
+    return s.f;
 }
-static inline float sine(float z) { return half_turn(z, rintf(z * 0.318309886f)); }
-static inline float cosine(float z) {
-    z += 1.57079633f;
-    return half_turn(z, rintf(z * 0.318309886f));
-}
+static inline float sine(float z) { return half_turn(z); }
+static inline float cosine(float z) { return half_turn(z + 1.57079633f); }
 static inline float tanh_of(float x) {                          /* 1 - 2 / (e^2|x| + 1); Taylor near 0 */
     float a = fabsf(x), y = 2 * (a < 20 ? a : 20), k = rintf(y * 1.44269504f);
     float r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
@@ -261,7 +270,8 @@ static inline float dot_i8(const int8_t *q, const float *x, long K) {
     }
 #endif
     float s = sum16(a + b);
-    for (; k < K; k++) s += q[k] * x[k];
+    #pragma omp simd reduction(+:s)
+    for (long i = k; i < K; i++) s += q[i] * x[i];
     return s;
 }
 
@@ -282,16 +292,24 @@ EACH_TYPE = r"""
 /* a thread's share of C outputs, whole lines of 32 */
 static inline long share_NAME(long C, int threads) { return ((C + threads - 1) / threads + 31) / 32 * 32; }
 
-/* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N). Angles beyond FAR, or none, go to libm. */
+/* the largest |x| of n that is not NaN */
+static float widest_NAME(const TYPE *x, long n) {
+    float most = 0;
+    #pragma omp simd reduction(max:most)
+    for (long i = 0; i < n; i++) most = fabsf(up_NAME(x[i])) > most ? fabsf(up_NAME(x[i])) : most;
+    return most;
+}
+
+/* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N). Angles beyond FAR go to libm. */
 void osc_NAME(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
               const float *restrict b, TYPE *restrict y, long M, long N, int threads) {
+    float most = widest_f32(w, N), more = widest_f32(phi, N);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++) {
-        int far = 0;
-        #pragma omp simd reduction(|:far)
+        int far = most * widest_NAME(x + m * N, N) + more >= FAR;
+        #pragma omp simd
         for (long n = 0; n < N; n++) {
             float v = up_NAME(x[m * N + n]), z = w[n] * v + phi[n];
-            far |= !(fabsf(z) < FAR);
             y[m * N + n] = down_NAME(sine(z) * tanh_of(v) + b[n]);
         }
         for (long n = 0; far && n < N; n++) {
@@ -316,16 +334,14 @@ void osc_back_NAME(const TYPE *restrict x, const float *restrict w, const float 
                    const TYPE *restrict g, TYPE *restrict dx, float *restrict dw, float *restrict dphi,
                    float *restrict db, long M, long N, int threads) {
     long chunk = share_NAME(N, threads);
+    float most = widest_f32(w, N), more = widest_f32(phi, N);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long from = 0; from < N; from += chunk) {
         long to = N - from < chunk ? N : from + chunk;
         for (long m = 0; m < M; m++) {
             const TYPE *X = x + m * N, *G = g + m * N;
             TYPE *D = dx + m * N;
-            int far = 0;
-            #pragma omp simd reduction(|:far)
-            for (long n = from; n < to; n++) far |= !(fabsf(w[n] * up_NAME(X[n]) + phi[n]) < FAR);
-            if (far)
+            if (most * widest_NAME(X + from, to - from) + more >= FAR)
                 for (long n = from; n < to; n++)
                     osc_slopes_NAME(X + n, G + n, D + n, w[n], phi[n], dw + n, dphi + n, db + n, 1);
             else
@@ -589,11 +605,10 @@ long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE
             float v = dot_NAME(row, x, C, rows ? row_NAME(up, rows, i + SOON, n, C) : soon)
                     + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
             float by = scale ? up_NAME(scale[i]) : 1.0f;
-            a[i] = activate(v, act) * by;
-            if (keep < n) {
-                v = up_NAME(down_NAME(activate(up_NAME(down_NAME(v)), act)));
-                size[i] = order(fabsf(up_NAME(down_NAME(v * by))));
-            }
+            float stored = activate(v, act);
+            a[i] = stored * by;
+            if (keep < n && sizeof(TYPE) == 2) stored = stored_bf16(v, act);
+            if (keep < n) size[i] = order(fabsf(up_NAME(down_NAME(stored * by))));
         }
         #pragma omp single
         {
@@ -616,20 +631,26 @@ long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE
     return count;
 }
 
-/* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept */
-void keep_largest_NAME(const TYPE *a, TYPE *kept, long M, long n, long k) {
-    BUFFER(float, wide, n);
-    BUFFER(uint32_t, size, n);
-    for (long m = 0; m < M; m++, a += n, kept += n) {
+/* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept. won, where
+   it is given: 1 at the places of those, 0 elsewhere */
+void keep_largest_NAME(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, long k, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        const TYPE *row = a + m * n;
+        BUFFER(uint32_t, size, n);
+        BUFFER(uint32_t, part, n);
+        for (long i = 0; i < n; i++) part[i] = size[i] = order(fabsf(up_NAME(row[i])));
+        uint32_t edge = k < n ? kth(part, n, k) : 0;
+        long ties = k;
+        for (long i = 0; i < n; i++) ties -= size[i] > edge;
         for (long i = 0; i < n; i++) {
-            wide[i] = up_NAME(a[i]);
-            size[i] = order(fabsf(wide[i]));
+            int wins = size[i] > edge || (size[i] == edge && ties-- > 0);
+            kept[m * n + i] = wins ? row[i] : 0;
+            if (won) won[m * n + i] = wins;
         }
-        keep_floats(wide, size, n, k);
-        for (long i = 0; i < n; i++) kept[i] = wide[i] != 0 ? a[i] : 0;
+        RELEASE(size);
+        RELEASE(part);
     }
-    RELEASE(wide);
-    RELEASE(size);
 }
 
 /* The same through k winning columns of `width` units, of N under lateral inhibition: s = router . x, t_c
@@ -732,7 +753,7 @@ def cpu_library():
         screened.argtypes = [pointer] * 8 + [ctypes.c_float] + [number] * 3 + [ctypes.c_int]
         screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
-        getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
+        getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
         for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
             one = getattr(library, f"{kernel}_one_{name}")
             one.argtypes, one.restype = [pointer] * pointers + [number] * numbers + [ctypes.c_int] * 2, number
@@ -999,13 +1020,32 @@ def keep_largest_reference(a, k):
 
 
 def keep_largest(a, k):
-    """As the reference; for a few tokens in a decode step on a CPU in one pass."""
-    if not (takes_rows(a) and has_kernel(a)):
+    """As the reference; on a CPU in one pass, forward and backward."""
+    if not a.is_cpu or torch.compiler.is_compiling() or a.numel() == 0 or not has_kernel(a):
         return keep_largest_reference(a, k)
+    return run_keep_largest(a, k) if takes_rows(a) else KeepLargest.apply(a, k)
+
+
+def run_keep_largest(a, k, won=None):
+    """Call the C kernel; won: bool of a's shape to be filled, or None."""
     kept, n = torch.empty_like(a), a.size(-1)
     kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), kept.data_ptr(), a.numel() // n, n, k)
+    kernel(a.data_ptr(), kept.data_ptr(), pointer(won), a.numel() // n, n, k, torch.get_num_threads())
     return kept
+
+
+class KeepLargest(torch.autograd.Function):
+    """keep_largest by the C kernel; its gradient is that of the places that won."""
+
+    @staticmethod
+    def forward(ctx, a, k):
+        won = torch.empty_like(a, dtype=torch.bool)
+        ctx.save_for_backward(won)
+        return run_keep_largest(a, k, won)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(*ctx.saved_tensors, grad, 0), None
 
 
 # ------------------------------------------------ oscillating units ---------------------------------------
