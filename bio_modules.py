@@ -121,7 +121,7 @@ class GroupWinners(nn.Module):
 
     @staticmethod
     def largest_two_of_four(a):
-        return a * kernels.two_of_four(a.abs())
+        return torch.where(kernels.two_of_four(a.detach().abs()), a, 0)
 
 
 def fours(select):
@@ -185,10 +185,15 @@ def selector(config, units):
 class Stepwise(nn.Module):
     """A module with three ways: `many` for training and prompts, `few` for the few tokens of a decode step on
     a CPU, which reads the rows of live units alone, `on_card` for the same on a GPU, where nothing may depend
-    on the host."""
+    on the host. Weights that are not finite are all read, or a damaged model would hide among them."""
 
     def forward(self, x, ctx):
-        return getattr(self, kernels.way(x))(x, ctx)
+        way = kernels.way(x)
+        return getattr(self, way if way == "many" or self.sound() else "many")(x, ctx)
+
+    def sound(self):
+        """Are the weights finite that `many` reads and the other ways may not?"""
+        return True
 
     def on_card(self, x, ctx):
         return self.many(x, ctx)
@@ -217,6 +222,9 @@ class MLP(Stepwise):
         self.one_call = self.plain if by_unit and up is Linear else None
 
     gathers = False                              # does a decode step choose units before it computes them?
+
+    def sound(self):
+        return not isinstance(self.c_proj, NeuronMajor) or self.c_proj.sound()
 
     def many(self, x, ctx):
         return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
@@ -260,8 +268,13 @@ class MLP(Stepwise):
         """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
         or W_down is read."""
         up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
-        a = self.select(self.act(kernels.rows_dot(x, up, up_bias, rows), rows) * scale, ctx, rows)
+        a = self.select(scaled(self.act(kernels.rows_dot(x, up, up_bias, rows), rows), scale), ctx, rows)
         return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
+
+
+def scaled(a, gates):
+    """a * gates, and 0 where a gate is shut, whatever a is there: no decode step has computed it."""
+    return torch.where(gates == 0, 0, a * gates)
 
 
 class ColumnGate(Narrowing):
@@ -295,7 +308,7 @@ class ColumnGate(Narrowing):
         """x (..., C) -> the columns that answer (..., k), and their gates in fp32."""
         s = self.router(x).float()
         s = s - F.relu(s) @ self.inhibits().t()
-        winners = (s + self.balance).topk(self.k, dim=-1, sorted=False).indices
+        winners = kernels.first_largest(s + self.balance, self.k)
         return winners, s.sigmoid().gather(-1, winners)
 
     def chosen(self, x):
@@ -365,7 +378,8 @@ class Columns(Gathered):
         return kernels.columns_one(x, *self.gate.one(ctx), *weights, self.one_call, self.gate.k, keep)
 
     def many(self, x, ctx):
-        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1)) * self.gate(x, ctx).unsqueeze(-1)
+        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1))
+        a = scaled(a, self.gate(x, ctx).unsqueeze(-1))
         return self.dropout(self.c_proj(self.select(a.flatten(-2), ctx)))
 
 
@@ -392,8 +406,9 @@ class ExpertGate(nn.Module):
         return gates.to(x.dtype)
 
     def largest(self, shares):
-        top = shares.topk(self.k, dim=-1)
-        return top.indices, top.values / top.values.sum(-1, keepdim=True)
+        experts = kernels.first_largest(shares, self.k)
+        top = shares.gather(-1, experts)
+        return experts, top / top.sum(-1, keepdim=True)
 
     def chosen(self, x):
         """Tokens (B, 1, C) -> their experts and what each counts, (B, k)."""
@@ -423,7 +438,7 @@ class Experts(Gathered):
 
     def many(self, x, ctx):
         gates, k = self.gate(x, ctx).flatten(0, -2), self.gate.k
-        chosen = gates.topk(k, dim=-1, sorted=False).indices.flatten()
+        chosen = kernels.first_largest(gates, k).flatten()
         order = chosen.argsort(stable=True)                      # (tokens * k,), grouped by expert
         token, expert = order // k, chosen[order]
         ends = F.one_hot(chosen, self.groups).sum(dim=0).cumsum(dim=0).int()
@@ -490,7 +505,7 @@ class Predictive(MLP):
         return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won)
 
     def predicted(self, x, ctx):
-        a = self.act(self.c_fc(x)) * self.chosen(self.guess(self.sense(x)))
+        a = scaled(self.act(self.c_fc(x)), self.chosen(self.guess(self.sense(x))))
         return self.dropout(self.c_proj(self.select(a, ctx)))
 
     ways = {False: exact, True: predicted}
@@ -512,13 +527,12 @@ class Predictive(MLP):
     def on_card(self, x, ctx):
         if not self.policy:
             return self.many(x, ctx)
-        units = self.guess(self.sense(x.flatten(0, 1))).topk(self.active, dim=-1, sorted=False).indices
+        units = kernels.first_largest(self.guess(self.sense(x.flatten(0, 1))), self.active)
         return self.chosen_groups(x, ctx, units, None, 1)
 
     def chosen(self, scores):
         """Ones where the predictor expects winners, (..., units)."""
-        winners = scores.topk(self.active, dim=-1, sorted=False).indices
-        return torch.zeros_like(scores).scatter(-1, winners, 1.0)
+        return kernels.among_largest(scores, self.active).to(scores.dtype)
 
 
 MLPS = {"columns": Columns, "experts": Experts, "compartments": Dendritic, "mlp_predict": Predictive}
@@ -547,7 +561,7 @@ class BranchGate(nn.Module):
 
     def forward(self, x, ctx):
         g = self.router(x).float().sigmoid()
-        largest = torch.zeros_like(g).scatter(-1, g.topk(self.k, dim=-1, sorted=False).indices, 1.0)
+        largest = kernels.among_largest(g, self.k).float()
         kept = largest * (g >= g.amax(dim=-1, keepdim=True).clamp(max=0.5))
         self.aim(ctx, g, kept)
         return (g + (g * kept - g).detach()).to(x.dtype)
@@ -568,6 +582,9 @@ class DendriticAttention(Stepwise, Attention):
         self.part = config.n_embd // config.dendrites
         self.gate = BranchGate(config)
         self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
+
+    def sound(self):
+        return self.c_attn.sound() and self.c_proj.sound()
 
     def many(self, x, ctx):
         q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from configurator import ConfigError, require
+from decoding import Damaged
 from tokenizer import StreamDecoder
 
 PROMPT = "> "
@@ -103,12 +104,15 @@ def converse(chat):
 
 
 def reply(chat, line):
-    """Show the answer to a line; a line that has none is one sentence on stderr, and the chat goes on."""
+    """Show the answer to a line; a line that has none is one sentence on stderr, and the chat goes on. A
+    damaged model, which has none for any line, ends it."""
     try:
         with Interrupt() as interrupted:
             for piece in chat.answer(line, interrupted):
                 show(piece)
             show("\n")
+    except Damaged:
+        raise
     except ConfigError as error:
         print(error, file=sys.stderr)
 

@@ -1,9 +1,32 @@
 """Generation: prompts of different lengths in one batch, the sampling filters, self-speculation."""
+import math
+
 import torch
 from torch.nn import functional as F
 
-from configurator import require
+from configurator import ConfigError, require
 from context import Cache, CachedContext, take_tokens
+
+COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
+STRONGEST = 1000.0                               # the largest repetition penalty, and one over the smallest
+
+
+class Damaged(ConfigError):
+    """A model whose logits are not numbers."""
+
+
+def check_sampling(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """ConfigError unless a Sampler can draw with these."""
+    require(temperature == 0 or COLDEST <= temperature < math.inf,
+            f"temperature={temperature} must be 0 (greedy) or a number from {COLDEST} on: type 0, or 0.8 for "
+            "example")
+    require(top_k is None or (hasattr(top_k, "__index__") and top_k >= 0),
+            f"top_k={top_k} must be a whole number, 0 (off) or more")
+    require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
+    require(0 <= min_p <= 1, f"min_p={min_p} must be in [0, 1]")
+    require(1 / STRONGEST <= repetition_penalty <= STRONGEST,
+            f"repetition_penalty={repetition_penalty} must be in {1 / STRONGEST}..{STRONGEST:.0f}; 1.0 is "
+            "off")
 
 
 class Sampler:
@@ -18,11 +41,8 @@ class Sampler:
 
     def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
                  vocab_size=None):
-        require(temperature >= 0, f"temperature={temperature} must be 0 (greedy) or more")
-        require(0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
-        require(0 <= min_p <= 1, f"min_p={min_p} must be in [0, 1]")
-        require(repetition_penalty > 0,
-                f"repetition_penalty={repetition_penalty} must be above 0; 1.0 is off")
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        require(vocab_size is None or vocab_size >= 1, f"vocab_size={vocab_size} must be at least 1 id")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty, self.vocab_size = repetition_penalty, vocab_size
 
@@ -36,17 +56,18 @@ class Sampler:
         return self.temperature == 0 or self.top_k == 1
 
     def __call__(self, logits, seen):
-        """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1)."""
+        """logits (B, V) fp32, seen (B, V) bool: ids already in the row -> next ids (B, 1). Damaged where some
+        row's largest logit is not finite."""
         if self.greedy:
-            return self.penalised(logits, seen).argmax(-1, keepdim=True)
+            return finite(self.penalised(logits, seen)).argmax(-1, keepdim=True)
         return torch.multinomial(self.probabilities(logits, seen), num_samples=1)
 
     def probabilities(self, logits, seen):
         """The distribution (B, V) that the next ids are drawn from."""
         logits = self.penalised(logits, seen)
         if self.greedy:
-            return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-        return self.filtered(logits / self.temperature).softmax(-1)
+            return F.one_hot(finite(logits).argmax(-1), logits.size(-1)).float()
+        return self.filtered(finite(logits / self.temperature)).softmax(-1)
 
     def penalised(self, logits, seen):
         logits, seen = logits[:, :self.vocab_size], seen[:, :self.vocab_size]
@@ -69,6 +90,14 @@ class Sampler:
             logits = logits.masked_fill(probabilities < self.min_p * probabilities.amax(-1, keepdim=True),
                                         -torch.inf)
         return logits
+
+
+def finite(logits):
+    """Logits (B, V) as they are; Damaged where a row's largest is NaN or infinite. Others may be -inf."""
+    if not logits.amax(-1).isfinite().all():
+        raise Damaged("the model's logits are not finite: its weights are damaged, or its training has "
+                      "diverged; take another checkpoint")
+    return logits
 
 
 @torch.inference_mode()
@@ -95,6 +124,8 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens))
     step = Step(model, cache, history) if replays(model, idx.device) else None
+    for module in model.modules() if step else ():         # a recorded step may not ask a GPU what it holds
+        getattr(module, "sound", bool)()
     ids = min(V, sampler.vocab_size or V)
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     for _ in range(max_new_tokens):

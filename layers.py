@@ -45,6 +45,20 @@ class Linear(nn.Linear):
         """What inputs are multiplied by, (n_out, n_in)."""
         return self.weight
 
+    def sound(self):
+        """Are all weights finite? Where one is not, a step that leaves rows unread would not show it, and all
+        are read. Looked at once for each change of the weights."""
+        now = self.weight.data_ptr(), self.weight.dtype, self.weight.is_inference() or self.weight._version
+        if self.looked_at[0] != now:
+            self.looked_at = now, kernels.all_finite(self.weight)
+        return self.looked_at[1]
+
+    looked_at = None, None
+
+    def train(self, mode=True):
+        self.looked_at = None, None             # fused optimizers do not raise a weight's version
+        return super().train(mode)
+
     def some(self, x, rows):
         """Of the outputs only the slice `rows`."""
         bias = cast(self.bias, x.dtype)
@@ -166,7 +180,7 @@ class NeuronMajor(Linear):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).t())
 
     def forward(self, a):
-        if kernels.takes_rows(a) or kernels.takes_units(a):
+        if (kernels.takes_rows(a) or kernels.takes_units(a)) and self.sound():
             return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
         return super().forward(a)
 

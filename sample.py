@@ -70,7 +70,7 @@ class SampleConfig:
         require(not (self.trace and (self.speculate or self.chat or self.compile is True)),
                 f"trace={self.trace} watches one token at a time as it is decoded: leave --speculate, --chat "
                 "and --compile out")
-        require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+        decoding.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         for key in ("stop", "enter"):
             require(self.chat or getattr(self, key) == getattr(type(self), key),
                     f"{key}={getattr(self, key)!r} has no effect without chat: type --chat too")

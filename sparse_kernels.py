@@ -30,6 +30,8 @@ from torch.nn import functional as F
 SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #define FETCH(p) __builtin_prefetch(p, 0, 2)     /* into the second-level cache, where more misses can wait */
 #define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
@@ -49,67 +51,94 @@ static inline uint16_t down_bf16(float f) {                     /* to nearest, t
     union { float f; uint32_t u; } c = { f };
     return f != f ? 0x7fc0 : (c.u + 0x7fff + ((c.u >> 16) & 1)) >> 16;
 }
-static inline uint32_t bin(float f) {                           /* rises with f; NaN counts as largest */
+/* rises with f, as torch sorts: -0 is 0, NaN of either sign is above everything */
+static inline uint32_t order(float f) {
     uint32_t u;
+    f += 0.0f;
     memcpy(&u, &f, 4);
-    return (u >> 31 ? ~u : u | 0x80000000u) >> 20;
+    u = u >> 31 ? ~u : u | 0x80000000u;
+    return f != f ? 0xffffffffu : u;
 }
 static inline float up_f32(float v) { return v; }
 static inline float down_f32(float v) { return v; }
 
+/* A buffer of `count` elements: a short one on the stack, whose size no width of a model can change, a long
+   one on the heap. RELEASE gives it back. */
+#define SHORT 512
+#define BUFFER(type, name, count) \
+    type name##_short[SHORT], *name = (count) <= SHORT ? name##_short : heap((count) * sizeof(type))
+#define RELEASE(name) do { if (name != name##_short) free(name); } while (0)
+static void *heap(size_t bytes) {
+    void *memory = malloc(bytes);
+    if (!memory) {
+        fprintf(stderr, "out of memory: a kernel asked for %zu bytes\n", bytes);
+        abort();
+    }
+    return memory;
+}
+
 /* the k-th largest of n, which are reordered: bins by the leading 12 bits, then Hoare's select in one bin */
-static float kth(float *part, long n, long k) {
+static uint32_t kth(uint32_t *part, long n, long k) {
     uint32_t count[4096] = {0};
-    for (long i = 0; i < n; i++) count[bin(part[i])]++;
+    for (long i = 0; i < n; i++) count[part[i] >> 20]++;
     uint32_t b = 4095;
     while (k > count[b]) k -= count[b--];
     long m = 0;
-    for (long i = 0; i < n; i++) if (bin(part[i]) == b) part[m++] = part[i];
+    for (long i = 0; i < n; i++) if (part[i] >> 20 == b) part[m++] = part[i];
     for (long low = 0, high = m - 1, want = k - 1; low < high;) {
-        float pivot = part[(low + high) / 2];
+        uint32_t pivot = part[(low + high) / 2];
         long i = low, j = high;
         while (i <= j) {
             while (part[i] > pivot) i++;
             while (part[j] < pivot) j--;
-            if (i <= j) { float t = part[i]; part[i++] = part[j]; part[j--] = t; }
+            if (i <= j) { uint32_t t = part[i]; part[i++] = part[j]; part[j--] = t; }
         }
         if (want <= j) high = j; else if (want >= i) low = i; else break;
     }
     return part[k - 1];
 }
 
-/* all but the k largest |a| become zero; of equal ones the first stay */
-static void keep_floats(float *a, long n, long k) {
-    float part[n];
-    for (long i = 0; i < n; i++) part[i] = fabsf(a[i]);
-    float edge = kth(part, n, k);
+/* all of a but those of the k largest sizes become zero; of equal ones the first stay */
+static void keep_floats(float *a, const uint32_t *size, long n, long k) {
+    if (k >= n) return;
+    BUFFER(uint32_t, part, n);
+    memcpy(part, size, n * sizeof(uint32_t));
+    uint32_t edge = kth(part, n, k);
     long ties = k;
-    for (long i = 0; i < n; i++) ties -= fabsf(a[i]) > edge;
-    for (long i = 0; i < n; i++) {
-        float size = fabsf(a[i]);
-        if (!(size > edge || (size == edge && ties-- > 0))) a[i] = 0;
-    }
+    for (long i = 0; i < n; i++) ties -= size[i] > edge;
+    for (long i = 0; i < n; i++)
+        if (!(size[i] > edge || (size[i] == edge && ties-- > 0))) a[i] = 0;
+    RELEASE(part);
 }
 
-/* act: 0 squared ReLU, 1 GELU, 2 none */
+/* act: 0 squared ReLU, 1 GELU, 2 none; NaN stays NaN in all */
 static inline float activate(float v, int act) {
-    return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v > 0 ? v * v : 0;
+    return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v < 0 ? 0 : v * v;
+}
+
+/* what activate gives where TYPE would be stored before and behind it; GELU of bf16 from a table */
+static uint16_t gelu_bf16[65536];
+__attribute__((constructor)) static void fill_table(void) {
+    for (long i = 0; i < 65536; i++) gelu_bf16[i] = down_bf16(activate(up_bf16(i), 1));
+}
+static inline float stored_bf16(float v, int act) {
+    v = up_bf16(down_bf16(v));
+    return up_bf16(act == 1 ? gelu_bf16[down_bf16(v)] : down_bf16(activate(v, act)));
 }
 
 /* sine, cosine and tanh without a branch, so that a compiler makes vectors of them; errors below 1e-6 where
-   |z| < 1e4. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
-static inline float half_turn(float z, float turns) {           /* sin(z), turns = half turns to take off */
-    float r = (z - turns * 3.140625f) - turns * 9.67653589793e-4f, q = r * r;
-    float s = r * (1 + q * (-1.66666667e-1f + q * (8.33333333e-3f + q * (-1.98412698e-4f
-              + q * (2.75573192e-6f - q * 2.50521084e-8f)))));
-    int odd = (int)turns & 1;
-    return odd ? -s : s;
+   |z| < FAR. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
+#define FAR 1e4f
+static inline float half_turn(float z) {
+    union { float f; uint32_t u; } t = { z * 0.318309886f + 12582912.0f }, s;   /* half turns, in its bits */
+    float turns = t.f - 12582912.0f, r = (z - turns * 3.140625f) - turns * 9.67653589793e-4f, q = r * r;
+    s.f = r * (1 + q * (-1.66666667e-1f + q * (8.33333333e-3f + q * (-1.98412698e-4f
+          + q * (2.75573192e-6f - q * 2.50521084e-8f)))));
+    s.u ^= t.u << 31;                                           /* an odd number of them turns the sign */
+    return s.f;
 }
-static inline float sine(float z) { return half_turn(z, rintf(z * 0.318309886f)); }
-static inline float cosine(float z) {
-    z += 1.57079633f;
-    return half_turn(z, rintf(z * 0.318309886f));
-}
+static inline float sine(float z) { return half_turn(z); }
+static inline float cosine(float z) { return half_turn(z + 1.57079633f); }
 static inline float tanh_of(float x) {                          /* 1 - 2 / (e^2|x| + 1); Taylor near 0 */
     float a = fabsf(x), y = 2 * (a < 20 ? a : 20), k = rintf(y * 1.44269504f);
     float r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
@@ -119,7 +148,7 @@ static inline float tanh_of(float x) {                          /* 1 - 2 / (e^2|
     float far = 1 - 2 / (e * two.f + 1), q = a * a;
     float near = a * (1 + q * (-3.3333333e-1f + q * (1.3333333e-1f - q * 5.3968254e-2f)));
     float t = a < 0.1f ? near : far;
-    return x < 0 ? -t : t;
+    return x != x ? x : x < 0 ? -t : t;
 }
 
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
@@ -242,7 +271,8 @@ static inline float dot_i8(const int8_t *q, const float *x, long K) {
     }
 #endif
     float s = sum16(a + b);
-    for (; k < K; k++) s += q[k] * x[k];
+    #pragma omp simd reduction(+:s)
+    for (long i = k; i < K; i++) s += q[i] * x[i];
     return s;
 }
 
@@ -263,16 +293,41 @@ EACH_TYPE = r"""
 /* a thread's share of C outputs, whole lines of 32 */
 static inline long share_NAME(long C, int threads) { return ((C + threads - 1) / threads + 31) / 32 * 32; }
 
-/* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N) */
+/* the largest |x| of n that is not NaN */
+static float widest_NAME(const TYPE *x, long n) {
+    float most = 0;
+    #pragma omp simd reduction(max:most)
+    for (long i = 0; i < n; i++) most = fabsf(up_NAME(x[i])) > most ? fabsf(up_NAME(x[i])) : most;
+    return most;
+}
+
+/* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N). Angles beyond FAR go to libm. */
 void osc_NAME(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
               const float *restrict b, TYPE *restrict y, long M, long N, int threads) {
+    float most = widest_f32(w, N), more = widest_f32(phi, N);
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long m = 0; m < M; m++)
+    for (long m = 0; m < M; m++) {
+        int far = most * widest_NAME(x + m * N, N) + more >= FAR;
         #pragma omp simd
         for (long n = 0; n < N; n++) {
-            float v = up_NAME(x[m * N + n]);
-            y[m * N + n] = down_NAME(sine(w[n] * v + phi[n]) * tanh_of(v) + b[n]);
+            float v = up_NAME(x[m * N + n]), z = w[n] * v + phi[n];
+            y[m * N + n] = down_NAME(sine(z) * tanh_of(v) + b[n]);
         }
+        for (long n = 0; far && n < N; n++) {
+            float v = up_NAME(x[m * N + n]), z = w[n] * v + phi[n];
+            if (!(fabsf(z) < FAR)) y[m * N + n] = down_NAME(sinf(z) * tanh_of(v) + b[n]);
+        }
+    }
+}
+
+static inline void osc_slopes_NAME(const TYPE *x, const TYPE *g, TYPE *dx, float w, float phi, float *dw,
+                                   float *dphi, float *db, int far) {
+    float v = up_NAME(*x), up = up_NAME(*g), z = w * v + phi, t = tanh_of(v), s = far ? sinf(z) : sine(z);
+    float slope = up * (far ? cosf(z) : cosine(z)) * t;
+    *dx = down_NAME(slope * w + up * s * (1 - t * t));
+    *dw += slope * v;
+    *dphi += slope;
+    *db += up;
 }
 
 /* Its gradients from g (M, N): dx (M, N); dw, dphi and db (N), which begin at zero */
@@ -280,19 +335,21 @@ void osc_back_NAME(const TYPE *restrict x, const float *restrict w, const float 
                    const TYPE *restrict g, TYPE *restrict dx, float *restrict dw, float *restrict dphi,
                    float *restrict db, long M, long N, int threads) {
     long chunk = share_NAME(N, threads);
+    float most = widest_f32(w, N), more = widest_f32(phi, N);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long from = 0; from < N; from += chunk) {
         long to = N - from < chunk ? N : from + chunk;
-        for (long m = 0; m < M; m++)
-            #pragma omp simd
-            for (long n = from; n < to; n++) {
-                float v = up_NAME(x[m * N + n]), up = up_NAME(g[m * N + n]), z = w[n] * v + phi[n];
-                float t = tanh_of(v), s = sine(z), slope = up * cosine(z) * t;
-                dx[m * N + n] = down_NAME(slope * w[n] + up * s * (1 - t * t));
-                dw[n] += slope * v;
-                dphi[n] += slope;
-                db[n] += up;
-            }
+        for (long m = 0; m < M; m++) {
+            const TYPE *X = x + m * N, *G = g + m * N;
+            TYPE *D = dx + m * N;
+            if (most * widest_NAME(X + from, to - from) + more >= FAR)
+                for (long n = from; n < to; n++)
+                    osc_slopes_NAME(X + n, G + n, D + n, w[n], phi[n], dw + n, dphi + n, db + n, 1);
+            else
+                #pragma omp simd
+                for (long n = from; n < to; n++)
+                    osc_slopes_NAME(X + n, G + n, D + n, w[n], phi[n], dw + n, dphi + n, db + n, 0);
+        }
     }
 }
 
@@ -308,14 +365,32 @@ void matvec_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long M
     }
 }
 
+/* A 2:4 row . x with the products of its zeros, which are NaN where x is not finite */
+static float all24_NAME(const TYPE *v, const uint32_t *meta, const TYPE *x, long K) {
+    float s = 0;
+    for (long k = 0; k < K; k++) {
+        uint32_t pair = meta[k / 32] >> k % 32 / 4 * 4;
+        float w = (pair & 3) == k % 4 ? up_NAME(v[k / 4 * 2]) : 0;
+        w = (pair >> 2 & 3) == k % 4 ? up_NAME(v[k / 4 * 2 + 1]) : w;
+        s += w * up_NAME(x[k]);
+    }
+    return s;
+}
+
 /* The same with 2:4 rows, v (N, K/2 and padding) and meta; y = act(w . x + bias) + onto. act: 2 none,
    0 squared ReLU, 1 GELU. */
 void matvec24_NAME(const TYPE *v, const uint32_t *meta, const TYPE *x, const TYPE *bias, const TYPE *onto,
                    TYPE *y, long M, long N, long K, long words, int act, int threads) {
+    float nothing = 0;                                          /* NaN where some x is not finite */
+    #pragma omp simd reduction(+:nothing)
+    for (long i = 0; i < M * K; i++) nothing += 0 * up_NAME(x[i]);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long n = 0; n < N; n++)
         for (long m = 0; m < M; m++) {
-            float s = dot24_NAME(v + n * words * 16, meta + n * words, x + m * K, K);
+            const TYPE *row = v + n * words * 16;
+            const uint32_t *places = meta + n * words;
+            float s = nothing == 0 ? dot24_NAME(row, places, x + m * K, K)
+                                   : all24_NAME(row, places, x + m * K, K);
             s = activate(s + (bias ? up_NAME(bias[n]) : 0.0f), act);
             y[m * N + n] = down_NAME(s + (onto ? up_NAME(onto[m * N + n]) : 0.0f));
         }
@@ -366,8 +441,9 @@ void copy8_NAME(const TYPE *w, int8_t *q, float *scale, float *error, long N, lo
    read. scale[n] q[n] is w[n] in 8 bits, and |w[n] . x - scale[n] q[n] . x| <= error[n] |x|. Rounding to
    TYPE moves a result by `round` of itself. Returns how many rows were read. */
 long screened_NAME(const int8_t *q, const float *scale, const float *error, const TYPE *w, const TYPE *x,
-                   TYPE *y, float *low, float *high, float round, long N, long K, long k, int threads) {
-    float wide[K], size = 0;
+                   TYPE *y, uint32_t *low, float *high, float round, long N, long K, long k, int threads) {
+    BUFFER(float, wide, K);
+    float size = 0;
     long count = 0;
     for (long i = 0; i < K; i++) {
         wide[i] = up_NAME(x[i]);
@@ -378,23 +454,26 @@ long screened_NAME(const int8_t *q, const float *scale, const float *error, cons
     for (long n = 0; n < N; n++) {
         float about = scale[n] * dot_i8(q + n * K, wide, K), off = error[n] * size;
         off += round * (fabsf(about) + off);
-        low[n] = about - off;
+        low[n] = order(about - off);
         high[n] = about + off;
     }
-    float edge = kth(low, N, k);
+    uint32_t edge = kth(low, N, k < N ? k : N);
     #pragma omp parallel for num_threads(threads) schedule(static) reduction(+:count)
     for (long n = 0; n < N; n++) {
-        int can = !(high[n] < edge);                            /* NaN is read too */
+        int can = order(high[n]) >= edge;                       /* NaN is read too */
         y[n] = can ? down_NAME(dot_NAME(w + n * K, x, K, w + n * K)) : down_NAME(-INFINITY);
         count += can;
     }
+    RELEASE(wide);
     return count;
 }
 
 /* softmax(scale Q . K) V of one query over S keys and values, whose rows lie `ks` and `vs` apart */
 static void query_NAME(const TYPE *Q, const TYPE *K, const TYPE *V, TYPE *y, long S, long D, long ks,
                        long vs) {
-    float scale = 1.0f / sqrtf((float)D), score[S], sums[D], top = -INFINITY, total = 0;
+    float scale = 1.0f / sqrtf((float)D), top = -INFINITY, total = 0;
+    BUFFER(float, score, S);
+    BUFFER(float, sums, D);
     for (long j = 0; j < S; j++) {
         score[j] = scale * dot_NAME(K + j * ks, Q, D, K + j * ks + AHEAD_NAME);
         top = score[j] > top ? score[j] : top;
@@ -407,6 +486,8 @@ static void query_NAME(const TYPE *Q, const TYPE *K, const TYPE *V, TYPE *y, lon
         for (long d = 0; d < D; d++) sums[d] += p * up_NAME(row[d]);
     }
     for (long d = 0; d < D; d++) y[d] = down_NAME(sums[d] / total);
+    RELEASE(score);
+    RELEASE(sums);
 }
 
 /* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
@@ -425,7 +506,8 @@ void attend_NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const lon
    gain; rounded to TYPE where each of these would be stored */
 static void turn_NAME(const TYPE *x, TYPE *y, long D, float eps, const TYPE *cos, const TYPE *sin,
                       float gain) {
-    float square = 0, t[D];
+    float square = 0;
+    BUFFER(float, t, D);
     for (long d = 0; d < D; d++) { t[d] = up_NAME(x[d]); square += t[d] * t[d]; }
     float by = eps < 0 ? 1.0f : 1.0f / sqrtf(square / D + eps);
     for (long d = 0; d < D; d++) t[d] = up_NAME(down_NAME(t[d] * by));
@@ -435,6 +517,7 @@ static void turn_NAME(const TYPE *x, TYPE *y, long D, float eps, const TYPE *cos
                                        + t[d < D / 2 ? d + D / 2 : d - D / 2] * up_NAME(sin[d])));
         y[d] = down_NAME(v * gain);
     }
+    RELEASE(t);
 }
 
 /* A layer's attention for one new token, between its two projections: qkv (3, H, D) -> y (H, D). Keys and
@@ -443,11 +526,13 @@ void attention_one_NAME(const TYPE *qkv, TYPE *kept, const TYPE *cos, const TYPE
                         TYPE *y, long H, long D, long size, long place, long seen, float eps, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long h = 0; h < H; h++) {
-        TYPE q[D], *k = kept + h * size * D, *v = k + H * size * D;
+        BUFFER(TYPE, q, D);
+        TYPE *k = kept + h * size * D, *v = k + H * size * D;
         turn_NAME(qkv + h * D, q, D, eps, cos, sin, gain ? up_NAME(gain[h]) : 1.0f);
         turn_NAME(qkv + (H + h) * D, k + place * D, D, eps, cos, sin, 1.0f);
         memcpy(v + place * D, qkv + (2 * H + h) * D, D * sizeof(TYPE));
         query_NAME(q, k, v, y + h * D, seen, D, D, D);
+        RELEASE(q);
     }
 }
 
@@ -470,13 +555,14 @@ void rows_dot_NAME(const TYPE *w, const TYPE *x, const TYPE *bias, const long *r
 /* sums[c] += sum over live i of by[i] w[rows ? rows[i] : i][from + c], c < width: other rows are not read */
 static void add_rows_NAME(float *sums, const float *by, const TYPE *w, const long *rows, const int *live,
                           long n, long C, long from, long width) {
-    for (long i = 0; i < n; i += 4) {
+    long i = 0;
+    for (; i + 4 <= n; i += 4) {
         const TYPE *row[4], *next[4];
         float b[4];
         for (int l = 0; l < 4; l++) {
-            long j = i + l < n ? live[i + l] : 0, k = i + l + 4 < n ? live[i + l + 4] : live[n - 1];
-            b[l] = i + l < n ? by[j] : 0;
-            row[l] = i + l < n ? w + (rows ? rows[j] : j) * C + from : row[0];
+            long j = live[i + l], k = i + l + 4 < n ? live[i + l + 4] : live[n - 1];
+            b[l] = by[j];
+            row[l] = w + (rows ? rows[j] : j) * C + from;
             next[l] = w + (rows ? rows[k] : k) * C + from;
         }
         long c = 0;
@@ -492,6 +578,10 @@ static void add_rows_NAME(float *sums, const float *by, const TYPE *w, const lon
         for (; c < width; c++)
             for (int l = 0; l < 4; l++) sums[c] += b[l] * up_NAME(row[l][c]);
     }
+    for (; i < n; i++) {
+        const TYPE *row = w + (rows ? rows[live[i]] : live[i]) * C + from;
+        for (long c = 0; c < width; c++) sums[c] += by[live[i]] * up_NAME(row[c]);
+    }
 }
 
 /* y[m] = sum_i a[m, i] w[rows ? rows[i] : i] + bias: rows of zeros in a are never read */
@@ -501,9 +591,10 @@ void rows_sum_NAME(const TYPE *a, const TYPE *w, const TYPE *bias, const long *r
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long from = 0; from < C; from += chunk) {
         long width = C - from < chunk ? C - from : chunk;
+        BUFFER(float, sums, width);
+        BUFFER(float, by, n);
+        BUFFER(int, live, n);
         for (long m = 0; m < M; m++) {
-            float sums[width], by[n];
-            int live[n];
             long count = 0;
             for (long c = 0; c < width; c++) sums[c] = bias ? up_NAME(bias[from + c]) : 0.0f;
             for (long i = 0; i < n; i++) {
@@ -514,17 +605,22 @@ void rows_sum_NAME(const TYPE *a, const TYPE *w, const TYPE *bias, const long *r
             add_rows_NAME(sums, by, w, rows, live, count, C, from, width);
             for (long c = 0; c < width; c++) y[m * C + from + c] = down_NAME(sums[c]);
         }
+        RELEASE(sums);
+        RELEASE(by);
+        RELEASE(live);
     }
 }
 
 /* A whole MLP for one token: of n units, rows[i] or all of them in order, a = act(up . x + up_bias) * scale;
    where keep < n all but the keep largest |a| are zero; y = sum of the live units' rows of down + down_bias.
-   Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
+   Which are largest is decided by what a prompt would store, rounded to TYPE at each step: of many |a| that
+   are equal there the same are kept here. Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
 long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias,
                   const long *rows, const TYPE *scale, TYPE *y, long n, long C, long keep, int act,
                   int threads) {
-    float a[n];
-    int live[n];
+    BUFFER(float, a, n);
+    BUFFER(int, live, n);
+    BUFFER(uint32_t, size, keep < n ? n : 0);
     long count = 0, chunk = share_NAME(C, threads);
     #pragma omp parallel num_threads(threads)
     {
@@ -534,50 +630,74 @@ long mlp_one_NAME(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE
             const TYPE *row = up + r * C, *soon = row + AHEAD_NAME;
             float v = dot_NAME(row, x, C, rows ? row_NAME(up, rows, i + SOON, n, C) : soon)
                     + (up_bias ? up_NAME(up_bias[r]) : 0.0f);
-            a[i] = activate(v, act) * (scale ? up_NAME(scale[i]) : 1.0f);
+            float by = scale ? up_NAME(scale[i]) : 1.0f;
+            float stored = activate(v, act);
+            a[i] = stored * by;
+            if (keep < n && sizeof(TYPE) == 2) stored = stored_bf16(v, act);
+            if (keep < n) size[i] = order(fabsf(up_NAME(down_NAME(stored * by))));
         }
         #pragma omp single
         {
-            if (keep < n) keep_floats(a, n, keep);
+            if (keep < n) keep_floats(a, size, n, keep);
             for (long i = 0; i < n; i++) { live[count] = i; count += a[i] != 0; }
         }
         #pragma omp for schedule(static)
         for (long from = 0; from < C; from += chunk) {
             long width = C - from < chunk ? C - from : chunk;
-            float sums[width];
+            BUFFER(float, sums, width);
             for (long c = 0; c < width; c++) sums[c] = down_bias ? up_NAME(down_bias[from + c]) : 0.0f;
             add_rows_NAME(sums, a, down, rows, live, count, C, from, width);
             for (long c = 0; c < width; c++) y[from + c] = down_NAME(sums[c]);
+            RELEASE(sums);
         }
     }
+    RELEASE(a);
+    RELEASE(live);
+    RELEASE(size);
     return count;
 }
 
-/* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept */
-void keep_largest_NAME(const TYPE *a, TYPE *kept, long M, long n, long k) {
-    for (long m = 0; m < M; m++, a += n, kept += n) {
-        float size[n];
-        for (long i = 0; i < n; i++) size[i] = up_NAME(a[i]);
-        keep_floats(size, n, k);
-        for (long i = 0; i < n; i++) kept[i] = size[i] != 0 ? a[i] : 0;
+/* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept. won, where
+   it is given: 1 at the places of those, 0 elsewhere */
+void keep_largest_NAME(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, long k, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        const TYPE *row = a + m * n;
+        BUFFER(uint32_t, size, n);
+        BUFFER(uint32_t, part, n);
+        for (long i = 0; i < n; i++) part[i] = size[i] = order(fabsf(up_NAME(row[i])));
+        uint32_t edge = k < n ? kth(part, n, k) : 0;
+        long ties = k;
+        for (long i = 0; i < n; i++) ties -= size[i] > edge;
+        for (long i = 0; i < n; i++) {
+            int wins = size[i] > edge || (size[i] == edge && ties-- > 0);
+            kept[m * n + i] = wins ? row[i] : 0;
+            if (won) won[m * n + i] = wins;
+        }
+        RELEASE(size);
+        RELEASE(part);
     }
 }
 
 /* The same through k winning columns of `width` units, of N under lateral inhibition: s = router . x, t_c
-   = s_c - sum_d by[c, d] relu(s_d); the k largest of t + balance win, and sigmoid(t) scales their units. */
+   = s_c - sum_d by[c, d] relu(s_d); the k largest of t + balance win, of equal ones the first, and sigmoid(t)
+   scales their units. */
 long columns_one_NAME(const TYPE *x, const TYPE *router, const float *by, const float *balance,
                       const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
                       long N, long C, long k, long width, long keep, int act, int threads) {
-    float s[N], t[N], key[N];
-    long rows[k * width], put = 0;
-    TYPE gates[k * width];
+    BUFFER(float, s, N);
+    BUFFER(float, t, N);
+    BUFFER(uint32_t, key, N);
+    BUFFER(long, rows, k * width);
+    BUFFER(TYPE, gates, k * width);
+    long put = 0;
     for (long c = 0; c < N; c++)
         s[c] = up_NAME(down_NAME(dot_NAME(router + c * C, x, C, router + c * C + AHEAD_NAME)));
     for (long c = 0; c < N; c++) {
         float inhibited = 0;
-        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * (s[d] > 0 ? s[d] : 0);
+        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * (s[d] < 0 ? 0 : s[d]);
         t[c] = s[c] - inhibited;
-        key[c] = t[c] + balance[c];
+        key[c] = order(t[c] + balance[c]);
     }
     for (long c = 0; c < N && put < k * width; c++) {
         long before = 0;
@@ -588,34 +708,46 @@ long columns_one_NAME(const TYPE *x, const TYPE *router, const float *by, const 
             gates[put] = gate;
         }
     }
-    return mlp_one_NAME(x, up, up_bias, down, down_bias, rows, gates, y, put, C, keep, act, threads);
+    long live = mlp_one_NAME(x, up, up_bias, down, down_bias, rows, gates, y, put, C, keep, act, threads);
+    RELEASE(s);
+    RELEASE(t);
+    RELEASE(key);
+    RELEASE(rows);
+    RELEASE(gates);
+    return live;
 }
 
 /* The same through the k of H units where guess . (sense . x) + bias is largest; of equal ones the first. */
 long predicted_one_NAME(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias,
                         const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
                         long H, long R, long C, long k, long keep, int act, int threads) {
-    TYPE felt[R];
-    float score[H], part[H];
-    long rows[k], put = 0, ties = k;
+    BUFFER(TYPE, felt, R);
+    BUFFER(uint32_t, score, H);
+    BUFFER(uint32_t, part, H);
+    BUFFER(long, rows, k);
+    long put = 0, ties = k;
     for (long r = 0; r < R; r++)
         felt[r] = down_NAME(dot_NAME(sense + r * C, x, C, sense + r * C + AHEAD_NAME));
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < H; i++) {
         float v = dot_NAME(guess + i * R, felt, R, guess + i * R + AHEAD_NAME) + up_NAME(bias[i]);
-        part[i] = score[i] = up_NAME(down_NAME(v));
+        part[i] = score[i] = order(up_NAME(down_NAME(v)));
     }
-    float edge = kth(part, H, k);
+    uint32_t edge = kth(part, H, k);
     for (long i = 0; i < H; i++) ties -= score[i] > edge;
     for (long i = 0; i < H && put < k; i++)
         if (score[i] > edge || (score[i] == edge && ties-- > 0)) rows[put++] = i;
-    return mlp_one_NAME(x, up, up_bias, down, down_bias, rows, 0, y, put, C, keep, act, threads);
+    long live = mlp_one_NAME(x, up, up_bias, down, down_bias, rows, 0, y, put, C, keep, act, threads);
+    RELEASE(felt);
+    RELEASE(score);
+    RELEASE(part);
+    RELEASE(rows);
+    return live;
 }
 """
 for kind, name in (("float", "f32"), ("uint16_t", "bf16")):
     SOURCE += EACH_TYPE.replace("TYPE", kind).replace("NAME", name)
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-LONGEST = 65536                                  # keys whose scores fit a thread's stack
 
 
 @functools.cache
@@ -650,7 +782,7 @@ def cpu_library():
         screened.argtypes = [pointer] * 8 + [ctypes.c_float] + [number] * 3 + [ctypes.c_int]
         screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
-        getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 2 + [number] * 3
+        getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
         for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
             one = getattr(library, f"{kernel}_one_{name}")
             one.argtypes, one.restype = [pointer] * pointers + [number] * numbers + [ctypes.c_int] * 2, number
@@ -815,7 +947,7 @@ def screened(x, weight, copy, k):
     """As the reference, where more may stay than the k largest, with the values that `matvec` gives. copy:
     copy_in_8_bits of more rows, or the same; for x of `takes_matvec`."""
     (N, K), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
-    low, high = (torch.empty(N) for _ in range(2))
+    low, high = torch.empty(N, dtype=torch.int32), torch.empty(N)
     kernel = getattr(cpu_library()[0], "screened_" + NAMES[x.dtype])
     read = kernel(*map(pointer, (*copy, weight, x, y, low, high)), ROUND[x.dtype], N, K, k,
                   torch.get_num_threads())
@@ -882,6 +1014,11 @@ def has_kernel(*tensors):
             and all(t.is_contiguous() and t.dtype == dtype for t in tensors))
 
 
+def all_finite(tensor):
+    """Is no element NaN or infinite? In one pass."""
+    return all(end.isfinite().item() for end in torch.aminmax(tensor.detach()))
+
+
 def pointer(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -932,20 +1069,58 @@ def rows_sum(a, weight, bias, rows=None):
     return y
 
 
+# The one rule of which are largest, here and in C: exactly k; of equal ones the lowest places; NaN is larger
+# than everything. torch.topk's choice among equal ones depends on the shape and the device.
+
+def first_largest(scores, k):
+    """scores (..., n) -> the places (..., k) of the k largest, the largest first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def among_largest(scores, k):
+    """The same as bool (..., n), without sorting: for many rows of many units."""
+    n = scores.size(-1)
+    if not 0 < k < n:
+        return torch.full_like(scores, k > 0, dtype=torch.bool)
+    edge = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
+    above, equal = scores > edge, scores == edge
+    if_number, if_nan = edge == edge, scores != scores
+    above, equal = above | if_nan & if_number, equal | if_nan & ~if_number
+    return above | equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True))
+
+
 def keep_largest_reference(a, k):
     """a (..., n) -> the same with all but the k largest |a| of each token at zero."""
-    winners = a.abs().topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(a).scatter(-1, winners, a.gather(-1, winners))
+    return torch.where(among_largest(a.detach().abs(), k), a, 0)
 
 
 def keep_largest(a, k):
-    """As the reference; for a few tokens in a decode step on a CPU in one pass, of equal ones the first."""
-    if not (takes_rows(a) and has_kernel(a) and a.size(-1) <= LONGEST):
+    """As the reference; on a CPU in one pass, forward and backward."""
+    if not a.is_cpu or torch.compiler.is_compiling() or a.numel() == 0 or not has_kernel(a):
         return keep_largest_reference(a, k)
+    return run_keep_largest(a, k) if takes_rows(a) else KeepLargest.apply(a, k)
+
+
+def run_keep_largest(a, k, won=None):
+    """Call the C kernel; won: bool of a's shape to be filled, or None."""
     kept, n = torch.empty_like(a), a.size(-1)
     kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), kept.data_ptr(), a.numel() // n, n, k)
+    kernel(a.data_ptr(), kept.data_ptr(), pointer(won), a.numel() // n, n, k, torch.get_num_threads())
     return kept
+
+
+class KeepLargest(torch.autograd.Function):
+    """keep_largest by the C kernel; its gradient is that of the places that won."""
+
+    @staticmethod
+    def forward(ctx, a, k):
+        won = torch.empty_like(a, dtype=torch.bool)
+        ctx.save_for_backward(won)
+        return run_keep_largest(a, k, won)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(*ctx.saved_tensors, grad, 0), None
 
 
 # ------------------------------------------------ oscillating units ---------------------------------------
@@ -1005,12 +1180,12 @@ SLOPES = {"relu2": lambda grad, v: grad * 2 * F.relu(v), "gelu": torch.ops.aten.
 
 
 def two_of_four(sizes):
-    """sizes (..., 4 * n) -> bool of that shape: the two largest of every four, of equal ones the first."""
+    """sizes (..., 4 * n) -> bool of that shape: the two largest of every four (the rule of first_largest)."""
     require_fours(sizes.size(-1))
     part = sizes.unflatten(-1, (-1, 4)).unbind(-1)
     beaten = [0, 0, 0, 0]                        # by how many of its neighbours each is
     for i, j in itertools.combinations(range(4), 2):
-        first = part[i] >= part[j]
+        first = (part[i] >= part[j]) | (part[i] != part[i])
         beaten[i], beaten[j] = beaten[i] + ~first, beaten[j] + first
     return torch.stack([count < 2 for count in beaten], dim=-1).flatten(-2)
 
@@ -1022,7 +1197,7 @@ def require_fours(K):
 
 def prune_24(weight):
     """(..., K) -> the same with the smaller two of every four consecutive weights at zero."""
-    return weight * two_of_four(weight.abs())
+    return torch.where(two_of_four(weight.abs()), weight, 0)
 
 
 def pack_24(weight):
@@ -1033,7 +1208,7 @@ def pack_24(weight):
     """
     N, K = weight.shape
     kept = two_of_four(weight.abs()).unflatten(-1, (-1, 4))
-    if (weight.unflatten(-1, (-1, 4)) * ~kept).any():
+    if (weight.unflatten(-1, (-1, 4))[~kept] != 0).any():
         raise ValueError("pack_24: some four weights hold more than two that are not zero: prune_24 first")
     at = torch.where(kept, torch.arange(4, device=weight.device), 4).sort(dim=-1).values[..., :2]
     values = weight.unflatten(-1, (-1, 4)).gather(-1, at).flatten(-2)
@@ -1385,7 +1560,7 @@ def takes_mlp(x, up, down):
     """Is this, of `takes_rows`, one token through an MLP's up, down (H, C) that the kernels below read: one
     dtype, all contiguous, C kernels built?"""
     return (x.numel() == x.size(-1) and x.dtype == up.dtype == down.dtype and x.dtype in NAMES
-            and x.is_contiguous() and up.is_contiguous() and down.is_contiguous() and len(up) <= LONGEST
+            and x.is_contiguous() and up.is_contiguous() and down.is_contiguous()
             and cpu_library()[0] is not None)
 
 
@@ -1412,7 +1587,7 @@ def columns_one_reference(x, router, by, balance, up, up_bias, down, down_bias, 
     d's activity takes from c), balance (N,) fp32. The units of the k winners, scaled by their gates."""
     s = F.linear(x.flatten(), router).float()
     s = s - by @ F.relu(s)
-    columns = (s + balance).topk(k, sorted=False).indices.sort().values
+    columns = first_largest(s + balance, k).sort().values
     width = len(up) // len(router)
     rows = (columns[:, None] * width + torch.arange(width)).flatten()
     scale = s[columns].sigmoid().to(x.dtype).repeat_interleave(width)
@@ -1433,12 +1608,12 @@ def predicted_one_reference(x, sense, guess, bias, up, up_bias, down, down_bias,
     """One token x (..., C) through the k units of an MLP where guess (sense x) + bias, (H,), is largest;
     sense (R, C), guess (H, R)."""
     scores = F.linear(F.linear(x.flatten(), sense), guess, bias)
-    rows = scores.topk(k, sorted=False).indices.sort().values
+    rows = first_largest(scores, k).sort().values
     return mlp_one_reference(x, up, up_bias, down, down_bias, act, keep, rows)
 
 
 def predicted_one(x, sense, guess, bias, up, up_bias, down, down_bias, act, k, keep=None):
-    """As the reference, in one call; of equal scores the first win."""
+    """As the reference, in one call."""
     if tally is not None:
         tally.add(1, *sense.shape, sense)
         tally.add(1, *guess.shape, guess)
@@ -1466,9 +1641,10 @@ def run_mlp(kernel, x, weights, units, n, sizes, act, keep):
 
 def attend_one_reference(q, k, v, heads=None):
     """q (B, H, 1, D), k, v (B, H or more, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v; query h looks at
-    keys and values of head heads[h], (H,) int64, or h."""
+    keys and values of head heads[h], (H,) int64, or h. Not torch's operator, whose answer on a CPU to scores
+    that are all NaN is 0."""
     k, v = (t if heads is None else t[:, heads] for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.size(-1) ** -0.5 @ k.mT).softmax(-1) @ v
 
 
 def attend_one(q, k, v, heads=None):
@@ -1490,7 +1666,7 @@ def takes_attend_one(q, k, v, mask):
     """Is this attention that `attend_one` computes: one query per head, no mask, a CPU, inference mode?"""
     return (inferring() and q.size(2) == 1 and mask is None and q.device.type == "cpu"
             and q.dtype == k.dtype and q.dtype in NAMES and q.stride(3) == k.stride(3) == v.stride(3) == 1
-            and k.size(2) <= LONGEST and cpu_library()[0] is not None)
+            and cpu_library()[0] is not None)
 
 
 def attention_one_reference(flat, kept, place, seen, rotation=None, eps=None, gain=None):
@@ -1531,5 +1707,5 @@ def takes_attention(flat, kept, others):
     dtype = flat.dtype
     return (inferring() and kept.device.type == "cpu" and dtype in NAMES and kept.dtype == dtype
             and flat.numel() == 3 * kept.size(2) * kept.size(4) and flat.is_contiguous()
-            and kept.is_contiguous() and kept.size(3) <= LONGEST and cpu_library()[0] is not None
+            and kept.is_contiguous() and cpu_library()[0] is not None
             and all(t.dtype == dtype and t.is_contiguous() for t in others if t is not None))

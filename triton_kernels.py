@@ -19,9 +19,9 @@ SHARED_MEMORY = 101376                           # bytes of a program on sm_86, 
 
 @triton.jit
 def activate(y, ACT: tl.constexpr):
-    """none, relu2 or gelu (exact) of fp32."""
+    """none, relu2 or gelu (exact) of fp32. relu2 is not a maximum, which would drop NaN."""
     if ACT == "relu2":
-        y = tl.maximum(y, 0.0)
+        y = tl.where(y < 0.0, 0.0, y)
         y = y * y
     if ACT == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
@@ -68,24 +68,49 @@ def kept(values, meta, row, word, words, HALF: tl.constexpr):
 
 
 @triton.jit
+def spread(one, two, low, high):
+    """Kept weights and their places -> the weights 0..3 of each four."""
+    return (tl.where(one == 0, low, 0.0),
+            tl.where(one == 1, low, 0.0) + tl.where(two == 1, high, 0.0),
+            tl.where(one == 2, low, 0.0) + tl.where(two == 2, high, 0.0),
+            tl.where(two == 3, high, 0.0))
+
+
+@triton.jit
+def quads(x, k, K, HALF: tl.constexpr):
+    """The k-th fours of a row of x in fp32."""
+    quad = tl.load(x + k, mask=k < K // 4, other=0)[None]
+    x0, x1 = halves(quad.to(tl.int32), HALF)
+    x2, x3 = halves((quad >> 32).to(tl.int32), HALF)
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def gemv_24(x, values, meta, bias, onto, out, M, N, K, words, HALF: tl.constexpr, ACT: tl.constexpr,
             BIAS: tl.constexpr, ONTO: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
     """y[m, BN outputs] = act(W x[m] + bias) + onto; x holds four elements in an int64. A thread owns the last
-    axis: 8 fours, one word of places and 32 bytes of values, which arrive in two 16-byte loads."""
+    axis: 8 fours, one word of places and 32 bytes of values, which arrive in two 16-byte loads. Where x is
+    not finite the products of pruned weights count too: they are NaN."""
     m = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     word, four = tl.arange(0, BW), tl.arange(0, 8)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * words
-    sums = tl.zeros((BN, BW, 8), tl.float32)
+    sums, nothing = tl.zeros((BN, BW, 8), tl.float32), tl.zeros((1, BW, 8), tl.float32)
     for first in range(0, words, BW):
         at = first + word
         one, two, low, high = kept(values, meta, row, at, words, HALF)
-        k = at[:, None] * 8 + four[None, :]
-        quad = tl.load(x + m * (K // 4) + k, mask=k < K // 4, other=0)[None]
-        x0, x1 = halves(quad.to(tl.int32), HALF)
-        x2, x3 = halves((quad >> 32).to(tl.int32), HALF)
+        x0, x1, x2, x3 = quads(x + m * (K // 4), at[:, None] * 8 + four[None, :], K, HALF)
+        nothing += (x0 + x1 + x2 + x3) * 0.0
         sums += low * tl.where(one == 0, x0, tl.where(one == 1, x1, x2))
         sums += high * tl.where(two == 1, x1, tl.where(two == 2, x2, x3))
+    if tl.sum(tl.sum(tl.sum(nothing, axis=2), axis=1), axis=0) != 0.0:
+        sums = tl.zeros((BN, BW, 8), tl.float32)
+        for first in range(0, words, BW):
+            at = first + word
+            one, two, low, high = kept(values, meta, row, at, words, HALF)
+            w0, w1, w2, w3 = spread(one, two, low, high)
+            x0, x1, x2, x3 = quads(x + m * (K // 4), at[:, None] * 8 + four[None, :], K, HALF)
+            sums += w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
     y = tl.sum(tl.sum(sums, axis=2), axis=1)
     finish(y, bias, onto, out, tl.minimum(n, N - 1), m * N + n, n < N, ACT, BIAS, ONTO)
 
@@ -104,10 +129,7 @@ def gemm_24(x, values, meta, bias, onto, out, M, N, K, words, HALF: tl.constexpr
     for first in range(0, words, BW):
         at = first + word
         one, two, low, high = kept(values, meta, row, at, words, HALF)
-        w0 = tl.where(one == 0, low, 0.0)
-        w1 = tl.where(one == 1, low, 0.0) + tl.where(two == 1, high, 0.0)
-        w2 = tl.where(one == 2, low, 0.0) + tl.where(two == 2, high, 0.0)
-        w3 = tl.where(two == 3, high, 0.0)
+        w0, w1, w2, w3 = spread(one, two, low, high)
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BN, BW * 32)      # in the order 0, 1, 2, 3
         k = first * 32 + tl.arange(0, BW * 32)
         part = tl.load(x + m[None, :] * K + k[:, None], mask=(m[None, :] < M) & (k[:, None] < K), other=0.0)
@@ -218,8 +240,8 @@ def linear_24(x, values, meta, bias, onto, act):
     flags = dict(HALF=HALVES[x.dtype], ACT=act, BIAS=bias is not None, ONTO=onto is not None)
     if M <= GEMV_ROWS:
         tile = gemv_tile(N, processors(x.device))
-        quads = (x if x.data_ptr() % 16 == 0 else x.clone()).view(torch.int64)
-        gemv_24[(triton.cdiv(N, tile["BN"]), M)](quads, *arguments, **flags, **tile)
+        fours = (x if x.data_ptr() % 16 == 0 else x.clone()).view(torch.int64)
+        gemv_24[(triton.cdiv(N, tile["BN"]), M)](fours, *arguments, **flags, **tile)
     else:
         tile = next(tile for tile in GEMM_TILES if tile["BM"] >= min(M, MOST_ROWS))
         grid = (triton.cdiv(N, tile["BN"]), triton.cdiv(M, tile["BM"]))

@@ -3,12 +3,14 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import LIMIT, ONE_THREAD, ROOT, Job, Trainer, one_sentence, words
 
 import chat
@@ -310,3 +312,21 @@ def test_a_chat_reads_the_end_of_text_as_sample_does(pairs):
 def test_bytes_and_characters_have_no_special_tokens(finished, special):
     found = prompt_ids(finished, start=END_OF_TEXT, num_samples=1, special=special)
     assert found == list(END_OF_TEXT.encode())
+
+
+@pytest.mark.parametrize("chat_too", [False, True])
+def test_a_damaged_model_ends_with_a_sentence(korean, tmp_path, chat_too):
+    """NaN in one weight: status 2, no traceback, no text that means nothing; with --chat too."""
+    folder = tmp_path / "out"
+    shutil.copytree(korean.folder / "out", folder)
+    (folder / "manifest.json").unlink()          # as if it had been saved so
+    for path in folder.glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        saved["model"]["transformer.h.0.mlp.c_fc.weight"][3, 3] = torch.nan
+        torch.save(saved, path)
+    if chat_too:
+        done = piped(korean, "동해\n", status=2, name="damaged", out_dir=folder)
+    else:
+        done = Job("sample.py", words(**keys_of(korean, out_dir=folder, start="동해")), korean.folder,
+                   name="damaged").wait()
+    assert done.status == 2 and "Traceback" not in done.err and "not finite" in done.err.splitlines()[-1]

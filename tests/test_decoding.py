@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bio_modules
@@ -13,6 +14,7 @@ import optimizers
 import sparse_kernels as kernels
 from configurator import ConfigError
 from context import Cache, CachedContext
+from layers import settle
 from model import GPT
 
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
@@ -244,11 +246,116 @@ def test_prefill_can_continue_a_cache(arm):
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0.0), dict(min_p=2.0),
-                                 dict(repetition_penalty=0.0)])
+@pytest.mark.parametrize("bad", [
+    dict(temperature=-1), dict(temperature=1e-40), dict(temperature=float("nan")),
+    dict(temperature=float("inf")), dict(top_p=0.0), dict(top_p=float("nan")), dict(top_p=-0.5),
+    dict(min_p=2.0), dict(min_p=float("nan")), dict(top_k=-1), dict(top_k=2.5), dict(top_k=float("nan")),
+    dict(repetition_penalty=0.0), dict(repetition_penalty=-1.0), dict(repetition_penalty=float("nan")),
+    dict(repetition_penalty=float("inf")), dict(repetition_penalty=1e-40), dict(vocab_size=0)], ids=str)
 def test_bad_sampling_settings_are_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         decoding.Sampler(**bad)
+    if "vocab_size" not in bad:
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            build({}).generate(tokens(1, 4), 2, **bad)
+
+
+@pytest.mark.parametrize("good", [dict(temperature=0), dict(temperature=1e-6), dict(top_k=0),
+                                  dict(top_k=None), dict(top_k=1000), dict(min_p=1.0), dict(top_p=1e-45),
+                                  dict(repetition_penalty=1000), dict(temperature=1e6)], ids=str)
+def test_the_ends_of_what_sampling_settings_may_be_draw_ids(good):
+    assert build({}, std=0.2).generate(tokens(2, 4), 5, **good).lt(31).all()
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(top_k=1), dict(), dict(top_k=3), dict(top_p=0.9),
+                                 dict(min_p=0.1), dict(repetition_penalty=1.5)], ids=str)
+def test_logits_that_are_not_finite_are_one_sentence(how):
+    """In any row and at any id; what a screened head has not computed is -inf and fine."""
+    sampler, seen = decoding.Sampler(**how), torch.zeros(3, 5, dtype=torch.bool)
+    for bad in (torch.nan, torch.inf):
+        for row, column in ((0, 0), (1, 3), (2, 4)):
+            logits = torch.zeros(3, 5)
+            logits[row, column] = bad
+            for ask in (sampler, sampler.probabilities):
+                with pytest.raises(ConfigError, match="not finite"):
+                    ask(logits, seen)
+    logits = torch.full((3, 5), -torch.inf)
+    with pytest.raises(ConfigError, match="not finite"):
+        sampler(logits, seen)
+    logits[:, 2] = 1.0
+    assert sampler(logits, seen).flatten().tolist() == [2, 2, 2]
+    model = build({}, std=0.2)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[3, 3] = torch.nan
+    with pytest.raises(ConfigError, match="not finite"):
+        model.generate(tokens(2, 4), 3, **how)
+
+
+def logits_both_ways(model, idx):
+    """Logits (B, T, V) behind each token: of the text up to there in plain torch, and of decode steps of one
+    token each by the kernels."""
+    T, cache = idx.size(1), Cache(model, len(idx), idx.size(1))
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():        # the fused one answers NaN queries with 0
+        plain = [model(idx[:, :t + 1])[0] for t in range(T)]
+    with torch.inference_mode():
+        steps = [model.head(model.trunk(idx[:, t:t + 1], CachedContext(cache, t, 1, idx))) for t in range(T)]
+    return torch.cat(plain, dim=1), torch.cat(steps, dim=1)
+
+
+DAMAGED = ARMS | {"predict, by policy": ARMS["predict"] | dict(policy=True),
+                  "relu2+topk": ARMS["relu2"] | ARMS["topk"],
+                  "relu2+columns": ARMS["relu2"] | ARMS["columns"],
+                  "relu2+experts": ARMS["relu2"] | ARMS["experts"],
+                  "columns+topk": ARMS["columns"] | ARMS["topk"],
+                  "dendrites+relu2": ARMS["relu2"] | ARMS["dendrites"],
+                  "packed": ARMS["two_of_four"] | dict(settled=True),
+                  "packed+relu2": ARMS["two_of_four"] | ARMS["relu2"] | dict(settled=True)}
+
+
+@pytest.mark.parametrize("arm", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_decode_step_hides_no_damaged_weight_that_plain_torch_shows(arm, case):
+    """NaN in one weight of each parameter in turn: NaN logits at the same positions of the same rows."""
+    model = build({k: v for k, v in arm.items() if k not in ("policy", "settled")}, std=0.2)
+    model.use_policy("policy" in arm)
+    if "settled" in arm:
+        settle(model)
+    idx = tokens(1, 7)
+    spoilt = [*model.parameters(), *(b for name, b in model.named_buffers() if name.endswith("values"))]
+    for number, p in enumerate(spoilt):
+        place = torch.unravel_index(torch.tensor(number * 7919 % p.numel()), p.shape)
+        with torch.no_grad():
+            whole = p[place].clone()
+            p[place] = torch.nan
+        plain, steps = logits_both_ways(model, idx)
+        assert torch.equal(plain.isnan().any(-1), steps.isnan().any(-1)), (number, p.shape, place)
+        with torch.no_grad():
+            p[place] = whole
+        case()
+    plain, steps = logits_both_ways(model, idx)
+    assert plain.isfinite().all() and steps.isfinite().all()
+
+
+CHOOSING = {"topk": {}, "winners": {}, "columns": {}, "experts": {}, "predict": dict(policy=True),
+            "dendrites": {}, "attn_topk": {}, "relu2+topk": {}, "columns+topk": {}, "two_of_four": {}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_decode_step_breaks_ties_as_the_prompt_does(name, dtype):
+    """Where all units, columns, experts, branches or inputs are equal, the same ones are chosen."""
+    model = build((ARMS | DAMAGED)[name], std=0.2).use_policy("policy" in CHOOSING[name])
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if any(part in key for part in ("c_fc", "router", "guess", "balance", "inhibition")):
+                p.fill_(0.5 if key.endswith("c_fc.bias") else 0.0)
+            if name == "attn_topk" and ".ln_1." in key:
+                p.fill_(0.5 if key.endswith("bias") else 0.0)
+            if name == "two_of_four" and p.dim() == 2:
+                p.copy_(p.sign() * 0.25)
+    model.to(dtype)
+    plain, steps = logits_both_ways(model, tokens(1, 11))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    torch.testing.assert_close(steps, plain, atol=tolerance, rtol=0)
 
 
 def test_bad_prompts_are_named():

@@ -1,6 +1,7 @@
 """Every kernel equals its reference over many shapes; whatever it does not take goes the library's way."""
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -370,3 +371,220 @@ def test_sine_and_tanh_are_exact_to_a_millionth():
     found = kernels.osc(x[:, None].contiguous(), one, zero, zero)[:, 0]
     exact = torch.sin(x.double()) * torch.tanh(x.double())
     assert (found - exact).abs().max() < (2e-5 if kernels.cpu_library()[0] is None else 2e-6)
+
+
+# -------------------------------------------------- NaN, infinity, ties, width ------------------------------
+
+def like(found, exact, tolerance, name=""):
+    """NaN and infinities at the same places, the rest close."""
+    found, exact = found.float(), exact.float()
+    for where in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(where(found), where(exact)), (name, found, exact)
+    torch.testing.assert_close(found, exact, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def osc_and_its_gradients(run, *inputs):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    y = run(*leaves)
+    y.backward(torch.ones_like(y))
+    return torch.cat([y.detach().flatten().float(), *(t.grad.flatten().float() for t in leaves)])
+
+
+def attention_and_what_is_kept(run, flat, kept, cos, sin, gain, place=3, eps=EPS):
+    """The answer behind the keys and values that were written."""
+    kept = kept.clone()
+    y = run(flat, kept, place, 5, (cos, sin), eps, gain)
+    return torch.cat((y.flatten(), kept.flatten()))
+
+
+def packed(weight):
+    return kernels.pack_24(kernels.prune_24(weight))
+
+
+def operations(dtype):
+    """{op: (its arguments, kernel, reference)}: each of the arguments is spoilt in turn."""
+    H, C, N = 9, 68, 4
+    n = functools.partial(normal, dtype=dtype)
+    x, up, down = n(1, 1, C), n(H, C, seed=1), n(H, C, seed=2)
+    bias, out_bias, rows = n(H, seed=3), n(C, seed=4), torch.tensor([0, 2, 5, 8])
+    scale, mlp = n(4, seed=5), (up, bias, down, out_bias)
+    router, by = n(N, C, seed=6), normal(N, N, seed=7).abs() * (1 - torch.eye(N))
+    a = F.relu(n(1, 1, H, seed=8))
+    q, k, v = n(1, 2, 1, 8), n(1, 2, 6, 8, seed=1), n(1, 2, 6, 8, seed=2)
+    flat, kept, cos, sin, gain = n(1, 1, 48), n(2, 1, 2, 6, 8), n(1, 1, 8), n(1, 1, 8, seed=1), n(2)
+    values, meta = packed(n(H, C, seed=1))
+
+    def both(name):
+        return getattr(kernels, name), getattr(kernels, name + "_reference")
+
+    def with_(function, *more):
+        return tuple(lambda *given, run=run: run(*given, *more) for run in function)
+
+    found = {
+        "matvec": ((x, up, bias), *both("matvec")),
+        "rows_dot": ((x, up, bias), *with_(both("rows_dot"), rows)),
+        "rows_sum": ((a, down, out_bias), *both("rows_sum")),
+        "rows_sum of some": ((a[..., :4].contiguous(), down, out_bias), *with_(both("rows_sum"), rows)),
+        "keep_largest": ((n(1, 1, C),), *with_(both("keep_largest"), 7)),
+        "attend_one": ((q, k, v), *both("attend_one")),
+        "attention_one": ((flat, kept, cos, sin, gain), *(functools.partial(attention_and_what_is_kept, run)
+                                                          for run in both("attention_one"))),
+        "osc": ((n(3, 5), normal(5), normal(5, seed=1), normal(5, seed=2)),
+                *(functools.partial(osc_and_its_gradients, run) for run in both("osc"))),
+    }
+    for act in ("relu2", "gelu"):
+        for keep in (None, 3):
+            found[f"mlp_one {act} {keep}"] = (x, *mlp), *with_(both("mlp_one"), act, keep)
+        found[f"mlp_one {act} of some"] = (x, *mlp, scale), *(
+            lambda *given, run=run, act=act: run(*given[:5], act, 2, rows, given[5])
+            for run in both("mlp_one"))
+        found[f"columns_one {act}"] = ((x, router, by, normal(N), *(w[:8] for w in mlp[:3]), out_bias),
+                                       *with_(both("columns_one"), act, 2))
+        found[f"predicted_one {act}"] = ((x, n(3, C), n(H, 3), bias, *mlp),
+                                         *with_(both("predicted_one"), act, 5, 3))
+        found[f"linear_24 {act}"] = ((n(2, C), values, bias, n(2, H, seed=1)), *(
+            lambda x, values, bias, onto, run=run, act=act: run(x, values, meta, bias, onto, act)
+            for run in (kernels.linear_24_cpu, kernels.linear_24_reference)))
+    return found
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=str)
+def test_nan_and_infinity_come_out_of_every_kernel_as_of_its_reference(bad, dtype, case):
+    """One bad number at three places of each input in turn; NaN, inf and -inf stand where torch has them."""
+    for name, (inputs, kernel, reference) in operations(dtype).items():
+        for spoilt, tensor in enumerate(inputs):
+            for place in {0, tensor.numel() // 2, tensor.numel() - 1}:
+                given = [t.clone() for t in inputs]
+                given[spoilt].view(-1)[place] = bad
+                wide = given if dtype == torch.float32 else [t.float() for t in given]
+                if name.startswith("linear_24") and dtype == torch.bfloat16:
+                    wide = given                 # packed values are read as what they are
+                with torch.inference_mode(name != "osc"):
+                    like(kernel(*given), reference(*wide), TOLERANCE[dtype] * 30, (name, spoilt, place, bad))
+                case()
+
+
+@built
+def test_angles_that_the_fast_sine_cannot_turn_come_out_as_in_torch():
+    x = torch.tensor([[1e3, 1e5, -3e7, 1e30, -3e38, 0.5]])
+    ones, zeros = torch.ones(6), torch.zeros(6)
+    for run in (lambda f, *given: f(*given), osc_and_its_gradients):
+        found, exact = (run(f, x, ones, zeros, zeros) for f in (kernels.osc, kernels.osc_reference))
+        torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_among_equal_ones_the_lowest_places_win_and_exactly_k():
+    """The rule in words, against its two implementations: NaN above infinity, -0 equal to 0."""
+    pool = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 0.5])
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for k in range(9):
+            scores = pool[torch.randint(len(pool), (200, 8), generator=generator)].to(dtype)
+            def rank(i, row):
+                return (not math.isnan(row[i]), 0.0 if math.isnan(row[i]) else -row[i], i)
+            right = torch.zeros(200, 8, dtype=torch.bool)
+            for line, row in enumerate(scores.tolist()):
+                right[line, sorted(range(8), key=lambda i, row=row: rank(i, row))[:k]] = True
+            assert torch.equal(kernels.among_largest(scores, k), right)
+            assert torch.equal(torch.zeros_like(right).scatter(-1, kernels.first_largest(scores, k), True),
+                               right)
+
+
+POOLS = {"bf16 steps": lambda g, n: torch.randn(n, generator=g).bfloat16().float(),
+         "few values": lambda g, n: torch.randint(-2, 3, (n,), generator=g).float(),
+         "all equal": lambda g, n: torch.full((n,), 0.5), "zeros": lambda g, n: torch.zeros(n),
+         "signs": lambda g, n: torch.randint(0, 2, (n,), generator=g).float() * 2 - 1,
+         "NaN": lambda g, n: torch.randint(0, 3, (n,), generator=g).float() / 0.0 * 0 + 1,
+         "NaN and infinity": lambda g, n: torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])[
+             torch.randint(4, (n,), generator=g)]}
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS.keys())
+def test_ties_are_broken_alike_in_the_reference_in_c_and_in_the_gradient(pool, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 4, 7, 64, 1000):
+        for k in {1, max(1, n // 4), max(1, n - 1), n}:
+            a = torch.stack([pool(generator, n) for _ in range(3)]).to(dtype)[:, None]
+            right = kernels.keep_largest_reference(a, k)
+            assert (right != 0).sum(-1).max() <= k
+            with torch.inference_mode():
+                found = kernels.keep_largest(a.clone(), k)
+            assert torch.equal(found.nan_to_num(7.0), right.nan_to_num(7.0))
+            leaf = a.clone().requires_grad_()
+            kernels.keep_largest(leaf, k).backward(torch.ones_like(a))
+            places = torch.zeros_like(a).scatter(-1, kernels.first_largest(a.abs(), k), 1.0)
+            assert torch.equal(leaf.grad, places)
+
+
+@built
+@dtypes
+def test_a_token_through_an_mlp_of_ties_equals_the_reference(dtype):
+    """Small whole numbers, whose sums are exact: many |a| are equal, and their rows of down are not."""
+    for seed in range(40):
+        H, C = (8, 33, 100)[seed % 3], 16
+        generator = torch.Generator().manual_seed(seed)
+        x, up, guess = (torch.randint(-1, 2, shape, generator=generator).to(dtype)
+                        for shape in ((1, 1, C), (H, C), (H, 4)))
+        down, k = normal(H, C, dtype=dtype, seed=seed), 1 + seed % (H - 1)
+        for act in ("relu2", "gelu"):
+            same("mlp_one", x, up, None, down, None, act, k)
+            same("mlp_one", x, up, None, down, None, act, 2, torch.arange(0, H, 2),
+                 torch.ones(len(range(0, H, 2)), dtype=dtype))
+            zeros, N = torch.zeros(H, dtype=dtype), H // 8 * 8 // 4
+            same("predicted_one", x, up[:4], guess, zeros, up, None, down, None, act, k, max(1, k // 2))
+            same("columns_one", x, guess.new_zeros(N, C), torch.zeros(N, N), torch.zeros(N), up[:N * 4], None,
+                 down[:N * 4], None, act, 1 + seed % N)
+
+
+def test_the_prompt_in_bf16_keeps_the_units_that_a_decode_step_keeps():
+    """Whose |a| differ in fp32 alone: rounded to bf16 they are equal, and the first stay in both."""
+    x, H = torch.ones(1, 1, 4, dtype=torch.bfloat16), 8
+    up = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(H, 1)
+    up[:, 3] = torch.arange(H) / 1024            # 3 + i / 1024, all of which is 3 in bf16
+    up, down = up.bfloat16(), torch.eye(H, 4).bfloat16()
+    a = kernels.keep_largest(F.gelu(F.linear(x, up)), 2)
+    with torch.inference_mode():
+        found = kernels.mlp_one(x, up, None, down, None, "gelu", 2)
+    assert (a != 0).nonzero()[:, -1].tolist() == [0, 1] == (found != 0).nonzero()[:, -1].tolist()
+
+
+WIDE = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests']
+import torch
+from arms import build, tokens
+import sparse_kernels as kernels
+WIDE, tiny = 1_200_000, dict(n_layer=1, n_embd=4, n_head=1, block_size=4, vocab_size=5)
+for arm in (dict(act='relu2'), dict(act='relu2', mlp_topk=0.25), dict(mlp_topk=0.5, mlp_topk_group=4),
+            dict(columns=2, columns_active=1), dict(mlp_topk=0.25, mlp_predict=2), dict(event_gate=True)):
+    model = build(tiny | arm | dict(mlp_units=WIDE)).use_policy()
+    model.generate(tokens(1, 2) % 5, 2, temperature=0)
+with torch.inference_mode():
+    x, one, n = torch.ones(1, WIDE), torch.ones(1, 1, WIDE), 2 * WIDE
+    kept = kernels.keep_largest(one, WIDE - 1)
+    assert kept.sum() == WIDE - 1 and kept[0, 0, -1] == 0
+    assert kernels.attend_one(*(torch.ones(1, 1, s, WIDE) for s in (1, 2, 2))).eq(1).all()
+    q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, WIDE, 2), torch.ones(1, 1, WIDE, 2)
+    assert (kernels.attend_one(q, k, v) - 1).abs().max() < 1e-2
+    turned = torch.ones(1, 1, WIDE), torch.zeros(1, 1, WIDE)
+    y = kernels.attention_one(torch.ones(1, 1, 3 * WIDE), torch.zeros(2, 1, 1, 2, WIDE), 0, 1, turned, 1e-6)
+    assert y.eq(1).all()
+    weight = torch.ones(3, WIDE)
+    assert kernels.screened(x, weight, kernels.copy_in_8_bits(weight), 1).isfinite().any()
+    assert kernels.rows_sum(torch.ones(1, 2), torch.ones(2, WIDE), None).eq(2).all()
+    up, by = torch.ones(WIDE, 1), torch.zeros(2, 2)
+    kernels.predicted_one(torch.ones(1, 1, 1), up, torch.ones(3, WIDE), torch.ones(3), up[:3], None, up[:3],
+                          None, 'relu2', 2)
+print('done')
+"""
+
+
+@built
+def test_no_width_is_too_large_for_a_stack():
+    """1,200,000 units, inputs, keys and dimensions of a head, one at a time."""
+    run = subprocess.run([sys.executable, "-c", WIDE.format(root=str(ROOT))], capture_output=True, text=True,
+                         timeout=300)
+    assert run.returncode == 0 and run.stdout == "done\n", (run.returncode, run.stderr[-2000:])

@@ -82,6 +82,37 @@ def test_gathered_units_equal_their_references_over_38_shapes(dtype):
         assert gpu.gathered_down(some.to(dtype), poisoned, None, None, 1).isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_nan_and_infinity_come_out_as_of_the_reference(bad):
+    """At one place of each input of each kernel: the same NaN, inf and -inf, whatever the activation."""
+    n = functools.partial(normal, dtype=torch.float32)
+    half = functools.partial(normal, dtype=torch.bfloat16)
+    groups = torch.tensor([[0, 2], [3, 1]], device=DEVICE)
+    values, meta = kernels.pack_24(kernels.prune_24(half(7, 36, seed=1)))
+    for act in ACTS:
+        same_as(*(lambda x, *w, up=up, act=act: up(x, *w[:2], groups, w[2], 2, act)
+                  for up in (gpu.gathered_up, kernels.gathered_up_reference)),
+                (n(2, 5, seed=0), n(8, 5, seed=1), n(8, seed=2), n(2, 2, seed=3)), bad)
+        same_as(*(lambda a, w, b, down=down: down(a, w, b, groups, 2)
+                  for down in (gpu.gathered_down, kernels.gathered_down_reference)),
+                (n(2, 4, seed=0), n(8, 5, seed=9), n(5, seed=8)), bad)
+        for M in (1, 3):
+            inputs = (half(M, 36, seed=2), values, half(7, seed=3), half(M, 7, seed=4))
+            same_as(lambda x, v, b, o, act=act: gpu.linear_24(x, v, meta, b, o, act),
+                    lambda x, v, b, o, act=act: kernels.linear_24_reference(
+                        x.float(), v.float(), meta, b.float(), o.float(), act), inputs, bad)
+
+
+def same_as(run, reference, inputs, bad):
+    """run(*inputs) has NaN and infinities where the reference has, with `bad` at a place of each input."""
+    for spoilt, tensor in enumerate(inputs):
+        given = [t.clone() for t in inputs]
+        given[spoilt].view(-1)[tensor.numel() // 3] = bad
+        found, right = run(*given).float(), reference(*given).float()
+        for where in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(where(found), where(right)), (spoilt, found, right)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fragments_mean_to_mma_sp_what_was_packed(dtype):
     """Lane by lane in pure PyTorch, as the instruction is defined; on a GPU by the instruction."""
