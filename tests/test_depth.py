@@ -542,7 +542,7 @@ def test_flops_are_six_times_the_multiply_adds_that_a_forward_executes(arm):
     assert torch.equal(torch.get_rng_state(), state)             # counting draws nothing
     macs = executed(model, idx)
     assert model.flops_per_token() == round(6 * macs / 16) > 0
-    assert before == model.flops_per_token() or "ponder" in arm and before >= model.flops_per_token()
+    assert before == model.flops_per_token() or ("ponder" in arm and before >= model.flops_per_token())
 
 
 @pytest.mark.parametrize("arm", COUNTED)
