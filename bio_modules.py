@@ -4,6 +4,7 @@ model.py.
 An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTORS), c_proj. `rows` names the
 units that a call is about when a decode step computes only some of them; None or a full slice is all.
 """
+import copy
 import math
 from functools import partial
 
@@ -15,7 +16,7 @@ import continual
 import energy
 import sparse_kernels as kernels
 from configurator import require
-from context import Cache, CachedContext
+from context import Cache, CachedContext, add_up
 from layers import (
     GELU,
     Attention,
@@ -301,12 +302,17 @@ class ColumnGate(Narrowing):
     def forward(self, x, ctx):
         winners, scale = self.winners(x)
         gates = torch.zeros(*x.shape[:-1], self.total, device=x.device).scatter(-1, winners, scale)
-        ctx.add_loss(lambda: self.BALANCE * (self.balance * above_mean(gates)).sum())
+        ctx.add_loss(lambda: [ctx.total((gates > 0).float(), kept=1)], self.uneven)
         return gates.to(x.dtype)
+
+    def uneven(self, load):
+        """Each column's share of the tokens (N,) -> a loss whose gradient moves the bias against it."""
+        return self.BALANCE * (self.balance * (load - load.mean())).sum()
 
     def winners(self, x):
         """x (..., C) -> the columns that answer (..., k), and their gates in fp32."""
         s = self.router(x).float()
+        kernels.note(s.numel() // self.total, self.others)
         s = s - F.relu(s) @ self.inhibits().t()
         winners = kernels.first_largest(s + self.balance, self.k)
         return winners, s.sigmoid().gather(-1, winners)
@@ -342,12 +348,6 @@ def opened_groups(gates):
 def units_of(groups, width):
     """Groups (n,) of `width` units -> the units of all of them (n * width,)."""
     return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
-
-
-def above_mean(gates):
-    """Each group's share of the tokens, less the mean of all groups."""
-    load = (gates > 0).float().flatten(0, -2).mean(dim=0)
-    return load - load.mean()
 
 
 class Gathered(MLP):
@@ -401,9 +401,13 @@ class ExpertGate(nn.Module):
         shares = logits.softmax(dim=-1)
         experts, shared = self.largest(shares)
         gates = torch.zeros_like(shares).scatter(-1, experts, shared)
-        ctx.add_loss(lambda: self.BALANCE * imbalance(gates, shares) / self.k
-                     + self.Z * logits.logsumexp(dim=-1).square().mean())
+        ctx.add_loss(lambda: [ctx.total((gates > 0).float(), kept=1), ctx.total(shares, kept=1),
+                              ctx.total(logits.logsumexp(dim=-1).square())], self.uneven)
         return gates.to(x.dtype)
+
+    def uneven(self, load, share, size):
+        """The means of what experts are sent and of their probabilities (E,), and of the logits' size."""
+        return self.BALANCE * imbalance(load[None], share[None]) / self.k + self.Z * size
 
     def largest(self, shares):
         experts = kernels.first_largest(shares, self.k)
@@ -416,9 +420,10 @@ class ExpertGate(nn.Module):
         return experts, shared.to(x.dtype)
 
 
-def imbalance(gates, shares):
-    """E * sum of (share of tokens sent to an expert) * (mean probability of that expert)."""
-    load, mean = (t.flatten(0, -2).mean(dim=0) for t in ((gates > 0).float(), shares))
+def imbalance(sent, shares):
+    """E * sum of (share of tokens sent to an expert) * (mean probability of that expert). sent: (..., E), 1
+    where a token is sent; shares: (..., E)."""
+    load, mean = (t.flatten(0, -2).mean(dim=0) for t in (sent, shares))
     return shares.size(-1) * (load * mean).sum()
 
 
@@ -432,13 +437,13 @@ class Experts(Gathered):
         self.one_call = None
         self.gate = ExpertGate(config)
 
-    def idle_parameters(self):
-        """Weights that a token does not multiply, on average."""
-        return round((self.c_fc.weight.numel() * 2) * (1 - self.gate.k / self.groups))
-
     def many(self, x, ctx):
         gates, k = self.gate(x, ctx).flatten(0, -2), self.gate.k
         chosen = kernels.first_largest(gates, k).flatten()
+        for weight in (self.c_fc.weight, self.c_proj.weight):
+            kernels.note(len(chosen), weight, parts=self.groups)
+        if x.is_meta:                            # where the product of groups knows the shapes of bf16 alone
+            return x
         order = chosen.argsort(stable=True)                      # (tokens * k,), grouped by expert
         token, expert = order // k, chosen[order]
         ends = F.one_hot(chosen, self.groups).sum(dim=0).cumsum(dim=0).int()
@@ -447,7 +452,7 @@ class Experts(Gathered):
         down = self.c_proj.weight.to(x.dtype).t().unflatten(0, (self.groups, -1))
         a = kernels.grouped_product(x.flatten(0, -2)[token], up, ends)
         a = plus(a, self.c_fc.bias, rows)
-        a = self.select(self.act(a, rows) * gates[token, expert, None], ctx, rows)
+        a = self.select(self.act(a, rows) * gates[token, expert, None], ctx.of_tokens(token), rows)
         y = kernels.grouped_product(a, down, ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
         return self.dropout(plus(y, self.c_proj.bias).view_as(x))
 
@@ -470,7 +475,9 @@ class Dendritic(MLP):
 
     def many(self, x, ctx):
         K = len(self.mix)
-        kernels.note(x.numel() // x.size(-1), self.c_fc.weight)
+        tokens = x.numel() // x.size(-1)
+        kernels.note(tokens, self.c_fc.weight)
+        kernels.note(tokens * len(self.c_fc.weight) // K, self.mix)
         up = self.c_fc.weight.to(x.dtype).unflatten(0, (K, -1))              # (K, units/K, C/K)
         branches = torch.einsum("...kc,kuc->...ku", x.unflatten(-1, (K, -1)), up)
         branches = plus(branches.flatten(-2), self.c_fc.bias).unflatten(-1, (K, -1))
@@ -481,28 +488,28 @@ class Dendritic(MLP):
 class Predictive(MLP):
     """A predictive sparse MLP: trained with exact top-k winners; beside it, on inputs cut off from the graph,
     a low-rank predictor (C -> mlp_predict -> units) learns by cross-entropy which units will win. It never
-    touches the other weights' training. With the policy on (GPT.use_policy) it picks the share mlp_active of
-    the units: only their rows of W_up are read, and of W_down those of the winners among them (Deja Vu,
-    2310.17157; predictive coding: Rao & Ballard 1999)."""
+    touches the other weights' training. In a call that predicts (GPT.use_policy) it picks the share
+    mlp_active of the units: only their rows of W_up are read, and of W_down those of the winners among them
+    (Deja Vu, 2310.17157; predictive coding: Rao & Ballard 1999)."""
     gathers = True
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         units = config.units()
-        self.active, self.policy = max(1, round(config.mlp_active * units)), False
+        self.active = max(1, round(config.mlp_active * units))
         self.sense = Linear(config.n_embd, config.mlp_predict, bias=False, aside=True)
         self.guess = Linear(config.mlp_predict, units, bias=True, aside=True)
 
     def many(self, x, ctx):
-        return self.ways[self.policy](self, x, ctx)
+        return self.ways[ctx.choices.predict](self, x, ctx)
 
     def exact(self, x, ctx):
         a = self.select(self.act(self.c_fc(x)), ctx)
-        ctx.add_loss(lambda: self.miss(x.detach(), (a.detach() != 0).float()))
+        ctx.add_loss(lambda: [ctx.total(self.miss(x.detach(), (a.detach() != 0).float()))], as_is)
         return self.dropout(self.c_proj(a))
 
     def miss(self, x, won):
-        return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won)
+        return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won, reduction="none")
 
     def predicted(self, x, ctx):
         a = scaled(self.act(self.c_fc(x)), self.chosen(self.guess(self.sense(x))))
@@ -510,22 +517,25 @@ class Predictive(MLP):
 
     ways = {False: exact, True: predicted}
 
-    def one(self, x, ctx, weights, keep):
-        if not self.policy:
-            return super().one(x, ctx, weights, keep)
+    def few(self, x, ctx):
+        if not ctx.choices.predict:
+            return super().few(x, ctx)
+        weights = self.stored_by_unit()
+        if not (self.one_call and kernels.takes_mlp(x, weights[0], weights[2])):
+            return self.union(x, ctx)
         sense, guess = self.sense.weight, self.guess
-        return kernels.predicted_one(x, sense, guess.weight, guess.bias, *weights, self.one_call, self.active,
-                                     keep)
+        return self.dropout(kernels.predicted_one(x, sense, guess.weight, guess.bias, *weights, self.one_call,
+                                                  self.active, getattr(self.select, "k", None)))
 
     def union(self, x, ctx):
-        if not self.policy:
+        if not ctx.choices.predict:
             return super().union(x, ctx)
         chosen = self.chosen(self.guess(self.sense(x)))
         rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
         return self.live(x, ctx, rows, chosen[..., rows])
 
     def on_card(self, x, ctx):
-        if not self.policy:
+        if not ctx.choices.predict:
             return self.many(x, ctx)
         units = kernels.first_largest(self.guess(self.sense(x.flatten(0, 1))), self.active)
         return self.chosen_groups(x, ctx, units, None, 1)
@@ -668,22 +678,22 @@ class Exits(nn.Module):
     states cut off from the graph, a probe of C multiply-adds learns whether an exit's most likely token is
     the last layer's: to ask it costs one row, where a head costs a vocabulary of rows (2207.07061).
 
-    With the policy on (GPT.use_policy) a token is done at the first exit whose probe is sure by
-    exit_threshold. In the layers above, its keys and values are those of the state that it left with, and a
-    decode step computes nothing else there. layers_run and tokens_run count what that executed.
+    In a call that lets tokens leave (GPT.use_policy) a token is done at the first exit whose probe is sure
+    by the call's threshold. In the layers above, its keys and values are those of the state that it left
+    with, and a decode step computes nothing else there. layers_run and tokens_run count what that executed.
     """
 
     def __init__(self, config):
         super().__init__()
         last = max(1, config.n_layer - 1)
-        self.after, self.threshold, self.policy = config.exit_layers(), config.exit_threshold, False
+        self.after = config.exit_layers()
         self.shares = [config.exit_cost * depth / sum(self.after) for depth in self.after]
         self.drops = [config.layer_dropout * (2 ** (i / last) - 1) for i in range(config.n_layer)]
         self.probes = nn.ModuleList(Linear(config.n_embd, 1, bias=True, aside=True) for _ in self.after)
         self.layers_run = self.tokens_run = 0
 
     def forward(self, blocks, x, ctx):
-        return self.ways[self.policy](self, blocks, x, ctx)
+        return self.ways[ctx.choices.leave_at is not None](self, blocks, x, ctx)
 
     def whole(self, blocks, x, ctx):
         for depth, (block, drop) in enumerate(zip(blocks, self.drops), 1):
@@ -709,10 +719,11 @@ class Exits(nn.Module):
         done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         run = some_rows if x.size(1) == 1 else some_tokens
         for depth, block in enumerate(blocks, 1):
+            ctx.settle(depth - 1, block)
             going = ~done
             self.layers_run += int(going.sum())
             x = run(block, x, ctx, going)
-            done = done | self.sure(depth, x)
+            done = done | self.sure(depth, x, ctx)
         return x
 
     def early_alone(self, blocks, x, ctx):
@@ -722,17 +733,17 @@ class Exits(nn.Module):
             ctx.settle(layer, block)
             self.layers_run += 1
             x = block(x, ctx)
-            if self.sure(layer + 1, x):
+            if self.sure(layer + 1, x, ctx):
                 ctx.owe(range(layer + 1, len(blocks)), x)
                 return x
         return x
 
-    def sure(self, depth, x):
+    def sure(self, depth, x, ctx):
         """Which of the tokens x (B, T, C) may be done after so many layers: (B, T) bool, or False."""
         if depth not in self.after:
             return False
         probe = self.probes[self.after.index(depth)]
-        return probe(rms(x))[..., 0].float().sigmoid() > self.threshold
+        return probe(rms(x))[..., 0].float().sigmoid() > ctx.choices.leave_at
 
     ways = {False: whole, True: early}
 
@@ -774,13 +785,13 @@ class Halting(nn.Module):
         thoughts, total = Thoughts(ctx, attn.window), torch.zeros_like(x)
         left = torch.ones(x.shape[:2], device=x.device)
         thinking, cost = left > 0, 0.0
-        self.tokens_run += thinking.numel()
+        self.tokens_run += thinking.numel() if readable(x) else 0
         for step in range(self.most):
             columns, valid = thoughts.choose(thinking, step)
             if not columns.size(1):
                 thoughts.hand_on(attn.layer, range(step, self.most))
                 break
-            self.steps_run += 0 if torch.compiler.is_compiling() else int(valid.sum())
+            self.steps_run += int(valid.sum()) if readable(x) else 0
             at = columns[..., None].expand(-1, -1, x.size(2))
             before = x.gather(1, at)
             y = run(before, thoughts)
@@ -791,7 +802,8 @@ class Halting(nn.Module):
             x = x.scatter(1, at, torch.where(valid[..., None], y, before))
             cost = cost + valid.sum() + (weights * halts).sum()
             thinking = thinking.scatter(1, columns, valid & ~halts)
-        ctx.add_loss(lambda: self.cost * cost / left.numel())
+        thoughts.tell()
+        ctx.add_loss(lambda: [(self.cost * cost, left.numel())], as_is)
         return total
 
     def one(self, x, ctx, attn, run):
@@ -814,22 +826,50 @@ class Halting(nn.Module):
         return total
 
 
+def readable(x):
+    """Has this tensor values that may decide what runs next?"""
+    return not (torch.compiler.is_compiling() or x.is_meta)
+
+
 class Thoughts:
     """The context of a block that is run again and again for tokens that begin at column 0, for fewer of them
     every time."""
 
     def __init__(self, ctx, window):
         self.ctx, self.window, self.kept = ctx, window, None
-        self.add_loss, self.spend, self.copy_of = ctx.add_loss, ctx.spend, ctx.copy_of
+        self.spend, self.choices, self.found, self.copy_of = ctx.spend, ctx.choices, [], ctx.copy_of
 
     def choose(self, thinking, step):
         """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
         and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
-        R = thinking.size(1) if torch.compiler.is_compiling() else int(thinking.sum(1).max())
+        R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
         columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
         self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
         self.rotation = self.ctx.turn(columns)
+        self.found.append([])
         return columns, self.valid
+
+    def total(self, values, kept=0):
+        """As Context.total, of the tokens that are still thinking."""
+        return add_up(values, kept, self.valid)
+
+    def of_tokens(self, order):
+        """As Context.of_tokens."""
+        ctx = copy.copy(self)
+        ctx.valid = self.valid.flatten()[order]
+        return ctx
+
+    def add_loss(self, totals, of):
+        """As Context.add_loss, but the means are of all runs together: see tell."""
+        if self.ctx.losses is not None:
+            self.found[-1].append((totals(), of))
+
+    def tell(self):
+        """Add one loss for each mechanism of the block, of what it found in all runs."""
+        for runs in zip(*filter(None, self.found)):
+            (_, of), parts = runs[0], zip(*(totals for totals, _ in runs))
+            totals = [tuple(map(sum, zip(*part))) for part in parts]
+            self.ctx.add_loss(partial(as_is, totals), of)
 
     def hand_on(self, layer, runs):
         """Later runs would write what the last one has written."""
@@ -903,6 +943,9 @@ def check_attention(c):
             f"pos='rope' rotates pairs: a branch's {branch} dimensions (dendrites={D}) must be even")
     require(c.hierarchy == 0 or c.hierarchy >= 2,
             f"hierarchy={c.hierarchy} must be at least 2 tokens in a group; 0 is off")
+    require(c.hierarchy <= c.block_size,
+            f"hierarchy={c.hierarchy} tokens do not fit block_size={c.block_size}, no group is complete: "
+            f"type --hierarchy={c.block_size} or less; 0 is off")
     require(not c.hierarchy or c.n_layer >= 3,
             f"hierarchy={c.hierarchy} needs layers at both ends and between: n_layer={c.n_layer} must"
             " be 3 or more")
@@ -1035,16 +1078,16 @@ def counters(model, idx):
 @torch.no_grad()
 def depth_used(model, idx):
     """Of token ids (B, T): layers_per_token that early exits would take, ponder_steps that halting took."""
-    training, found = model.training, {}
+    training, found, before = model.training, {}, model.choices
     halting = [block.halting for block in model.blocks if hasattr(block, "halting")]
+    if model.config.exits and before.leave_at is None:
+        model.choose(leave_at=model.config.exit_threshold)
     for module in [model.through] * bool(model.config.exits) + halting:
-        before, module.policy = getattr(module, "policy", None), True
         module.layers_run = module.steps_run = module.tokens_run = 0
         model.eval()(idx)
         found |= ({"ponder_steps": module.steps_run / module.tokens_run} if module in halting
                   else {"layers_per_token": module.layers_run / module.tokens_run})
-        module.policy = before
-    model.train(training)
+    model.train(training).choices = before
     return found
 
 
@@ -1070,6 +1113,26 @@ def count(tally, row, part, sign, *_):
     """Less the work before a part, plus the work behind it."""
     row[f"{part}_macs"] += sign * tally.macs
     row[f"{part}_bytes"] += sign * tally.bytes
+
+
+@torch.no_grad()
+def count_training(model, idx):
+    """-> multiply-adds of weights and of attention in a training forward of ids (B, T), and those of the
+    block that ponders among them. Each token counts as seeing its whole window, or all T (2204.02311, B)."""
+    row = {"block_macs": 0, "block_bytes": 0}
+    with kernels.counting() as tally:
+        for block in model.blocks:
+            block.attn.register_forward_hook(partial(count_attention, tally))
+            if hasattr(block, "halting"):
+                block.register_forward_pre_hook(partial(count, tally, row, "block", -1))
+                block.register_forward_hook(partial(count, tally, row, "block", 1))
+        model.train()(idx, idx)
+    return tally.macs, row["block_macs"]
+
+
+def count_attention(tally, attn, args, y):
+    T = y.size(1)
+    tally.macs += 2 * y.numel() * min(T, attn.window or T)
 
 
 def watch_branches(attn, row):

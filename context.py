@@ -4,26 +4,59 @@ Every row begins at column 0 of the cache, and where rows stand at different len
 its own: a row's output does not depend on its neighbours.
 """
 import copy
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 
+class Choices(NamedTuple):
+    """What calls of a model do that its weights do not decide (GPT.choose). A call keeps those that it began
+    with, and so does a cache.
+
+    predict: are units predicted? leave_at: how sure an exit's probe must be for a token to leave; None: none
+    leaves. adapters: the number of the adapter of all rows, or of each row's.
+    """
+    predict: bool = False
+    leave_at: float | None = None
+    adapters: tuple = (0,)
+
+    def of_rows(self, rows):
+        """The same for some rows (n,) of the batch."""
+        if len(self.adapters) == 1:
+            return self
+        return self._replace(adapters=tuple(self.adapters[row] for row in rows.tolist()))
+
+
+NO_CHOICES = Choices()
+
+
 class Context:
-    """What one call carries past the blocks: positions, the attention mask, auxiliary losses.
+    """What one call carries past the blocks: positions, the attention mask, auxiliary losses, choices.
 
     positions: a slice or a (B, T) tensor of indices into the position table.
     CachedContext is the same with a KV cache behind it.
     """
     turn = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
 
-    def __init__(self, positions, training=False):
+    def __init__(self, positions, training=False, choices=NO_CHOICES):
         self.positions, self.losses, self.left, self.spent = positions, [] if training else None, [], []
+        self.choices = choices
 
-    def add_loss(self, make):
-        """Add make() to the training loss; where no loss is wanted, it is not computed."""
+    def add_loss(self, totals, of):
+        """Add of(means) to the training loss, totals() being the sums that these are the means of, as `total`
+        gives them; where no loss is wanted, they are not computed."""
         if self.losses is not None:
-            self.losses.append(make())
+            self.losses.append(of(*(found / count for found, count in totals())))
+
+    def total(self, values, kept=0):
+        """Values (B, T, ...) of this call's tokens -> (their sum, how many they are); with kept=1 a sum for
+        each place of the last dimension."""
+        return add_up(values, kept)
+
+    def of_tokens(self, order):
+        """The same call for those of its B * T tokens that `order` (n,) names."""
+        return self
 
     def spend(self, make):
         """Note make(), the multiply-adds that gates have let through and those that they could have."""
@@ -42,7 +75,12 @@ class Context:
 
     def of_rows(self, rows):
         """The same call for some rows (n,)."""
-        return self
+        ctx = copy.copy(self)
+        ctx.choices = self.choices.of_rows(rows)
+        return ctx
+
+    def settle(self, layer, block):
+        """No token before this call owes anything."""
 
     def alone(self, x):
         """Is this one token of a decode step? Here is no cache, so it is not."""
@@ -74,11 +112,20 @@ class Context:
         """What the middle layers tell each token, (B, T, C): run (states (B, n, C), context) on the n
         completed groups of x (B, T, C)."""
         groups = x.size(1) // hourglass.every
-        inner = Context(slice(0, groups))
+        inner = Context(slice(0, groups), choices=self.choices)
         inner.losses, inner.spent = self.losses, self.spent
         inner.turn, inner.rotation = self.turn, self.turn(inner.positions)
         said = run(hourglass.pool_groups(x), inner) if groups else x[:, :0]
         return hourglass.spread_groups(said, x.size(1))
+
+
+def add_up(values, kept, real=None):
+    """Context.total of the tokens that are `real`, bool of values' leading dimensions; None: all are."""
+    count = values.numel() // values.size(-1) if kept else values.numel()
+    if real is not None:
+        values = torch.where(real.view(*real.shape, *[1] * (values.dim() - real.dim())), values, 0)
+        count = real.sum() * (count // real.numel())
+    return (values.flatten(0, -2).sum(dim=0) if kept else values.sum()), count
 
 
 class Cache:
@@ -87,13 +134,14 @@ class Cache:
     layers: keys and values of each layer, (2, B, H, S, D), views of one tensor. S is `length`, or for a layer
     with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
     has a column for each group; behind the layers come the later runs of a block that ponders. states: what
-    else a module keeps, by name. owed: states whose keys and values a layer has yet to compute, by layer.
+    else a module keeps, by name. owed: states whose keys and values a layer has yet to compute, by layer and
+    column. choices: of the calls that read and write it; None: those of the model as it is now.
     copies: what modules have computed from their weights, by module. They live as long as the keys and values
     that the same weights have made, a stream long: nothing that changes weights between two streams, in place
     or not, noticed by torch or not, can leave one behind.
     """
 
-    def __init__(self, model, batch_size, length):
+    def __init__(self, model, batch_size, length, choices=None):
         c, weight = model.config, model.lm_head.weight
         self.depth, self.runs = c.n_layer, max(1, c.ponder)
         of_layers = [*range(c.n_layer), *[c.pondering_layer()] * (self.runs - 1)]
@@ -106,6 +154,7 @@ class Cache:
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
         self.states, self.owed, self.copies = {}, {}, {}
+        self.choices = choices or model.chosen(batch_size)
 
     def copy_of(self, owner, make):
         """make() of a module's weights, computed once."""
@@ -134,18 +183,17 @@ class CachedContext:
         self.ends = start + T if ends is None else ends
         self.even = isinstance(start, int)
         self.positions = slice(start, start + T) if self.even else self.columns()
-        self.masks = {}
-        if self.even and start == 0:
-            cache.owed.clear()                   # the rows are read anew
+        self.masks, self.choices = {}, cache.choices
 
     turn = staticmethod(lambda positions: None)
+    losses = None
 
     def columns(self):
         """(B, T) or (T,): the column of each new token."""
         device = self.cache.layers[0].device
         return torch.as_tensor(self.start, device=device)[..., None] + torch.arange(self.T, device=device)
 
-    def add_loss(self, make):
+    def add_loss(self, totals, of):
         """Decoding wants no loss."""
 
     def spend(self, make):
@@ -156,6 +204,10 @@ class CachedContext:
 
     def copy_of(self, owner, make):
         return self.cache.copy_of(owner, make)
+
+    def of_tokens(self, order):
+        """See Context."""
+        return self
 
     def of_rows(self, rows):
         """The same call for some rows (n,)."""
@@ -176,13 +228,22 @@ class CachedContext:
     def owe(self, layers, x):
         """Put off the keys and values of a state (1, 1, C) in layers that its token does not reach."""
         for layer in layers:
-            self.cache.owed.setdefault(layer, []).append(x)
+            self.owed(layer)[self.start] = x
 
     def settle(self, layer, block):
-        """Let a block remember what the tokens just before this one owe it."""
-        owed = self.cache.owed.pop(layer, ())
+        """Let a block remember what the tokens just before this call owe it."""
+        owed = self.owed(layer)
         if owed:
-            block.remember(torch.cat(owed, dim=1), self.like(self.start - len(owed), len(owed)))
+            block.remember(torch.cat(list(owed.values()), dim=1), self.like(next(iter(owed)), len(owed)))
+            owed.clear()
+
+    def owed(self, layer):
+        """{column: state} of what tokens before this call owe a layer. Columns that it writes anew, or that a
+        call before it has left behind, owe nothing."""
+        owed = self.cache.owed.setdefault(layer, {})
+        while owed and next(reversed(owed)) >= int(torch.as_tensor(self.start).min()):
+            owed.popitem()
+        return owed
 
     def like(self, start, T, ends=None):
         """A call on other columns of the same cache."""
@@ -315,6 +376,7 @@ class SomeRows(CachedContext):
         of_rows = lambda columns: columns if isinstance(columns, int) else columns[rows]
         super().__init__(ctx.cache, of_rows(ctx.start), ctx.T, ends=of_rows(ctx.ends))
         self.rows, self.run, self.rotation = rows, ctx.run, ctx.turn(self.positions)
+        self.choices = ctx.choices.of_rows(rows)
 
     def slot(self, layer):
         return None

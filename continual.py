@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import sparse_kernels as kernels
 from configurator import close_match, require
 from layers import Linear, as_is, rms
 from tokenizer import GPT2Tokenizer, meta_of
@@ -29,7 +30,8 @@ class Adapters(nn.Module):
     """A bottleneck behind a block for each task or language: x + W_up gelu(W_down rms(x)), with W_up zero at
     first, so that each begins as the identity (1902.00751; one a language, behind each layer: 1909.08478).
 
-    One of them is on for all rows, or each row has one; only those that are on get a gradient.
+    One of them is on for all rows of a call, or each row has one (context.Choices); only those that are on
+    get a gradient.
     """
 
     def __init__(self, config):
@@ -37,32 +39,26 @@ class Adapters(nn.Module):
         C, R, names = config.n_embd, config.adapter_width, config.adapter_names()
         self.down = nn.ModuleList(Linear(C, R, bias=False, hidden=False) for _ in names)
         self.up = nn.ModuleList(Linear(R, C, bias=False, hidden=False, std=0.0) for _ in names)
-        self.use([0])
-
-    def use(self, on):
-        """on: the number of one adapter, or of each row's."""
-        self.on, self.way = tuple(on), self.alike if len(set(on)) == 1 else self.by_row
 
     def forward(self, x, ctx):
-        return x + self.way(rms(x))
+        on = ctx.choices.adapters
+        return x + (self.alike if len(on) == 1 else self.by_row)(rms(x), on)
 
-    def alike(self, x):
-        return self.up[self.on[0]](F.gelu(self.down[self.on[0]](x)))
+    def alike(self, x, on):
+        return self.up[on[0]](F.gelu(self.down[on[0]](x)))
 
-    def by_row(self, x):
+    def by_row(self, x, on):
         """(B, T, C), one adapter for each of B rows."""
-        down, up = (torch.stack([part[i].weight for i in self.on]).to(x.dtype)
-                    for part in (self.down, self.up))
+        for part in (self.down, self.up):
+            for i in on:
+                kernels.note(x.size(1), part[i].weight)
+        down, up = (torch.stack([part[i].weight for i in on]).to(x.dtype) for part in (self.down, self.up))
         return F.gelu(x @ down.mT) @ up.mT
 
     def requires_grad_of(self, number):
         """Let one adapter train."""
         for part in (self.down, self.up):
             part[number].requires_grad_(True)
-
-    def idle_parameters(self):
-        """Weights that a token does not multiply."""
-        return sum(p.numel() for p in self.parameters()) * (len(self.down) - 1) // len(self.down)
 
 
 def adapters(config):
@@ -71,9 +67,16 @@ def adapters(config):
 
 
 def use_adapters(model, on):
-    """Switch adapters on in every block of a model, see Adapters.use; a model without any stays as it is."""
-    for block in model.transformer.h if model.config.adapters else ():
-        block.adapt.use(on)
+    """Switch adapters on for the calls of a model from now on: one number for all rows, or one for each. A
+    model without any stays as it is."""
+    if model.config.adapters:
+        model.choose(adapters=tuple(on) if len(set(on)) > 1 else (on[0],))
+
+
+def check_rows(adapters, rows):
+    """Refuse to give a batch the adapters of another one."""
+    require(len(adapters) in (1, rows), f"adapters of {len(adapters)} rows are switched on, the batch has "
+            f"{rows}: type continual.use_adapters(model, [NUMBER]) for all, or a number for each row")
 
 
 def switch_on(model, name):

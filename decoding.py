@@ -101,13 +101,13 @@ def finite(logits):
 
 
 @torch.inference_mode()
-def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
+def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", choices=None):
     """Yield the next token ids (B, 1), max_new_tokens times.
 
     overflow decides what happens to a row past block_size. "exact": nanoGPT's meaning, every token sees the
     last block_size tokens at positions 0..block_size-1, so the window is recomputed for each one. "slide":
     keep the last half of the window and go on with the cache, one recomputation every block_size/2 tokens:
-    cheap, not identical.
+    cheap, not identical. choices: see context.Choices; None: the model's, as they are when it begins.
     """
     block, V = model.config.block_size, model.config.vocab_size
     keep = {"exact": block, "slide": max(1, block // 2)}.get(overflow)
@@ -122,7 +122,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact"):
     history[:, :T] = idx.masked_fill(torch.arange(T, device=idx.device) >= column(ends, idx.device), -1)
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=idx.device)
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
-    cache = Cache(model, B, min(block, T + max_new_tokens))
+    cache = Cache(model, B, min(block, T + max_new_tokens), choices)
     step = Step(model, cache, history) if replays(model, idx.device) else None
     for module in model.modules() if step else ():         # a recorded step may not ask a GPU what it holds
         getattr(module, "sound", bool)()
@@ -225,7 +225,8 @@ class Speculation:
         require(idx.size(1) > 0, "the prompt is empty: give at least one token, for example a newline")
         end, last = idx.size(1), idx.size(1) + max_new_tokens
         room = min(last, self.model.config.block_size)
-        cache = Cache(self.model, 1, max(1, room))
+        all_layers = self.model.chosen(1)._replace(leave_at=None)
+        cache = Cache(self.model, 1, max(1, room), all_layers)
         drafts = min([self.drafts, *(kept.size(3) for kept in cache.rings())])
         history = F.pad(idx, (0, max_new_tokens), value=-1)
         seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=idx.device)
@@ -242,7 +243,7 @@ class Speculation:
                 history[:, end] = token
                 end += 1
                 yield token.view(1, 1)
-        yield from stream(self.model, history[:, :end], last - end, sampler, overflow=overflow)
+        yield from stream(self.model, history[:, :end], last - end, sampler, None, overflow, all_layers)
 
     def draft(self, cache, history, end, count, sampler, seen):
         """Write `count` guesses behind the tokens 0 .. end - 1 -> the states that made them (1, count, C),

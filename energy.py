@@ -21,12 +21,15 @@ def aim(config, target, cost, macs):
 
 
 def own_target(target, cost, ctx, soft, hard):
-    ctx.add_loss(lambda: cost * off_target(soft.mean(), target))
+    ctx.add_loss(lambda: [ctx.total(soft)], lambda share: cost * off_target(share, target))
 
 
 def spend(macs, ctx, soft, hard):
     """Counts what is open and learns as if it were the soft gates."""
-    ctx.spend(lambda: (macs * (hard.detach() + soft - soft.detach()).sum(), macs * soft.numel()))
+    def of_tokens():
+        opened, possible = ctx.total(hard.detach() + soft - soft.detach())
+        return macs * opened, macs * possible
+    ctx.spend(of_tokens)
 
 
 def off_target(share, target):

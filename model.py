@@ -7,6 +7,7 @@ GPT-2: Radford et al. 2019,
 https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
 """
 import dataclasses
+import functools
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,7 @@ import optimizers
 import pretrained
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
 from configurator import require
-from context import Context
+from context import Choices, Context
 from layers import (
     Attention,
     Embedding,
@@ -263,6 +264,17 @@ def block_of(config, layer):
     return RecomputedBlock if config.recompute else Block
 
 
+@functools.cache
+def training_macs(config, layers):
+    """bio_modules.count_training of a whole block of tokens through so many layers: on a model without
+    weights, because shapes decide it."""
+    with torch.device("meta"):
+        twin = GPT(dataclasses.replace(config, recompute=False, dropout=0.0, layer_dropout=0.0), init=False)
+        idx = torch.zeros(1, config.block_size, dtype=torch.long)
+    twin.use_layers(layers)
+    return bio_modules.count_training(twin, idx)
+
+
 class GPT(nn.Module):
     """A decoder-only transformer with nanoGPT's interface, parameter names and shapes.
 
@@ -275,7 +287,7 @@ class GPT(nn.Module):
     def __init__(self, config, init=True, seed=None):
         super().__init__()
         self.config = config
-        self.compute_dtype = None
+        self.compute_dtype, self.choices = None, Choices()
         self.transformer = nn.ModuleDict(dict(
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
@@ -318,7 +330,7 @@ class GPT(nn.Module):
         With targets: logits (B, T, vocab_size), cross-entropy in nats, in training mode with auxiliary terms.
         Without: logits of the last position alone, (B, 1, vocab_size), and None.
         """
-        ctx = Context(self.positions(idx.size(1)), self.training)
+        ctx = Context(self.positions(idx.size(1)), self.training, self.chosen(len(idx)))
         x = self.trunk(idx, ctx)
         if targets is None:
             return self.head(x[:, [-1]]), None
@@ -386,12 +398,19 @@ class GPT(nn.Module):
         return model
 
     def use_policy(self, on=True):
-        """Switch decode-time shortcuts on that change the output (predicted units) -> self. They start off.
+        """Switch shortcuts on that change the output (predicted units, early exits) -> self. They start off.
         """
-        for module in self.modules():
-            if hasattr(module, "policy"):
-                module.policy = on
+        return self.choose(predict=on, leave_at=self.config.exit_threshold if on else None)
+
+    def choose(self, **what):
+        """Change what calls from now on do, see context.Choices -> self."""
+        self.choices = self.choices._replace(**what)
         return self
+
+    def chosen(self, rows):
+        """What a call of so many rows does."""
+        continual.check_rows(self.choices.adapters, rows)
+        return self.choices
 
     @torch.no_grad()
     def begin_with_layers(self, count):
@@ -424,16 +443,16 @@ class GPT(nn.Module):
                                 weight_decay, learning_rate, betas, device_type)
 
     def flops_per_token(self):
-        """Training FLOPs per token, forward and backward (PaLM, 2204.02311, appendix B)."""
-        c, head = self.config, self.lm_head.weight
-        lookups = sum(p.numel() for p in self.transformer.wte.parameters() if p is not head)
-        idle = sum(m.idle_parameters() for m in self.modules() if hasattr(m, "idle_parameters"))
-        seen = 0                                  # per token: the layers' shares of tokens times columns seen
-        for i, columns in enumerate(c.columns_of_layers(c.block_size)):
-            share = columns / c.block_size * (i < len(self.blocks))
-            idle += (1 - share) * sum(p.numel() for p in self.transformer.h[i].parameters())
-            seen += share * min(columns, c.window_of(i) or columns)
-        return round(6 * (self.get_num_params() - lookups - idle) + 12 * c.n_embd * seen)
+        """Training FLOPs per token, forward and backward: six for each multiply-add of matrices and attention
+        that a forward executes (PaLM, 2204.02311, appendix B). Gains and biases, which nanoGPT counts too,
+        are not among them: 0.1% at GPT-2's shape. A block that ponders counts as often as its tokens have
+        been run so far; all its runs where none has been, or a compiler executes them all.
+        """
+        macs, pondered = training_macs(self.config, len(self.blocks))
+        for halting in (block.halting for block in self.blocks if hasattr(block, "halting")):
+            runs = halting.steps_run / halting.tokens_run if halting.tokens_run else halting.most
+            macs -= pondered * (1 - runs / halting.most)
+        return round(6 * macs / self.config.block_size)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """Share of the device's peak FLOP/s that fwdbwd_per_iter sequences in dt s make; None: unknown."""

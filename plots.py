@@ -253,7 +253,8 @@ def watch_opening(model, idx, found):
              for layer, module in of_kind(model, *OPENED)]
     if model.config.exits:
         exits = model.transformer.exits
-        found[PROBES].aim, exits.threshold, exits.policy = exits.threshold, 1.0, True    # asked, never obeyed
+        found[PROBES].aim = model.config.exit_threshold
+        model.choose(leave_at=1.0)               # asked, never obeyed
         hooks += [probe.register_forward_hook(partial(see_probe, depth))
                   for depth, probe in zip(exits.after, exits.probes)]
     model(idx)

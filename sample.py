@@ -208,25 +208,23 @@ def main(cfg):
 def streaming(model, cfg):
     """What continues a prompt: every token through the model, or drafts that it verifies. Early exits go as
     far as cfg.exit_threshold says."""
-    exits = model.config.exits and model.transformer.exits
     if cfg.exit_threshold:
-        require(exits, f"exit_threshold={cfg.exit_threshold} needs a model with early exits: train one with "
-                       f"--exits={max(1, model.config.n_layer // 2)}, for example")
-        exits.threshold, exits.policy = cfg.exit_threshold, True
+        require(model.config.exits, f"exit_threshold={cfg.exit_threshold} needs a model with early exits: "
+                f"train one with --exits={max(1, model.config.n_layer // 2)}, for example")
+        model.choose(leave_at=cfg.exit_threshold)
     if not cfg.speculate:
         return partial(decoding.stream, model)
-    speculation = decoding.Speculation(model, cfg.speculate)
-    exits.policy = False                         # its drafts are the exit; all layers verify
-    return speculation.stream
+    return decoding.Speculation(model, cfg.speculate).stream
 
 
 def depth_used(model, stream):
     """What the last line adds of a run that did not take every token through every layer by itself."""
-    speculation, exits = getattr(stream, "__self__", None), model.config.exits and model.transformer.exits
+    speculation = getattr(stream, "__self__", None)
     if speculation:
         return (f", {speculation.accepted / max(1, speculation.proposed):.0%} of "
                 f"{speculation.proposed} drafted tokens accepted")
-    if exits and exits.policy:
+    if model.config.exits and model.choices.leave_at is not None:
+        exits = model.transformer.exits
         return (f", {exits.layers_run / exits.tokens_run:.2f} of {model.config.n_layer} layers per token, "
                 "the prompt's included")
     return ""

@@ -973,21 +973,23 @@ class Tally:
         self.bytes += rows * width * weight.element_size()
 
 
-def note(tokens, weight):
-    """While `counting`: so many tokens meet a whole matrix, in an operator that does not count itself."""
+def note(tokens, weight, parts=1):
+    """While `counting`: so many tokens meet a whole matrix, in an operator that does not count itself; or all
+    of it is read, and each token meets one of so many parts."""
     if tally is not None:
-        tally.add(tokens, *weight.shape, weight)
+        tally.macs += tokens * weight.numel() // parts
+        tally.bytes += weight.numel() * weight.element_size()
 
 
 @contextlib.contextmanager
 def counting():
     """Count what products of weights execute inside the block -> a Tally."""
     global tally
-    tally = Tally()
+    outer, tally = tally, Tally()
     try:
         yield tally
     finally:
-        tally = None
+        tally = outer
 
 
 def takes_rows(x):
@@ -1600,6 +1602,7 @@ def columns_one(x, router, by, balance, up, up_bias, down, down_bias, act, k, ke
     width = len(up) // N
     if tally is not None:
         tally.add(1, N, C, router)
+        tally.add(1, N, N, by)
     return run_mlp("columns", x, (router, by, balance, up, up_bias, down, down_bias), (), k * width,
                    (N, C, k, width), act, keep)
 

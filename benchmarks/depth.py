@@ -77,8 +77,7 @@ def beside_twins(cfg):
 
 def leave_at(model, threshold):
     """Early exits at this threshold, None: never; the counts begin anew."""
-    exits = model.transformer.exits
-    exits.policy, exits.threshold = threshold is not None, threshold
+    exits = model.choose(leave_at=threshold).transformer.exits
     exits.layers_run = exits.tokens_run = 0
 
 

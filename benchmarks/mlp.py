@@ -13,10 +13,10 @@ from benchmarks.decode import decoded_blocks
 from benchmarks.record import DENSE, DENSE_FP32, TWIN
 from benchmarks.timing import interleave, measurement, times_better
 from configurator import require
-from context import Context
+from context import Choices, Context
 from model import GPT, GPTConfig
 
-NO_CONTEXT = Context(slice(0, 1))
+NO_CONTEXT = Context(slice(0, 1), choices=Choices(predict=True))
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ def test_a_decode_step_executes_only_the_live_rows(arm, up, down):
     work = {}
     for name, m in (("arm", model), ("dense", build(dict(n_layer=1, bias=False)))):
         work[name] = step_work(m, idx)
-    C, gate = 16, {"columns": 8 * 16, "experts": 4 * 16}.get(arm, 0)
+    C, gate = 16, {"columns": 8 * 16 + 8 * 8, "experts": 4 * 16}.get(arm, 0)    # router, who inhibits whom
     if down is None:
         hidden = hidden_of(model, model.generate(idx, 1, temperature=0))[0][0, -1]
         down = int((hidden != 0).sum())
@@ -305,7 +305,7 @@ def test_counters_are_the_tensors_own(arm):
         assert counted[layer]["zeros"] == pytest.approx((a == 0).sum().item() / a.numel())
         assert counted[layer]["dead_units"] == sum(bool((a[:, u] == 0).all()) for u in range(UNITS))
     for row in counted.values():
-        up, gate = {"columns": (16, 8 * 16)}.get(arm, (UNITS, 0))
+        up, gate = {"columns": (16, 8 * 16 + 8 * 8)}.get(arm, (UNITS, 0))
         assert gate + 16 * up <= row["mlp_macs"] <= gate + 2 * 16 * up
         assert row["mlp_bytes"] == 4 * row["mlp_macs"]
     groups = {"columns": 2}.get(arm)
@@ -364,4 +364,5 @@ def test_branches_of_the_stream_are_counted():
     C, units, K = 16, 64, 4
     macs, _ = step_work(build(dict(n_layer=1, bias=False, compartments=K, act="gelu")), tokens(1, 5))
     dense, _ = step_work(build(dict(n_layer=1, bias=False)), tokens(1, 5))
-    assert dense - macs == C * units - C * units // K
+    mix = K * units                                              # K x K, for each of units / K
+    assert dense - macs == C * units - C * units // K - mix

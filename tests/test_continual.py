@@ -207,6 +207,34 @@ def test_each_row_passes_its_own_adapter():
         assert torch.allclose(mixed[row], alone[number][row], atol=1e-5)
 
 
+DROPPING = {"exits": dict(exits="1,2", n_layer=3, exit_threshold=0.5), "ponder": dict(ponder=3),
+            "ponder_in_groups": dict(ponder=3, hierarchy=2, n_layer=3, pos="rope"),
+            "experts": dict(experts=4, experts_active=2)}
+
+
+@pytest.mark.parametrize("flags", DROPPING.values(), ids=DROPPING.keys())
+def test_rows_that_drop_out_leave_the_others_their_adapters(flags):
+    for seed in range(3):
+        model, idx, on = build(TWO | flags, std=0.2).use_policy(), tokens(5, 6, seed), [1, 0, 0, 1, 0]
+        alone = []
+        for row, number in enumerate(on):
+            continual.use_adapters(model, [number])
+            alone.append(model.generate(idx[[row], :row + 2], 8, temperature=0)[0])
+        continual.use_adapters(model, on)
+        together = model.generate(idx, 8, temperature=0, lengths=[2, 3, 4, 5, 6])
+        for row, found in enumerate(alone):
+            assert together[row, :row + 10].tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_adapters_of_other_rows_than_the_batch_has_are_refused(rows):
+    model, idx = build(TWO), tokens(rows, 5)
+    continual.use_adapters(model, [0, 1, 1])
+    for call in (lambda: model(idx, idx), lambda: model(idx), lambda: model.generate(idx, 2)):
+        with pytest.raises(ConfigError, match=f"adapters of 3 rows.*{rows}"):
+            call()
+
+
 @pytest.mark.parametrize("on", [[1], [1, 1], [0, 1]])
 def test_only_adapters_that_are_on_learn(on):
     model, idx = build(TWO, std=0.2).train(), tokens(2, 9)

@@ -53,6 +53,18 @@ def test_cached_decode_equals_full_forward_past_block_size(arm, length):
     torch.testing.assert_close(torch.stack(spy.logits), logits, atol=1e-5, rtol=0)
 
 
+@every_arm_and_pair
+def test_decoding_behind_one_token_equals_the_full_forward_with_the_policy_too(arm):
+    model = build(arm, std=0.2)
+    for rows, policy in ((1, False), (1, True), (3, True)):
+        idx, spy = tokens(rows, 1), Spy()
+        expected, logits = without_cache(model.use_policy(policy), idx, 19)
+        new = torch.cat(list(decoding.stream(model, idx, 19, spy)), dim=1)
+        assert torch.equal(torch.cat((idx, new), 1), expected)
+        found = torch.stack(spy.logits)                        # a screened head leaves losers at -inf
+        torch.testing.assert_close(found, logits.masked_fill(found.isinf(), -torch.inf), atol=1e-5, rtol=0)
+
+
 class NoHost(TorchDispatchMode):
     """Fails where a number leaves the device, or a shape depends on one: a CUDA graph could not hold it."""
 

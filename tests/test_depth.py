@@ -1,8 +1,16 @@
 """Early exits: what a token that leaves early costs, and that it changes nobody else."""
+import math
+from functools import partial
+
 import pytest
 import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import continual
+import energy
+import sparse_kernels as kernels
+from bio_modules import ExpertGate, Halting
 from configurator import ConfigError
 from context import Cache, CachedContext, Context
 from decoding import Sampler, Speculation, stream
@@ -41,6 +49,70 @@ def test_decoding_with_early_exits_is_the_full_forward_with_them(arm):
 
 def context(model, idx):
     return CachedContext(Cache(model, len(idx), idx.size(1)), 0, idx.size(1), idx)
+
+
+@every_exit
+@pytest.mark.parametrize("rows", [1, 3])
+def test_early_exits_behind_a_prompt_of_one_token_are_the_full_forward(arm, rows):
+    for seed in range(3):
+        model, idx = leaving_anywhere(arm, seed), tokens(rows, 16, seed)
+        with torch.no_grad():
+            whole = model.head(model.trunk(idx, context(model, idx)))
+            for prompt in (1, 2):
+                torch.testing.assert_close(step_by_step(model, idx, prompt), whole[:, prompt - 1:], atol=1e-5,
+                                           rtol=1e-4)
+
+
+def leaving_anywhere(arm, seed):
+    """A model whose weights are drawn from a seed, with a threshold that half of its tokens pass."""
+    model = build(arm | dict(exit_threshold=0.5))
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model.use_policy()
+
+
+def in_chunks(model, idx, sizes):
+    """Logits of all tokens (B, T), read in calls of so many tokens each over one cache."""
+    cache, states, start = Cache(model, len(idx), idx.size(1)), [], 0
+    for size in sizes:
+        ctx = CachedContext(cache, start, size, idx)
+        states.append(model.trunk(idx[:, start:start + size], ctx))
+        start += size
+    return model.head(torch.cat(states, dim=1))
+
+
+@every_exit
+def test_what_leavers_owe_is_paid_in_calls_of_any_size(arm):
+    model, idx = leaving_anywhere(arm, 1), tokens(1, 16)
+    with torch.no_grad():
+        whole = in_chunks(model, idx, [16])
+        for sizes in ([1, 1, 5, 1, 8], [1] * 10 + [6], [4, 1, 1, 1, 9], [2, 1, 1, 2, 1, 1, 8]):
+            torch.testing.assert_close(in_chunks(model, idx, sizes), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("again", [0, 1, 4])
+def test_columns_that_are_read_anew_owe_nothing_of_what_they_held(again):
+    model = leaving_anywhere(DEEP, 0)
+    old, new = tokens(1, 9), torch.cat((tokens(1, 9)[:, :again], tokens(1, 16, seed=5)), dim=1)[:, :16]
+    cache, states = Cache(model, 1, 16), []
+    with torch.no_grad():
+        for ids, begin in ((old, 0), (new, again)):
+            for t in range(begin, ids.size(1)):
+                states.append(model.trunk(ids[:, t:t + 1], CachedContext(cache, t, 1, ids)))
+        whole = model.trunk(new, context(model, new))
+    torch.testing.assert_close(torch.cat(states[-16 + again:], dim=1), whole[:, again:], atol=1e-5, rtol=1e-4)
+
+
+def test_making_a_call_does_not_change_the_cache():
+    model, idx = leaving_anywhere(DEEP, 0), tokens(1, 16)
+    with torch.no_grad():
+        whole = step_by_step(model, idx, 1)
+        cache, states = Cache(model, 1, 16), []
+        for t in range(16):
+            CachedContext(cache, 0, 1, idx), CachedContext(cache, 0, 3, idx).of_rows(torch.tensor([0]))
+            states.append(model.trunk(idx[:, t:t + 1], CachedContext(cache, t, 1, idx)))
+    assert torch.equal(model.head(torch.cat(states, dim=1)), whole)
 
 
 def test_tokens_leave_at_every_exit_and_at_none_and_are_counted():
@@ -172,6 +244,37 @@ def test_speculation_is_greedy_decoding_token_for_token(arm):
         assert drafted.tolist() == plain.tolist()
 
 
+@every_exit
+def test_speculation_asks_all_layers_whatever_the_models_policy(arm):
+    for seed in range(3):
+        model, sampler = leaving_anywhere(arm, seed), Sampler(temperature=0)
+        for prompt, new in ((1, 9), (5, 20)):                                    # 20: past block_size
+            idx, all_layers = tokens(1, prompt), model.choices._replace(leave_at=None)
+            early = model.generate(idx, new, temperature=0)
+            plain = torch.cat(list(stream(model, idx, new, sampler, choices=all_layers)), dim=1)
+            drafted = torch.cat(list(Speculation(model, 3).stream(idx, new, sampler)), dim=1)
+            assert drafted.tolist() == plain.tolist()
+            assert torch.equal(model.generate(idx, new, temperature=0), early)
+
+
+def test_a_stream_goes_on_as_it_began_whatever_is_switched_meanwhile():
+    model, idx = leaving_anywhere(DEEP | dict(adapters="a,b", adapter_width=4), 0), tokens(1, 3)
+    ways, alone = ((False, 0), (True, 0), (True, 1)), []
+    for policy, adapter in ways:
+        continual.use_adapters(model.use_policy(policy), [adapter])
+        alone.append(model.generate(idx, 20, temperature=0)[0, 3:].tolist())
+    assert len({tuple(found) for found in alone}) == 3
+    streams, found = [], [[], [], []]
+    for policy, adapter in ways:
+        continual.use_adapters(model.use_policy(policy), [adapter])
+        streams.append(stream(model, idx, 20, Sampler(temperature=0)))
+        found[len(streams) - 1].append(int(next(streams[-1])))
+    for _ in range(19):
+        for one, drawn in zip(streams, found):
+            drawn.append(int(next(one)))
+    assert found == alone
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_speculation_is_greedy_decoding_on_the_kernels_of_any_dtype(dtype):
     model = build(dict(exits="1", n_layer=3, block_size=128, n_embd=32), std=0.2)
@@ -219,6 +322,9 @@ def test_speculation_needs_exits_and_one_row():
 
 # ------------------------------------------------ pondering ---------------------------------------------
 
+USED = ("hierarchy", "exits", "ponder", "experts")     # what decides how often a weight is used
+COUNTED = [pytest.param(arm, id=name, marks=() if name in ARMS or arm.keys() & {*USED} else pytest.mark.slow)
+           for name, arm in (ARMS | PAIRS).items()]
 PONDER = {name: arm for name, arm in (ARMS | PAIRS).items() if "ponder" in arm}
 
 
@@ -290,8 +396,9 @@ def test_halted_tokens_are_not_computed():
     assert 48 < block.halting.steps_run <= sum(ran)
 
 
-def test_leaving_halted_tokens_out_changes_nothing(monkeypatch):
-    model, idx = pondering(dict(pos="rope")).train(), tokens(3, 16)
+@pytest.mark.parametrize("arm", PONDER.values(), ids=PONDER.keys())
+def test_leaving_halted_tokens_out_changes_nothing(monkeypatch, arm):
+    model, idx = pondering(arm | dict(dropout=0.0, ponder=4, n_layer=3)).train(), tokens(3, 16)
     found = []
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
@@ -324,6 +431,47 @@ def test_the_ponder_cost_is_the_runs_and_what_was_left_and_makes_tokens_halt():
     assert halting.steps_run < before
 
 
+AIMS = {"event_gate": dict(event_gate=True), "columns": ARMS["columns"], "experts": ARMS["experts"],
+        "gated_experts": ARMS["experts"] | dict(event_gate=True), "predict": ARMS["predict"],
+        "dendrites": ARMS["dendrites"], "both_gates": ARMS["dendrites"] | dict(event_gate=True)}
+
+
+def halting_after(model, idx, runs):
+    """The context of a training call in which all tokens of row i halt after runs[i] runs."""
+    halting, ctx = model.transformer.h[1].halting, Context(model.positions(idx.size(1)), training=True)
+    ends, plain = torch.tensor(runs)[:, None].expand(-1, idx.size(1)), Halting.weigh
+    halting.weigh = lambda y, left, step: (plain(halting, y, left, step)[0], ends[:, :y.size(1)] == step + 1)
+    model.train().trunk(idx, ctx)
+    return ctx
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("arm", AIMS.values(), ids=AIMS.keys())
+def test_a_mechanisms_loss_is_of_the_tokens_that_think_in_all_runs_together(monkeypatch, arm, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(energy, "off_target", lambda share, target: share)      # linear: means can be weighed
+    monkeypatch.setattr(ExpertGate, "BALANCE", 0.0)
+    model, idx, runs = pondering(arm), tokens(3, 16), [1, 4, 2]
+    together, *alone = (torch.stack(halting_after(model, idx[i:j], runs[i:j]).losses).detach()
+                        for i, j in ((0, 3), (0, 1), (1, 2), (2, 3)))
+    each = (len(together) - 1) // 3                            # of a block; the ponder cost behind the second
+    evenly, by_runs = torch.full((3,), 1 / 3), torch.tensor(runs) / sum(runs)
+    weights = torch.stack([evenly] * each + [by_runs] * each + [evenly] * (each + 1), dim=1)
+    assert each > 0 and len(together) == 3 * each + 1
+    torch.testing.assert_close(together, (weights * torch.stack(alone)).sum(0))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("arm", ["dendrites", "experts"])
+def test_a_budget_counts_the_tokens_that_think(monkeypatch, arm, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    model = pondering(ARMS[arm] | dict(event_gate=True, energy_budget=0.3))
+    idx, runs = tokens(3, 16), [1, 4, 2]
+    together, *alone = ([float(sum(side)) for side in zip(*halting_after(model, idx[i:j], runs[i:j]).spent)]
+                        for i, j in ((0, 3), (0, 1), (1, 2), (2, 3)))
+    assert together == pytest.approx([sum(side) for side in zip(*alone)], rel=1e-5)
+
+
 @pytest.mark.parametrize("bad, word", [(dict(ponder=1), "at least 2"), (dict(ponder_cost=0.5), "ponder"),
                                        (dict(ponder=2, exits="1"), "both decide"),
                                        (dict(ponder=2, ponder_cost=-1.0), "ponder_cost")])
@@ -348,6 +496,82 @@ def test_blocks_that_wait_enter_as_the_identity_and_get_no_gradients():
         model.train()(idx, idx)[1].backward()
         assert all(p.grad is None for block in model.transformer.h[1:] for p in block.parameters())
         assert all(p.grad is not None for p in model.transformer.h[0].parameters())
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiply-adds of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y, name = func(*args, **kwargs or {}), func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "mv", "addmv", "linear", "matmul"):
+            left = args[1] if name in ("addmm", "baddbmm", "addmv") else args[0]
+            self.macs += y.numel() * left.size(-1)
+        if name == "einsum":
+            sides, out = args[0].split("->")[0].split(","), args[0].split("->")[1]
+            size = {letter: n for side, t in zip(sides, args[1]) if "." not in side
+                    for letter, n in zip(side, t.shape)}
+            self.macs += y.numel() * math.prod(n for letter, n in size.items() if letter not in out)
+        return y
+
+
+@torch.no_grad()
+def executed(model, idx):
+    """Multiply-adds of a training forward: those of weights as they are dispatched, those of attention by its
+    queries and the columns that each of them may see at the end of its block."""
+    seen = []
+
+    def attend(attn, q, k, v, mask, dropout):
+        seen.append(2 * q.numel() * min(k.size(2), attn.window or k.size(2)))
+        return q
+    for block in model.transformer.h:
+        block.attn.attend = partial(attend, block.attn)
+    with Products() as products:
+        model.train()(idx, idx)
+    return products.macs + sum(seen)
+
+
+@pytest.mark.parametrize("arm", COUNTED)
+def test_flops_are_six_times_the_multiply_adds_that_a_forward_executes(arm):
+    model, idx = build(arm, std=0.2), tokens(1, 16)
+    state = torch.get_rng_state()
+    before = model.flops_per_token()
+    assert torch.equal(torch.get_rng_state(), state)             # counting draws nothing
+    macs = executed(model, idx)
+    assert model.flops_per_token() == round(6 * macs / 16) > 0
+    assert before == model.flops_per_token() or ("ponder" in arm and before >= model.flops_per_token())
+
+
+@pytest.mark.parametrize("arm", COUNTED)
+def test_a_decode_step_counts_what_it_executes(monkeypatch, arm):
+    """Without the C kernels, whose products no dispatcher sees."""
+    monkeypatch.setattr(kernels, "cpu_library", lambda: (None, "off"))
+    for policy in (False, True):
+        model, idx = build(arm, std=0.2).use_policy(policy), tokens(1, 9)
+        for block in model.transformer.h:
+            block.attn.attend = lambda q, k, v, mask, dropout: q
+        cache = Cache(model, 1, 9)
+        with torch.inference_mode():
+            model.trunk(idx[:, :8], CachedContext(cache, 0, 8, idx))
+            with kernels.counting() as counted, Products() as products:
+                model.trunk(idx[:, 8:], CachedContext(cache, 8, 1, idx))
+        assert counted.macs == products.macs > 0
+
+
+def test_flops_follow_the_runs_that_tokens_take():
+    model, idx, found = build(dict(ponder=4, n_layer=3), std=0.2), tokens(1, 16), []
+    all_runs = model.flops_per_token()
+    halting = model.transformer.h[1].halting
+    for bias in (-20.0, 0.0, 20.0):
+        halting.halt.bias.data.fill_(bias)
+        halting.steps_run = halting.tokens_run = 0
+        model(idx)
+        found.append(model.flops_per_token())
+    once = build(dict(n_layer=3)).flops_per_token() + 6 * 16                     # one run, and who halts
+    assert all_runs == found[0] > found[1] > found[2] == once
 
 
 def test_waiting_layers_cost_no_flops():

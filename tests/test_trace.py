@@ -67,7 +67,8 @@ def test_the_work_of_a_dense_block_is_all_of_it_and_of_a_sparse_one_what_ran():
     columns, _ = recorded(ARMS["columns"])
     config = columns.model.config
     units = config.units() * config.columns_active // config.columns
-    some = 4 * 16 * 16 + config.columns * 16 + 2 * 16 * units
+    gate = config.columns * 16 + config.columns**2            # the router, and who inhibits whom
+    some = 4 * 16 * 16 + gate + 2 * 16 * units
     for token in columns.samples[0]["tokens"][1:]:
         assert token["macs"] == [some] * 2
         assert all(len(groups) == 2 and groups == sorted(groups) for groups in token["groups"])
