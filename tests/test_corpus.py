@@ -591,6 +591,32 @@ def test_going_on_in_any_kind_of_file_gives_the_same_files(tmp_path, monkeypatch
     case()
 
 
+def test_going_on_with_rows_of_the_hub_gives_the_same_files(tmp_path, monkeypatch, case):
+    """They stream through the package datasets, whose position is its own."""
+    monkeypatch.setattr(corpus, "PART_TOKENS", 500)
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 100)
+    path = write_parquet(tmp_path / "in.parquet", rows_of([*A, "", *B], n=1))
+    keys = {"path": "parquet", "data_files": [str(path)]}
+
+    def write(folder, stop_after=None):
+        def text(row):
+            nonlocal seen
+            seen += 1
+            if seen == stop_after:
+                raise KeyboardInterrupt
+            return row["text"]
+        seen = 0
+        documents = corpus.Documents(corpus.hub_rows(keys), text)
+        return corpus.write_corpus(folder, documents, ByteTokenizer(), 0.3, "the Hub"), seen
+    whole, _ = write(tmp_path / "whole")
+    assert whole["dropped"] == {"empty": {"count": 1, "first": ["row 16"]}} and "files" not in whole
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "stopped", 25)
+    meta, rows = write(tmp_path / "stopped")
+    assert meta == whole and bins(tmp_path / "stopped") == bins(tmp_path / "whole") and rows < 31
+    case()
+
+
 def interrupted(stream, folder, monkeypatch, replaced=None):
     """A preparation that is stopped after 250 rows, or in its end after so many files are in place."""
     if replaced is None:
