@@ -62,16 +62,21 @@ def here():
             "mkldnn": torch.backends.mkldnn.is_available()}
 
 
+# where |a| of two units is nearly equal, another version's last bit lets the other one fire (seen: 0.0017 of
+# the loss at step 18, torch 2.13 and 2.14 beside 2.15), so these curves are less near
+HARD_CHOICES = {"topk": 5e-3, "predict": 5e-3}
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_follows_its_golden_curve(name):
-    """Exact where torch and the CPU are those of the record, else within 1e-4 of the loss."""
+    """Exact where torch and the CPU are those of the record, else within 1e-4 of the loss, but for hard choices."""
     record = json.loads(FILE.read_text(encoding="utf-8"))
     found, golden = curve(ARMS[name]), record["curves"][name]
     assert len(golden) == STEPS
     if record["here"] == here():
         assert found == golden
     else:
-        assert found == pytest.approx(golden, rel=1e-4)
+        assert found == pytest.approx(golden, rel=HARD_CHOICES.get(name, 1e-4))
 
 
 @pytest.mark.parametrize("name", RUNS)
