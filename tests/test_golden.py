@@ -69,7 +69,7 @@ HARD_CHOICES = {"topk": 5e-3, "predict": 5e-3}
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_follows_its_golden_curve(name):
-    """Exact where torch and the CPU are those of the record, else within 1e-4 of the loss, but for hard choices."""
+    """Exact where torch and the CPU are those of the record, else near: 1e-4 but for hard choices."""
     record = json.loads(FILE.read_text(encoding="utf-8"))
     found, golden = curve(ARMS[name]), record["curves"][name]
     assert len(golden) == STEPS
