@@ -258,8 +258,8 @@ def suite_rows(record):
 def tested(records):
     """The sentence of the README on versions."""
     suite = records.get("suite_cpu.json", {"suite": {}})["suite"]
-    whole = [torch for torch, found in suite.items() if not found["failed"]]
-    return whole and f"The whole test suite passes on PyTorch {', '.join(sorted(whole, key=version_of))} (CPU)." or ""
+    whole = sorted((torch for torch, found in suite.items() if not found["failed"]), key=version_of)
+    return f"The whole test suite passes on PyTorch {', '.join(whole)} (CPU)." if whole else ""
 
 
 def figure(s):
