@@ -202,6 +202,43 @@ def test_forward_traces_in_one_graph(arm):
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)      # eager oscillating units have a kernel
 
 
+ODD = dict(n_embd=20, n_head=2, vocab_size=33)       # in bf16 no row is a multiple of 16 bytes
+ODD_ARMS = {name: ODD | arm for name, arm in ARMS.items()}
+ODD_ARMS["columns"] |= dict(columns=4)
+for name in ("dendrites", "energy"):
+    ODD_ARMS[name] |= dict(dendrites=2, dendrites_active=1)
+ODD_ARMS["experts"] |= dict(experts=16, experts_active=3)                 # 5 units each
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arm", ODD_ARMS.values(), ids=ODD_ARMS.keys())
+def test_odd_widths_train_and_decode(arm, dtype):
+    """Whatever shapes a library's kernels refuse; 13 tokens are more than a decode step reads by rows."""
+    model, idx = build(arm).train(), tokens(2, 14) % 31
+    model.compute_dtype = dtype
+    loss = model(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for rows, length in ((1, 1), (2, 13)):
+        said = model.eval().generate(tokens(rows, length), 5, temperature=0)
+        assert said.shape == (rows, length + 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_experts_of_odd_widths_compile_with_their_backward(dtype):
+    model, idx = build(ODD_ARMS["experts"], std=0.2).train(), tokens(2, 14)
+    model.compute_dtype, found = dtype, []
+    torch.compiler.reset()
+    for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        model.zero_grad()
+        run(idx[:, :-1], idx[:, 1:])[1].backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    for compiled, eager in zip(*found):
+        assert (compiled - eager).norm() <= limit * eager.norm()
+
+
 def test_weights_depend_on_their_name_and_the_seed_alone():
     small, wide = build({}), build(dict(n_layer=3, vocab_size=40, bias=False))
     other = GPT(GPTConfig(**TINY), seed=2)
