@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import shutil
 import statistics
+import sys
 from functools import cache
+from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.broken import BREAK
@@ -65,7 +67,10 @@ def chosen_arms(cfg):
     """The arms that `arms` names, without it all but OTHERS; `broken` names those that are. An arm that is
     the model of one before it is left out: same_models tells which."""
     named = named_arms(cfg)
-    return [arm for arm in named if arm not in same_models(cfg.config, named)]
+    same = same_models(cfg.config, named)
+    for arm, first in same.items():
+        print(f"{arm} is the same model as {first}: measured once", file=sys.stderr)
+    return [arm for arm in named if arm not in same]
 
 
 def named_arms(cfg):
@@ -146,6 +151,17 @@ def key_class():
                                                for key, default in key_defaults().items()])
 
 
+def keys_of(*words):
+    """{key: value} that config files and --key=value set; read once as long as the files stay as they are."""
+    files = [Path(word) for word in words if not word.startswith("--")]
+    return parsed(words, tuple(file.read_text(encoding="utf-8") for file in files if file.is_file()))
+
+
+@cache
+def parsed(words, texts):
+    return parse(key_class(), words)
+
+
 def settings(recipe, arm):
     """What a run of an arm is trained with: the keys that are not train.py's defaults -> {key: value}.
 
@@ -153,7 +169,7 @@ def settings(recipe, arm):
     """
     files, flags = parts(arm)
     words = [str(ROOT / file) for file in [*recipe.split(","), *files]]
-    given = parse(key_class(), [*words, *(f"--{key}={value}" for key, value in flags.items())])
+    given = keys_of(*words, *(f"--{key}={value}" for key, value in flags.items()))
     given = {key: kind(value) if (kind := type(key_defaults()[key])) in (float, str) else value
              for key, value in given.items() if key not in APART}
     return {key: value for key, value in sorted(given.items()) if value != key_defaults()[key]}
@@ -183,7 +199,7 @@ def parts(arm):
     if not isinstance(flags, tuple):
         flags = (flags, {}) if isinstance(flags, str) else ("", flags)
     files = [f"config/{flags[0]}.py"] * bool(flags[0])
-    own = parse(key_class(), [str(ROOT / file) for file in files]) | flags[1]
+    own = keys_of(*(str(ROOT / file) for file in files)) | flags[1]
     return files, (flags[1] if "act" in own else BASE | flags[1])
 
 

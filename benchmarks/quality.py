@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import dataset as datasets
 from benchmarks import Recipe
 from benchmarks.arms import ARMS, check_arms, chosen_arms, described, steps_alone, trained
@@ -40,6 +42,7 @@ class Quality(Recipe):
 
 
 def quality(cfg):
+    earlier = earlier_runs(cfg)
     data = datasets.prepare_if_missing("pylib").resolve()
     wanted = chosen_arms(cfg)
     todo = [(arm, seed, 0) for seed in range(cfg.repeats) for arm in wanted]
@@ -54,7 +57,6 @@ def quality(cfg):
     for (arm, _, iters), run in zip(todo + longer, done + more):
         runs.setdefault(arm + ", equal time" * bool(iters), []).append(run)
     if cfg.keep:
-        earlier = read(cfg.keep)["runs"]
         runs = {arm: runs.get(arm) or earlier[arm] for arm in ARMS if arm in runs | earlier}
     losses = losses_of(runs)
     print(f"val loss, mean of {cfg.repeats} seeds (least to most); mean difference to the dense twin; "
@@ -76,6 +78,21 @@ def quality(cfg):
         print(f"  {arm:32}{s['median']:8.2f} ms a step ({s['min']:.2f} to {s['max']:.2f})")
     return {"measurements": {"val loss": losses}, "validation": QUALITY_VALIDATION, "ms": step,
             "trained_now": wanted, "seeds": seeds(cfg), "runs": runs}
+
+
+def earlier_runs(cfg):
+    """The runs of the record `keep`; {} without one. What was trained otherwise is not kept."""
+    record = read(cfg.keep) if cfg.keep else {"runs": {}}
+    for key in ("config", "iters", "repeats") if cfg.keep else ():
+        there, here = record["config"].get(key), getattr(cfg, key)
+        require(there == here, f"keep='{cfg.keep}' was made with {key}={there} and this is {key}={here}, so "
+                               f"its runs stand beside no twin: type --{key}={there} or leave --keep out")
+    if cfg.keep:
+        there, here = record["hardware"]["torch"], torch.__version__
+        require(there.partition("+")[0] == here.partition("+")[0],
+                f"keep='{cfg.keep}' was made by torch {there} and this is {here}: its runs stand beside no "
+                "twin; leave --keep out")
+    return record["runs"]
 
 
 def quality_run(cfg, data, work, arm, seed, iters):

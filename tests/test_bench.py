@@ -404,6 +404,17 @@ def test_reach_says_where_the_line_is_passed_or_that_it_is_not(tmp_path):
         assert found["best"] == min(loss for *_, loss in found["curve"])
 
 
+@pytest.mark.parametrize("changed, parts", [
+    ({"iters": 7}, ["iters=7", "iters=3", "--iters=7"]), ({"config": "config/x.py"}, ["config/x.py"]),
+    ({"repeats": 2}, ["repeats=2", "--repeats=2"]), ({"torch": "1.0"}, ["torch 1.0", "leave --keep out"])])
+def test_runs_of_an_earlier_record_that_was_trained_otherwise_are_not_kept(tmp_path, changed, parts):
+    config = {"iters": 3, "config": "config/compare_pylib.py", "repeats": 1} | changed
+    (tmp_path / "old.json").write_text(json.dumps({"runs": {}, "config": config, "hardware": {
+        "torch": changed.get("torch", torch.__version__)}}))
+    one_sentence(run(tmp_path, "quality", "--iters=3", "--repeats=1", "--arms=gelu", "--keep=old.json"),
+                 "bench.py", *parts)
+
+
 @pytest.mark.slow
 def test_quality_gives_an_arm_its_twins_time_and_draws_closed_branches(tmp_path):
     words = ["quality", "--iters=60", "--repeats=1", "--arms=dense,branches", "--plot=p.png",

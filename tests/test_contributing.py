@@ -89,5 +89,5 @@ def test_the_worked_example_trains(copy, blocks, data):
 
 def test_the_worked_example_is_off_by_default_an_arm_and_no_two_mlps(copy):
     none, arm, both, units = run(copy, "python", "-c", CHECKS).splitlines()
-    assert none == "[]" and arm == "(['config/bio_divisive.py'], {})"
+    assert none == "[]" and arm == "(['config/bio_divisive.py'], {'act': 'relu2'})"
     assert "divisive=4" in both and "columns=8" in both and "30 units" in units
