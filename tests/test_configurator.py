@@ -360,11 +360,11 @@ BAD_TRAINING = [
 ]
 BAD_SAMPLING = [
     (["--temprature=1"], "unknown key 'temprature', did you mean 'temperature'?"),
-    (["--temperature=-1"], "temperature=-1.0 must be 0 (greedy) or more"),
-    (["--top_k=-2"], "top_k=-2 must be 0 (off) or more"),
+    (["--temperature=-1"], "temperature=-1.0 must be 0 (greedy) or a number from 1e-06 on"),
+    (["--top_k=-2"], "top_k=-2 must be a whole number, 0 (off) or more"),
     (["--top_p=0"], "top_p=0.0 must be in (0, 1]"),
     (["--min_p=2"], "min_p=2.0 must be in [0, 1]"),
-    (["--repetition_penalty=0"], "repetition_penalty=0.0 must be above 0"),
+    (["--repetition_penalty=0"], "repetition_penalty=0.0 must be in 0.001..1000"),
     (["--num_samples=0"], "num_samples=0 must be at least 1"),
     (["--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
     (["--compile=maybe"], "compile='maybe' must be auto, True or False"),
