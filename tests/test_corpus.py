@@ -481,7 +481,7 @@ REFUSED = {                                     # ... what the sentence says, of
                         "b.jsonl.zst cannot be read"),
     "a gz that is none": ({"a.jsonl": JSON_A, "b.jsonl.gz": JSON_B}, "b.jsonl.gz cannot be read"),
     "parquet without the column": ({"a.parquet": table(rows_of(A)), "b.parquet": table([{"x": "y"}])},
-                                   "b.parquet has no column 'text' but x: type python data/prepare.py --input=... --name=... --column=ANOTHER"),
+                                   "b.parquet has no column 'text' but x: type python data/prepare.py"),
     "csv without the column": ({"a.csv": cells(["text", *A]), "b.csv": b"x;text\n1;2\n"},
                                "b.csv has no column 'text' but x;text"),
     "a quote that never ends": ({"a.csv": cells(["text", *A]) + b'"open\r\nx\r\n'},
@@ -489,7 +489,7 @@ REFUSED = {                                     # ... what the sentence says, of
     "lines of which none is JSON": ({"a.jsonl": JSON_A, "b.jsonl": b"plain text\n" * 9},
                                     "b.jsonl, line 1 is no JSON"),
     "a file of another column": ({"a.jsonl": JSON_A, "b.jsonl": b'{"body": "x"}\n' * 9},
-                                 "b.jsonl, line 1 has no column 'text' but body: type python data/prepare.py --input=... --name=... --column=ANOTHER"),
+                                 "b.jsonl, line 1 has no column 'text' but body: type python data/prepare.py"),
     "rows and whole texts": ({"a.jsonl": JSON_A, "b.txt": b"text"}, "mixes json and text"),
     "nothing but what is hidden": ({".a.jsonl": JSON_A}, "holds none of"),
 }
