@@ -489,7 +489,7 @@ REFUSED = {                                     # ... what the sentence says, of
     "lines of which none is JSON": ({"a.jsonl": JSON_A, "b.jsonl": b"plain text\n" * 9},
                                     "b.jsonl, line 1 is no JSON"),
     "a file of another column": ({"a.jsonl": JSON_A, "b.jsonl": b'{"body": "x"}\n' * 9},
-                                 "b.jsonl, line 1 has no column 'text' but body: type python data/prepare.py"),
+                                 "b.jsonl, line 1 has no column 'text' but body: type python data/"),
     "rows and whole texts": ({"a.jsonl": JSON_A, "b.txt": b"text"}, "mixes json and text"),
     "nothing but what is hidden": ({".a.jsonl": JSON_A}, "holds none of"),
 }
