@@ -53,13 +53,19 @@ def test_cached_decode_equals_full_forward_past_block_size(arm, length):
     torch.testing.assert_close(torch.stack(spy.logits), logits, atol=1e-5, rtol=0)
 
 
-@every_arm_and_pair
+DEPTH = ("hierarchy", "exits", "ponder")         # what decides which layers a token passes
+DEEP = {name for name, arm in PAIRS.items() if arm.keys() & {*DEPTH}}
+BEHIND_ONE = [pytest.param(arm, id=name, marks=() if name in {*ARMS, *DEEP} else pytest.mark.slow)
+              for name, arm in (ARMS | PAIRS).items()]
+
+
+@pytest.mark.parametrize("arm", BEHIND_ONE)
 def test_decoding_behind_one_token_equals_the_full_forward_with_the_policy_too(arm):
-    model = build(arm, std=0.2)
-    for rows, policy in ((1, False), (1, True), (3, True)):
+    model = build(arm, std=0.2).use_policy()
+    for rows in (1, 3):
         idx, spy = tokens(rows, 1), Spy()
-        expected, logits = without_cache(model.use_policy(policy), idx, 19)
-        new = torch.cat(list(decoding.stream(model, idx, 19, spy)), dim=1)
+        expected, logits = without_cache(model, idx, 9)
+        new = torch.cat(list(decoding.stream(model, idx, 9, spy)), dim=1)
         assert torch.equal(torch.cat((idx, new), 1), expected)
         found = torch.stack(spy.logits)                        # a screened head leaves losers at -inf
         torch.testing.assert_close(found, logits.masked_fill(found.isinf(), -torch.inf), atol=1e-5, rtol=0)

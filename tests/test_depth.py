@@ -54,7 +54,7 @@ def context(model, idx):
 @every_exit
 @pytest.mark.parametrize("rows", [1, 3])
 def test_early_exits_behind_a_prompt_of_one_token_are_the_full_forward(arm, rows):
-    for seed in range(3):
+    for seed in range(2):
         model, idx = leaving_anywhere(arm, seed), tokens(rows, 16, seed)
         with torch.no_grad():
             whole = model.head(model.trunk(idx, context(model, idx)))
@@ -246,9 +246,9 @@ def test_speculation_is_greedy_decoding_token_for_token(arm):
 
 @every_exit
 def test_speculation_asks_all_layers_whatever_the_models_policy(arm):
-    for seed in range(3):
+    for seed in range(2):
         model, sampler = leaving_anywhere(arm, seed), Sampler(temperature=0)
-        for prompt, new in ((1, 9), (5, 20)):                                    # 20: past block_size
+        for prompt, new in ((1, 6), (7, 11)):                                    # 11: past block_size
             idx, all_layers = tokens(1, prompt), model.choices._replace(leave_at=None)
             early = model.generate(idx, new, temperature=0)
             plain = torch.cat(list(stream(model, idx, new, sampler, choices=all_layers)), dim=1)
