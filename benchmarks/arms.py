@@ -159,7 +159,7 @@ def keys_of(*words):
 
 @cache
 def parsed(words, texts):
-    return parse(key_class(), words)
+    return parse(key_class(), words, files=True)
 
 
 def settings(recipe, arm):
