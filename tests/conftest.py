@@ -68,6 +68,7 @@ def run_here(script, argv, cwd, env, before, out, err):
     """Become `python script argv...`: its streams, folder, environment, exception hook and exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(LIMIT)
+    torch.set_num_threads(1)     # the first call makes a pool anew behind a fork; two threads at once lose it
     for number, path in ((0, os.devnull), (1, out), (2, err)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)

@@ -233,10 +233,17 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
     assert list(train.losses("single")) == list(range(17))
 
 
+# the first of several processes, without the others
+OF_SEVERAL = ("import runtime; "
+              "runtime.join_world = lambda backend, device: (runtime.World(0, 0, {}), device); "
+              "runtime.World.sum = lambda self, values: values; runtime.World.require_same = lambda *words: None; "
+              "runtime.World.barrier = lambda self: None")
+
+
 @pytest.mark.parametrize("keys, expected", [
     ({}, "torchrun"), (dict(optimizer="muon"), "optimizer=muon"), (dict(ponder=3, n_layer=3), "ponder=3")])
 def test_what_cannot_be_sharded_is_one_sentence(train, keys, expected):
-    fake = "import runtime; runtime.join_world = lambda backend, device: (runtime.World(0, 0, 2), device)"
+    fake = OF_SEVERAL.format(2)
     one_sentence(train(fsdp=True, before=fake * bool(keys), status=2, **keys), "train.py", expected)
 
 
@@ -278,7 +285,7 @@ def test_a_mistake_is_told_by_processes_that_have_joined_too(train):
 
 def test_accumulation_that_does_not_split_among_the_processes_is_refused(train):
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    fake = "import runtime; runtime.join_world = lambda backend, device: (runtime.World(0, 0, 3), device)"
+    fake = OF_SEVERAL.format(3)
     result = train(env=env, before=fake, status=2)
     assert "gradient_accumulation_steps=2 must be a multiple of the 3 processes" in result.err
 
