@@ -236,7 +236,8 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
 # the first of several processes, without the others
 OF_SEVERAL = ("import runtime; "
               "runtime.join_world = lambda backend, device: (runtime.World(0, 0, {}), device); "
-              "runtime.World.sum = lambda self, values: values; runtime.World.require_same = lambda *words: None; "
+              "runtime.World.sum = lambda self, values: values; "
+              "runtime.World.require_same = lambda *words: None; "
               "runtime.World.barrier = lambda self: None")
 
 

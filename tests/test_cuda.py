@@ -1,0 +1,74 @@
+"""On a CUDA card: every variant trains and decodes there as it does on a CPU, at odd widths too."""
+import pytest
+import torch
+from arms import ARMS, TINY, build, tokens
+
+from configurator import ConfigError
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
+WIDTHS = dict(n_embd=100, n_head=4), dict(n_embd=20, n_head=2), dict(n_embd=60, n_head=3)
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """fp32 products in fp32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@every_arm
+def test_a_card_gives_the_logits_the_gradients_and_the_tokens_of_a_cpu(arm):
+    here, there, idx = build(arm, std=0.2), build(arm, std=0.2).cuda(), tokens(2, 13)
+    logits = [here(idx)[0], there(idx.cuda())[0].cpu()]
+    torch.testing.assert_close(*logits, atol=2e-4, rtol=0)
+    losses = [here(idx, idx.roll(-1, 1))[1], there(idx.cuda(), idx.roll(-1, 1).cuda())[1]]
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(here.named_parameters(), there.parameters()):
+        if p.grad is not None and p.grad.abs().max() > 1e-6:
+            assert (p.grad - q.grad.cpu()).norm() <= 1e-2 * p.grad.norm() + 1e-5, name
+    for policy in (False, True):
+        expected = here.use_policy(policy).generate(idx[:1], 20, temperature=0)
+        found = there.use_policy(policy).generate(idx[:1].cuda(), 20, temperature=0)
+        assert torch.equal(found.cpu(), expected)
+
+
+@every_arm
+def test_odd_widths_train_and_decode_on_a_card(arm):
+    done = 0
+    for width in WIDTHS:
+        for dtype in DTYPES:
+            try:
+                model = GPT(GPTConfig(**TINY | dict(block_size=80, n_layer=3) | width | arm), seed=1).cuda()
+            except ConfigError:                                 # in one sentence
+                continue
+            model.compute_dtype = dtype
+            idx = tokens(2, 76).cuda()
+            loss = model.train()(idx, idx)[1]
+            loss.backward()
+            assert torch.isfinite(loss)
+            model.eval()
+            model.compute_dtype = None
+            model.to(dtype)
+            for rows, length in ((1, 3), (2, 70), (1, 77)):
+                model.generate(tokens(rows, length).cuda(), 8, temperature=0)
+            done += 1
+    assert done or arm.keys() & {"columns", "dendrites", "compartments", "experts", "weights"}
+
+
+@every_arm
+def test_decoding_on_a_card_follows_a_step_of_a_fused_optimizer(arm):
+    model, prompt = build(arm, std=0.2).cuda(), tokens(1, 5).cuda()
+    model.generate(prompt, 20, temperature=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    idx = tokens(2, 16).cuda()
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    anew = build(arm).cuda()
+    anew.load_state_dict(model.state_dict())
+    assert torch.equal(model.generate(prompt, 20, temperature=0), anew.generate(prompt, 20, temperature=0))
