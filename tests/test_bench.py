@@ -324,7 +324,7 @@ def test_mlp_times_every_side_and_counts_the_weights_it_reads(tmp_path):
         assert size * dense / 2 < read[f"dense, {dtype}, 64"] < size * dense
     assert sides["to_twin"].keys() == {f"{arm}, {dtype}" for dtype in ("bfloat16", "float32") for arm in
                                        ("top 10%", "columns 3 of 32", "predicted 20%")}
-    up, gate = dense * 3 // 64, 32 * 64 * 2                      # of W_down only the units above 0
+    up, gate = dense * 3 // 64, 32 * 64 * 2 + 32 * 32 * 4        # of W_down only the units above 0
     assert gate + up < read["columns 3 of 32, bfloat16, 64"] < gate + 2 * up
     up, predictor = 2 * 51 * 64, 2 * 4 * (64 + 256)
     assert predictor + up < read["predicted 20%, bfloat16, 64"] < predictor + 2 * up

@@ -208,7 +208,7 @@ def test_products_are_counted_from_the_shapes_that_run():
         kernels.mlp_one(normal(1, 1, 32), *mlp, 4, torch.arange(9))
         kernels.columns_one(normal(1, 1, 32), weight[:16], torch.zeros(16, 16), torch.zeros(16), *mlp, 2)
         kernels.predicted_one(normal(1, 1, 32), weight[:8], normal(64, 8), normal(64), *mlp, 7, 5)
-    assert work.macs == work.bytes / 4 == 32 * (9 + 4 + 16 + 2 * 8 + 8 + 7 + 5) + 64 * 8
+    assert work.macs == work.bytes / 4 == 32 * (9 + 4 + 16 + 2 * 8 + 8 + 7 + 5) + 16 * 16 + 64 * 8
     assert kernels.tally is None
 
 
