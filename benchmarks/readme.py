@@ -255,11 +255,15 @@ def suite_rows(record):
                f"| {found['failed']} | {found['seconds'] / 60:.0f}")
 
 
-def tested(records):
-    """The sentence of the README on versions."""
+TESTED = {"": "The whole test suite passes on PyTorch {} (CPU).",
+          " in Korean": "모든 테스트가 PyTorch {}에서 통과합니다(CPU)."}
+
+
+def tested(sentence, records):
+    """The sentence of a README on versions; nothing without a record."""
     suite = records.get("suite_cpu.json", {"suite": {}})["suite"]
     whole = sorted((torch for torch, found in suite.items() if not found["failed"]), key=version_of)
-    return f"The whole test suite passes on PyTorch {', '.join(whole)} (CPU)." if whole else ""
+    return sentence.format(", ".join(whole)) if whole else ""
 
 
 def figure(s):
@@ -303,5 +307,5 @@ BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))
-BLOCKS["versions"] = tested
+BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, sentence in TESTED.items()}
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))
