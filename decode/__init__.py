@@ -1,0 +1,1 @@
+"""Decoding: what a call carries, the KV cache, sampling, speculation."""

@@ -1,0 +1,1 @@
+"""Kernels of the sparse operations: what sparse_kernels.py dispatches to."""

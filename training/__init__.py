@@ -1,0 +1,1 @@
+"""What a run needs around the model: optimizers, checkpoints, processes, tasks, exports."""
