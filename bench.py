@@ -39,6 +39,7 @@ COMMANDS = {
     "compress": "Compression",
     "readme": "Readme",
 }
+PLOT = "plot"                                    # viz/plots.py
 
 
 def load(name):
@@ -57,6 +58,7 @@ def purpose(name):
 
 def menu():
     lines = [f"  {name:10}{purpose(name)}" for name in COMMANDS]
+    lines += [f"  {PLOT:10}Draw what runs have logged and learnt: python bench.py plot RUN [RUN ...]"]
     return "\n".join(["python bench.py SUBCOMMAND [--key=value ...]", "", *lines, "",
                       "python bench.py SUBCOMMAND --help lists its keys."])
 
@@ -65,12 +67,16 @@ def main(words):
     """Run the subcommand that the words name; the JSON record is the last line of stdout."""
     if words[:1] in (["--help"], ["-h"]):
         return print(menu())
-    choice = f"type python bench.py {' or '.join(COMMANDS)}; --help says what they measure"
+    choice = f"type python bench.py {' or '.join([*COMMANDS, PLOT])}; --help says what they measure"
     require(words, f"a subcommand is missing: {choice}")
     name = words[0]
-    require(name in COMMANDS, f"unknown subcommand '{name}'{close_match(name, COMMANDS)}; {choice}")
-    kind, function = load(name)
+    require(name in COMMANDS or name == PLOT,
+            f"unknown subcommand '{name}'{close_match(name, [*COMMANDS, PLOT])}; {choice}")
     sys.argv[0] += f" {name}"                   # so that help and errors name the command that was typed
+    if name == PLOT:                            # its words are folders of runs
+        from viz import plots
+        return plots.main(words[1:])
+    kind, function = load(name)
     cfg = configure(kind, words[1:], files=True)
     if not issubclass(kind, Bench):             # it reads records and makes none
         return function(cfg)
@@ -78,4 +84,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]))
+    run_script(lambda: main(sys.argv[1:]), encoding="utf-8" if sys.argv[1:2] == [PLOT] else None)

@@ -12,11 +12,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import continual
-import energy
 import sparse_kernels as kernels
 from configurator import require
-from context import Cache, CachedContext, add_up
+from decode.context import Cache, CachedContext, add_up
 from layers import (
     GELU,
     Attention,
@@ -36,6 +34,7 @@ from layers import (
     residual_std,
     rms,
 )
+from training import continual, energy
 
 EVERY = slice(None)
 
@@ -47,7 +46,7 @@ class Oscillating(nn.Module):
     """An activation whose units oscillate: sin(w*x + phi) * tanh(x) + b, with w, phi and b learned per unit.
 
     (..., units) -> (..., units). w and phi begin as BEGIN says, b = 0; vectors, so no weight decay.
-    One such neuron can separate XOR (2108.12943; so can one GELU, tests/test_switches.py shows both).
+    One such neuron can separate XOR (2108.12943; so can one GELU, tests/model/test_switches.py shows both).
     """
     BEGIN = {"w": (1.0, 0.1), "phi": (0.0, 0.1)}              # mean and deviation of the normal distribution
 

@@ -17,14 +17,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
-import continual
-import decoding
-import energy
-import optimizers
-import pretrained
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
 from configurator import require
-from context import Choices, Context
+from decode import sampling
+from decode.context import Choices, Context
 from layers import (
     Attention,
     Embedding,
@@ -46,8 +42,9 @@ from layers import (
     residual_std,
     soft_cap,
 )
-from pretrained import GPT2_SIZES
-from runtime import peak_flops
+from training import continual, energy, optimizers, pretrained
+from training.pretrained import GPT2_SIZES
+from training.runtime import peak_flops
 
 SIZES = {
     "small": dict(n_layer=6, n_head=8, n_embd=512),
@@ -466,10 +463,10 @@ class GPT(nn.Module):
 
         lengths: (B,) ints where the prompts fill only the first lengths[b] columns of their rows; new tokens
         then follow each prompt directly, and the rest of the row is 0. temperature=0 is greedy. overflow and
-        filters (top_p, min_p, repetition_penalty): see decoding.stream and decoding.Sampler. Call .eval()
+        filters (top_p, min_p, repetition_penalty): see sampling.stream and sampling.Sampler. Call .eval()
         first.
         """
-        sampler = decoding.Sampler(temperature=temperature, top_k=top_k, **filters)
-        new = torch.cat(list(decoding.stream(self, idx, max_new_tokens, sampler, lengths, overflow))
+        sampler = sampling.Sampler(temperature=temperature, top_k=top_k, **filters)
+        new = torch.cat(list(sampling.stream(self, idx, max_new_tokens, sampler, lengths, overflow))
                         or [idx[:, :0]], dim=1)
-        return decoding.join(idx, new, lengths)
+        return sampling.join(idx, new, lengths)

@@ -12,20 +12,18 @@ from pathlib import Path
 
 import torch
 
-import checkpoint as ckpt
-import continual
-import dataset as datasets
-import decoding
-import pretrained
-import runtime
 import sparse_kernels
-import tokenizer as tokenizers
-import tracing
-from chat import Chat, converse, show
 from configurator import ConfigError, configure, require, run_script
+from data import dataset as datasets
+from data import tokenizer as tokenizers
+from decode import sampling
 from layers import Packed, settle
 from model import GPT
-from pretrained import is_gpt2
+from training import checkpoint as ckpt
+from training import continual, pretrained, runtime
+from training.pretrained import is_gpt2
+from viz import tracing
+from viz.chat import Chat, converse, show
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class SampleConfig:
         require(not (self.trace and (self.speculate or self.chat or self.compile is True)),
                 f"trace={self.trace} watches one token at a time as it is decoded: leave --speculate, --chat "
                 "and --compile out")
-        decoding.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         for key in ("stop", "enter"):
             require(self.chat or getattr(self, key) == getattr(type(self), key),
                     f"{key}={getattr(self, key)!r} has no effect without chat: type --chat too")
@@ -165,7 +163,7 @@ def main(cfg):
     model, tokenizer = load(cfg.init_from, cfg.out_dir, cfg.tokenizer)
     on = continual.switch_on(model, cfg.adapter)
     print(f"{place}, {sparse_kernels.path_taken(place.device)}{on}", file=sys.stderr)
-    sampler = decoding.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
+    sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)
     if model.config.weights == "2:4":
@@ -213,8 +211,8 @@ def streaming(model, cfg):
                 f"train one with --exits={max(1, model.config.n_layer // 2)}, for example")
         model.choose(leave_at=cfg.exit_threshold)
     if not cfg.speculate:
-        return partial(decoding.stream, model)
-    return decoding.Speculation(model, cfg.speculate).stream
+        return partial(sampling.stream, model)
+    return sampling.Speculation(model, cfg.speculate).stream
 
 
 def depth_used(model, stream):

@@ -855,7 +855,7 @@ def intact(path):
 @functools.cache
 def triton_kernels():
     """The module of that name, or None where there is no Triton (Windows, MPS)."""
-    return importlib.import_module("triton_kernels") if find_spec("triton") else None
+    return importlib.import_module("kernels.triton_kernels") if find_spec("triton") else None
 
 
 def takes_triton(x, weight):

@@ -18,20 +18,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import bio_modules
-import checkpoint as ckpt
-import continual
-import dataset as datasets
-import energy
-import estimate
-import optimizers
-import pretrained
-import rundir
-import runtime
 import sparse_kernels
-import tokenizer as tokenizers
 from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
+from data import dataset as datasets
+from data import tokenizer as tokenizers
 from model import GPT, SIZES, GPTConfig
-from pretrained import GPT2_SIZES
+from training import checkpoint as ckpt
+from training import continual, energy, estimate, optimizers, pretrained, rundir, runtime
+from training.pretrained import GPT2_SIZES
 
 DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
 # never taken from a checkpoint

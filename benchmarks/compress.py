@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import compress as compressor
-import tokenizer as tokenizers
 from benchmarks import Bench
 from configurator import require
+from data import compress as compressor
+from data import tokenizer as tokenizers
 
 
 @dataclass(frozen=True)

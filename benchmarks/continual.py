@@ -11,16 +11,14 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoint
-import continual as learning
-import dataset as datasets
-import optimizers
-import runtime
 from benchmarks import Bench
 from benchmarks.runs import trained_with
 from benchmarks.timing import interleave, measurement, spread
 from configurator import require
-from figures import drawing
+from data import dataset as datasets
+from training import checkpoint, optimizers, runtime
+from training import continual as learning
+from viz.figures import drawing
 
 PLAIN = "fine-tuning"
 FIRST, SECOND = "pylib", "shakespeare"

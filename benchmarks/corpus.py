@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizer as tokenizers
 from benchmarks import ROOT, Bench
 from configurator import require
-from figures import drawing
+from data import tokenizer as tokenizers
+from viz.figures import drawing
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def generate(path, size):
 def watched(cfg, work, path, name, kill_at=None):
     """Run data/prepare.py as a process of its own, look at its memory, kill it where asked to."""
     psutil = tokenizers.need("psutil", "measurements of memory")
-    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import dataset, pathlib; "
+    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib; "
+            "from data import dataset; "
             f"dataset.DATA = pathlib.Path({str(work)!r}); "
             f"runpy.run_path({str(ROOT / 'data' / 'prepare.py')!r}, run_name='__main__')")
     words = [f"--input={path}", f"--name={name}", f"--tokenizer={cfg.tokenizer}", "--val_fraction=0.01"]

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-import runtime
 import sparse_kernels
 from benchmarks import Timed
 from benchmarks.arms import BASE, SHAPED, twin_of
@@ -16,9 +15,10 @@ from benchmarks.record import HF, OURS, OURS_FP32, PEER, TWIN
 from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
 from benchmarks.work import ready, work
 from configurator import require
-from context import Cache, CachedContext
-from decoding import Step, replays
+from decode.context import Cache, CachedContext
+from decode.sampling import Step, replays
 from model import GPT, GPTConfig
+from training import runtime
 
 SHAPES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=False),

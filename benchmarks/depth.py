@@ -4,13 +4,13 @@ from functools import partial
 from itertools import chain
 from operator import eq
 
-import dataset as datasets
-import decoding
 from benchmarks import Models
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, trained_models, validation_of
 from benchmarks.timing import interleave, measurement, spread
 from configurator import require
-from figures import drawing
+from data import dataset as datasets
+from decode import sampling
+from viz.figures import drawing
 
 FULL = "all layers"                              # of the model with exits, one token after the other
 
@@ -109,14 +109,14 @@ def drafts_of(cfg, models, prompts, drafts, at):
     """Greedy self-speculation on all prompts beside the same model's and its dense twin's greedy decoding."""
     model, twin = models["exits"], models[f"dense, {cfg.layers} layers"]
     leave_at(model, None)
-    speculation, sampler = decoding.Speculation(model, drafts, at), decoding.Sampler(temperature=0)
+    speculation, sampler = sampling.Speculation(model, drafts, at), sampling.Sampler(temperature=0)
     found = {}
 
     def run(name, stream):
         found[name] = [list(map(int, stream(prompt, cfg.new, sampler))) for prompt in prompts]
     sides = {"drafts": partial(run, "drafts", speculation.stream),
-             FULL: partial(run, FULL, partial(decoding.stream, model)),
-             "dense twin": partial(run, "dense twin", partial(decoding.stream, twin))}
+             FULL: partial(run, FULL, partial(sampling.stream, model)),
+             "dense twin": partial(run, "dense twin", partial(sampling.stream, twin))}
     seconds = interleave(sides, cfg.repeats)
     tokens = cfg.new * len(prompts)
     rates = {name: spread([tokens / s for s in values]) for name, values in seconds.items()}

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 import bio_modules
-import dataset as datasets
-import energy as spending
 from benchmarks import Bench
 from benchmarks.arms import twin_of
 from benchmarks.runs import fixed_loss, trained_model, trained_with, validation_of
 from benchmarks.timing import measurement
 from configurator import require
-from figures import drawing
+from data import dataset as datasets
+from training import energy as spending
+from viz.figures import drawing
 
 GATES = dict(block_size=64, batch_size=16, act="gelu", event_gate=True, dendrites=4, dendrites_active=4,
              n_head=1)

@@ -4,12 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import dataset
-import tokenizer as tokenizers
-import vocabulary
 from benchmarks import Bench
 from configurator import require
-from figures import drawing
+from data import dataset, vocabulary
+from data import tokenizer as tokenizers
+from viz.figures import drawing
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import dataset as datasets
 from benchmarks import Recipe
 from benchmarks.record import mean_of
 from benchmarks.runs import (
@@ -19,7 +18,8 @@ from benchmarks.runs import (
     trained_with,
     validation_of,
 )
-from figures import drawing
+from data import dataset as datasets
+from viz.figures import drawing
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What a trained model is worth: its loss as it decodes, and whether that loss means anything."""
 import torch
 
-import dataset as datasets
 from benchmarks.broken import BREAK
 from benchmarks.runs import fixed_loss, trained_model, validation_of
+from data import dataset as datasets
 
 JUDGED = 80                                      # validation batches that a run's loss is the mean of
 

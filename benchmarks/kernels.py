@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-import runtime
 import sparse_kernels
 from benchmarks import Bench
 from benchmarks.timing import interleave, measurement, times_better
 from configurator import require
+from training import runtime
 
 # GB/s of memory, from the vendors' data sheets
 CARDS = {"RTX 3070": 448, "RTX 3090": 936, "RTX 4090": 1008, "RTX 5090": 1792, "A100": 2039, "H100": 3350,

@@ -6,14 +6,11 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoint
-import dataset as datasets
-import energy
-import optimizers
-import runtime
 from benchmarks.record import TWIN, load_average
 from benchmarks.timing import interleave, measurement
 from benchmarks.work import held_bytes, ready, work
+from data import dataset as datasets
+from training import checkpoint, energy, optimizers, runtime
 
 FEWEST = 3                                       # timed rounds, however little time is left
 PROMPT, NEW = 32, 64                             # tokens, when decoding is timed

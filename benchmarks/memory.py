@@ -6,8 +6,8 @@ import torch
 from benchmarks import Bench
 from benchmarks.decode import SHAPES
 from configurator import require
-from estimate import saved_bytes
 from model import GPT, GPTConfig
+from training.estimate import saved_bytes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from benchmarks.decode import decoded_blocks
 from benchmarks.record import DENSE, DENSE_FP32, TWIN
 from benchmarks.timing import interleave, measurement, times_better
 from configurator import require
-from context import Choices, Context
+from decode.context import Choices, Context
 from model import GPT, GPTConfig
 
 NO_CONTEXT = Context(slice(0, 1), choices=Choices(predict=True))

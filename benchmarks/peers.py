@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-import dataset as datasets
 from configurator import require
+from data import dataset as datasets
 
 # matrices that Hugging Face keeps as (in, out)
 CONV1D = "c_attn.weight", "c_proj.weight", "c_fc.weight"

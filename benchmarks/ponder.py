@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import bio_modules
-import dataset as datasets
 from benchmarks import Models
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, trained_models, validation_of
 from benchmarks.timing import interleave, milliseconds, spread
+from data import dataset as datasets
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-import dataset as datasets
 from benchmarks import Recipe
 from benchmarks.arms import ARMS, check_arms, chosen_arms, described, steps_alone, trained
 from benchmarks.record import TWIN, mean_of, read
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, losses_of, seeds, trained_model, validation_of
 from configurator import require
-from figures import drawing
+from data import dataset as datasets
 from model import GPTConfig
+from viz.figures import drawing
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 

@@ -7,15 +7,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import dataset as datasets
-import tokenizer as tokenizers
 from benchmarks import CLONE, ROOT, Bench
 from benchmarks.peers import copy_peer, peer_iterations
 from benchmarks.record import OURS, PEER, mean_of
 from benchmarks.runs import fixed_loss, losses_of, metrics, seeds, timed_script, trained_model
 from benchmarks.timing import measurement
 from configurator import require
-from figures import drawing
+from data import dataset as datasets
+from data import tokenizer as tokenizers
+from viz.figures import drawing
 
 # nanoGPT's documented CPU command for characters of Shakespeare
 DOCUMENTED = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12,

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import ROOT, stats
 from benchmarks.frontier import frontier
 from benchmarks.record import PEER, TWIN, read, write_atomically
-from figures import drawing
+from viz.figures import drawing
 
 SHOWN = ("decode time", "decode bytes", "training time")
 UNITS = {"decode time": "ms a decoded token, batch 1", "decode bytes": "MB of weights read a decoded token",

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import dataset as datasets
 from benchmarks import ROOT
 from benchmarks.timing import measurement
 from configurator import require
+from data import dataset as datasets
+from training import checkpoint
 
 QUALITY_VALIDATION = dict(batches=160, tokens=1280)
 

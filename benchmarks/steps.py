@@ -3,11 +3,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import dataset as datasets
 from benchmarks import Recipe
 from benchmarks.arms import check_arms, chosen_arms, steps_alone
 from benchmarks.record import TWIN
 from configurator import require
+from data import dataset as datasets
 
 
 @dataclass(frozen=True)

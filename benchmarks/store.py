@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import dataset as datasets
 from benchmarks import ROOT
 from benchmarks.arms import described, key_defaults, model_defaults, settings, trained
 from benchmarks.broken import BREAK
@@ -29,6 +28,7 @@ from benchmarks.peers import load_module
 from benchmarks.race import thinned
 from benchmarks.record import write_atomically
 from configurator import ConfigError, require
+from data import dataset as datasets
 
 GOLDEN = ROOT / "tests" / "golden.json"
 TRIAL = 12                                       # iterations of the short runs that a plan is made from

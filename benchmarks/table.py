@@ -3,8 +3,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import dataset as datasets
-import tokenizer
 from benchmarks import Recipe, report
 from benchmarks.arms import DENSE, check_arms, chosen_arms, named_arms, same_models, settings
 from benchmarks.broken import BREAK
@@ -15,7 +13,9 @@ from benchmarks.record import TWIN, hardware
 from benchmarks.stats import mean_interval, paired
 from benchmarks.store import Run, open_store, plan, train_all
 from configurator import require
-from figures import pyplot
+from data import dataset as datasets
+from data import tokenizer
+from viz.figures import pyplot
 
 LONGER = 0.6, 1.6                                # of the tokens, that the dense twin is trained with too
 SCHEMA = 1                                       # of `rows` and `axes` in the record

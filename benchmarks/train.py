@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import dataset as datasets
-import runtime
-import tokenizer as tokenizers
 from benchmarks import ROOT, Bench
 from benchmarks.peers import copy_peer, peer_iterations
 from benchmarks.record import OURS, PEER
 from benchmarks.runs import metrics, timed_script
 from benchmarks.timing import interleave, measurement, show, spread
 from configurator import require
+from data import dataset as datasets
+from data import tokenizer as tokenizers
 from model import GPT, GPTConfig
+from training import runtime
 
 TRAINED = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, dropout=0.0)  # nanoGPT's CPU run
 RECIPE = dict(batch_size=12, gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,

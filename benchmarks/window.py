@@ -12,9 +12,9 @@ from benchmarks.arms import twin_of
 from benchmarks.record import CAUSAL
 from benchmarks.timing import interleave, measurement, milliseconds
 from configurator import require
-from context import Cache, CachedContext
-from figures import drawing
+from decode.context import Cache, CachedContext
 from model import GPT, GPTConfig
+from viz.figures import drawing
 
 MASKED, LOCAL = "SDPA with the window as a mask", "window"
 LAYERS = dict(n_layer=4, n_head=12, n_embd=768, vocab_size=256, bias=False, pos="rope")  # decoded by window

@@ -2,7 +2,7 @@
 import torch
 
 import sparse_kernels as kernels
-from context import Cache
+from decode.context import Cache
 from layers import settle
 
 

@@ -1,6 +1,6 @@
 # The byte-level model behind compress.py: the built-in run with hashed n-grams, twice the context, three times
 # the iterations.
-# python train.py config/train_pylib.py config/compress_pylib.py && python compress.py c FILE
+# python train.py config/train_pylib.py config/compress_pylib.py && python -m data.compress c FILE
 
 out_dir = 'out-compress'
 

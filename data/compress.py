@@ -1,8 +1,8 @@
 """Lossless compression with a trained byte-level model: the better it predicts, the fewer bits.
 
     python train.py config/train_pylib.py config/compress_pylib.py
-    python compress.py c FILE                       writes FILE.ncx
-    python compress.py d FILE.ncx                   writes FILE, the same to the bit
+    python -m data.compress c FILE                       writes FILE.ncx
+    python -m data.compress d FILE.ncx                   writes FILE, the same to the bit
 
 The file is cut into rows that are predicted side by side, one byte of each at a time, and a range coder
 (constriction) writes what each byte costs under its prediction. The reader makes the same predictions from
@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint as ckpt
-import decoding
-import tokenizer as tokenizers
+if not __package__:                          # typed as a file: the checkout is where modules are
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import ConfigError, configure, require, run_script
+from data import tokenizer as tokenizers
+from decode import sampling
+from training import checkpoint as ckpt
 
 MAGIC, SUFFIX = b"nanoCortex 1\n", ".ncx"
 ROW_BYTES, MOST_ROWS = 4096, 256            # a longer row begins cold more rarely, more rows are faster
-USAGE = "type python compress.py c FILE, or python compress.py d FILE.ncx; --help lists the keys"
+USAGE = "type python -m data.compress c FILE, or python -m data.compress d FILE.ncx; --help lists the keys"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Compress:
 # coding
 
 class Encoder:
-    """Stands where decoding.stream expects a sampler: it "draws" each row's next byte and writes it down."""
+    """Stands where sampling.stream expects a sampler: it "draws" each row's next byte and writes it down."""
     vocab_size = None                            # every id may come
 
     def wants(self):
@@ -106,7 +108,7 @@ def run(model, coder):
     it."""
     rows, length = coder.table.shape
     prompt = torch.zeros(rows, 1, dtype=torch.int64)
-    for _ in decoding.stream(model, prompt, length, coder, overflow="slide"):
+    for _ in sampling.stream(model, prompt, length, coder, overflow="slide"):
         pass
 
 

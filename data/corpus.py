@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-import inputs
-import tokenizer as tokenizers
-import vocabulary
 from configurator import ConfigError, configure, require
-from dataset import (
+from data import inputs, vocabulary
+from data import tokenizer as tokenizers
+from data.dataset import (
     AGAIN,
     DTYPES,
     as_bytes,
@@ -37,7 +36,7 @@ from dataset import (
     text_files,
     tokenizer_place,
 )
-from inputs import BadRow, first_line
+from data.inputs import BadRow, first_line
 
 PART_TOKENS = 1 << 24           # tokens between two notes of the progress
 BATCH_CHARS = 1 << 20           # characters of text that are encoded at a time

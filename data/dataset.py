@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-import inputs
-import vocabulary
 from configurator import ConfigError, close_match, require
-from tokenizer import TOKENIZERS, described, from_meta, is_decomposed, meta_of, require_same
+from data import inputs, vocabulary
+from data.tokenizer import TOKENIZERS, described, from_meta, is_decomposed, meta_of, require_same
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SCAN_BYTES = 512 << 20      # a file up to this size is checked in full, a larger one in evenly spaced places

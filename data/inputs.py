@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from configurator import ConfigError, require
-from tokenizer import need
+from data.tokenizer import need
 
 WHOLE_TEXT = 256 << 20          # bytes of the largest file that is read at once: a text, a list in JSON
 PARQUET_ROWS = 1000             # rows of a parquet file that are in memory at a time

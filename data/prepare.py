@@ -16,12 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import corpus
-import dataset
-import inputs
-import vocabulary
 from configurator import close_match, configure, require, run_script
-from tokenizer import TOKENIZERS
+from data import corpus, dataset, inputs, vocabulary
+from data.tokenizer import TOKENIZERS
 
 
 @dataclass(frozen=True)

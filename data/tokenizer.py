@@ -21,7 +21,7 @@ from pathlib import Path
 
 from configurator import ConfigError, close_match, require
 
-BPE_FOLDER = Path(__file__).resolve().parent / "data" / "gpt2_bpe"
+BPE_FOLDER = Path(__file__).resolve().parent / "gpt2_bpe"
 BPE_SHA256 = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 # how GPT-2 cuts text into words before merging bytes (Radford et al. 2019)

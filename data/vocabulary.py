@@ -9,7 +9,7 @@ from collections import Counter
 from math import log2
 
 from configurator import ConfigError, close_match, require
-from tokenizer import (
+from data.tokenizer import (
     BPE_WORDS,
     END_OF_TEXT,
     TOKENIZERS,

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError, require
-from context import Cache, CachedContext, take_tokens
+from decode.context import Cache, CachedContext, take_tokens
 
 COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
 STRONGEST = 1000.0                               # the largest repetition penalty, and one over the smallest

@@ -49,7 +49,8 @@ def serve(pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     request = pipe.recv()  # imports wait for the first job: not every session has one
     torch.set_num_threads(1)
-    for name in ("torch._dynamo", "torch.nn.parallel", "checkpoint", "dataset", "runtime", "decoding"):
+    for name in ("torch._dynamo", "torch.nn.parallel", "training.checkpoint", "data.dataset",
+                 "training.runtime", "decode.sampling"):
         importlib.import_module(name)  # torch._dynamo: the first optimizer would import it
     while True:
         kind, argument = request
@@ -163,8 +164,8 @@ def run_real(script, argv, cwd, **env):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with train.bin and val.bin of bytes."""
-    import dataset
-    from tokenizer import ByteTokenizer
+    from data import dataset
+    from data.tokenizer import ByteTokenizer
     folder, ids = tmp_path_factory.mktemp("data"), list(TEXT.encode())
     dataset.write_dataset(folder, {"train": [ids[300:]], "val": [ids[:300]]}, ByteTokenizer(), "conftest.py")
     return folder

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-kernels = importlib.import_module("triton_kernels")
+kernels = importlib.import_module("kernels.triton_kernels")
 warnings.filterwarnings("ignore", category=UserWarning, module="triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

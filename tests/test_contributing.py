@@ -73,7 +73,7 @@ def run(folder, command, *more):
 
 def test_the_worked_example_passes_the_property_tests(copy, blocks):
     command = "".join(blocks["bash"]).splitlines()[0]
-    slow = "--deselect=tests/test_model.py::test_forward_traces_in_one_graph"        # 4 s for one compiler
+    slow = "--deselect=tests/model/test_model.py::test_forward_traces_in_one_graph"     # 4 s for one compiler
     said = run(copy, command, slow, "-vv", "-p", "no:cacheprovider")
     for word in ("sees_the_future", "neighbours", "gradient", "resume_in_their_middle", "cached_decode"):
         assert re.search(rf"{word}\S*divisive\] PASSED", said), word

@@ -15,7 +15,7 @@ from conftest import ROOT, TEXT
 from arms import ARMS, build
 from test_model import train_on
 
-import dataset as datasets
+from data import dataset as datasets
 from benchmarks import broken
 from benchmarks.judge import judge
 from benchmarks.runs import trained_model, trained_with

@@ -20,11 +20,11 @@ socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, r
 SMALL = words(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, max_iters=2, eval_iters=1,
               device="cpu")
 STEPS = {
-    "import": ["-c", "import model, sparse_kernels, tokenizer, bench"],
+    "import": ["-c", "import model, sparse_kernels, bench; from data import tokenizer"],
     "prepare and train": ["train.py", "config/train_pylib.py", *SMALL, "--out_dir=out"],
     "resume": ["train.py", "--init_from=resume", "--out_dir=out", "--max_iters=3"],
     "sample": ["sample.py", "--out_dir=out", "--num_samples=1", "--max_new_tokens=3", "--device=cpu"],
-    "export": ["export.py", "--out_dir=out", "--to=safetensors"],
+    "export": ["training/export.py", "--out_dir=out", "--to=safetensors"],
     "bench": ["bench.py", "mlp", "--repeats=1", "--widths=64", "--cold=1"],
     "test": ["-m", "pytest", "-q", "tests/test_configurator.py", "-k", "a_word_becomes"],
 }

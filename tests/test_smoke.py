@@ -5,7 +5,7 @@ import torch
 from arms import ARMS, build, tokens
 from conftest import Job, same, words
 
-import decoding
+from decode import sampling
 
 pytestmark = pytest.mark.smoke
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
@@ -22,7 +22,7 @@ def test_a_variant_runs_forward_backward_and_cached(arm):
         for _ in range(12):                                     # past block_size
             last = model(expected[:, -model.config.block_size:])[0][:, -1]
             expected = torch.cat((expected, last.argmax(-1, keepdim=True)), dim=1)
-    new = torch.cat(list(decoding.stream(model, idx, 12, decoding.Sampler(temperature=0))), dim=1)
+    new = torch.cat(list(sampling.stream(model, idx, 12, sampling.Sampler(temperature=0))), dim=1)
     assert torch.equal(torch.cat((idx, new), dim=1), expected)
 
 

@@ -22,7 +22,7 @@ import torch
 from configurator import ConfigError, require
 from layers import settle
 from model import GPT, GPTConfig
-from pretrained import is_tied, plain_names, read_ours
+from training.pretrained import is_tied, plain_names, read_ours
 
 WEIGHTS = {"model": dict, "model_args": dict}                       # what every checkpoint holds
 RUN = {"optimizer": dict, "iter_num": int,                          # what going on needs as well

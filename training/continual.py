@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from configurator import close_match, require
+from data.tokenizer import GPT2Tokenizer, meta_of
 from layers import Linear, as_is, rms
-from tokenizer import GPT2Tokenizer, meta_of
 
 KEPT, DRAWN = 2, 3                              # streams of random bits beside dataset's, one for each split
 CHUNK = 1 << 20                                 # keys in memory at a time while a reservoir is filled

@@ -1,19 +1,21 @@
 """Write a run's model in another form.
 
-    python export.py --out_dir=out --to=packed            2:4 weights, packed, for sample.py
-    python export.py --out_dir=out --to=safetensors       any model, for sample.py, train.py and other tools
-    python export.py --out_dir=out --to=hf                a dense model, for transformers
+    python -m training.export --out_dir=out --to=packed        2:4 weights, packed, for sample.py
+    python -m training.export --out_dir=out --to=safetensors   any model, for sample.py, train.py, other tools
+    python -m training.export --out_dir=out --to=hf            a dense model, for transformers
 """
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint as ckpt
-import pretrained
-import rundir
+if not __package__:                          # typed as a file: the checkout is where modules are
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import configure, require, run_script
 from layers import settle
-from runtime import DTYPES
+from training import checkpoint as ckpt
+from training import pretrained, rundir
+from training.runtime import DTYPES
 
 
 @dataclass(frozen=True)

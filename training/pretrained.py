@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-import tokenizer as tokenizers
 from configurator import ConfigError, require
+from data import tokenizer as tokenizers
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),

@@ -16,8 +16,8 @@ import subprocess
 import time
 from pathlib import Path
 
-import checkpoint as ckpt
 from configurator import ConfigError, require
+from training import checkpoint as ckpt
 
 LOCK = "run.lock"
 LOG = "metrics.jsonl"

@@ -12,8 +12,8 @@ import sys
 import torch
 
 from configurator import ConfigError, require
-from decoding import Damaged
-from tokenizer import StreamDecoder
+from data.tokenizer import StreamDecoder
+from decode.sampling import Damaged
 
 PROMPT = "> "
 HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C ends an answer"

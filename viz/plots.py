@@ -1,7 +1,7 @@
 """Draw what runs have logged and learnt.
 
-    python plots.py out-pylib                                      one run
-    python plots.py out-a out-b out-c --out=plots                  several, on the same axes
+    python bench.py plot out-pylib                                      one run
+    python bench.py plot out-a out-b out-c --out=plots                  several, on the same axes
 
 From metrics.jsonl of each run: the losses against steps, tokens, seconds and multiply-adds, and what its
 sparse layers did. From its checkpoint: how open its gates are, and the frequencies of oscillating units.
@@ -12,7 +12,6 @@ import glob
 import json
 import math
 import os
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint as ckpt
-import dataset as datasets
 from bio_modules import BranchGate, ColumnGate, EventGate, ExpertGate, Oscillating
-from configurator import ConfigError, configure, require, run_script
-from figures import drawing, pyplot
+from configurator import ConfigError, configure, require
+from data import dataset as datasets
+from training import checkpoint as ckpt
+from viz.figures import drawing, pyplot
 
-USAGE = "type python plots.py out-pylib, for example; --help lists the keys"
+USAGE = "type python bench.py plot out-pylib, for example; --help lists the keys"
 
 
 @dataclass(frozen=True)
@@ -504,6 +503,3 @@ def main(words):
             draw(paths, found=found, looks=looks, cfg=cfg)
         report(figure, runs, paths)
 
-
-if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), encoding="utf-8")

@@ -11,15 +11,15 @@ import json
 from functools import partial
 from pathlib import Path
 
-import decoding
 import sparse_kernels as kernels
 from configurator import ConfigError, require
+from decode import sampling
 
 LIKELY = 5                                       # alternatives that the page names for each token
 PAGE = Path(__file__).with_suffix(".html")
 
 
-class Listening(decoding.Sampler):
+class Listening(sampling.Sampler):
     """A Sampler that also keeps what the model thought of the tokens: (surprise in bits, [(id, chance)])."""
 
     def __init__(self, sampler):

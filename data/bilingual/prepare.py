@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import dataset
-import tokenizer as tokenizers
-import vocabulary
 from configurator import configure, require, run_script
+from data import dataset, vocabulary
+from data import tokenizer as tokenizers
 
 TAGS = {"korean": "<|korean|>", "english": "<|english|>"}
 BLOCK_CHARS = 4000                          # whole lines of one language that follow each other

@@ -16,8 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, require, run_script
-from dataset import download, expanded, report, write_dataset
-from tokenizer import ByteTokenizer
+from data.dataset import download, expanded, report, write_dataset
+from data.tokenizer import ByteTokenizer
 
 ZIP = {"url": "http://mattmahoney.net/dc/enwik8.zip",
        "sha256": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"}

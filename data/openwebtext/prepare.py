@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_script
-from corpus import Corpus, column, prepare
+from data.corpus import Corpus, column, prepare
 
 
 @dataclass(frozen=True)

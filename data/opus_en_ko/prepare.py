@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_script
-from corpus import Corpus, prepare, reads, value
+from data.corpus import Corpus, prepare, reads, value
 
 
 @dataclass(frozen=True)

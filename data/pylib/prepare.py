@@ -18,8 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, run_script
-from dataset import expanded, report, write_dataset
-from tokenizer import ByteTokenizer
+from data.dataset import expanded, report, write_dataset
+from data.tokenizer import ByteTokenizer
 
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, run_script
-from dataset import SHAKESPEARE, expanded, report, text_file, write_text
+from data.dataset import SHAKESPEARE, expanded, report, text_file, write_text
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """bench.py: what it refuses, what its record holds, and, beside a real nanoGPT, that both are one model.
 
-NANOGPT=/path/to/nanoGPT python -m pytest tests/test_bench.py runs the comparisons, else they are skipped.
+NANOGPT=/path/to/nanoGPT python -m pytest tests/benchmarks runs the comparisons, else they are skipped.
 """
 import contextlib
 import json

@@ -8,7 +8,7 @@ from conftest import Trainer
 from benchmarks import compress, corpus, fertility, readme
 from configurator import ConfigError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 KOREAN = "모든 국민은 법 앞에 평등하다. 대한민국의 주권은 국민에게 있다.\n"
 ENGLISH = "All citizens are equal before the law.\n"
 

@@ -20,7 +20,7 @@ from benchmarks import arms, broken, frontier, judge, measured, report, stats, s
 from benchmarks.record import TWIN
 from benchmarks.store import Run
 from configurator import ConfigError
-from context import Cache
+from decode.context import Cache
 
 # ------------------------------------------------ statistics ----------------------------------
 

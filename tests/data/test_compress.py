@@ -8,8 +8,8 @@ from conftest import Job, Trainer, one_sentence, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import compress
 from configurator import ConfigError
+from data import compress
 
 pytest.importorskip("constriction")
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -143,7 +143,8 @@ def test_a_model_of_characters_is_refused(run, tmp_path):
     (["c", "empty"], "nothing to compress")])
 def test_bad_command_lines_say_what_to_type(run, tmp_path, argv, expected):
     (tmp_path / "empty").write_bytes(b"")
-    job = Job("compress.py", [*argv, *words(out_dir=run.folder / "out")] if len(argv) > 1 else argv, tmp_path)
+    argv = [*argv, *words(out_dir=run.folder / "out")] if len(argv) > 1 else argv
+    job = Job("data/compress.py", argv, tmp_path)
     one_sentence(job.wait(), "compress.py", expected)
 
 

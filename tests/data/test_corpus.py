@@ -17,10 +17,9 @@ import pytest
 from conftest import Job, one_sentence, words
 from test_data import script
 
-import corpus
-import dataset
 from configurator import ConfigError
-from tokenizer import ByteTokenizer, load
+from data import corpus, dataset
+from data.tokenizer import ByteTokenizer, load
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -222,7 +221,8 @@ def test_what_was_begun_from_other_files_or_tokenizers_is_begun_anew(tmp_path, m
     assert write("another", None) == 50
 
 
-SMALL_PARTS = ("import corpus, dataset, pathlib; corpus.PART_TOKENS, corpus.BATCH_CHARS = 20000, 2000; "
+SMALL_PARTS = ("import pathlib; from data import corpus, dataset; "
+               "corpus.PART_TOKENS, corpus.BATCH_CHARS = 20000, 2000; "
                "dataset.DATA = pathlib.Path({!r})")
 SLOWLY = ("; import time; write = corpus.Parts.write; "
           "corpus.Parts.write = lambda *args: (time.sleep(0.005), write(*args))")

@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import configurator
-import dataset
 from configurator import ConfigError
-from dataset import TokenStream, check, find, prepare_if_missing, write_dataset
-from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load
+from data import dataset
+from data.dataset import TokenStream, check, find, prepare_if_missing, write_dataset
+from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, load
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 BLOCK = 16
 
@@ -825,8 +825,8 @@ def test_of_two_prepared_folders_of_one_name_the_other_one_is_named_once(data_fo
 
 
 def test_everything_that_takes_a_data_set_takes_a_path(data_folder, tmp_path, monkeypatch):
-    import plots
     import sample
+    from viz import plots
     folder_of(data_folder / "a1")
     own = folder_of(tmp_path / "a1", prepared=False)
     write_dataset(own, {split: [[1, 0] * 50] for split in ("train", "val")}, CharTokenizer(["a", "b"]), "own")
@@ -867,7 +867,8 @@ def test_the_home_folder_is_put_in_full(data_folder, tmp_path, monkeypatch, caps
 
 def test_what_another_process_prepares_is_waited_for(data_folder, capfd):
     """Two trainings that begin at once, of which one has begun to prepare the data that both lack."""
-    slowly = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import dataset, tokenizer\n"
+    slowly = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+              "from data import dataset, tokenizer\n"
               "from pathlib import Path\n"
               "def pieces():\n    time.sleep(1)\n    yield [1] * 100\n"
               "sys.excepthook = __import__('configurator').say_and_exit\n"

@@ -8,11 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
 from configurator import ConfigError
-from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, StreamDecoder, from_meta, load, meta_of
+from data import tokenizer
+from data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    StreamDecoder,
+    from_meta,
+    load,
+    meta_of,
+)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"            # one emoji of five code points
 SAMPLES = ["", "plain", "한국어 문장", "\u1112\u1161\u11ab", "ㄱㄴㄷ", FAMILY, "a\0b",
            "<|endoftext|>", " \n\n\t x"]

@@ -14,16 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import script
 
-import dataset
-import pretrained
-import tokenizer
-import vocabulary
 from configurator import ConfigError
+from data import dataset, tokenizer, vocabulary
+from data.tokenizer import END_OF_TEXT, GPT2Tokenizer, StreamDecoder, from_meta, load, merge, name_of
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, GPT2Tokenizer, StreamDecoder, from_meta, load, merge, name_of
+from training import pretrained
 
 pytestmark = pytest.mark.usefixtures("no_network")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 KOREAN = "모든 국민은 인간으로서의 존엄과 가치를 가지며, 행복을 추구할 권리를 가진다. API를 통한다.\n" * 3
 ENGLISH = "All citizens are assured of human worth and dignity, and have the right to pursue happiness.\n" * 3

@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bio_modules
-import decoding
-import optimizers
 import sparse_kernels as kernels
 from configurator import ConfigError
-from context import Cache, CachedContext
+from decode import sampling
+from decode.context import Cache, CachedContext
 from layers import settle
 from model import GPT
+from training import optimizers
 
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 every_arm_and_pair = pytest.mark.parametrize("arm", (ARMS | PAIRS).values(), ids=(ARMS | PAIRS).keys())
@@ -31,7 +31,7 @@ def without_cache(model, idx, count):
     return idx, torch.stack(seen)
 
 
-class Spy(decoding.Sampler):
+class Spy(sampling.Sampler):
     """A greedy sampler that keeps the logits it was shown."""
 
     def __init__(self):
@@ -48,7 +48,7 @@ class Spy(decoding.Sampler):
 def test_cached_decode_equals_full_forward_past_block_size(arm, length):
     model, idx, spy = build(arm, std=0.2), tokens(3, length), Spy()
     expected, logits = without_cache(model, idx, 25)
-    new = torch.cat(list(decoding.stream(model, idx, 25, spy)), dim=1)
+    new = torch.cat(list(sampling.stream(model, idx, 25, spy)), dim=1)
     assert torch.equal(torch.cat((idx, new), 1), expected)
     torch.testing.assert_close(torch.stack(spy.logits), logits, atol=1e-5, rtol=0)
 
@@ -65,7 +65,7 @@ def test_decoding_behind_one_token_equals_the_full_forward_with_the_policy_too(a
     for rows in (1, 3):
         idx, spy = tokens(rows, 1), Spy()
         expected, logits = without_cache(model, idx, 9)
-        new = torch.cat(list(decoding.stream(model, idx, 9, spy)), dim=1)
+        new = torch.cat(list(sampling.stream(model, idx, 9, spy)), dim=1)
         assert torch.equal(torch.cat((idx, new), 1), expected)
         found = torch.stack(spy.logits)                        # a screened head leaves losers at -inf
         torch.testing.assert_close(found, logits.masked_fill(found.isinf(), -torch.inf), atol=1e-5, rtol=0)
@@ -80,7 +80,7 @@ class NoHost(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-REPLAYED = {name: arm for name, arm in (ARMS | PAIRS).items() if not arm.keys() & {*decoding.HOST_DECIDES}
+REPLAYED = {name: arm for name, arm in (ARMS | PAIRS).items() if not arm.keys() & {*sampling.HOST_DECIDES}
             and (name in ARMS or "columns" in name or "predict" in name)}
 
 
@@ -89,14 +89,14 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
     """The way of a GPU, with the references in the kernels' place: the same tokens, no host in the step."""
     model, idx = build(arm, std=0.2), tokens(2, 5)
     expected = [model.use_policy(policy).generate(idx, 20, temperature=0) for policy in (False, True)]
-    plain = decoding.Step.states
+    plain = sampling.Step.states
 
     def watched(step):
         with NoHost():
             return plain(step)
 
-    monkeypatch.setattr(decoding.Step, "states", watched)
-    monkeypatch.setattr(decoding, "replays", lambda model, device: True)
+    monkeypatch.setattr(sampling.Step, "states", watched)
+    monkeypatch.setattr(sampling, "replays", lambda model, device: True)
     monkeypatch.setattr(kernels, "takes_units", lambda x: x.dim() == 3 and x.size(1) == 1)
     monkeypatch.setattr(kernels, "takes_rows", lambda x: False)
     for policy, right in zip((False, True), expected):
@@ -123,7 +123,7 @@ def redrawn(model):
 def decoded(model, idx, count):
     """The logits that a sampler sees."""
     spy = Spy()
-    list(decoding.stream(model, idx, count, spy))
+    list(sampling.stream(model, idx, count, spy))
     return torch.stack(spy.logits)
 
 
@@ -222,7 +222,7 @@ def test_generate_draws_what_an_uncached_loop_draws():
 
 
 def kept(logits, **settings):
-    sampler = decoding.Sampler(**settings)
+    sampler = sampling.Sampler(**settings)
     return torch.isfinite(sampler.filtered(torch.tensor([logits]).log())).tolist()[0]
 
 
@@ -238,7 +238,7 @@ def test_top_k_top_p_and_min_p_keep_what_they_should():
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
-    sampler = decoding.Sampler(temperature=0, repetition_penalty=2.0)
+    sampler = sampling.Sampler(temperature=0, repetition_penalty=2.0)
     seen = torch.tensor([[True, False, False]])
     assert sampler(torch.tensor([[3.0, 2.0, 0.0]]), seen).item() == 1
     assert sampler(torch.tensor([[-1.0, -1.5, -1.9]]), seen).item() == 1
@@ -272,7 +272,7 @@ def test_prefill_can_continue_a_cache(arm):
     dict(repetition_penalty=float("inf")), dict(repetition_penalty=1e-40), dict(vocab_size=0)], ids=str)
 def test_bad_sampling_settings_are_named(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
-        decoding.Sampler(**bad)
+        sampling.Sampler(**bad)
     if "vocab_size" not in bad:
         with pytest.raises(ConfigError, match=next(iter(bad))):
             build({}).generate(tokens(1, 4), 2, **bad)
@@ -289,7 +289,7 @@ def test_the_ends_of_what_sampling_settings_may_be_draw_ids(good):
                                  dict(min_p=0.1), dict(repetition_penalty=1.5)], ids=str)
 def test_logits_that_are_not_finite_are_one_sentence(how):
     """In any row and at any id; what a screened head has not computed is -inf and fine."""
-    sampler, seen = decoding.Sampler(**how), torch.zeros(3, 5, dtype=torch.bool)
+    sampler, seen = sampling.Sampler(**how), torch.zeros(3, 5, dtype=torch.bool)
     for bad in (torch.nan, torch.inf):
         for row, column in ((0, 0), (1, 3), (2, 4)):
             logits = torch.zeros(3, 5)

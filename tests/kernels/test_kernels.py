@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from layers import EPS, project
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(kernels.cpu_library()[0] is None, reason=kernels.cpu_library()[1])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -154,7 +154,7 @@ def cubins(tmp_path_factory):
     """What tests/cubins.py prints, one dict a kernel, tile and architecture."""
     folder = tmp_path_factory.mktemp("cubins")
     env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, str(Path(__file__).with_name("cubins.py"))], env=env,
+    run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "cubins.py")], env=env,
                          capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()]

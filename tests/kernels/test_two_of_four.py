@@ -202,7 +202,7 @@ def test_packed_products_are_counted_as_executed():
 
 def test_a_packed_checkpoint_samples_and_does_not_learn(train):
     train(weights="2:4", max_iters=4, n_embd=32)
-    written = Job("export.py", ["--out_dir=out", "--dtype=float32"], train.folder, name="export").wait()
+    written = Job("training/export.py", ["--out_dir=out", "--dtype=float32"], train.folder, name="e").wait()
     assert written.status == 0, written.err
     assert "out-packed" in written.out
     said = {}
@@ -217,11 +217,11 @@ def test_a_packed_checkpoint_samples_and_does_not_learn(train):
     dense = train(out="dense", max_iters=1)
     assert dense.status == 0
     before = (train.folder / "out" / "ckpt.pt").read_bytes()
-    same = Job("export.py", ["--out_dir=out", "--export_dir=out"], train.folder, name="same").wait()
+    same = Job("training/export.py", ["--out_dir=out", "--export_dir=out"], train.folder, name="same").wait()
     one_sentence(same, "export.py", "export_dir=out", "would be lost")
     assert (train.folder / "out" / "ckpt.pt").read_bytes() == before
-    missing = Job("export.py", ["--out_dir=none"], train.folder, name="missing").wait()
+    missing = Job("training/export.py", ["--out_dir=none"], train.folder, name="missing").wait()
     one_sentence(missing, "export.py", "none holds no ckpt.pt")
     assert not (train.folder / "none-packed").exists()
-    refused = Job("export.py", ["--out_dir=dense"], train.folder, name="refused").wait()
+    refused = Job("training/export.py", ["--out_dir=dense"], train.folder, name="refused").wait()
     one_sentence(refused, "export.py", "dense weights", "--weights=2:4")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import bio_modules as bio
 import sparse_kernels as kernels
 from configurator import ConfigError
-from context import Cache, CachedContext, Context
+from decode.context import Cache, CachedContext, Context
 from layers import attend_blocks, attend_window
 from model import GPTConfig
 

@@ -8,12 +8,12 @@ from arms import ARMS, CONFLICTS, TINY, build, tokens
 from torch import nn
 
 import bio_modules as bio
-import optimizers
 import sparse_kernels as kernels
 from configurator import ConfigError
-from context import Context
+from decode.context import Context
 from layers import NeuronMajor
 from model import GPT, GPTConfig
+from training import optimizers
 
 SPARSE = ["relu2", "topk", "winners", "event_gate", "columns", "experts", "predict"]
 UNITS = 4 * TINY["n_embd"]
@@ -38,9 +38,9 @@ def step_work(model, idx):
 
 
 def steps(model, idx, work):
-    import decoding
+    from decode import sampling
     before = 0, 0
-    for _ in decoding.stream(model, idx, 2, decoding.Sampler(temperature=0)):
+    for _ in sampling.stream(model, idx, 2, sampling.Sampler(temperature=0)):
         yield work.macs - before[0], work.bytes - before[1]
         before = work.macs, work.bytes
 

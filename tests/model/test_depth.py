@@ -7,14 +7,13 @@ import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import continual
-import energy
 import sparse_kernels as kernels
 from bio_modules import ExpertGate, Halting
 from configurator import ConfigError
-from context import Cache, CachedContext, Context
-from decoding import Sampler, Speculation, stream
+from decode.context import Cache, CachedContext, Context
+from decode.sampling import Sampler, Speculation, stream
 from model import GPT, GPTConfig
+from training import continual, energy
 
 EXITS = {name: arm for name, arm in (ARMS | PAIRS).items() if "exits" in arm}
 every_exit = pytest.mark.parametrize("arm", EXITS.values(), ids=EXITS.keys())

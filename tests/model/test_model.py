@@ -10,12 +10,12 @@ import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
 from torch.nn import functional as F
 
-import checkpoint
 from configurator import ConfigError
 from layers import attend
 from model import GPT, GPTConfig
+from training import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 every_arm_and_pair = pytest.mark.parametrize("arm", (ARMS | PAIRS).values(), ids=(ARMS | PAIRS).keys())
 

@@ -7,12 +7,12 @@ import torch
 from arms import TINY, build, tokens
 from torch import nn
 
-import optimizers
 from bio_modules import Oscillating
 from configurator import ConfigError
-from context import Context
+from decode.context import Context
 from layers import rotate
 from model import GPT, SIZES, GPTConfig, SwiGLU
+from training import optimizers
 
 
 def at(model, idx, start):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import Job, one_sentence, same, words
 
-import checkpoint
 from configurator import ConfigError
 from model import GPT, GPTConfig
+from training import checkpoint
 
 # -------------------------------------------------- damaged or hostile --------------------------------------
 

@@ -7,11 +7,11 @@ from conftest import ROOT, TINY, Job, Trainer, one_sentence, same, words
 from test_train import TIMES, in_parallel
 from torch.nn import functional as F
 
-import continual
-import dataset
 from configurator import ConfigError
+from data import dataset
+from data.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPTConfig
-from tokenizer import ByteTokenizer, CharTokenizer
+from training import continual
 
 OTHER = "HAMLET: To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer.\n" * 30
 
@@ -279,7 +279,7 @@ CLOCKS = ("ms", "seconds", "tokens_per_s", "joules", "run")
 EVERYTHING = dict(ewc=5.0, ewc_samples=5, replay=0.3, replay_blocks=7, adapters="fox,hamlet", adapter_width=4,
                   lr_decay_iters=8, max_iters=16)
 STOP = """
-import continual, os, signal
+import os, signal; from training import continual
 begin = continual.Tasks.begin
 def stop_at(self, iteration):
     if iteration == {k} - 1:

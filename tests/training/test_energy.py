@@ -7,9 +7,9 @@ import torch
 from arms import build, tokens
 
 import bio_modules
-import energy
 from configurator import ConfigError
 from model import GPTConfig
+from training import energy
 
 GATES = dict(act="gelu", event_gate=True, dendrites=4, dendrites_active=4)
 

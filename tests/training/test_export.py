@@ -6,10 +6,9 @@ import torch
 from arms import ARMS, build, tokens
 from conftest import Job, one_sentence, words
 
-import checkpoint
-import export
 from configurator import ConfigError
-from pretrained import GPT2_SIZES
+from training import checkpoint, export
+from training.pretrained import GPT2_SIZES
 
 safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -59,7 +58,7 @@ def test_hugging_face_reads_a_dense_model_with_equal_logits(tmp_path, bias, tie_
                                   ("gpt2", "no_bias", "recompute", "untied", "screen", "units", "zero_init")])
 def test_what_gpt2_has_no_name_for_is_one_sentence(tmp_path, name):
     run_of(tmp_path, ARMS[name])
-    result = Job("export.py", words(out_dir=tmp_path, to="hf"), tmp_path).wait()
+    result = Job("training/export.py", words(out_dir=tmp_path, to="hf"), tmp_path).wait()
     one_sentence(result, "export.py", "has no counterpart in GPT-2", "--to=safetensors")
     assert not tmp_path.with_name(tmp_path.name + "-hf").exists()
 
@@ -67,7 +66,7 @@ def test_what_gpt2_has_no_name_for_is_one_sentence(tmp_path, name):
 def test_an_exported_run_samples_and_trains_on(train):
     train(max_iters=4, columns=8, columns_active=2)
     out, folder = train.folder / "out", train.folder / "st"
-    done = Job("export.py", words(out_dir=out, to="safetensors", export_dir=folder, dtype="float32"),
+    done = Job("training/export.py", words(out_dir=out, to="safetensors", export_dir=folder, dtype="float32"),
                train.folder).wait()
     assert done.status == 0 and "sample.py" in done.out, done.err
     said = [Job("sample.py", words(out_dir=place, num_samples=1, max_new_tokens=9, device="cpu", top_k=0),
@@ -100,7 +99,7 @@ def test_an_export_into_a_folder_with_a_run_is_refused(tmp_path, case, to, kind)
         (other / name).write_bytes(b"{}")
     before = held(other)
     for _ in range(2):
-        result = Job("export.py", words(out_dir=tmp_path, to=to, export_dir=other), tmp_path).wait()
+        result = Job("training/export.py", words(out_dir=tmp_path, to=to, export_dir=other), tmp_path).wait()
         one_sentence(result, "export.py", str(other), "holds a run", "name another folder")
         assert held(other) == before
         case()
@@ -144,7 +143,7 @@ def test_an_export_of_the_folder_one_is_in_lands_beside_it(tmp_path, case, typed
     (run / "sub").mkdir(parents=True)
     run_of(run, {})
     before = held(run)
-    done = Job("export.py", words(out_dir=typed, to="safetensors"), run).wait()
+    done = Job("training/export.py", words(out_dir=typed, to="safetensors"), run).wait()
     assert done.status == 0, done.err
     for path in run.glob("job.*"):
         path.unlink()
@@ -155,7 +154,8 @@ def test_an_export_of_the_folder_one_is_in_lands_beside_it(tmp_path, case, typed
 
 
 def test_an_export_whose_folder_has_no_name_is_one_sentence(tmp_path):
-    one_sentence(Job("export.py", words(out_dir="/", to="hf"), tmp_path).wait(), "export.py", "--export_dir=")
+    refused = Job("training/export.py", words(out_dir="/", to="hf"), tmp_path).wait()
+    one_sentence(refused, "export.py", "--export_dir=")
 
 
 @pytest.mark.parametrize("name, content, words_", [

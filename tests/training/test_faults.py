@@ -17,10 +17,9 @@ import torch
 from conftest import LIMIT, ONE_THREAD, ROOT, TINY, Job, in_parallel, one_sentence, run_real, same, words
 from test_configurator import STREAMS
 
-import checkpoint
-import rundir
 import sparse_kernels
 from configurator import ConfigError
+from training import checkpoint, rundir
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks of POSIX")
 TIMES = ("seconds", "config", "run")  # what two equal runs may differ in
@@ -35,7 +34,7 @@ def poisoned(self, idx, targets=None):
 model.GPT.forward = poisoned
 """
 SAVER = """
-import sys, torch, checkpoint
+import sys, torch; from training import checkpoint
 path, n = sys.argv[1], int(sys.argv[2])
 while True:
     n += 1
@@ -556,7 +555,7 @@ def test_a_lock_is_no_lock_of_a_process_with_a_pid_given_again(case):
 
 
 TAKER = """
-import sys, time, rundir
+import sys, time; from training import rundir
 from configurator import ConfigError
 while time.time() < float(sys.argv[2]):
     pass
@@ -994,7 +993,7 @@ def test_the_file_is_flushed_to_the_disk_before_it_replaces_the_old_one(tmp_path
 
 # -------------------------------------------------- streams and folders of every script --------------------
 
-HERE = "import dataset, pathlib; dataset.DATA = pathlib.Path('data'); "
+HERE = "import pathlib; from data import dataset; dataset.DATA = pathlib.Path('data'); "
 TYPED = ("import os, sys; os.dup2(os.open('text.txt', os.O_RDONLY), 0); "
          "sys.stdin = open(0, encoding='utf-8', closefd=False); ")
 CPU = dict(device="cpu", dtype="float32")
@@ -1002,9 +1001,9 @@ WORK = {                                         # name: (script, words; {out} i
     "train": ("train.py", words(**TINY | dict(max_iters=4), dataset="{data}", out_dir="new"), ""),
     "sample": ("sample.py", words(out_dir="{out}", **CPU, max_new_tokens=3, num_samples=2), ""),
     "chat": ("sample.py", ["--chat", *words(out_dir="{out}", **CPU, max_new_tokens=3)], TYPED),
-    "export": ("export.py", words(out_dir="{out}", to="safetensors", export_dir="new"), ""),
-    "compress": ("compress.py", ["c", "text.txt", *words(out_dir="{out}", output="new")], ""),
-    "plots": ("plots.py", ["{out}", "--out=new"], ""),
+    "export": ("training/export.py", words(out_dir="{out}", to="safetensors", export_dir="new"), ""),
+    "compress": ("data/compress.py", ["c", "text.txt", *words(out_dir="{out}", output="new")], ""),
+    "plots": ("bench.py", ["plot", "{out}", "--out=new"], ""),
     "text": ("data/prepare.py", ["--input=text.txt", "--name=new"], HERE),
     "shakespeare": ("data/shakespeare_char/prepare.py", ["--input=text.txt", "--out_dir=new"], ""),
 }
@@ -1142,7 +1141,7 @@ SHELL = {                                        # a line of bash behind PY=pyth
                                   for i, line in enumerate(SHELL)])
 def test_a_real_pipeline_ends_as_the_forks_do(tmp_path, line):
     status, err = SHELL[line]
-    line = line.replace("$PY", f"{sys.executable} {ROOT / 'export.py'}")
+    line = line.replace("$PY", f"{sys.executable} {ROOT / 'training' / 'export.py'}")
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == status, done.stderr
@@ -1196,7 +1195,7 @@ def test_every_script_that_resumes_takes_what_is_typed_for_a_setting_of_another_
 @pytest.mark.parametrize("name", ["a str", "a list", "a number", "None"])
 def test_every_script_that_reads_a_model_ignores_settings_that_it_has_no_use_for(odd_types, tmp_path, name):
     for number, (script, keys) in enumerate({"sample.py": dict(num_samples=1, max_new_tokens=2, **CPU),
-                                             "export.py": dict(to="safetensors")}.items()):
+                                             "training/export.py": dict(to="safetensors")}.items()):
         argv = words(out_dir=odd_types[name], **keys)
         result = Job(script, argv, tmp_path, name=str(number)).wait()
         assert result.status == 0, result.err
@@ -1239,7 +1238,7 @@ def test_every_script_that_exports_to_a_full_disk_ends_with_a_sentence(finished,
         train(weights="2:4", n_embd=32, max_iters=1)
         out = train.folder / "out"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000))"
-    job = Job("export.py", words(out_dir=out, to=to, export_dir="new"), train.folder, before=limit)
+    job = Job("training/export.py", words(out_dir=out, to=to, export_dir="new"), train.folder, before=limit)
     said = one_sentence(job.wait(), "export.py", "could not be written", "another folder")
     assert "--out_dir" not in said and not list((train.folder / "new").iterdir())
 

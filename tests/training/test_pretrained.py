@@ -9,20 +9,18 @@ import torch
 from arms import build, tokens
 from conftest import Job, one_sentence, words
 
-import checkpoint
-import decoding
-import export
-import pretrained
 import sample
-from chat import Chat
 from configurator import ConfigError
+from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, TrainedTokenizer
+from decode import sampling
 from model import GPT
-from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, TrainedTokenizer
+from training import checkpoint, export, pretrained
+from viz.chat import Chat
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 SMALL = dict(vocab_size=31, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 BPE = Path(os.environ.get("NANOCORTEX_GPT2_BPE") or SHARED / "gpt2_bpe")
 
 
@@ -625,7 +623,7 @@ def test_a_folders_own_vocabulary_talks(tmp_path, case):
     folder = made(tmp_path / "own", vocab_size=300, eos_token_id=1)
     theirs(folder, [TEXT * 3])
     model, own = sample.load(str(folder), "out")
-    talk = Chat(lambda prompt: (token[0] for token in decoding.stream(model, prompt, 4, decoding.Sampler(0))),
+    talk = Chat(lambda prompt: (token[0] for token in sampling.stream(model, prompt, 4, sampling.Sampler(0))),
                 own, "cpu", 1)
     assert own.end_of_text == talk.end == 1 and "".join(talk.answer("fox")) == talk.text[4:]
     traced = sampled(folder, tmp_path, trace="trace.html")

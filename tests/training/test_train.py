@@ -12,9 +12,9 @@ import torch
 from arms import ARMS
 from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, in_parallel, one_sentence, same, words
 
-import checkpoint
-import dataset
-from tokenizer import ByteTokenizer
+from data import dataset
+from data.tokenizer import ByteTokenizer
+from training import checkpoint
 
 NANOGPT = os.environ.get("NANOGPT")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
@@ -234,7 +234,7 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
 
 
 # the first of several processes, without the others
-OF_SEVERAL = ("import runtime; "
+OF_SEVERAL = ("from training import runtime; "
               "runtime.join_world = lambda backend, device: (runtime.World(0, 0, {}), device); "
               "runtime.World.sum = lambda self, values: values; "
               "runtime.World.require_same = lambda *words: None; "
@@ -369,7 +369,7 @@ def test_we_resume_and_sample_what_nanogpt_trained(tmp_path, char_data):
 
 def greedy(loaded, folder, start, count):
     """Our model's greedy text."""
-    import tokenizer as tokenizers
+    from data import tokenizer as tokenizers
     tokenizer = tokenizers.load(folder)
     model = checkpoint.build_model(loaded, "test").eval()
     return tokenizer.decode(model.generate(torch.tensor([tokenizer.encode(start)]), count,

@@ -13,11 +13,10 @@ import pytest
 import torch
 from conftest import LIMIT, ONE_THREAD, ROOT, Job, Trainer, one_sentence, words
 
-import chat
-import dataset
-import vocabulary
 from configurator import ConfigError
-from tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, load
+from data import dataset, vocabulary
+from data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, load
+from viz import chat
 
 ANTHEM = "동해물과 백두산이 마르고 닳도록\n하느님이 보우하사 우리나라 만세\n"
 needs_terminal = pytest.mark.skipif(not hasattr(os, "fork") or not find_spec("termios"),
@@ -269,12 +268,12 @@ def pairs(tmp_path_factory):
 
 
 PROMPT = """
-import decoding
-stream = decoding.stream
+from decode import sampling
+stream = sampling.stream
 def told(model, prompt, *words, **keys):
     print('ids', prompt.tolist())
     return stream(model, prompt, *words, **keys)
-decoding.stream = told
+sampling.stream = told
 """
 
 

@@ -10,9 +10,9 @@ import torch
 from conftest import Job, Trainer, one_sentence
 
 import bio_modules
-import checkpoint
-import plots
 from configurator import ConfigError
+from training import checkpoint
+from viz import plots
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
@@ -230,20 +230,20 @@ def test_a_log_that_cannot_be_drawn_says_why(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize("argv, sentence", [
-    ([], "no run's folder is named: type python plots.py out-pylib"),
+    ([], "no run's folder is named: type python bench.py plot out-pylib"),
     (["nowhere"], "'nowhere' is not a folder"),
     (["."], ". holds no metrics.jsonl"),
     (["--smooth=2", "nowhere"], "smooth=2.0 must be in [0, 1)"),
     (["--uot=x", "nowhere"], "unknown key 'uot', did you mean 'out'?"),
 ], ids=str)
 def test_bad_command_lines_say_what_to_type(tmp_path, argv, sentence):
-    one_sentence(Job("plots.py", argv, tmp_path).wait(), "plots.py", sentence)
+    one_sentence(Job("bench.py", ["plot", *argv], tmp_path).wait(), "bench.py plot", sentence)
 
 
 def test_an_output_folder_that_cannot_be_made_and_a_missing_matplotlib_are_one_sentence(tmp_path, runs):
     (tmp_path / "file").write_text("")
-    one_sentence(Job("plots.py", [runs["osc"], f"--out={tmp_path / 'file'}"], tmp_path, name="a").wait(),
-                 "plots.py", "cannot be made")
+    bad = Job("bench.py", ["plot", runs["osc"], f"--out={tmp_path / 'file'}"], tmp_path, name="a").wait()
+    one_sentence(bad, "bench.py plot", "cannot be made")
     without = "import sys; sys.modules['matplotlib'] = None"
-    one_sentence(Job("plots.py", [runs["osc"]], tmp_path, before=without, name="b").wait(),
-                 "plots.py", "figures need matplotlib: pip install matplotlib")
+    one_sentence(Job("bench.py", ["plot", runs["osc"]], tmp_path, before=without, name="b").wait(),
+                 "bench.py plot", "figures need matplotlib: pip install matplotlib")

@@ -11,10 +11,9 @@ import torch
 from arms import ARMS, TINY, build, tokens
 from conftest import Job, one_sentence, words
 
-import decoding
 import sparse_kernels as kernels
-import tokenizer
-import tracing
+from data import tokenizer
+from viz import tracing
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -24,11 +23,11 @@ LETTERS = tokenizer.CharTokenizer([chr(0xAC00 + i) for i in range(TINY["vocab_si
 def recorded(arm, samples=2, new=9, policy=False, **sampling):
     """A Recorder behind some samples of an arm's tiny model, and the multiply-adds of all that ran."""
     model = build(arm, std=0.2).use_policy(policy)
-    recorder = tracing.Recorder(model, decoding.Sampler(**{"temperature": 0, **sampling}))
+    recorder = tracing.Recorder(model, sampling.Sampler(**{"temperature": 0, **sampling}))
     said = []
     for sample in range(samples):
         text = tokenizer.StreamDecoder(LETTERS)
-        pieces = recorder.stream(partial(decoding.stream, model), tokens(1, 4, sample), new, "prompt", text)
+        pieces = recorder.stream(partial(sampling.stream, model), tokens(1, 4, sample), new, "prompt", text)
         said.append("".join(pieces))
     return recorder, said
 
