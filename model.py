@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
-from configurator import require
+from configurator import ConfigError, require
 from decode import sampling
 from decode.context import Choices, Context
 from layers import (
@@ -40,10 +40,11 @@ from layers import (
     linear,
     normal_by_name_,
     residual_std,
+    settle,
     soft_cap,
 )
 from training import continual, energy, optimizers, pretrained
-from training.pretrained import GPT2_SIZES
+from training.pretrained import GPT2_SIZES, is_tied
 from training.runtime import peak_flops
 
 SIZES = {
@@ -293,7 +294,6 @@ class GPT(nn.Module):
             ln_f=NORMS[config.norm](config),
         ) | depth(config))
         self.blocks = list(self.transformer.h)   # those in use, see use_layers
-        self.through = next((self.transformer[name] for name in DEPTHS if name in self.transformer), straight)
         self.lm_head = (Screened if config.screen else Linear)(
             config.n_embd, config.vocab_size, bias=False,
             std=0.02 * (config.tie_weights or not config.zero_init))
@@ -304,6 +304,11 @@ class GPT(nn.Module):
         self.over_budget = energy.budget(config)
         if init:
             self.init_weights(torch.initial_seed() if seed is None else seed)
+
+    @property
+    def through(self):
+        """How tokens pass the blocks; transformer holds it, so that a state dict names each tensor once."""
+        return next((self.transformer[name] for name in DEPTHS if name in self.transformer), straight)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -470,3 +475,26 @@ class GPT(nn.Module):
         new = torch.cat(list(sampling.stream(self, idx, max_new_tokens, sampler, lengths, overflow))
                         or [idx[:, :0]], dim=1)
         return sampling.join(idx, new, lengths)
+
+
+def build_model(checkpoint, path, learns=False, **overrides):
+    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
+    it is to be trained, so packed weights will not do."""
+    for field in dataclasses.fields(GPTConfig):
+        value, kind = checkpoint["model_args"].get(field.name, field.default), type(field.default)
+        require(type(value) is kind or (kind is float and type(value) is int),
+                f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
+                f"expected {kind.__name__})")
+    packed = any(key.endswith(".meta") for key in checkpoint["model"])
+    require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
+                                     "checkpoint that was packed")
+    try:
+        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
+        model = settle(model) if packed else model
+        model.load_state_dict(checkpoint["model"])
+        require(not model.config.tie_weights or is_tied(checkpoint["model"]),
+                "tie_weights=True, but its head is not its embedding")
+    except (TypeError, RuntimeError, ConfigError) as error:
+        raise ConfigError(f"{path}: model_args and weights do not fit this version "
+                          f"({str(error).splitlines()[-1].strip()})") from error
+    return model

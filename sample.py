@@ -18,7 +18,7 @@ from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import sampling
 from layers import Packed, settle
-from model import GPT
+from model import GPT, build_model
 from training import checkpoint as ckpt
 from training import continual, pretrained, runtime
 from training.pretrained import is_gpt2
@@ -86,7 +86,7 @@ def load(init_from, out_dir, folder=""):
         model = GPT.from_pretrained(init_from).eval()
         return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size)
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
-    model = ckpt.build_model(loaded, path).eval()
+    model = build_model(loaded, path).eval()
     return model, tokenizer_of(loaded, folder, model.config.vocab_size)
 
 

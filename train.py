@@ -22,7 +22,7 @@ import sparse_kernels
 from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from model import GPT, SIZES, GPTConfig
+from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training import continual, energy, estimate, optimizers, pretrained, rundir, runtime
 from training.pretrained import GPT2_SIZES
@@ -207,7 +207,7 @@ meta = datasets.common_meta([source for sources in task_sources for source in so
 tokenizer = {"tokenizer": tokenizers.described(meta)} if "tokenizer" in meta else {}
 
 
-def build_model():
+def start_model():
     """The model that init_from names -> (GPT on the CPU, iterations done, best val loss, seconds trained)."""
     vocab_size = cfg.vocab_size or meta.get("vocab_size") or 50304
     if cfg.init_from == "scratch":
@@ -236,7 +236,7 @@ def load_model(loaded, path):
     args = loaded["model_args"]
     typed = {key: given[key] for key in ("dropout", "recompute") if key in given}
     dropout = args.get("dropout", cfg.dropout) if resumed else cfg.dropout
-    return ckpt.build_model(loaded, path, learns=True, **{"dropout": dropout} | typed)
+    return build_model(loaded, path, learns=True, **{"dropout": dropout} | typed)
 
 
 def same_shape(config):
@@ -250,7 +250,7 @@ def same_shape(config):
                 f"{key}={getattr(config, key)}: leave --{name} out, or start anew with --init_from=scratch")
 
 
-raw_model, iter_num, best_val_loss, seconds_before = build_model()
+raw_model, iter_num, best_val_loss, seconds_before = start_model()
 if cfg.block_size < raw_model.config.block_size:
     raw_model.crop_block_size(cfg.block_size)
 model_config = raw_model.config

@@ -16,6 +16,7 @@ from benchmarks.runs import trained_with
 from benchmarks.timing import interleave, measurement, spread
 from configurator import require
 from data import dataset as datasets
+from model import build_model
 from training import checkpoint, optimizers, runtime
 from training import continual as learning
 from viz.figures import drawing
@@ -146,7 +147,7 @@ def student(out_dir):
     loaded, path = checkpoint.read(out_dir, resume=True)
     cfg = SimpleNamespace(**loaded["config"])
     cfg.task_names = lambda: cfg.tasks.split(",")
-    model = checkpoint.build_model(loaded, path).train()
+    model = build_model(loaded, path).train()
     model.compute_dtype = runtime.choose("cpu").dtype
     optimizer = optimizers.build(model, cfg, "cpu")
     checkpoint.load_optimizer(optimizer, loaded["optimizer"], path)

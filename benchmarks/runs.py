@@ -15,6 +15,7 @@ from benchmarks import ROOT
 from benchmarks.timing import measurement
 from configurator import require
 from data import dataset as datasets
+from model import build_model
 from training import checkpoint
 
 QUALITY_VALIDATION = dict(batches=160, tokens=1280)
@@ -46,7 +47,7 @@ def trained_with(cfg, data, out_dir, files, flags, seed, iters, broken=None, **m
 
 def trained_model(out_dir):
     """The model of a finished run, in eval mode."""
-    return checkpoint.build_model(*checkpoint.read(out_dir)).eval()
+    return build_model(*checkpoint.read(out_dir)).eval()
 
 
 def validation_of(model):

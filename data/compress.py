@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model import build_model
+
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import ConfigError, configure, require, run_script
@@ -164,7 +166,7 @@ def load_model(out_dir):
     sha = hashlib.sha256(json.dumps(loaded["model_args"], sort_keys=True, default=str).encode())
     for name in sorted(loaded["model"]):
         sha.update(name.encode() + loaded["model"][name].contiguous().view(torch.uint8).numpy().tobytes())
-    return ckpt.build_model(loaded, path).float().eval(), sha.hexdigest()
+    return build_model(loaded, path).float().eval(), sha.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------

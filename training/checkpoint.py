@@ -7,7 +7,6 @@ manifest.json holds the SHA-256 of every checkpoint of its folder and the run's 
 was written is not used: `read` says so and takes the one before it. What the manifest does not list is the
 user's: never removed, and read only if it is of the same run. nanoGPT's folders are read without one.
 """
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,9 +19,7 @@ from pathlib import Path
 import torch
 
 from configurator import ConfigError, require
-from layers import settle
-from model import GPT, GPTConfig
-from training.pretrained import is_tied, plain_names, read_ours
+from training.pretrained import plain_names, read_ours
 
 WEIGHTS = {"model": dict, "model_args": dict}                       # what every checkpoint holds
 RUN = {"optimizer": dict, "iter_num": int,                          # what going on needs as well
@@ -401,32 +398,16 @@ def load(path, device="cpu", resume=False):
     wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
     require(not wrong, f"{path} is not a checkpoint{' to go on from' * resume}: {', '.join(wrong)} missing "
                        f"or damaged{f', type --init_from={path} to start from its weights' * resume}")
-    checkpoint["model"] = {key: value for key, value in plain_names(checkpoint["model"], path).items()
-                           if not key.endswith(".attn.bias")}   # nanoGPT's mask without flash attention
+    checkpoint["model"] = names_of_today(plain_names(checkpoint["model"], path))
     return checkpoint
 
 
-def build_model(checkpoint, path, learns=False, **overrides):
-    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
-    it is to be trained, so packed weights will not do."""
-    for field in dataclasses.fields(GPTConfig):
-        value, kind = checkpoint["model_args"].get(field.name, field.default), type(field.default)
-        require(type(value) is kind or (kind is float and type(value) is int),
-                f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
-                f"expected {kind.__name__})")
-    packed = any(key.endswith(".meta") for key in checkpoint["model"])
-    require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
-                                     "checkpoint that was packed")
-    try:
-        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
-        model = settle(model) if packed else model
-        model.load_state_dict(checkpoint["model"])
-        require(not model.config.tie_weights or is_tied(checkpoint["model"]),
-                "tie_weights=True, but its head is not its embedding")
-    except (TypeError, RuntimeError, ConfigError) as error:
-        raise ConfigError(f"{path}: model_args and weights do not fit this version "
-                          f"({str(error).splitlines()[-1].strip()})") from error
-    return model
+def names_of_today(weights):
+    """A state dict as earlier versions and nanoGPT wrote it: without the second entries of the depth module,
+    which was registered twice, and nanoGPT's masks; hierarchy's parameters once stood under another name."""
+    return {key.replace("transformer.hourglass.", "transformer.hierarchy."): value
+            for key, value in weights.items()
+            if not key.startswith("through.") and not key.endswith(".attn.bias")}
 
 
 def lay_out(state, key, parameter):

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from model import build_model
+
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import configure, require, run_script
@@ -35,14 +37,14 @@ def packed(cfg, loaded, path):
     """-> a function that writes a checkpoint without optimizer whose 2:4 weights are packed."""
     require(loaded["model_args"].get("weights") == "2:4",
             f"{path} has dense weights, to=packed is for 2:4: train one with --weights=2:4")
-    model = settle(ckpt.build_model(loaded, path).to(DTYPES[cfg.dtype]))
+    model = settle(build_model(loaded, path).to(DTYPES[cfg.dtype]))
     kept = {key: loaded[key] for key in ("model_args", "config", "tokenizer") if key in loaded}
     return lambda folder: ckpt.save({"model": model.state_dict(), **kept}, folder / "ckpt.pt")
 
 
 def safetensors(cfg, loaded, path):
     """-> a function that writes model.safetensors and config.json, which ckpt.read takes for a checkpoint."""
-    model = ckpt.build_model(loaded, path).to(DTYPES[cfg.dtype])
+    model = build_model(loaded, path).to(DTYPES[cfg.dtype])
     about = {"model_type": pretrained.OURS, "model_args": model.config.model_args(),
              "config": loaded.get("config", {}), "tokenizer": loaded.get("tokenizer")}
     return lambda folder: pretrained.write_folder(folder, model.state_dict(), about)
@@ -50,7 +52,7 @@ def safetensors(cfg, loaded, path):
 
 def hf(cfg, loaded, path):
     """-> a function that writes a dense model in the layout of transformers' GPT2LMHeadModel."""
-    model = ckpt.build_model(loaded, path).to(DTYPES[cfg.dtype])
+    model = build_model(loaded, path).to(DTYPES[cfg.dtype])
     weights, about = pretrained.to_hf(model)
     dataset = (loaded.get("config") or {}).get("dataset")
     needed = {"tokenizer": loaded.get("tokenizer"), "config": dataset and {"dataset": dataset}}

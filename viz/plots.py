@@ -24,6 +24,7 @@ import torch
 from bio_modules import BranchGate, ColumnGate, EventGate, ExpertGate, Oscillating
 from configurator import ConfigError, configure, require
 from data import dataset as datasets
+from model import build_model
 from training import checkpoint as ckpt
 from viz.figures import drawing, pyplot
 
@@ -57,7 +58,7 @@ class Run:
         self.name, self.rows, self.model, self.settings = name, read_rows(folder), None, {}
         try:
             loaded, path = ckpt.read(folder)
-            self.model, self.settings = ckpt.build_model(loaded, path).eval(), loaded.get("config", {})
+            self.model, self.settings = build_model(loaded, path).eval(), loaded.get("config", {})
             add_multiply_adds(self.rows, self.model)
         except ConfigError as error:
             self.why = f"it has no weights to look at: {error}"

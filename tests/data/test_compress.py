@@ -138,7 +138,7 @@ def test_a_model_of_characters_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (["c", "no_such_file"], "cannot be read"), (["x", "file"], "compress.py c FILE"), (["c"], "c FILE"),
+    (["c", "no_such_file"], "cannot be read"), (["x", "file"], "data.compress c FILE"), (["c"], "c FILE"),
     ([], "d FILE.ncx"), (["c", "file", "--threads=-1"], "threads=-1"),
     (["c", "empty"], "nothing to compress")])
 def test_bad_command_lines_say_what_to_type(run, tmp_path, argv, expected):

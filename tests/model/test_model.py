@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from configurator import ConfigError
 from layers import attend
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, build_model
 from training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,7 +185,7 @@ def test_twenty_steps_lower_the_loss_and_resume_in_their_middle(arm, tmp_path):
     losses += train_on(model, optimizer, range(10, 20))
     assert all(map(math.isfinite, losses)) and losses[-1] < 0.8 * losses[0]
     saved = checkpoint.load(path, resume=True)
-    resumed, optimizer = with_optimizer(checkpoint.build_model(saved, path))
+    resumed, optimizer = with_optimizer(build_model(saved, path))
     checkpoint.load_optimizer(optimizer, saved["optimizer"], path)
     assert train_on(resumed, optimizer, range(10, 20)) == losses[10:]
 

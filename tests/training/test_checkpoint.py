@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from arms import ARMS, build
 from conftest import Job, one_sentence, same, words
 
 from configurator import ConfigError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, build_model
 from training import checkpoint
 
 # -------------------------------------------------- damaged or hostile --------------------------------------
@@ -155,7 +156,7 @@ def test_a_flipped_bit_outside_the_tensors_is_noticed_or_harmless(finished, tmp_
         path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1:])
         try:
             loaded = checkpoint.load(path, resume=True)
-            model = checkpoint.build_model(loaded, path)
+            model = build_model(loaded, path)
             checkpoint.load_optimizer(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu"),
                                       loaded["optimizer"], path)
         except ConfigError as error:
@@ -166,7 +167,7 @@ def test_a_flipped_bit_outside_the_tensors_is_noticed_or_harmless(finished, tmp_
 
 def test_a_checkpoint_reads_back_what_was_written(finished):
     saved = finished.checkpoint()
-    model = checkpoint.build_model(saved, "here")
+    model = build_model(saved, "here")
     same(model.state_dict(), saved["model"])
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     checkpoint.load_optimizer(optimizer, finished.checkpoint()["optimizer"], "here")
@@ -410,5 +411,20 @@ def test_the_mask_buffers_of_an_old_nanogpt_checkpoint_are_left_out(tmp_path):
     state = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
     torch.save({"model": state, "model_args": model.config.model_args()}, tmp_path / "ckpt.pt")
-    loaded = checkpoint.build_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt")
+    loaded = build_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt")
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("arm", ["exits", "hierarchy"])
+def test_a_state_dict_names_each_tensor_once_and_older_spellings_load(tmp_path, arm):
+    """The depth module stood there twice, as `through` too; that of hierarchy was called `hourglass`."""
+    model = build(ARMS[arm], std=0.2)
+    weights, args = model.state_dict(), model.config.model_args()
+    assert not [key for key in weights if key.startswith("through.")]
+    inner = {key: value for key, value in weights.items() if key.startswith(f"transformer.{arm}.")}
+    assert inner
+    older = weights | {key.replace(f"transformer.{arm}.", "through."): value for key, value in inner.items()}
+    if arm == "hierarchy":
+        older = {key.replace("transformer.hierarchy.", "transformer.hourglass."): older[key] for key in older}
+    torch.save({"model": older, "model_args": args}, tmp_path / "ckpt.pt")
+    same(build_model(*checkpoint.read(tmp_path)).state_dict(), weights)

@@ -7,6 +7,7 @@ from arms import ARMS, build, tokens
 from conftest import Job, one_sentence, words
 
 from configurator import ConfigError
+from model import build_model
 from training import checkpoint, export
 from training.pretrained import GPT2_SIZES
 
@@ -34,7 +35,7 @@ def test_safetensors_come_back_with_equal_logits(tmp_path, name):
     folder, idx = exported(tmp_path, "safetensors"), tokens(2, 16)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     loaded, path = checkpoint.read(folder)
-    again = checkpoint.build_model(loaded, path).eval()
+    again = build_model(loaded, path).eval()
     assert again.config == model.config
     assert torch.equal(again(idx, idx)[0], model(idx, idx)[0])
 

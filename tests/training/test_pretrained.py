@@ -13,7 +13,7 @@ import sample
 from configurator import ConfigError
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, TrainedTokenizer
 from decode import sampling
-from model import GPT
+from model import GPT, build_model
 from training import checkpoint, export, pretrained
 from viz.chat import Chat
 
@@ -361,7 +361,7 @@ def test_prefixes_of_wrapped_models_are_stripped(tmp_path, plain, prefix, case):
     inside = {prefix + name.replace("h.1.", "h.1._fsdp_wrapped_module."): t
               for name, t in model.state_dict().items()}
     torch.save({"model": inside, "model_args": args}, tmp_path / "ckpt.pt")
-    again = checkpoint.build_model(*checkpoint.read(tmp_path / "ckpt.pt")).eval()
+    again = build_model(*checkpoint.read(tmp_path / "ckpt.pt")).eval()
     assert torch.equal(again(tokens(2, 9))[0], model(tokens(2, 9))[0])
     case(), case()
 
@@ -388,7 +388,7 @@ def test_a_checkpoint_of_a_tied_model_with_another_head_is_refused(tmp_path):
     state = model.state_dict() | {"lm_head.weight": torch.randn(31, 16)}
     torch.save({"model": state, "model_args": model.config.model_args()}, tmp_path / "ckpt.pt")
     with pytest.raises(ConfigError, match="tie_weights"):
-        checkpoint.build_model(*checkpoint.read(tmp_path / "ckpt.pt"))
+        build_model(*checkpoint.read(tmp_path / "ckpt.pt"))
 
 
 @pytest.mark.parametrize("arm", [dict(mlp_topk=0.25), dict(experts=4, experts_active=2),
@@ -607,7 +607,7 @@ def test_model_args_of_another_type_are_one_sentence(tmp_path, field, value):
     torch.save({"model": model.state_dict(), "model_args": model.config.model_args() | {field: value}},
                tmp_path / "ckpt.pt")
     with pytest.raises(ConfigError, match=rf"do not fit.*{field}="):
-        checkpoint.build_model(*checkpoint.read(tmp_path / "ckpt.pt"))
+        build_model(*checkpoint.read(tmp_path / "ckpt.pt"))
 
 
 def test_a_head_of_another_dtype_than_the_embedding_is_compared_by_value(plain):

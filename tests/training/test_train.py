@@ -14,7 +14,7 @@ from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, in_paral
 
 from data import dataset
 from data.tokenizer import ByteTokenizer
-from training import checkpoint
+from model import build_model
 
 NANOGPT = os.environ.get("NANOGPT")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
@@ -371,7 +371,7 @@ def greedy(loaded, folder, start, count):
     """Our model's greedy text."""
     from data import tokenizer as tokenizers
     tokenizer = tokenizers.load(folder)
-    model = checkpoint.build_model(loaded, "test").eval()
+    model = build_model(loaded, "test").eval()
     return tokenizer.decode(model.generate(torch.tensor([tokenizer.encode(start)]), count,
                                            temperature=0)[0].tolist())
 

@@ -11,6 +11,7 @@ from conftest import Job, Trainer, one_sentence
 
 import bio_modules
 from configurator import ConfigError
+from model import build_model
 from training import checkpoint
 from viz import plots
 
@@ -90,7 +91,7 @@ def test_curves_are_the_rows_of_the_log(runs, axis):
 
 def test_multiply_adds_are_those_of_the_layers_in_use(runs):
     loaded, path = checkpoint.read(runs["osc"])
-    model, rows, spent = checkpoint.build_model(loaded, path), rows_of(runs["osc"]), [0.0]
+    model, rows, spent = build_model(loaded, path), rows_of(runs["osc"]), [0.0]
     assert {row["layers"] for row in rows if "layers" in row} == {1, 2}
     for row, after in pairwise(rows):
         model.use_layers(row["layers"])
@@ -130,7 +131,7 @@ def test_gates_are_those_of_the_checkpoint_and_its_data(runs):
 def with_weights(folder):
     run = run_of(folder)
     loaded, path = checkpoint.read(folder)
-    run.model = checkpoint.build_model(loaded, path).eval()
+    run.model = build_model(loaded, path).eval()
     return run
 
 
@@ -237,13 +238,13 @@ def test_a_log_that_cannot_be_drawn_says_why(monkeypatch, tmp_path, name):
     (["--uot=x", "nowhere"], "unknown key 'uot', did you mean 'out'?"),
 ], ids=str)
 def test_bad_command_lines_say_what_to_type(tmp_path, argv, sentence):
-    one_sentence(Job("bench.py", ["plot", *argv], tmp_path).wait(), "bench.py plot", sentence)
+    one_sentence(Job("bench.py", ["plot", *argv], tmp_path).wait(), "bench.py", sentence)
 
 
 def test_an_output_folder_that_cannot_be_made_and_a_missing_matplotlib_are_one_sentence(tmp_path, runs):
     (tmp_path / "file").write_text("")
     bad = Job("bench.py", ["plot", runs["osc"], f"--out={tmp_path / 'file'}"], tmp_path, name="a").wait()
-    one_sentence(bad, "bench.py plot", "cannot be made")
+    one_sentence(bad, "bench.py", "cannot be made")
     without = "import sys; sys.modules['matplotlib'] = None"
     one_sentence(Job("bench.py", ["plot", runs["osc"]], tmp_path, before=without, name="b").wait(),
-                 "bench.py plot", "figures need matplotlib: pip install matplotlib")
+                 "bench.py", "figures need matplotlib: pip install matplotlib")

@@ -20,10 +20,10 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 LETTERS = tokenizer.CharTokenizer([chr(0xAC00 + i) for i in range(TINY["vocab_size"])])
 
 
-def recorded(arm, samples=2, new=9, policy=False, **sampling):
+def recorded(arm, samples=2, new=9, policy=False, **settings):
     """A Recorder behind some samples of an arm's tiny model, and the multiply-adds of all that ran."""
     model = build(arm, std=0.2).use_policy(policy)
-    recorder = tracing.Recorder(model, sampling.Sampler(**{"temperature": 0, **sampling}))
+    recorder = tracing.Recorder(model, sampling.Sampler(**{"temperature": 0, **settings}))
     said = []
     for sample in range(samples):
         text = tokenizer.StreamDecoder(LETTERS)
