@@ -13,6 +13,7 @@ from conftest import Job, one_sentence, words
 
 import sparse_kernels as kernels
 from data import tokenizer
+from decode import sampling
 from viz import tracing
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
