@@ -298,11 +298,12 @@ def find(out_dir, resume=False):
     return paths
 
 
-def read(place, device="cpu", resume=False):
+def read(place, device="cpu", resume=False, tries=20):
     """The best intact checkpoint of a run's folder, or the one file that is named -> (dict, its path).
 
     What is damaged or of another run is told on stderr and left out; without any other a ConfigError says
-    why. Copies by hand, which no manifest lists, come last; the one file that is named may be one.
+    why. Copies by hand, which no manifest lists, come last; the one file that is named may be one. Where
+    another process saves meanwhile, it is looked at again.
     """
     named = os.path.isfile(place) and not resume
     paths = [Path(place)] if named else find(place, resume)
@@ -320,6 +321,8 @@ def read(place, device="cpu", resume=False):
             require(bad is None, bad)
             return told(load(path, device, resume), path, wrong, found)
         except ConfigError as error:
+            if tries and manifest(path.parent) != (found, about):
+                return read(place, device, resume, tries - 1)
             wrong.append(str(error))
     exchanged = [(entry["iter_num"] or 0, path) for entry in found or () for path in hashes
                  if hashes[path] == entry["sha256"]]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -238,13 +239,13 @@ EVERY = {TWIN: 1, "topk": 1, "osc": 1, "osc+window": 1}.keys()
 
 def test_a_source_file_that_moves_or_is_written_anew_keeps_the_runs(trained_once, tmp_path, monkeypatch):
     work = tmp_path / "checkout"
-    for name in ("config", "tests", "benchmarks"):
+    for name in ("config", "tests", "benchmarks", "training"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, work)
     (work / "wing").mkdir()
-    for name in ("bio_modules.py", "layers.py", "energy.py", "continual.py"):
-        (work / name).rename(work / "wing" / name)
+    for name in ("bio_modules.py", "layers.py", "training/energy.py", "training/continual.py"):
+        (work / name).rename(work / "wing" / Path(name).name)
     (work / "model.py").write_text("# another comment\n" + (work / "model.py").read_text())
     (work / "config" / "bio_topk.py").rename(work / "config" / "topk.py")
     monkeypatch.setitem(arms.ARMS, "topk", "topk")

@@ -428,3 +428,25 @@ def test_a_state_dict_names_each_tensor_once_and_older_spellings_load(tmp_path, 
         older = {key.replace("transformer.hierarchy.", "transformer.hourglass."): older[key] for key in older}
     torch.save({"model": older, "model_args": args}, tmp_path / "ckpt.pt")
     same(build_model(*checkpoint.read(tmp_path)).state_dict(), weights)
+
+
+def test_a_checkpoint_that_is_saved_again_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch, capfd):
+    """Between the manifest and the file another process may save: sample.py beside a training run."""
+    saves, sha_of = iter(range(1, 4)), checkpoint.sha_of
+
+    def state(number):
+        return {"model": {"w": torch.full((4,), float(number))}, "model_args": {}, "iter_num": number}
+
+    checkpoint.save(state(0), tmp_path / "ckpt.pt", keep=2)
+
+    def slowly(path):
+        number = next(saves, None)
+        if number:
+            monkeypatch.setattr(checkpoint, "sha_of", sha_of)
+            checkpoint.save(state(number), tmp_path / "ckpt.pt", keep=2)
+            monkeypatch.setattr(checkpoint, "sha_of", slowly)
+        return sha_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha_of", slowly)
+    loaded, path = checkpoint.read(tmp_path)
+    assert loaded["iter_num"] == 3 and path == tmp_path / "ckpt.pt" and capfd.readouterr().err == ""

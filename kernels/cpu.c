@@ -1,0 +1,273 @@
+/* The kernels of decode steps on a CPU. sparse_kernels.py says what each computes and holds its reference;
+   build.py compiles this file, which includes cpu_typed.c once for every type of weight. */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#define FETCH(p) __builtin_prefetch(p, 0, 2)     /* into the second-level cache, where more misses can wait */
+#define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef __AVX512BF16__
+static inline __m512bh load(const uint16_t *p) { return (__m512bh)_mm512_loadu_si512(p); }
+#endif
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+
+static inline float up_bf16(uint16_t v) {
+    union { uint32_t u; float f; } c = { (uint32_t)v << 16 };
+    return c.f;
+}
+static inline uint16_t down_bf16(float f) {                     /* to nearest, ties to even; NaN stays NaN */
+    union { float f; uint32_t u; } c = { f };
+    return f != f ? 0x7fc0 : (c.u + 0x7fff + ((c.u >> 16) & 1)) >> 16;
+}
+/* rises with f, as torch sorts: -0 is 0, NaN of either sign is above everything */
+static inline uint32_t order(float f) {
+    uint32_t u;
+    f += 0.0f;
+    memcpy(&u, &f, 4);
+    u = u >> 31 ? ~u : u | 0x80000000u;
+    return f != f ? 0xffffffffu : u;
+}
+static inline float up_f32(float v) { return v; }
+static inline float down_f32(float v) { return v; }
+
+/* A buffer of `count` elements: a short one on the stack, whose size no width of a model can change, a long
+   one on the heap. RELEASE gives it back. */
+#define SHORT 512
+#define BUFFER(type, name, count) \
+    type name##_short[SHORT], *name = (count) <= SHORT ? name##_short : heap((count) * sizeof(type))
+#define RELEASE(name) do { if (name != name##_short) free(name); } while (0)
+static void *heap(size_t bytes) {
+    void *memory = malloc(bytes);
+    if (!memory) {
+        fprintf(stderr, "out of memory: a kernel asked for %zu bytes\n", bytes);
+        abort();
+    }
+    return memory;
+}
+
+/* the k-th largest of n, which are reordered: bins by the leading 12 bits, then Hoare's select in one bin */
+static uint32_t kth(uint32_t *part, long n, long k) {
+    uint32_t count[4096] = {0};
+    for (long i = 0; i < n; i++) count[part[i] >> 20]++;
+    uint32_t b = 4095;
+    while (k > count[b]) k -= count[b--];
+    long m = 0;
+    for (long i = 0; i < n; i++) if (part[i] >> 20 == b) part[m++] = part[i];
+    for (long low = 0, high = m - 1, want = k - 1; low < high;) {
+        uint32_t pivot = part[(low + high) / 2];
+        long i = low, j = high;
+        while (i <= j) {
+            while (part[i] > pivot) i++;
+            while (part[j] < pivot) j--;
+            if (i <= j) { uint32_t t = part[i]; part[i++] = part[j]; part[j--] = t; }
+        }
+        if (want <= j) high = j; else if (want >= i) low = i; else break;
+    }
+    return part[k - 1];
+}
+
+/* all of a but those of the k largest sizes become zero; of equal ones the first stay */
+static void keep_floats(float *a, const uint32_t *size, long n, long k) {
+    if (k >= n) return;
+    BUFFER(uint32_t, part, n);
+    memcpy(part, size, n * sizeof(uint32_t));
+    uint32_t edge = kth(part, n, k);
+    long ties = k;
+    for (long i = 0; i < n; i++) ties -= size[i] > edge;
+    for (long i = 0; i < n; i++)
+        if (!(size[i] > edge || (size[i] == edge && ties-- > 0))) a[i] = 0;
+    RELEASE(part);
+}
+
+/* act: 0 squared ReLU, 1 GELU, 2 none; NaN stays NaN in all */
+static inline float activate(float v, int act) {
+    return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v < 0 ? 0 : v * v;
+}
+
+/* what activate gives where TYPE would be stored before and behind it; GELU of bf16 from a table */
+static uint16_t gelu_bf16[65536];
+__attribute__((constructor)) static void fill_table(void) {
+    for (long i = 0; i < 65536; i++) gelu_bf16[i] = down_bf16(activate(up_bf16(i), 1));
+}
+static inline float stored_bf16(float v, int act) {
+    v = up_bf16(down_bf16(v));
+    return up_bf16(act == 1 ? gelu_bf16[down_bf16(v)] : down_bf16(activate(v, act)));
+}
+
+/* sine, cosine and tanh without a branch, so that a compiler makes vectors of them; errors below 1e-6 where
+   |z| < FAR. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
+#define FAR 1e4f
+static inline float half_turn(float z) {
+    union { float f; uint32_t u; } t = { z * 0.318309886f + 12582912.0f }, s;   /* half turns, in its bits */
+    float turns = t.f - 12582912.0f, r = (z - turns * 3.140625f) - turns * 9.67653589793e-4f, q = r * r;
+    s.f = r * (1 + q * (-1.66666667e-1f + q * (8.33333333e-3f + q * (-1.98412698e-4f
+          + q * (2.75573192e-6f - q * 2.50521084e-8f)))));
+    s.u ^= t.u << 31;                                           /* an odd number of them turns the sign */
+    return s.f;
+}
+static inline float sine(float z) { return half_turn(z); }
+static inline float cosine(float z) { return half_turn(z + 1.57079633f); }
+static inline float tanh_of(float x) {                          /* 1 - 2 / (e^2|x| + 1); Taylor near 0 */
+    float a = fabsf(x), y = 2 * (a < 20 ? a : 20), k = rintf(y * 1.44269504f);
+    float r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
+    float e = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333333e-3f
+              + r * 1.3888889e-3f)))));
+    union { uint32_t u; float f; } two = { (uint32_t)((int)k + 127) << 23 };
+    float far = 1 - 2 / (e * two.f + 1), q = a * a;
+    float near = a * (1 + q * (-3.3333333e-1f + q * (1.3333333e-1f - q * 5.3968254e-2f)));
+    float t = a < 0.1f ? near : far;
+    return x != x ? x : x < 0 ? -t : t;
+}
+
+static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
+
+/* w . x over K; `ahead` is where the weights lie that are needed soon: they are fetched meanwhile */
+static inline float dot_f32(const float *w, const float *x, long K, const float *ahead) {
+    vec a = {0}, b = {0};
+    long k = 0;
+    for (; k + 32 <= K; k += 32) {
+        FETCH(ahead + k);
+        FETCH(ahead + k + 16);
+        a += *(const vec *)(w + k) * *(const vec *)(x + k);
+        b += *(const vec *)(w + k + 16) * *(const vec *)(x + k + 16);
+    }
+    float s = sum16(a + b);
+    for (; k < K; k++) s += w[k] * x[k];
+    return s;
+}
+
+static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K, const uint16_t *ahead) {
+    float s = 0;
+    long k = 0;
+    (void)ahead;                                 /* used by AVX-512 alone */
+#ifdef __AVX512BF16__
+    __m512 a = _mm512_setzero_ps(), b = a;
+    for (; k + 64 <= K; k += 64) {
+        FETCH(ahead + k);
+        FETCH(ahead + k + 32);
+        a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
+        b = _mm512_dpbf16_ps(b, load(w + k + 32), load(x + k + 32));
+    }
+    for (; k + 32 <= K; k += 32) a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
+    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+#else
+    #pragma omp simd reduction(+:s)
+    for (long i = 0; i < K / 64 * 64; i++) s += up_bf16(w[i]) * up_bf16(x[i]);
+    k = K / 64 * 64;
+#endif
+    for (; k < K; k++) s += up_bf16(w[k]) * up_bf16(x[k]);
+    return s;
+}
+
+/* A 2:4 row . x: kept values, two of every four, and their places of 2 bits each (see pack_24). Instead of
+   spreading values over zeros, the x that they meet are picked by their places. */
+#define REST_OF_ROW(NAME) \
+    for (; k < K; k += 4) { \
+        uint32_t pair = meta[k / 32] >> k % 32; \
+        s += up_##NAME(v[k / 2]) * up_##NAME(x[k + (pair & 3)]) \
+           + up_##NAME(v[k / 2 + 1]) * up_##NAME(x[k + (pair >> 2 & 3)]); \
+    }
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#define PICKS 1
+static inline __m512i low_bits_or(__m512i codes, __m512i mask, __m512i base) {
+    return _mm512_ternarylogic_epi32(codes, mask, base, 0xea);              /* (codes & mask) | base */
+}
+static inline __m512i steps(long long from, long long by) {
+    return _mm512_setr_epi64(from, from + by, from + 2 * by, from + 3 * by, from + 4 * by, from + 5 * by,
+                             from + 6 * by, from + 7 * by);
+}
+#endif
+
+static inline float dot24_f32(const float *v, const uint32_t *meta, const float *x, long K) {
+    float s = 0;
+    long k = 0;
+#ifdef PICKS
+    const __m512i three = _mm512_set1_epi32(3);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i base = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    __m512 a = _mm512_setzero_ps(), b = a;
+    for (; k + 64 <= K; k += 64) {
+        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(meta[k / 32]), shift);
+        __m512i more = _mm512_srlv_epi32(_mm512_set1_epi32(meta[k / 32 + 1]), shift);
+        const float *X = x + k;
+        FETCH(v + k / 2 + 1024);
+        FETCH(v + k / 2 + 1040);
+        a = _mm512_fmadd_ps(_mm512_loadu_ps(v + k / 2), _mm512_permutex2var_ps(
+            _mm512_loadu_ps(X), low_bits_or(codes, three, base), _mm512_loadu_ps(X + 16)), a);
+        b = _mm512_fmadd_ps(_mm512_loadu_ps(v + k / 2 + 16), _mm512_permutex2var_ps(
+            _mm512_loadu_ps(X + 32), low_bits_or(more, three, base), _mm512_loadu_ps(X + 48)), b);
+    }
+    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+#endif
+    REST_OF_ROW(f32)
+    return s;
+}
+
+static inline float dot24_bf16(const uint16_t *v, const uint32_t *meta, const uint16_t *x, long K) {
+    float s = 0;
+    long k = 0;
+#ifdef PICKS
+    const __m512i shift = steps(0x0606040402020000, 0x0808080808080808);    /* 2 j bits, for value j */
+    const __m512i base = steps(0x0004000400000000, 0x0008000800080008);     /* four j / 2 of x */
+    const __m512i three = _mm512_set1_epi16(3);
+    __m512 a = _mm512_setzero_ps(), b = a;
+    for (; k + 64 <= K; k += 64) {
+        int64_t pairs;
+        memcpy(&pairs, meta + k / 32, 8);
+        __m512i at = low_bits_or(_mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(pairs)), three, base);
+        __m512i X = _mm512_permutex2var_epi16(_mm512_loadu_si512(x + k), at, _mm512_loadu_si512(x + k + 32));
+        FETCH(v + k / 2 + 2048);
+        a = _mm512_dpbf16_ps(a, load(v + k / 2), (__m512bh)X);
+        __m512 t = a; a = b; b = t;
+    }
+    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+#endif
+    REST_OF_ROW(bf16)
+    return s;
+}
+
+/* whole numbers of 8 bits . x */
+static inline float dot_i8(const int8_t *q, const float *x, long K) {
+    vec a = {0}, b = {0};
+    long k = 0;
+#ifdef __AVX512F__
+    for (; k + 32 <= K; k += 32) {
+        FETCH(q + k + 4096);
+        a += (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + k))))
+           * *(const vec *)(x + k);
+        b += (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + k + 16))))
+           * *(const vec *)(x + k + 16);
+    }
+#endif
+    float s = sum16(a + b);
+    #pragma omp simd reduction(+:s)
+    for (long i = k; i < K; i++) s += q[i] * x[i];
+    return s;
+}
+
+/* does this processor pick by places in registers? Otherwise packed rows are slower than dense ones */
+int picks(void) {
+#ifdef PICKS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* OF(dot) is dot_f32 in the first pass through cpu_typed.c, dot_bf16 in the second */
+#define JOINED(name, type) name##_##type
+#define JOIN(name, type) JOINED(name, type)
+#define OF(name) JOIN(name, NAME)
+
+#define TYPE float
+#define NAME f32
+#include "cpu_typed.c"
+#undef TYPE
+#undef NAME
+#define TYPE uint16_t                            /* the bits of a bf16 */
+#define NAME bf16
+#include "cpu_typed.c"

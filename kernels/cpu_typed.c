@@ -1,0 +1,458 @@
+/* Included by cpu.c for each TYPE of weight; OF(name) is the name of that type's function. */
+#define AHEAD (4096 / (long)sizeof(TYPE))   /* weights that stream from memory are fetched 4 KB ahead */
+
+/* a thread's share of C outputs, whole lines of 32 */
+static inline long OF(share)(long C, int threads) { return ((C + threads - 1) / threads + 31) / 32 * 32; }
+
+/* the largest |x| of n that is not NaN */
+static float OF(widest)(const TYPE *x, long n) {
+    float most = 0;
+    #pragma omp simd reduction(max:most)
+    for (long i = 0; i < n; i++) most = fabsf(OF(up)(x[i])) > most ? fabsf(OF(up)(x[i])) : most;
+    return most;
+}
+
+/* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N). Angles beyond FAR go to libm. */
+void OF(osc)(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
+              const float *restrict b, TYPE *restrict y, long M, long N, int threads) {
+    float most = widest_f32(w, N), more = widest_f32(phi, N);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        int far = most * OF(widest)(x + m * N, N) + more >= FAR;
+        #pragma omp simd
+        for (long n = 0; n < N; n++) {
+            float v = OF(up)(x[m * N + n]), z = w[n] * v + phi[n];
+            y[m * N + n] = OF(down)(sine(z) * tanh_of(v) + b[n]);
+        }
+        for (long n = 0; far && n < N; n++) {
+            float v = OF(up)(x[m * N + n]), z = w[n] * v + phi[n];
+            if (!(fabsf(z) < FAR)) y[m * N + n] = OF(down)(sinf(z) * tanh_of(v) + b[n]);
+        }
+    }
+}
+
+static inline void OF(osc_slopes)(const TYPE *x, const TYPE *g, TYPE *dx, float w, float phi, float *dw,
+                                   float *dphi, float *db, int far) {
+    float v = OF(up)(*x), up = OF(up)(*g), z = w * v + phi, t = tanh_of(v), s = far ? sinf(z) : sine(z);
+    float slope = up * (far ? cosf(z) : cosine(z)) * t;
+    *dx = OF(down)(slope * w + up * s * (1 - t * t));
+    *dw += slope * v;
+    *dphi += slope;
+    *db += up;
+}
+
+/* Its gradients from g (M, N): dx (M, N); dw, dphi and db (N), which begin at zero */
+void OF(osc_back)(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
+                   const TYPE *restrict g, TYPE *restrict dx, float *restrict dw, float *restrict dphi,
+                   float *restrict db, long M, long N, int threads) {
+    long chunk = OF(share)(N, threads);
+    float most = widest_f32(w, N), more = widest_f32(phi, N);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < N; from += chunk) {
+        long to = N - from < chunk ? N : from + chunk;
+        for (long m = 0; m < M; m++) {
+            const TYPE *X = x + m * N, *G = g + m * N;
+            TYPE *D = dx + m * N;
+            if (most * OF(widest)(X + from, to - from) + more >= FAR)
+                for (long n = from; n < to; n++)
+                    OF(osc_slopes)(X + n, G + n, D + n, w[n], phi[n], dw + n, dphi + n, db + n, 1);
+            else
+                #pragma omp simd
+                for (long n = from; n < to; n++)
+                    OF(osc_slopes)(X + n, G + n, D + n, w[n], phi[n], dw + n, dphi + n, db + n, 0);
+        }
+    }
+}
+
+/* M vectors x (M, K), each summed as it would be alone; a row of w is read from memory once for all */
+void OF(matvec)(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, long M, long N, long K,
+                 int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        const TYPE *row = w + n * K;
+        float b = bias ? OF(up)(bias[n]) : 0.0f;
+        y[n] = OF(down)(OF(dot)(row, x, K, row + AHEAD) + b);
+        for (long m = 1; m < M; m++) y[m * N + n] = OF(down)(OF(dot)(row, x + m * K, K, row) + b);
+    }
+}
+
+/* A 2:4 row . x with the products of its zeros, which are NaN where x is not finite */
+static float OF(all24)(const TYPE *v, const uint32_t *meta, const TYPE *x, long K) {
+    float s = 0;
+    for (long k = 0; k < K; k++) {
+        uint32_t pair = meta[k / 32] >> k % 32 / 4 * 4;
+        float w = (pair & 3) == k % 4 ? OF(up)(v[k / 4 * 2]) : 0;
+        w = (pair >> 2 & 3) == k % 4 ? OF(up)(v[k / 4 * 2 + 1]) : w;
+        s += w * OF(up)(x[k]);
+    }
+    return s;
+}
+
+/* The same with 2:4 rows, v (N, K/2 and padding) and meta; y = act(w . x + bias) + onto. act: 2 none,
+   0 squared ReLU, 1 GELU. */
+void OF(matvec24)(const TYPE *v, const uint32_t *meta, const TYPE *x, const TYPE *bias, const TYPE *onto,
+                   TYPE *y, long M, long N, long K, long words, int act, int threads) {
+    float nothing = 0;                                          /* NaN where some x is not finite */
+    #pragma omp simd reduction(+:nothing)
+    for (long i = 0; i < M * K; i++) nothing += 0 * OF(up)(x[i]);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++)
+        for (long m = 0; m < M; m++) {
+            const TYPE *row = v + n * words * 16;
+            const uint32_t *places = meta + n * words;
+            float s = nothing == 0 ? OF(dot24)(row, places, x + m * K, K)
+                                   : OF(all24)(row, places, x + m * K, K);
+            s = activate(s + (bias ? OF(up)(bias[n]) : 0.0f), act);
+            y[m * N + n] = OF(down)(s + (onto ? OF(up)(onto[m * N + n]) : 0.0f));
+        }
+}
+
+/* 2:4 rows, v and meta, as dense ones of K weights */
+void OF(unpack24)(const TYPE *v, const uint32_t *meta, TYPE *dense, long N, long K, long words,
+                   int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        const TYPE *kept = v + n * words * 16;
+        TYPE *row = dense + n * K;
+        memset(row, 0, K * sizeof(TYPE));
+        for (long k = 0; k < K; k += 4) {
+            uint32_t pair = meta[n * words + k / 32] >> k % 32;
+            row[k + (pair & 3)] = kept[k / 2];
+            row[k + (pair >> 2 & 3)] = kept[k / 2 + 1];
+        }
+    }
+}
+
+/* w (N, K) in 8 bits: q = w / scale[n] to nearest, scale[n] = max |w[n]| / 127, error[n] = the length of
+   w[n] - scale[n] q[n], and what sums in fp32 may add. A row with NaN has a NaN for its error. */
+void OF(copy8)(const TYPE *w, int8_t *q, float *scale, float *error, long N, long K, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        const TYPE *row = w + n * K;
+        float most = 1e-30f, off = 0, size = 0;
+        #pragma omp simd reduction(max:most)
+        for (long k = 0; k < K; k++) {
+            float a = fabsf(OF(up)(row[k]));
+            most = a > most ? a : most;
+        }
+        float by = scale[n] = most / 127, times = 127 / most;
+        #pragma omp simd reduction(+:off, size)
+        for (long k = 0; k < K; k++) {
+            float v = OF(up)(row[k]), whole = rintf(v * times);
+            whole = whole > -127 ? whole < 127 ? whole : 127 : -127;     /* NaN: -127 */
+            q[n * K + k] = (int8_t)(int)whole;
+            off += (v - by * whole) * (v - by * whole);
+            size += v * v;
+        }
+        error[n] = 1.001f * sqrtf(off) + 2e-7f * K * sqrtf(size) + 1e-16f;    /* squares may underflow */
+    }
+}
+
+/* y = w x where the result can be among the k largest of the N rows, -inf elsewhere; those rows alone are
+   read. scale[n] q[n] is w[n] in 8 bits, and |w[n] . x - scale[n] q[n] . x| <= error[n] |x|. Rounding to
+   TYPE moves a result by `round` of itself. Returns how many rows were read. */
+long OF(screened)(const int8_t *q, const float *scale, const float *error, const TYPE *w, const TYPE *x,
+                   TYPE *y, uint32_t *low, float *high, float round, long N, long K, long k, int threads) {
+    BUFFER(float, wide, K);
+    float size = 0;
+    long count = 0;
+    for (long i = 0; i < K; i++) {
+        wide[i] = OF(up)(x[i]);
+        size += wide[i] * wide[i];
+    }
+    size = sqrtf(size);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        float about = scale[n] * dot_i8(q + n * K, wide, K), off = error[n] * size;
+        off += round * (fabsf(about) + off);
+        low[n] = order(about - off);
+        high[n] = about + off;
+    }
+    uint32_t edge = kth(low, N, k < N ? k : N);
+    #pragma omp parallel for num_threads(threads) schedule(static) reduction(+:count)
+    for (long n = 0; n < N; n++) {
+        int can = order(high[n]) >= edge;                       /* NaN is read too */
+        y[n] = can ? OF(down)(OF(dot)(w + n * K, x, K, w + n * K)) : OF(down)(-INFINITY);
+        count += can;
+    }
+    RELEASE(wide);
+    return count;
+}
+
+/* softmax(scale Q . K) V of one query over S keys and values, whose rows lie `ks` and `vs` apart */
+static void OF(query)(const TYPE *Q, const TYPE *K, const TYPE *V, TYPE *y, long S, long D, long ks,
+                       long vs) {
+    float scale = 1.0f / sqrtf((float)D), top = -INFINITY, total = 0;
+    BUFFER(float, score, S);
+    BUFFER(float, sums, D);
+    for (long j = 0; j < S; j++) {
+        score[j] = scale * OF(dot)(K + j * ks, Q, D, K + j * ks + AHEAD);
+        top = score[j] > top ? score[j] : top;
+    }
+    for (long d = 0; d < D; d++) sums[d] = 0;
+    for (long j = 0; j < S; j++) {
+        float p = expf(score[j] - top);
+        const TYPE *row = V + j * vs;
+        total += p;
+        for (long d = 0; d < D; d++) sums[d] += p * OF(up)(row[d]);
+    }
+    for (long d = 0; d < D; d++) y[d] = OF(down)(sums[d] / total);
+    RELEASE(score);
+    RELEASE(sums);
+}
+
+/* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
+   of head heads[h], or h */
+void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long *heads, long B, long H,
+                 long S, long D, const long *qs, const long *ks, const long *vs, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long bh = 0; bh < B * H; bh++) {
+        long b = bh / H, h = bh % H, kh = heads ? heads[h] : h;
+        OF(query)(q + b * qs[0] + h * qs[1], k + b * ks[0] + kh * ks[1], v + b * vs[0] + kh * vs[1],
+                   y + bh * D, S, D, ks[2], vs[2]);
+    }
+}
+
+/* x (D) as attention sees it: normalised by its root mean square (eps >= 0), turned by cos and sin, times
+   gain; rounded to TYPE where each of these would be stored */
+static void OF(turn)(const TYPE *x, TYPE *y, long D, float eps, const TYPE *cos, const TYPE *sin,
+                      float gain) {
+    float square = 0;
+    BUFFER(float, t, D);
+    for (long d = 0; d < D; d++) { t[d] = OF(up)(x[d]); square += t[d] * t[d]; }
+    float by = eps < 0 ? 1.0f : 1.0f / sqrtf(square / D + eps);
+    for (long d = 0; d < D; d++) t[d] = OF(up)(OF(down)(t[d] * by));
+    for (long d = 0; d < D; d++) {
+        float v = t[d];
+        if (cos) v = OF(up)(OF(down)(OF(up)(OF(down)(v * OF(up)(cos[d])))
+                                       + t[d < D / 2 ? d + D / 2 : d - D / 2] * OF(up)(sin[d])));
+        y[d] = OF(down)(v * gain);
+    }
+    RELEASE(t);
+}
+
+/* A layer's attention for one new token, between its two projections: qkv (3, H, D) -> y (H, D). Keys and
+   values are written at `place` of kept (2, H, size, D), the first `seen` columns of which are looked at. */
+void OF(attention_one)(const TYPE *qkv, TYPE *kept, const TYPE *cos, const TYPE *sin, const TYPE *gain,
+                        TYPE *y, long H, long D, long size, long place, long seen, float eps, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long h = 0; h < H; h++) {
+        BUFFER(TYPE, q, D);
+        TYPE *k = kept + h * size * D, *v = k + H * size * D;
+        OF(turn)(qkv + h * D, q, D, eps, cos, sin, gain ? OF(up)(gain[h]) : 1.0f);
+        OF(turn)(qkv + (H + h) * D, k + place * D, D, eps, cos, sin, 1.0f);
+        memcpy(v + place * D, qkv + (2 * H + h) * D, D * sizeof(TYPE));
+        OF(query)(q, k, v, y + h * D, seen, D, D, D);
+        RELEASE(q);
+    }
+}
+
+static inline const TYPE *OF(row)(const TYPE *w, const long *rows, long i, long n, long K) {
+    i = i < n ? i : n - 1;
+    return w + (rows ? rows[i] : i) * K;
+}
+
+/* y[m, i] = w[rows[i]] . x[m] + bias[rows[i]]: each row of w in `rows` is read once */
+void OF(rows_dot)(const TYPE *w, const TYPE *x, const TYPE *bias, const long *rows, TYPE *y,
+                   long M, long n, long K, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) {
+        const TYPE *row = w + rows[i] * K, *ahead = OF(row)(w, rows, i + SOON, n, K);
+        float start = bias ? OF(up)(bias[rows[i]]) : 0.0f;
+        for (long m = 0; m < M; m++) y[m * n + i] = OF(down)(start + OF(dot)(row, x + m * K, K, ahead));
+    }
+}
+
+/* sums[c] += sum over live i of by[i] w[rows ? rows[i] : i][from + c], c < width: other rows are not read */
+static void OF(add_rows)(float *sums, const float *by, const TYPE *w, const long *rows, const int *live,
+                          long n, long C, long from, long width) {
+    long i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const TYPE *row[4], *next[4];
+        float b[4];
+        for (int l = 0; l < 4; l++) {
+            long j = live[i + l], k = i + l + 4 < n ? live[i + l + 4] : live[n - 1];
+            b[l] = by[j];
+            row[l] = w + (rows ? rows[j] : j) * C + from;
+            next[l] = w + (rows ? rows[k] : k) * C + from;
+        }
+        long c = 0;
+        for (; c + 32 <= width; c += 32) {
+            for (int l = 0; l < 4; l++) {
+                FETCH(next[l] + c);
+                if (sizeof(TYPE) == 4) FETCH(next[l] + c + 16);
+            }
+            for (long e = c; e < c + 32; e++)
+                sums[e] += b[0] * OF(up)(row[0][e]) + b[1] * OF(up)(row[1][e])
+                         + b[2] * OF(up)(row[2][e]) + b[3] * OF(up)(row[3][e]);
+        }
+        for (; c < width; c++)
+            for (int l = 0; l < 4; l++) sums[c] += b[l] * OF(up)(row[l][c]);
+    }
+    for (; i < n; i++) {
+        const TYPE *row = w + (rows ? rows[live[i]] : live[i]) * C + from;
+        for (long c = 0; c < width; c++) sums[c] += by[live[i]] * OF(up)(row[c]);
+    }
+}
+
+/* y[m] = sum_i a[m, i] w[rows ? rows[i] : i] + bias: rows of zeros in a are never read */
+void OF(rows_sum)(const TYPE *a, const TYPE *w, const TYPE *bias, const long *rows, TYPE *y,
+                   long M, long n, long C, int threads) {
+    long chunk = OF(share)(C, threads);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < C; from += chunk) {
+        long width = C - from < chunk ? C - from : chunk;
+        BUFFER(float, sums, width);
+        BUFFER(float, by, n);
+        BUFFER(int, live, n);
+        for (long m = 0; m < M; m++) {
+            long count = 0;
+            for (long c = 0; c < width; c++) sums[c] = bias ? OF(up)(bias[from + c]) : 0.0f;
+            for (long i = 0; i < n; i++) {
+                by[i] = OF(up)(a[m * n + i]);
+                live[count] = i;
+                count += by[i] != 0;
+            }
+            OF(add_rows)(sums, by, w, rows, live, count, C, from, width);
+            for (long c = 0; c < width; c++) y[m * C + from + c] = OF(down)(sums[c]);
+        }
+        RELEASE(sums);
+        RELEASE(by);
+        RELEASE(live);
+    }
+}
+
+/* A whole MLP for one token: of n units, rows[i] or all of them in order, a = act(up . x + up_bias) * scale;
+   where keep < n all but the keep largest |a| are zero; y = sum of the live units' rows of down + down_bias.
+   Which are largest is decided by what a prompt would store, rounded to TYPE at each step: of many |a| that
+   are equal there the same are kept here. Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
+long OF(mlp_one)(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias,
+                  const long *rows, const TYPE *scale, TYPE *y, long n, long C, long keep, int act,
+                  int threads) {
+    BUFFER(float, a, n);
+    BUFFER(int, live, n);
+    BUFFER(uint32_t, size, keep < n ? n : 0);
+    long count = 0, chunk = OF(share)(C, threads);
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (long i = 0; i < n; i++) {
+            long r = rows ? rows[i] : i;
+            const TYPE *row = up + r * C, *soon = row + AHEAD;
+            float v = OF(dot)(row, x, C, rows ? OF(row)(up, rows, i + SOON, n, C) : soon)
+                    + (up_bias ? OF(up)(up_bias[r]) : 0.0f);
+            float by = scale ? OF(up)(scale[i]) : 1.0f;
+            float stored = activate(v, act);
+            a[i] = stored * by;
+            if (keep < n && sizeof(TYPE) == 2) stored = stored_bf16(v, act);
+            if (keep < n) size[i] = order(fabsf(OF(up)(OF(down)(stored * by))));
+        }
+        #pragma omp single
+        {
+            if (keep < n) keep_floats(a, size, n, keep);
+            for (long i = 0; i < n; i++) { live[count] = i; count += a[i] != 0; }
+        }
+        #pragma omp for schedule(static)
+        for (long from = 0; from < C; from += chunk) {
+            long width = C - from < chunk ? C - from : chunk;
+            BUFFER(float, sums, width);
+            for (long c = 0; c < width; c++) sums[c] = down_bias ? OF(up)(down_bias[from + c]) : 0.0f;
+            OF(add_rows)(sums, a, down, rows, live, count, C, from, width);
+            for (long c = 0; c < width; c++) y[from + c] = OF(down)(sums[c]);
+            RELEASE(sums);
+        }
+    }
+    RELEASE(a);
+    RELEASE(live);
+    RELEASE(size);
+    return count;
+}
+
+/* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept. won, where
+   it is given: 1 at the places of those, 0 elsewhere */
+void OF(keep_largest)(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, long k, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        const TYPE *row = a + m * n;
+        BUFFER(uint32_t, size, n);
+        BUFFER(uint32_t, part, n);
+        for (long i = 0; i < n; i++) part[i] = size[i] = order(fabsf(OF(up)(row[i])));
+        uint32_t edge = k < n ? kth(part, n, k) : 0;
+        long ties = k;
+        for (long i = 0; i < n; i++) ties -= size[i] > edge;
+        for (long i = 0; i < n; i++) {
+            int wins = size[i] > edge || (size[i] == edge && ties-- > 0);
+            kept[m * n + i] = wins ? row[i] : 0;
+            if (won) won[m * n + i] = wins;
+        }
+        RELEASE(size);
+        RELEASE(part);
+    }
+}
+
+/* The same through k winning columns of `width` units, of N under lateral inhibition: s = router . x, t_c
+   = s_c - sum_d by[c, d] relu(s_d); the k largest of t + balance win, of equal ones the first, and sigmoid(t)
+   scales their units. */
+long OF(columns_one)(const TYPE *x, const TYPE *router, const float *by, const float *balance,
+                      const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
+                      long N, long C, long k, long width, long keep, int act, int threads) {
+    BUFFER(float, s, N);
+    BUFFER(float, t, N);
+    BUFFER(uint32_t, key, N);
+    BUFFER(long, rows, k * width);
+    BUFFER(TYPE, gates, k * width);
+    long put = 0;
+    for (long c = 0; c < N; c++)
+        s[c] = OF(up)(OF(down)(OF(dot)(router + c * C, x, C, router + c * C + AHEAD)));
+    for (long c = 0; c < N; c++) {
+        float inhibited = 0;
+        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * (s[d] < 0 ? 0 : s[d]);
+        t[c] = s[c] - inhibited;
+        key[c] = order(t[c] + balance[c]);
+    }
+    for (long c = 0; c < N && put < k * width; c++) {
+        long before = 0;
+        for (long d = 0; d < N; d++) before += key[d] > key[c] || (key[d] == key[c] && d < c);
+        TYPE gate = OF(down)(1 / (1 + expf(-t[c])));
+        for (long i = 0; i < width && before < k; i++, put++) {
+            rows[put] = c * width + i;
+            gates[put] = gate;
+        }
+    }
+    long live = OF(mlp_one)(x, up, up_bias, down, down_bias, rows, gates, y, put, C, keep, act, threads);
+    RELEASE(s);
+    RELEASE(t);
+    RELEASE(key);
+    RELEASE(rows);
+    RELEASE(gates);
+    return live;
+}
+
+/* The same through the k of H units where guess . (sense . x) + bias is largest; of equal ones the first. */
+long OF(predicted_one)(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias,
+                        const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
+                        long H, long R, long C, long k, long keep, int act, int threads) {
+    BUFFER(TYPE, felt, R);
+    BUFFER(uint32_t, score, H);
+    BUFFER(uint32_t, part, H);
+    BUFFER(long, rows, k);
+    long put = 0, ties = k;
+    for (long r = 0; r < R; r++)
+        felt[r] = OF(down)(OF(dot)(sense + r * C, x, C, sense + r * C + AHEAD));
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < H; i++) {
+        float v = OF(dot)(guess + i * R, felt, R, guess + i * R + AHEAD) + OF(up)(bias[i]);
+        part[i] = score[i] = order(OF(up)(OF(down)(v)));
+    }
+    uint32_t edge = kth(part, H, k);
+    for (long i = 0; i < H; i++) ties -= score[i] > edge;
+    for (long i = 0; i < H && put < k; i++)
+        if (score[i] > edge || (score[i] == edge && ties-- > 0)) rows[put++] = i;
+    long live = OF(mlp_one)(x, up, up_bias, down, down_bias, rows, 0, y, put, C, keep, act, threads);
+    RELEASE(felt);
+    RELEASE(score);
+    RELEASE(part);
+    RELEASE(rows);
+    return live;
+}
+#undef AHEAD
