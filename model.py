@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 import bio_modules
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
 from configurator import ConfigError, require
-from decode import sampling
+from decode import counters, sampling
 from decode.context import Choices, Context
 from layers import (
     Attention,
@@ -264,13 +264,13 @@ def block_of(config, layer):
 
 @functools.cache
 def training_macs(config, layers):
-    """bio_modules.count_training of a whole block of tokens through so many layers: on a model without
+    """counters.count_training of a whole block of tokens through so many layers: on a model without
     weights, because shapes decide it."""
     with torch.device("meta"):
         twin = GPT(dataclasses.replace(config, recompute=False, dropout=0.0, layer_dropout=0.0), init=False)
         idx = torch.zeros(1, config.block_size, dtype=torch.long)
     twin.use_layers(layers)
-    return bio_modules.count_training(twin, idx)
+    return counters.count_training(twin, idx)
 
 
 class GPT(nn.Module):

@@ -17,11 +17,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-import bio_modules
 import sparse_kernels
 from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
 from data import dataset as datasets
 from data import tokenizer as tokenizers
+from decode.counters import by_layer, counters, depth_used, summary
 from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training import continual, energy, estimate, optimizers, pretrained, rundir, runtime
@@ -538,9 +538,9 @@ while True:
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
         if world.master and not cfg.fsdp:                       # these look at whole weights
             example = to_device(streams["val"].batch(0))[0]
-            seen = bio_modules.counters(raw_model, example)
-            row |= bio_modules.summary(seen) | bio_modules.depth_used(raw_model, example)
-            row |= {"by_layer": bio_modules.by_layer(seen, model_config.n_layer)} if seen else {}
+            seen = counters(raw_model, example)
+            row |= summary(seen) | depth_used(raw_model, example)
+            row |= {"by_layer": by_layer(seen, model_config.n_layer)} if seen else {}
         if world.master:
             seen = row.keys() - {"iter", "tokens", "epochs", "train_loss", "val_loss", "by_layer"}
             tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-import bio_modules
 from benchmarks import Bench
 from benchmarks.arms import twin_of
 from benchmarks.runs import fixed_loss, trained_model, trained_with, validation_of
 from benchmarks.timing import measurement
 from configurator import require
 from data import dataset as datasets
+from decode import counters
 from training import energy as spending
 from viz.figures import drawing
 
@@ -105,7 +105,7 @@ def executed(model, data):
     total = defaultdict(float)
     for idx in contexts(model, data).split(1):
         rows = {layer: {} for layer in range(model.config.n_layer)}
-        bio_modules.count_step(model, idx, rows)
+        counters.count_step(model, idx, rows)
         for row in rows.values():
             for part in ("attn_macs", "mlp_macs"):
                 total[part] += row[part] / CONTEXTS

@@ -3,11 +3,11 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 
-import bio_modules
 from benchmarks import Models
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, trained_models, validation_of
 from benchmarks.timing import interleave, milliseconds, spread
 from data import dataset as datasets
+from decode import counters
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def decoded_by(model):
 
 def layers_run(model, idx):
     """Blocks that a token passes, in the mean."""
-    runs = bio_modules.depth_used(model, idx).get("ponder_steps", 1)
+    runs = counters.depth_used(model, idx).get("ponder_steps", 1)
     return model.config.n_layer - 1 + runs
 
 

@@ -163,7 +163,7 @@ def smoothed(values, share):
     return (sums[behind] - sums[first]) / (behind - first)
 
 
-# of what bio_modules.counters knows; bytes go with the multiply-adds
+# of what counters.counters knows; bytes go with the multiply-adds
 ALWAYS = {"zeros": "zeros into W_down, share of units", "active_groups": "columns or experts open, a token",
           "open_branches": "branches open, a token", "recall": "energy of the predicted units, share"}
 WHERE_THEY_DIFFER = {"dead_units": "units silent for all tokens", "dead_groups": "columns or experts idle",

@@ -8,10 +8,9 @@ from arms import ARMS, PAIRS, TINY, build, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bio_modules
 import sparse_kernels as kernels
 from configurator import ConfigError
-from decode import sampling
+from decode import counters, sampling
 from decode.context import Cache, CachedContext
 from layers import settle
 from model import GPT
@@ -171,7 +170,7 @@ def test_decoding_follows_every_change_of_the_weights(arm):
         assert not torch.equal(model.lm_head.weight, before) and model.lm_head.weight.isfinite().all(), name
         said, right = (decoded(m, tokens(1, 4), 6) for m in (model, fresh))
         torch.testing.assert_close(said, right, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
-    assert bio_modules.counters(model, tokens(2, 8)) == bio_modules.counters(fresh, tokens(2, 8))
+    assert counters.counters(model, tokens(2, 8)) == counters.counters(fresh, tokens(2, 8))
 
 
 @every_arm

@@ -10,6 +10,7 @@ from torch import nn
 import bio_modules as bio
 import sparse_kernels as kernels
 from configurator import ConfigError
+from decode import counters
 from decode.context import Context
 from layers import NeuronMajor
 from model import GPT, GPTConfig
@@ -236,12 +237,12 @@ def test_the_predictor_learns_who_wins_and_the_policy_uses_it():
     model = build(dict(mlp_topk=0.25, mlp_predict=16, mlp_active=0.25, act="relu2")).train()
     optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), "cpu")
     idx = tokens(8, 17)
-    at_start = bio.summary(bio.counters(model, idx[:, :-1]))["recall"]
+    at_start = counters.summary(counters.counters(model, idx[:, :-1]))["recall"]
     for _ in range(150):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert bio.summary(bio.counters(model, idx[:, :-1]))["recall"] > max(0.8, at_start + 0.1)
+    assert counters.summary(counters.counters(model, idx[:, :-1]))["recall"] > max(0.8, at_start + 0.1)
     model.eval()
     exact = model(idx, idx)[1] if idx.size(1) <= 16 else model(idx[:, :-1], idx[:, 1:])[1]
     predicted = model.use_policy()(idx[:, :-1], idx[:, 1:])[1]
@@ -298,7 +299,7 @@ def test_prediction_saves_both_projections(policy, macs):
 @pytest.mark.parametrize("arm", [arm for arm in SPARSE if arm != "experts"])
 def test_counters_are_the_tensors_own(arm):
     model, idx = build(ARMS[arm] | dict(act="relu2"), std=0.2).train(), tokens(4, 16)
-    counted = bio.counters(model, idx)
+    counted = counters.counters(model, idx)
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     for layer, a in enumerate(hidden_of(model.eval(), idx)):
         a = a.flatten(0, -2)
@@ -313,8 +314,8 @@ def test_counters_are_the_tensors_own(arm):
 
 
 def test_a_dense_model_has_no_counters_and_sums_are_of_the_dead():
-    assert bio.counters(build({}), tokens(2, 8)) == {} and bio.summary({}) == {}
-    assert bio.summary({0: dict(zeros=0.5, dead_units=3), 1: dict(zeros=0.7, dead_units=4)}) == \
+    assert counters.counters(build({}), tokens(2, 8)) == {} and counters.summary({}) == {}
+    assert counters.summary({0: dict(zeros=0.5, dead_units=3), 1: dict(zeros=0.7, dead_units=4)}) == \
         dict(zeros=0.6, dead_units=7)
 
 

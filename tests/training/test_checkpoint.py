@@ -430,8 +430,8 @@ def test_a_state_dict_names_each_tensor_once_and_older_spellings_load(tmp_path, 
     same(build_model(*checkpoint.read(tmp_path)).state_dict(), weights)
 
 
-def test_a_checkpoint_that_is_saved_again_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch, capfd):
-    """Between the manifest and the file another process may save: sample.py beside a training run."""
+def test_a_checkpoint_that_is_saved_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch, capfd):
+    """Between manifest and file another process may save: sample.py beside a training run."""
     saves, sha_of = iter(range(1, 4)), checkpoint.sha_of
 
     def state(number):

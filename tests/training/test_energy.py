@@ -6,8 +6,8 @@ import pytest
 import torch
 from arms import build, tokens
 
-import bio_modules
 from configurator import ConfigError
+from decode import counters
 from model import GPTConfig
 from training import energy
 
@@ -46,7 +46,7 @@ def trained(budget, steps=60):
         optimizer.step()
         optimizer.zero_grad()
     loss = model.eval()(idx[:, :-1], idx[:, 1:])[1].item()
-    rows = bio_modules.counters(model, idx[:, :-1])
+    rows = counters.counters(model, idx[:, :-1])
     return loss, sum(row["attn_macs"] + row["mlp_macs"] for row in rows.values())
 
 

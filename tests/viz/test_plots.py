@@ -11,6 +11,7 @@ from conftest import Job, Trainer, one_sentence
 
 import bio_modules
 from configurator import ConfigError
+from decode import counters
 from model import build_model
 from training import checkpoint
 from viz import plots
@@ -69,7 +70,7 @@ def test_the_log_has_the_counters_of_every_layer(runs):
 
 def test_layers_without_a_counter_and_values_that_are_not_finite_are_null():
     rows = {1: {"zeros": 0.5}, 2: {"zeros": float("nan"), "dead_units": 3}}
-    assert bio_modules.by_layer(rows, 4) == {"zeros": [None, 0.5, None, None],
+    assert counters.by_layer(rows, 4) == {"zeros": [None, 0.5, None, None],
                                              "dead_units": [None, None, 3, None]}
 
 
