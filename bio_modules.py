@@ -24,6 +24,7 @@ from layers import (
     TanhGELU,
     Winners,
     as_is,
+    belong,
     cast,
     cross_entropy,
     drop_rows,
@@ -33,7 +34,7 @@ from layers import (
     residual_std,
     rms,
 )
-from training import continual, energy
+from training import energy
 
 EVERY = slice(None)
 
@@ -95,6 +96,11 @@ class Narrowing(nn.Module):
 class TopK(Narrowing):
     """Of each token's units the share mlp_topk with the largest |a| keep firing (1312.5663); no rescaling."""
 
+    @staticmethod
+    def check(c):
+        require(0 < c.mlp_topk <= 1,
+                f"mlp_topk={c.mlp_topk} must be in (0, 1]: the share of units left firing")
+
     def __init__(self, config, units):
         super().__init__(units, max(1, round(config.mlp_topk * units)))
 
@@ -105,6 +111,17 @@ class TopK(Narrowing):
 class GroupWinners(nn.Module):
     """Lateral inhibition in small columns: of every mlp_topk_group neighbours the share mlp_topk with the
     largest |a| fire. 4 and 0.5 make 2:4 activations (2408.14690 for the general idea)."""
+
+    @staticmethod
+    def check(c):
+        g, winners = c.mlp_topk_group, c.mlp_topk * c.mlp_topk_group
+        require(g >= 0 and (not g or c.mlp_topk < 1),
+                f"mlp_topk_group={g} needs mlp_topk below 1: type --mlp_topk=0.5")
+        units = (c.experts * c.expert_width or c.units()) // (c.columns or c.experts or 1)
+        whole = 1 <= round(winners) < g and abs(winners - round(winners)) < 1e-6
+        require(not g or (whole and units % g == 0),
+                f"mlp_topk_group={g} with mlp_topk={c.mlp_topk}: the group must divide the {units} units and "
+                "hold a whole number of winners, for example --mlp_topk_group=4 --mlp_topk=0.5")
 
     def __init__(self, config, units):
         super().__init__()
@@ -137,6 +154,15 @@ class EventGate(nn.Module):
     the share of open gates is from event_rate.
     """
     GAIN = 10.0                                  # Adam moves a parameter p by its rate: log theta = GAIN * p
+
+    @staticmethod
+    def check(c):
+        belong(c, "event_gate", "event_rate", "event_cost")
+        winners = f"mlp_predict={c.mlp_predict}" if c.mlp_predict else f"mlp_topk={c.mlp_topk}"
+        require(not (c.event_gate and (c.mlp_topk < 1 or c.mlp_predict)),
+                f"event_gate=True and {winners} both choose which units fire: leave one of them out")
+        require(0 < c.event_rate < 1 and c.event_cost >= 0,
+                f"event_rate={c.event_rate} must be in (0, 1) and event_cost={c.event_cost} not negative")
 
     def __init__(self, config, units):
         super().__init__()
@@ -204,6 +230,13 @@ class MLP(Stepwise):
     Where an activation or a selector leaves exact zeros, W_down is stored by unit and a decode step reads the
     rows of the live units alone.
     """
+
+    @staticmethod
+    def check(c):
+        kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
+        kinds += ["act='swiglu'"] * (c.act == "swiglu")
+        require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")
+        require(c.mlp_units >= 0, f"mlp_units={c.mlp_units} must not be negative; 0 is four times n_embd")
 
     def __init__(self, config, layer, units=None):
         super().__init__()
@@ -353,6 +386,16 @@ class Gathered(MLP):
     decode step reads those groups' rows of both projections and no others."""
     gathers = True
 
+    @staticmethod
+    def check_groups(c, flag):
+        """The number of groups and of those that answer a token."""
+        count, active, units = getattr(c, flag), getattr(c, flag + "_active"), c.units()
+        require(count >= 0 and (not count or 1 <= active <= count),
+                f"{flag}={count} needs {flag}_active in 1..{count}, it is {active}: type --{flag}_active=1, "
+                "for example")
+        require(not count or units % count == 0, f"{flag}={count} must divide the {units} units of the MLP "
+                                                 f"(mlp_units, or 4 * n_embd={c.n_embd})")
+
     def __init__(self, config, layer, groups, width):
         super().__init__(config, layer, groups * width)
         self.groups, self.width = groups, width
@@ -367,6 +410,11 @@ class Gathered(MLP):
 class Columns(Gathered):
     """Cortical columns: the hidden units in `columns` groups, of which columns_active answer each token. The
     training forward computes all of them and multiplies by the gates; only decoding saves."""
+
+    @staticmethod
+    def check(c):
+        belong(c, "columns", "columns_active")
+        Gathered.check_groups(c, "columns")
 
     def __init__(self, config, layer):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
@@ -429,6 +477,16 @@ class Experts(Gathered):
     """Routed experts: tokens are sorted by expert and each expert multiplies its own alone, in training too;
     no token is dropped. expert_width=0 splits a dense MLP's units (equal parameters)."""
 
+    @staticmethod
+    def check(c):
+        belong(c, "experts", "experts_active", "expert_width")
+        require(not (c.experts and c.mlp_topk < 1 and not c.mlp_topk_group),
+                f"experts={c.experts} and mlp_topk={c.mlp_topk}: an expert sees its own units alone, so "
+                "there is no top k of all; choose one of them, or winners in groups (mlp_topk_group)")
+        Gathered.check_groups(c, "experts")
+        require(c.expert_width >= 0,
+                f"expert_width={c.expert_width} must not be negative; 0 splits the units")
+
     def __init__(self, config, layer):
         super().__init__(config, layer, config.experts,
                          config.expert_width or config.units() // config.experts)
@@ -460,6 +518,14 @@ class Dendritic(MLP):
     (GELU), a K x K mix of branches, the soma's activation, then the down projection (Poirazi & Mel 2001).
     W_up is block-diagonal, a K-th of a dense one."""
 
+    @staticmethod
+    def check(c):
+        K, C, units = c.compartments, c.n_embd, c.units()
+        require(K >= 0 and (not K or C % K == 0),
+                f"n_embd={C} is not divisible by compartments={K}: each branch sees an equal part")
+        require(not K or units % K == 0,
+                f"the {units} units of the MLP are not divisible by compartments={K}")
+
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.one_call = None
@@ -490,6 +556,15 @@ class Predictive(MLP):
     mlp_active of the units: only their rows of W_up are read, and of W_down those of the winners among them
     (Deja Vu, 2310.17157; predictive coding: Rao & Ballard 1999)."""
     gathers = True
+
+    @staticmethod
+    def check(c):
+        belong(c, "mlp_predict", "mlp_active")
+        require(c.mlp_predict >= 0 and 0 < c.mlp_active <= 1, f"mlp_predict={c.mlp_predict} must be a rank, "
+                f"0 or more, and mlp_active={c.mlp_active} in (0, 1]")
+        require(not c.mlp_predict or (c.mlp_topk < 1 and not c.mlp_topk_group),
+                f"mlp_predict={c.mlp_predict} learns the winners of mlp_topk below 1 without groups, it is "
+                f"{c.mlp_topk} with mlp_topk_group={c.mlp_topk_group}: type --mlp_topk=0.1")
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -585,6 +660,22 @@ class DendriticAttention(Stepwise, Attention):
     """
     gathers = True
 
+    @staticmethod
+    def check(c):
+        belong(c, "dendrites", "dendrites_active", "dendrite_cost")
+        D, width = c.dendrites, c.n_embd // c.n_head
+        require(D >= 0 and (not D or width % D == 0),
+                f"dendrites={D} must divide the {width} dimensions of a head (n_embd={c.n_embd} / "
+                f"n_head={c.n_head})")
+        require(not D or 1 <= c.dendrites_active <= D, f"dendrites={D} needs dendrites_active in 1..{D}, it "
+                f"is {c.dendrites_active}: type --dendrites_active={max(1, D // 2)}, for example")
+        require(c.dendrite_cost >= 0, f"dendrite_cost={c.dendrite_cost} must not be negative")
+        branch = width // max(1, D)
+        require(not D or c.pos != "rope" or branch % 2 == 0,
+                f"pos='rope' rotates pairs: a branch's {branch} dimensions (dendrites={D}) must be even")
+        require(c.attn_topk == 1 or not D, f"attn_topk={c.attn_topk} and dendrites={D} both choose what "
+                "attention reads: leave one of them out")
+
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.part = config.n_embd // config.dendrites
@@ -640,6 +731,17 @@ class Hourglass(nn.Module):
     the tokens that come when it is complete, from its own last one on (2110.13711), times factors that begin
     at zero: a model of the outer layers alone, which learns to listen (ReZero: 2003.04887)."""
 
+    @staticmethod
+    def check(c):
+        require(c.hierarchy == 0 or c.hierarchy >= 2,
+                f"hierarchy={c.hierarchy} must be at least 2 tokens in a group; 0 is off")
+        require(c.hierarchy <= c.block_size,
+                f"hierarchy={c.hierarchy} tokens do not fit block_size={c.block_size}, no group is complete: "
+                f"type --hierarchy={c.block_size} or less; 0 is off")
+        require(not c.hierarchy or c.n_layer >= 3,
+                f"hierarchy={c.hierarchy} needs layers at both ends and between: n_layer={c.n_layer} must"
+                " be 3 or more")
+
     def __init__(self, config):
         super().__init__()
         self.every, self.outer = config.hierarchy, config.outer_layers()
@@ -680,6 +782,22 @@ class Exits(nn.Module):
     by the call's threshold. In the layers above, its keys and values are those of the state that it left
     with, and a decode step computes nothing else there. layers_run and tokens_run count what that executed.
     """
+
+    @staticmethod
+    def check(c):
+        belong(c, "exits", "exit_cost", "exit_threshold", "layer_dropout")
+        try:
+            after = c.exit_layers()
+        except ValueError:
+            after = [0]
+        require(after == sorted(set(after)) and all(1 <= depth < c.n_layer for depth in after),
+                f"exits='{c.exits}' must be rising numbers of layers in 1..{c.n_layer - 1}, by commas: type "
+                f"--exits={max(1, c.n_layer // 2)}, for example")
+        require(not (c.exits and c.hierarchy), f"exits='{c.exits}' and hierarchy={c.hierarchy}: groups of "
+                "tokens cannot leave one by one; choose one of them")
+        require(c.exit_cost >= 0, f"exit_cost={c.exit_cost} must not be negative")
+        require(0 <= c.exit_threshold <= 1, f"exit_threshold={c.exit_threshold} must be in [0, 1]")
+        require(0 <= c.layer_dropout < 1, f"layer_dropout={c.layer_dropout} must be in [0, 1)")
 
     def __init__(self, config):
         super().__init__()
@@ -757,6 +875,15 @@ class Halting(nn.Module):
     steps_run and tokens_run count what that executed.
     """
     EPSILON = 0.01
+
+    @staticmethod
+    def check(c):
+        belong(c, "ponder", "ponder_cost")
+        require(not (c.exits and c.ponder),
+                f"exits='{c.exits}' and ponder={c.ponder} both decide how deep a token goes: choose "
+                "one of them")
+        require(c.ponder == 0 or c.ponder >= 2, f"ponder={c.ponder} must be at least 2 runs; 0 is off")
+        require(c.ponder_cost >= 0, f"ponder_cost={c.ponder_cost} must not be negative")
 
     def __init__(self, config):
         super().__init__()
@@ -912,131 +1039,6 @@ def some_rows(block, x, ctx, going):
     return x.index_copy(0, rows, block(x[rows], ctx.of_rows(rows)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what the flags may be
-
-NEEDS = {"qk_gain": "qk_norm",
-         "columns_active": "columns", "experts_active": "experts", "expert_width": "experts",
-         "mlp_active": "mlp_predict", "event_rate": "event_gate", "event_cost": "event_gate",
-         "window_pattern": "window", "dendrites_active": "dendrites", "dendrite_cost": "dendrites",
-         "adapter_width": "adapters", "energy_cost": "energy_budget",
-         "ponder_cost": "ponder", "exit_cost": "exits", "exit_threshold": "exits", "layer_dropout": "exits"}
-
-
-def check_attention(c):
-    """The flags of a GPTConfig that change attention and depth."""
-    require(c.window >= 0, f"window={c.window} must not be negative; 0 is off")
-    require(c.window_pattern and set(c.window_pattern) <= {"S", "L"},
-            f"window_pattern='{c.window_pattern}' must be letters S (the window) and L (everything): type "
-            "--window_pattern=SSSL, for example")
-    D, width = c.dendrites, c.n_embd // c.n_head
-    require(D >= 0 and (not D or width % D == 0),
-            f"dendrites={D} must divide the {width} dimensions of a head (n_embd={c.n_embd} / "
-            f"n_head={c.n_head})")
-    require(not D or 1 <= c.dendrites_active <= D, f"dendrites={D} needs dendrites_active in 1..{D}, it is "
-            f"{c.dendrites_active}: type --dendrites_active={max(1, D // 2)}, for example")
-    require(c.dendrite_cost >= 0, f"dendrite_cost={c.dendrite_cost} must not be negative")
-    branch = width // max(1, D)
-    require(not D or c.pos != "rope" or branch % 2 == 0,
-            f"pos='rope' rotates pairs: a branch's {branch} dimensions (dendrites={D}) must be even")
-    require(c.hierarchy == 0 or c.hierarchy >= 2,
-            f"hierarchy={c.hierarchy} must be at least 2 tokens in a group; 0 is off")
-    require(c.hierarchy <= c.block_size,
-            f"hierarchy={c.hierarchy} tokens do not fit block_size={c.block_size}, no group is complete: "
-            f"type --hierarchy={c.block_size} or less; 0 is off")
-    require(not c.hierarchy or c.n_layer >= 3,
-            f"hierarchy={c.hierarchy} needs layers at both ends and between: n_layer={c.n_layer} must"
-            " be 3 or more")
-
-
-def check_depth(c):
-    """The flags of a GPTConfig that decide how many layers a token passes."""
-    try:
-        after = c.exit_layers()
-    except ValueError:
-        after = [0]
-    require(after == sorted(set(after)) and all(1 <= depth < c.n_layer for depth in after),
-            f"exits='{c.exits}' must be rising numbers of layers in 1..{c.n_layer - 1}, by commas: type "
-            f"--exits={max(1, c.n_layer // 2)}, for example")
-    require(not (c.exits and c.hierarchy), f"exits='{c.exits}' and hierarchy={c.hierarchy}: groups of tokens "
-            "cannot leave one by one; choose one of them")
-    require(not (c.exits and c.ponder),
-            f"exits='{c.exits}' and ponder={c.ponder} both decide how deep a token goes: choose one of them")
-    require(c.ponder == 0 or c.ponder >= 2, f"ponder={c.ponder} must be at least 2 runs; 0 is off")
-    require(c.ponder_cost >= 0, f"ponder_cost={c.ponder_cost} must not be negative")
-    require(c.exit_cost >= 0, f"exit_cost={c.exit_cost} must not be negative")
-    require(0 <= c.exit_threshold <= 1, f"exit_threshold={c.exit_threshold} must be in [0, 1]")
-    require(0 <= c.layer_dropout < 1, f"layer_dropout={c.layer_dropout} must be in [0, 1)")
-
-
-def check_weights(c):
-    """The flags of a GPTConfig that decide which weights are kept or read."""
-    require(c.weights in ("dense", "2:4"), f"weights='{c.weights}' must be dense or 2:4")
-    pruned, units = f"weights='{c.weights}'", c.units()
-    require(not (c.screen and c.softcap), f"screen={c.screen} and softcap={c.softcap}: what is not wanted is "
-            "-inf, which a cap would make a logit; choose one of them")
-    require(c.sr_ste >= 0, f"sr_ste={c.sr_ste} must not be negative")
-    require(c.weights == "2:4" or c.sr_ste == type(c).sr_ste,
-            f"sr_ste={c.sr_ste} has no effect without weights='2:4': set that too, or leave sr_ste out")
-    require(0 < c.attn_topk <= 1, f"attn_topk={c.attn_topk} must be in (0, 1]: the share of inputs heard")
-    require(c.attn_topk == 1 or not c.dendrites, f"attn_topk={c.attn_topk} and dendrites={c.dendrites} both "
-            "choose what attention reads: leave one of them out")
-    require(c.weights == "dense" or (c.n_embd % 4 == 0 and units % 4 == 0),
-            f"{pruned} keeps two of every four: n_embd={c.n_embd} and the {units} units of the MLP must be "
-            "multiples of 4")
-
-
-def check(c):
-    """The flags of a GPTConfig that choose mechanisms: values, needs, conflicts."""
-    defaults = {name: field.default for name, field in type(c).__dataclass_fields__.items()}
-    for key, owner in NEEDS.items():
-        require(getattr(c, key) == defaults[key] or getattr(c, owner),
-                f"{key}={getattr(c, key)} has no effect without {owner}: set {owner} too, or leave {key} out")
-    check_attention(c)
-    check_depth(c)
-    check_weights(c)
-    continual.check_adapters(c)
-    energy.check(c)
-    kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
-    kinds += ["act='swiglu'"] * (c.act == "swiglu")
-    require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")
-    sparse = f"mlp_topk={c.mlp_topk}"
-    require(0 < c.mlp_topk <= 1, f"{sparse} must be in (0, 1]: the share of units left firing")
-    winners = f"mlp_predict={c.mlp_predict}" if c.mlp_predict else sparse
-    require(not (c.event_gate and (c.mlp_topk < 1 or c.mlp_predict)),
-            f"event_gate=True and {winners} both choose which units fire: leave one of them out")
-    require(not (c.experts and c.mlp_topk < 1 and not c.mlp_topk_group),
-            f"experts={c.experts} and {sparse}: an expert sees its own units alone, so there is no top k of "
-            "all; choose one of them, or winners in groups (mlp_topk_group)")
-    require(0 < c.event_rate < 1 and c.event_cost >= 0,
-            f"event_rate={c.event_rate} must be in (0, 1) and event_cost={c.event_cost} not negative")
-    units, C = c.units(), c.n_embd
-    require(c.mlp_units >= 0, f"mlp_units={c.mlp_units} must not be negative; 0 is four times n_embd")
-    for flag in ("columns", "experts"):
-        count, active = getattr(c, flag), getattr(c, flag + "_active")
-        require(count >= 0 and (not count or 1 <= active <= count),
-                f"{flag}={count} needs {flag}_active in 1..{count}, it is {active}: type --{flag}_active=1, "
-                "for example")
-        require(not count or units % count == 0, f"{flag}={count} must divide the {units} units of the MLP "
-                                                 f"(mlp_units, or 4 * n_embd={C})")
-    if c.experts:
-        require(c.expert_width >= 0,
-                f"expert_width={c.expert_width} must not be negative; 0 splits the units")
-        units = c.experts * c.expert_width or units
-    K = c.compartments
-    require(K >= 0 and (not K or C % K == 0),
-            f"n_embd={C} is not divisible by compartments={K}: each branch sees an equal part")
-    require(not K or units % K == 0, f"the {units} units of the MLP are not divisible by compartments={K}")
-    g = c.mlp_topk_group
-    require(g >= 0 and (not g or c.mlp_topk < 1),
-            f"mlp_topk_group={g} needs mlp_topk below 1: type --mlp_topk=0.5")
-    group_of = units // (c.columns or c.experts or 1)
-    require(not g or (1 <= round(c.mlp_topk * g) < g and abs(c.mlp_topk * g - round(c.mlp_topk * g)) < 1e-6
-                      and group_of % g == 0),
-            f"mlp_topk_group={g} with {sparse}: the group must divide the {group_of} units and hold a whole "
-            "number of winners, for example --mlp_topk_group=4 --mlp_topk=0.5")
-    require(c.mlp_predict >= 0 and 0 < c.mlp_active <= 1,
-            f"mlp_predict={c.mlp_predict} must be a rank, 0 or more, and mlp_active={c.mlp_active} in (0, 1]")
-    require(not c.mlp_predict or (c.mlp_topk < 1 and not g),
-            f"mlp_predict={c.mlp_predict} learns the winners of mlp_topk below 1 without groups, it is "
-            f"{c.mlp_topk} with mlp_topk_group={g}: type --mlp_topk=0.1")
+# whose flags a GPTConfig is asked about, by their `check`
+CHECKED = (DendriticAttention, Hourglass, Exits, Halting, MLP, TopK, EventGate, Experts, Columns, Dendritic,
+           GroupWinners, Predictive)

@@ -19,6 +19,13 @@ def plus(y, bias, rows=slice(None)):
     return y if bias is None else y + bias.to(y.dtype)[rows]
 
 
+def belong(c, owner, *keys):
+    """Flags of a GPTConfig that say how the mechanism `owner` works are at their defaults where it is off."""
+    for key in keys:
+        require(getattr(c, key) == getattr(type(c), key) or getattr(c, owner),
+                f"{key}={getattr(c, key)} has no effect without {owner}: set {owner} too, or leave {key} out")
+
+
 class Linear(nn.Linear):
     """nn.Linear computed in its input's dtype: fp32 master weights serve a bf16 stream without autocast.
 
@@ -70,6 +77,11 @@ class Screened(Linear):
     at a copy in 8 bits, then at the rows that may be among them. Their values are exact. The copy is made
     anew in every stream."""
 
+    @staticmethod
+    def check(c):
+        require(not (c.screen and c.softcap), f"screen={c.screen} and softcap={c.softcap}: what is not "
+                "wanted is -inf, which a cap would make a logit; choose one of them")
+
     def largest(self, x, k, of, cache):
         """x (B, C) -> (B, of) with the k largest of the first `of` outputs, others may be -inf."""
         weight = self.weight[:of]
@@ -85,6 +97,17 @@ class TwoOfFour(Linear):
     Training lets every weight take the gradient of a kept one, and pulls what is pruned towards zero by
     `pull`, once a step, so that the choice settles (SR-STE, 2102.04010). For inference see settle.
     """
+
+    @staticmethod
+    def check(c):
+        units = c.units()
+        require(c.weights in ("dense", "2:4"), f"weights='{c.weights}' must be dense or 2:4")
+        require(c.sr_ste >= 0, f"sr_ste={c.sr_ste} must not be negative")
+        require(c.weights == "2:4" or c.sr_ste == type(c).sr_ste,
+                f"sr_ste={c.sr_ste} has no effect without weights='2:4': set that too, or leave sr_ste out")
+        require(c.weights == "dense" or (c.n_embd % 4 == 0 and units % 4 == 0),
+                f"weights='{c.weights}' keeps two of every four: n_embd={c.n_embd} and the {units} units of "
+                "the MLP must be multiples of 4")
 
     def __init__(self, n_in, n_out, bias, std=0.02, pull=0.0):
         super().__init__(n_in, n_out, bias, std)
@@ -199,6 +222,10 @@ class LargestInputs(NeuronMajor):
     """A Linear that hears, of each token's inputs, the share `heard` with the largest |x|: the weights of the
     others are not read in a decode step (TEAL thresholds for this, 2408.14690; a fixed count is the same for
     every token)."""
+
+    @staticmethod
+    def check(c):
+        require(0 < c.attn_topk <= 1, f"attn_topk={c.attn_topk} must be in (0, 1]: the share of inputs heard")
 
     def __init__(self, n_in, n_out, bias, std=0.02, heard=1.0):
         super().__init__(n_in, n_out, bias, std)
@@ -362,6 +389,11 @@ class QueryGain(nn.Module):
     """A learned factor of each head's normalised queries (B, H, T, D): without it no score passes sqrt(D),
     too little for narrow heads to pick one key of many (2010.04245)."""
 
+    @staticmethod
+    def check(c):
+        belong(c, "qk_norm", "qk_gain")
+        require(c.qk_gain >= 0, f"qk_gain={c.qk_gain} must not be negative; 0 is none")
+
     def __init__(self, heads, start):
         super().__init__()
         self.weight = nn.Parameter(torch.full((heads,), start))
@@ -462,6 +494,14 @@ class Attention(nn.Module):
     """What every attention layer has: one projection to queries, keys and values, and a cached past."""
     gathers = False                             # does a decode step choose outputs of that projection?
 
+    @staticmethod
+    def check(c):
+        belong(c, "window", "window_pattern")
+        require(c.window >= 0, f"window={c.window} must not be negative; 0 is off")
+        require(c.window_pattern and set(c.window_pattern) <= {"S", "L"},
+                f"window_pattern='{c.window_pattern}' must be letters S (the window) and L (everything): "
+                "type --window_pattern=SSSL, for example")
+
     def __init__(self, config, layer):
         super().__init__()
         self.heads, self.width = config.heads()
@@ -550,3 +590,7 @@ def normal_by_name_(tensor, std, seed, name):
     """Fill with normals of a generator that only (seed, name) decide."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
     tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(key)).mul_(std))
+
+
+# whose flags a GPTConfig is asked about, by their `check`
+CHECKED = QueryGain, TwoOfFour, Screened, Attention, LargestInputs

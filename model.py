@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
+import layers
 from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
 from configurator import ConfigError, require
 from decode import counters, sampling
@@ -121,7 +122,6 @@ class GPTConfig:
             require(getattr(self, key) in slot, f"{key}='{getattr(self, key)}' must be {' or '.join(slot)}")
         require(self.softcap >= 0 and self.ngram_buckets >= 0, f"softcap={self.softcap} and "
                 f"ngram_buckets={self.ngram_buckets} must not be negative; 0 is off")
-        require(self.qk_gain >= 0, f"qk_gain={self.qk_gain} must not be negative; 0 is none")
         require(2 <= self.ngram_order <= 8, f"ngram_order={self.ngram_order} must be in 2..8")
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
@@ -131,7 +131,10 @@ class GPTConfig:
         require(self.pos != "rope" or self.n_embd // self.n_head % 2 == 0,
                 f"pos='rope' rotates pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        bio_modules.check(self)
+        for mechanism in (*layers.CHECKED, *bio_modules.CHECKED):
+            mechanism.check(self)
+        continual.check_adapters(self)
+        energy.check(self)
 
     def heads(self):
         """Heads that attend on their own, and the width of each: a branch of a head is one."""

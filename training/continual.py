@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import close_match, require
 from data.tokenizer import GPT2Tokenizer, meta_of
-from layers import Linear, as_is, rms
+from layers import Linear, as_is, belong, rms
 
 KEPT, DRAWN = 2, 3                              # streams of random bits beside dataset's, one for each split
 CHUNK = 1 << 20                                 # keys in memory at a time while a reservoir is filled
@@ -91,6 +91,7 @@ def switch_on(model, name):
 
 def check_adapters(c):
     """The flags `adapters` and `adapter_width` of a GPTConfig."""
+    belong(c, "adapters", "adapter_width")
     for name in c.adapters.split(",") if c.adapters else ():
         require(re.fullmatch(r"\w[\w.-]{0,99}", name), f"adapters='{c.adapters}': '{name}' must be a name of "
                 "letters, digits, '_', '-', '.': type --adapters=python,english, for example")

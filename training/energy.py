@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from configurator import require
+from layers import belong
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -59,6 +60,7 @@ def over_budget(target, cost, ctx):
 
 def check(c):
     """The flags `energy_budget` and `energy_cost` of a GPTConfig."""
+    belong(c, "energy_budget", "energy_cost")
     require(0 <= c.energy_budget <= 1 and c.energy_cost >= 0,
             f"energy_budget={c.energy_budget} must be in (0, 1], a share of what the gates can close (0: "
             f"off), and energy_cost={c.energy_cost} not negative")
