@@ -226,7 +226,12 @@ def kinds(field):
     return typing.get_args(field.type) or (field.type,)
 
 
+RENAMED = {"policy": "sparse_decode"}            # keys of earlier versions
+
+
 def unknown(key, fields, where):
+    if RENAMED.get(key) in fields:
+        return f"{where}: '{key}' is called '{RENAMED[key]}' now: type --{RENAMED[key]}"
     return f"{where}: unknown key '{key}'{close_match(key, fields)}; --help lists all keys"
 
 

@@ -42,8 +42,8 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
     tokenizer: str = ""  # data folder whose tokenizer to use, for checkpoints that name none; empty: theirs
     overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
-    policy: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
-    exit_threshold: float = 0.0  # leave at an exit whose probe is so sure; 0: the model's own, with policy
+    sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
+    exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
     trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
@@ -165,7 +165,7 @@ def main(cfg):
     print(f"{place}, {sparse_kernels.path_taken(place.device)}{on}", file=sys.stderr)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
-    model.to(device=place.device, dtype=place.dtype).use_policy(cfg.policy)
+    model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
     if model.config.weights == "2:4":
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
@@ -199,7 +199,8 @@ def main(cfg):
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s{depth_used(model, stream)}",
           file=sys.stderr)
     if recorder:
-        tracing.write(cfg.trace, recorder, {"run": cfg.out_dir, "dtype": place.dtype, "policy": cfg.policy})
+        about = {"run": cfg.out_dir, "dtype": place.dtype, "policy": cfg.sparse_decode}
+        tracing.write(cfg.trace, recorder, about)
         print(f"what each token cost: {cfg.trace}", file=sys.stderr)
 
 

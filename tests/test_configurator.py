@@ -364,6 +364,7 @@ BAD_SAMPLING = [
     (["--top_k=-2"], "top_k=-2 must be a whole number, 0 (off) or more"),
     (["--top_p=0"], "top_p=0.0 must be in (0, 1]"),
     (["--min_p=2"], "min_p=2.0 must be in [0, 1]"),
+    (["--policy=True"], "'policy' is called 'sparse_decode' now: type --sparse_decode"),
     (["--repetition_penalty=0"], "repetition_penalty=0.0 must be in 0.001..1000"),
     (["--num_samples=0"], "num_samples=0 must be at least 1"),
     (["--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),

@@ -74,8 +74,8 @@ def test_every_block_trains_stops_resumes_and_samples(train, file):
     assert counted or file.stem in ("bio_osc", "bio_window", "bio_hierarchy", "bio_exits", "bio_ponder",
                                     "bio_growth", "bio_two_of_four", "bio_inputs")
     sampling = words(out_dir=train.folder / "whole", num_samples=1, max_new_tokens=12, device="cpu", seed=3)
-    texts = [Job("sample.py", [*sampling, *words(policy=policy)], train.folder, name=f"sample{policy}").wait()
-             for policy in (False, True)]
+    texts = [Job("sample.py", [*sampling, *words(sparse_decode=on)], train.folder, name=f"sample{on}").wait()
+             for on in (False, True)]
     assert all(text.status == 0 for text in texts), texts[0].err + texts[1].err
     assert (texts[0].out == texts[1].out) or file.stem in ("bio_predict", "bio_exits")
 

@@ -145,7 +145,7 @@ def test_the_history_is_the_prompt_of_the_next_answer_until_a_reset(korean):
     assert done.out == f"{first}\n{second}\n{first}\n" and first != second
 
 
-@pytest.mark.parametrize("more", [dict(policy=True, exit_threshold=0.5), dict(speculate=2),
+@pytest.mark.parametrize("more", [dict(sparse_decode=True, exit_threshold=0.5), dict(speculate=2),
                                   dict(temperature=0.0, overflow="slide"), dict(seed=7, start="")], ids=str)
 def test_every_way_to_sample_answers_as_one_sample_does(korean, more):
     start = more.get("start", "\n")
