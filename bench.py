@@ -58,7 +58,7 @@ def purpose(name):
 
 def menu():
     lines = [f"  {name:10}{purpose(name)}" for name in COMMANDS]
-    lines += [f"  {PLOT:10}Draw what runs have logged and learnt: python bench.py plot RUN [RUN ...]"]
+    lines += [f"  {PLOT:10}What runs have logged and learnt, drawn; its words are their folders."]
     return "\n".join(["python bench.py SUBCOMMAND [--key=value ...]", "", *lines, "",
                       "python bench.py SUBCOMMAND --help lists its keys."])
 

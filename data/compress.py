@@ -20,13 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import build_model
-
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import ConfigError, configure, require, run_script
 from data import tokenizer as tokenizers
 from decode import sampling
+from model import build_model
 from training import checkpoint as ckpt
 
 MAGIC, SUFFIX = b"nanoCortex 1\n", ".ncx"

@@ -9,12 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import build_model
-
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import configure, require, run_script
 from layers import settle
+from model import build_model
 from training import checkpoint as ckpt
 from training import pretrained, rundir
 from training.runtime import DTYPES

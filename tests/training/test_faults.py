@@ -1139,6 +1139,18 @@ SHELL = {                                        # a line of bash behind PY=pyth
 }
 
 
+@pytest.mark.parametrize("command", ["training/export.py", "data/compress.py", "data/prepare.py",
+                                     pytest.param("-m training.export", marks=pytest.mark.slow),
+                                     pytest.param("-m data.compress", marks=pytest.mark.slow)])
+def test_a_script_of_a_wing_finds_the_checkout_from_anywhere(tmp_path, command):
+    """As a file from any folder, as a module from the checkout."""
+    words_ = command.split() if command.startswith("-m") else [str(ROOT / command)]
+    done = subprocess.run([sys.executable, *words_, "--help"], cwd=ROOT if "-m" in words_ else tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}, capture_output=True,
+                          text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0 and "--key=value" in done.stdout, done.stderr
+
+
 @posix
 @pytest.mark.parametrize("line", [line if i == 0 else pytest.param(line, marks=pytest.mark.slow)
                                   for i, line in enumerate(SHELL)])
