@@ -166,7 +166,7 @@ class EventGate(nn.Module):
 
     def __init__(self, config, units):
         super().__init__()
-        self.aim = energy.aim(config, config.event_rate, config.event_cost, macs=config.n_embd)
+        self.target = energy.target(config, config.event_rate, config.event_cost, macs=config.n_embd)
         self.threshold = nn.Parameter(torch.empty(units))
 
     def init_weights(self, normal_):
@@ -175,7 +175,7 @@ class EventGate(nn.Module):
 
     def forward(self, a, ctx, rows=EVERY):
         gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
-        self.aim(ctx, gate, gate)
+        self.target(ctx, gate, gate)
         return a * gate.to(a.dtype)
 
 
@@ -635,7 +635,7 @@ class BranchGate(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.k, D, C = config.dendrites_active, config.dendrites, config.n_embd
-        self.aim = energy.aim(config, self.k / D, config.dendrite_cost, macs=2 * C * C // D)
+        self.target = energy.target(config, self.k / D, config.dendrite_cost, macs=2 * C * C // D)
         self.router = Linear(config.n_embd, config.dendrites, bias=True, hidden=False)
 
     def init_weights(self, normal_):
@@ -646,7 +646,7 @@ class BranchGate(nn.Module):
         g = self.router(x).float().sigmoid()
         largest = kernels.among_largest(g, self.k).float()
         kept = largest * (g >= g.amax(dim=-1, keepdim=True).clamp(max=0.5))
-        self.aim(ctx, g, kept)
+        self.target(ctx, g, kept)
         return (g + (g * kept - g).detach()).to(x.dtype)
 
 
@@ -687,9 +687,9 @@ class DendriticAttention(Stepwise, Attention):
 
     def many(self, x, ctx):
         q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
-        q, k = self.turned(q, ctx), self.turned(k, ctx)
+        q, k = self.to_heads(q, ctx), self.to_heads(k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
-        y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
+        y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
         return self.resid_dropout(self.c_proj(self.heard(y, self.gate(x, ctx))))
 
     def heard(self, y, gates):
@@ -702,13 +702,13 @@ class DendriticAttention(Stepwise, Attention):
         branches, gates = opened_groups(self.gate(x, ctx))
         rows, heads = (units_of(branches, n) for n in (self.part, self.part // self.width))
         weight, bias = self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
-        q = self.turned(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
-        q = self.sharpen(q, heads)
-        k, v, mask = self.remember(x, ctx)
+        q = self.to_heads(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
+        q = self.query_gain(q, heads)
+        k, v, mask = self.write_kv(x, ctx)
         if kernels.takes_attend_one(q, k, v, mask):
             y = kernels.attend_one(q, k, v, heads)
         else:
-            y = self.attend(q, k[:, heads], v[:, heads], mask, 0.0)
+            y = self.attention(q, k[:, heads], v[:, heads], mask, 0.0)
         y = self.heard(y, gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
@@ -718,7 +718,7 @@ class DendriticAttention(Stepwise, Attention):
 # depth: how a token passes the layers
 
 
-def straight(blocks, x, ctx):
+def all_layers(blocks, x, ctx):
     """Every token through every block."""
     for block in blocks:
         x = block(x, ctx)
@@ -750,9 +750,9 @@ class Hourglass(nn.Module):
 
     def forward(self, blocks, x, ctx):
         first, middle, last = blocks[:self.outer], blocks[self.outer:-self.outer], blocks[-self.outer:]
-        x = straight(first, x, ctx)
-        x = x + ctx.coarse(self, x, lambda groups, inner: straight(middle, groups, inner) - groups)
-        return straight(last, x, ctx)
+        x = all_layers(first, x, ctx)
+        x = x + ctx.coarse(self, x, lambda groups, inner: all_layers(middle, groups, inner) - groups)
+        return all_layers(last, x, ctx)
 
     def pool_groups(self, x):
         """(B, T, C) -> the states of its completed groups, (B, T // every, C)."""
@@ -815,14 +815,14 @@ class Exits(nn.Module):
         for depth, (block, drop) in enumerate(zip(blocks, self.drops), 1):
             x = drop_rows(x, block(x, ctx), drop * self.training)
             if depth in self.after:
-                ctx.leave(x)
+                ctx.keep_exit_state(x)
         return x
 
-    def losses(self, left, speak, logits, targets):
-        """What the states (B, T, C) at the exits add to the training loss; speak turns states to logits."""
+    def losses(self, left, logits_of, logits, targets):
+        """What the states (B, T, C) at the exits add to the training loss; logits_of is the head."""
         final = logits.detach().argmax(-1, keepdim=True)
         for share, probe, x in zip(self.shares, self.probes, left):
-            early = speak(x)
+            early = logits_of(x)
             yield share * cross_entropy(early, targets)
             agrees = (early.detach().argmax(-1, keepdim=True) == final).float()
             yield F.binary_cross_entropy_with_logits(probe(rms(x.detach())).float(), agrees)
@@ -835,7 +835,7 @@ class Exits(nn.Module):
         done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         run = some_rows if x.size(1) == 1 else some_tokens
         for depth, block in enumerate(blocks, 1):
-            ctx.settle(depth - 1, block)
+            ctx.compute_deferred_kv(depth - 1, block)
             going = ~done
             self.layers_run += int(going.sum())
             x = run(block, x, ctx, going)
@@ -846,11 +846,11 @@ class Exits(nn.Module):
         """One token of one row: the keys and values of the layers that it does not reach are computed for
         several such tokens at once, when a later one gets there."""
         for layer, block in enumerate(blocks):
-            ctx.settle(layer, block)
+            ctx.compute_deferred_kv(layer, block)
             self.layers_run += 1
             x = block(x, ctx)
             if self.sure(layer + 1, x, ctx):
-                ctx.owe(range(layer + 1, len(blocks)), x)
+                ctx.defer_kv(range(layer + 1, len(blocks)), x)
                 return x
         return x
 
@@ -914,7 +914,7 @@ class Halting(nn.Module):
         for step in range(self.most):
             columns, valid = thoughts.choose(thinking, step)
             if not columns.size(1):
-                thoughts.hand_on(attn.layer, range(step, self.most))
+                thoughts.copy_kv_to_later_runs(attn.layer, range(step, self.most))
                 break
             self.steps_run += int(valid.sum()) if readable(x) else 0
             at = columns[..., None].expand(-1, -1, x.size(2))
@@ -944,7 +944,7 @@ class Halting(nn.Module):
             total.index_add_(0, rows, weights[..., None].to(y.dtype) * y)
             left.index_add_(0, rows, -weights)
             x = x.index_copy(0, rows, y)
-            here.hand_on(attn.layer, rows[halts[:, 0]])
+            here.copy_kv_to_later_runs(attn.layer, rows[halts[:, 0]])
             rows = rows[~halts[:, 0]]
             if not len(rows):
                 break
@@ -962,7 +962,8 @@ class Thoughts:
 
     def __init__(self, ctx, window):
         self.ctx, self.window, self.kept = ctx, window, None
-        self.spend, self.choices, self.found, self.copy_of = ctx.spend, ctx.choices, [], ctx.copy_of
+        self.add_executed, self.copy_of = ctx.add_executed, ctx.copy_of
+        self.choices, self.found = ctx.choices, []
 
     def choose(self, thinking, step):
         """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
@@ -970,7 +971,7 @@ class Thoughts:
         R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
         columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
         self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
-        self.rotation = self.ctx.turn(columns)
+        self.rotation = self.ctx.rotation_of(columns)
         self.found.append([])
         return columns, self.valid
 
@@ -996,7 +997,7 @@ class Thoughts:
             totals = [tuple(map(sum, zip(*part))) for part in parts]
             self.ctx.add_loss(partial(as_is, totals), of)
 
-    def hand_on(self, layer, runs):
+    def copy_kv_to_later_runs(self, layer, runs):
         """Later runs would write what the last one has written."""
         for run in runs:
             self.ctx.again(run).extend(layer, *self.kept)
@@ -1033,9 +1034,9 @@ def some_rows(block, x, ctx, going):
     if not len(others):
         return block(x, ctx)
     if not len(rows):
-        block.remember(x, ctx)
+        block.write_kv(x, ctx)
         return x
-    block.remember(x[others], ctx.of_rows(others))
+    block.write_kv(x[others], ctx.of_rows(others))
     return x.index_copy(0, rows, block(x[rows], ctx.of_rows(rows)))
 
 

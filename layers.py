@@ -321,7 +321,7 @@ class RotaryPositions(nn.Module):
         self.cos, self.sin = [table.to(self.cos) for table in self.tables(len(self.cos))]
         return self
 
-    def turn(self, positions):
+    def rotation_of(self, positions):
         return self.cos[positions], self.sin[positions]
 
     def forward(self, x, ctx):
@@ -330,7 +330,7 @@ class RotaryPositions(nn.Module):
 
     def note(self, ctx):
         """Tell blocks the positions of a call."""
-        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
+        ctx.rotation_of, ctx.rotation = self.rotation_of, self.rotation_of(ctx.positions)
 
     def crop(self, block_size):
         self.cos, self.sin = self.cos[:block_size], self.sin[:block_size]
@@ -506,48 +506,48 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.width = config.heads()
         self.layer, self.dropout, self.window = layer, config.dropout, config.window_of(layer)
-        self.attend = attention(self.window)
+        self.attention = attention(self.window)
         of = Linear if self.gathers else attention_linear(config)
         self.c_attn = of(config.n_embd, 3 * config.n_embd, config.bias)
         self.resid_dropout = dropout(config)
         self.normalised = config.qk_norm
         self.normalise = rms if config.qk_norm else as_is
         self.rotate = rotate if config.pos == "rope" else as_is
-        self.sharpen = query_gain(self.heads, config)
+        self.query_gain = query_gain(self.heads, config)
 
     def by_head(self, flat):
         """(B, T, n * width) -> (B, T, n, width)."""
         return flat.unflatten(-1, (-1, self.width))
 
-    def turned(self, t, ctx):
+    def to_heads(self, t, ctx):
         """Queries or keys (B, T, n, width) -> normalised, rotated, (B, n, T, width)."""
         return self.rotate(self.normalise(t), ctx).transpose(1, 2)
 
-    def hear(self, flat, ctx):
+    def attend(self, flat, ctx):
         """Queries, keys and values (B, T, 3 C) -> what each token hears of those up to itself, (B, T, C)."""
         slot = ctx.slot(self.layer)
-        return self.hear_all(flat, ctx) if slot is None else self.hear_one(flat, ctx, *slot)
+        return self.attend_all(flat, ctx) if slot is None else self.attend_one_token(flat, ctx, *slot)
 
-    def hear_one(self, flat, ctx, kept, place, seen):
+    def attend_one_token(self, flat, ctx, kept, place, seen):
         """The same of a token that a slot of the cache waits for: in one call, where a kernel does it."""
         rotation = ctx.rotation if self.rotate is rotate else None
-        gain = getattr(self.sharpen, "weight", None)
+        gain = getattr(self.query_gain, "weight", None)
         if not kernels.takes_attention(flat, kept, (*(rotation or ()), gain)):
-            return self.hear_all(flat, ctx)
+            return self.attend_all(flat, ctx)
         eps = EPS if self.normalised else None
         return kernels.attention_one(flat, kept, place, seen, rotation, eps, gain)
 
-    def hear_all(self, flat, ctx):
+    def attend_all(self, flat, ctx):
         qk, v = self.by_head(flat).split((2 * self.heads, self.heads), dim=2)
-        q, k = self.turned(qk, ctx).chunk(2, dim=1)
+        q, k = self.to_heads(qk, ctx).chunk(2, dim=1)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
-        y = self.attend(self.sharpen(q), k, v, mask, self.dropout * self.training)
+        y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
         return y.transpose(1, 2).flatten(2)
 
-    def remember(self, x, ctx):
+    def write_kv(self, x, ctx):
         """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""
         k, v = self.by_head(self.c_attn.some(x, slice(x.size(-1), None))).chunk(2, dim=2)
-        return ctx.extend(self.layer, self.turned(k, ctx), v.transpose(1, 2))
+        return ctx.extend(self.layer, self.to_heads(k, ctx), v.transpose(1, 2))
 
 
 class GELU(nn.Module):

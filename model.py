@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
 import layers
-from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, selector, straight
+from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, all_layers, selector
 from configurator import ConfigError, require
 from decode import counters, sampling
 from decode.context import Choices, Context
@@ -186,7 +186,7 @@ class CausalSelfAttention(Attention):
                                                std=residual_std(config))
 
     def forward(self, x, ctx):
-        return self.resid_dropout(self.c_proj(self.hear(self.c_attn(x), ctx)))
+        return self.resid_dropout(self.c_proj(self.attend(self.c_attn(x), ctx)))
 
 
 class SwiGLU(nn.Module):
@@ -235,9 +235,9 @@ class Block(nn.Module):
         x = x + self.mlp(self.ln_2(x), ctx)
         return self.adapt(x, ctx)
 
-    def remember(self, x, ctx):
+    def write_kv(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
-        self.attn.remember(self.ln_1(x), ctx)
+        self.attn.write_kv(self.ln_1(x), ctx)
 
 
 class PonderingBlock(Block):
@@ -309,9 +309,9 @@ class GPT(nn.Module):
             self.init_weights(torch.initial_seed() if seed is None else seed)
 
     @property
-    def through(self):
+    def depth_policy(self):
         """How tokens pass the blocks; transformer holds it, so that a state dict names each tensor once."""
-        return next((self.transformer[name] for name in DEPTHS if name in self.transformer), straight)
+        return next((self.transformer[name] for name in DEPTHS if name in self.transformer), all_layers)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -345,7 +345,8 @@ class GPT(nn.Module):
 
     def exit_losses(self, ctx, logits, targets):
         """What early exits add in training; nothing where no state has left."""
-        return self.through.losses(ctx.left, self.speak, logits, targets) if ctx.left else ()
+        return (self.depth_policy.losses(ctx.exit_states, self.logits_of, logits, targets)
+                if ctx.exit_states else ())
 
     def positions(self, T):
         """Where a sequence of T tokens stands in the position table; ValueError if it is too long."""
@@ -356,14 +357,14 @@ class GPT(nn.Module):
 
     def trunk(self, idx, ctx):
         """Token ids (B, T) -> normalised states (B, T, C)."""
-        return self.transformer.ln_f(self.through(self.blocks, self.embed(idx, ctx), ctx))
+        return self.transformer.ln_f(self.depth_policy(self.blocks, self.embed(idx, ctx), ctx))
 
     def embed(self, idx, ctx):
         """Token ids (B, T) -> what enters the first block (B, T, C)."""
         x = self.transformer.wpe(self.transformer.wte(idx, ctx), ctx)
         return self.transformer.drop(x.to(self.compute_dtype or x.dtype))
 
-    def speak(self, x):
+    def logits_of(self, x):
         """States between blocks -> logits in fp32, as if no block followed."""
         return self.head(self.transformer.ln_f(x))
 

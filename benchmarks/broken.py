@@ -19,7 +19,7 @@ def leak(model):
     def attend(q, k, v, mask, dropout):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     for block in model.transformer.h:
-        block.attn.attend = attend
+        block.attn.attention = attend
     return model
 
 

@@ -37,10 +37,11 @@ class Context:
     positions: a slice or a (B, T) tensor of indices into the position table.
     CachedContext is the same with a KV cache behind it.
     """
-    turn = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
+    rotation_of = staticmethod(lambda positions: None)     # positions -> cosines and sines, where pos is rope
 
     def __init__(self, positions, training=False, choices=NO_CHOICES):
-        self.positions, self.losses, self.left, self.spent = positions, [] if training else None, [], []
+        self.positions, self.losses = positions, [] if training else None
+        self.exit_states, self.executed = [], []
         self.choices = choices
 
     def add_loss(self, totals, of):
@@ -58,15 +59,15 @@ class Context:
         """The same call for those of its B * T tokens that `order` (n,) names."""
         return self
 
-    def spend(self, make):
+    def add_executed(self, make):
         """Note make(), the multiply-adds that gates have let through and those that they could have."""
         if self.losses is not None:
-            self.spent.append(make())
+            self.executed.append(make())
 
-    def leave(self, x):
+    def keep_exit_state(self, x):
         """States (B, T, C) at an early exit: kept for the training loss."""
         if self.losses is not None:
-            self.left.append(x)
+            self.exit_states.append(x)
 
     def copy_of(self, owner, make):
         """make(), what a module `owner` computes from its weights for decoding: see Cache. Here nothing is
@@ -79,7 +80,7 @@ class Context:
         ctx.choices = self.choices.of_rows(rows)
         return ctx
 
-    def settle(self, layer, block):
+    def compute_deferred_kv(self, layer, block):
         """No token before this call owes anything."""
 
     def alone(self, x):
@@ -113,8 +114,8 @@ class Context:
         completed groups of x (B, T, C)."""
         groups = x.size(1) // hourglass.every
         inner = Context(slice(0, groups), choices=self.choices)
-        inner.losses, inner.spent = self.losses, self.spent
-        inner.turn, inner.rotation = self.turn, self.turn(inner.positions)
+        inner.losses, inner.executed = self.losses, self.executed
+        inner.rotation_of, inner.rotation = self.rotation_of, self.rotation_of(inner.positions)
         said = run(hourglass.pool_groups(x), inner) if groups else x[:, :0]
         return hourglass.spread_groups(said, x.size(1))
 
@@ -153,7 +154,7 @@ class Cache:
                            dtype=model.compute_dtype or weight.dtype)      # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
-        self.states, self.owed, self.copies = {}, {}, {}
+        self.states, self.deferred_kv, self.copies = {}, {}, {}
         self.choices = choices or model.chosen(batch_size)
 
     def copy_of(self, owner, make):
@@ -185,7 +186,7 @@ class CachedContext:
         self.positions = slice(start, start + T) if self.even else self.columns()
         self.masks, self.choices = {}, cache.choices
 
-    turn = staticmethod(lambda positions: None)
+    rotation_of = staticmethod(lambda positions: None)
     losses = None
 
     def columns(self):
@@ -196,10 +197,10 @@ class CachedContext:
     def add_loss(self, totals, of):
         """Decoding wants no loss."""
 
-    def spend(self, make):
+    def add_executed(self, make):
         """Nor a budget: what it executes is counted."""
 
-    def leave(self, x):
+    def keep_exit_state(self, x):
         """Nor states at early exits."""
 
     def copy_of(self, owner, make):
@@ -225,22 +226,22 @@ class CachedContext:
         size = kept.size(3)
         return kept, self.start % size, min(self.start + 1, size)
 
-    def owe(self, layers, x):
+    def defer_kv(self, layers, x):
         """Put off the keys and values of a state (1, 1, C) in layers that its token does not reach."""
         for layer in layers:
-            self.owed(layer)[self.start] = x
+            self.deferred_kv(layer)[self.start] = x
 
-    def settle(self, layer, block):
+    def compute_deferred_kv(self, layer, block):
         """Let a block remember what the tokens just before this call owe it."""
-        owed = self.owed(layer)
+        owed = self.deferred_kv(layer)
         if owed:
-            block.remember(torch.cat(list(owed.values()), dim=1), self.like(next(iter(owed)), len(owed)))
+            block.write_kv(torch.cat(list(owed.values()), dim=1), self.like(next(iter(owed)), len(owed)))
             owed.clear()
 
-    def owed(self, layer):
+    def deferred_kv(self, layer):
         """{column: state} of what tokens before this call owe a layer. Columns that it writes anew, or that a
         call before it has left behind, owe nothing."""
-        owed = self.cache.owed.setdefault(layer, {})
+        owed = self.cache.deferred_kv.setdefault(layer, {})
         while owed and next(reversed(owed)) >= int(torch.as_tensor(self.start).min()):
             owed.popitem()
         return owed
@@ -248,7 +249,7 @@ class CachedContext:
     def like(self, start, T, ends=None):
         """A call on other columns of the same cache."""
         ctx = CachedContext(self.cache, start, T, self.ids, ends)
-        ctx.turn, ctx.rotation = self.turn, self.turn(ctx.positions)
+        ctx.rotation_of, ctx.rotation = self.rotation_of, self.rotation_of(ctx.positions)
         return ctx
 
     def with_past(self, idx, count):
@@ -285,7 +286,7 @@ class CachedContext:
         calls = [self] if self.T == 1 else [self.like(self.start + i, 1) for i in range(self.T)]
         return torch.cat([halting.one(t, ctx, attn, run) for t, ctx in zip(x.split(1, dim=1), calls)], dim=1)
 
-    def hand_on(self, layer, rows):
+    def copy_kv_to_later_runs(self, layer, rows):
         """What this run has written for rows (n,) of one new token is what later runs would write."""
         kept = self.cache.layers[self.place(layer)]
         rows = rows if self.even else rows[(self.ends > self.start)[rows]]
@@ -375,7 +376,7 @@ class SomeRows(CachedContext):
     def __init__(self, ctx, rows):
         of_rows = lambda columns: columns if isinstance(columns, int) else columns[rows]
         super().__init__(ctx.cache, of_rows(ctx.start), ctx.T, ends=of_rows(ctx.ends))
-        self.rows, self.run, self.rotation = rows, ctx.run, ctx.turn(self.positions)
+        self.rows, self.run, self.rotation = rows, ctx.run, ctx.rotation_of(self.positions)
         self.choices = ctx.choices.of_rows(rows)
 
     def slot(self, layer):

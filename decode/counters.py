@@ -43,7 +43,7 @@ def depth_used(model, idx):
     halting = [block.halting for block in model.blocks if hasattr(block, "halting")]
     if model.config.exits and before.leave_at is None:
         model.choose(leave_at=model.config.exit_threshold)
-    for module in [model.through] * bool(model.config.exits) + halting:
+    for module in [model.depth_policy] * bool(model.config.exits) + halting:
         module.layers_run = module.steps_run = module.tokens_run = 0
         model.eval()(idx)
         found |= ({"ponder_steps": module.steps_run / module.tokens_run} if module in halting

@@ -255,7 +255,7 @@ class Speculation:
             for block in self.lower:
                 x = block(x, ctx)
             states.append(x)
-            chances.append(sampler.probabilities(self.model.speak(x)[:, 0], seen))
+            chances.append(sampler.probabilities(self.model.logits_of(x)[:, 0], seen))
             history[:, at + 1] = token = draw(chances[-1])
             seen.scatter_(1, token[:, None], True)
         return torch.cat(states, dim=1), chances
@@ -266,7 +266,7 @@ class Speculation:
         self.model.transformer.wpe.note(ctx)
         for block in self.upper:
             x = block(x, ctx)
-        logits, tokens = self.model.speak(x), []
+        logits, tokens = self.model.logits_of(x), []
         self.rounds, self.proposed = self.rounds + 1, self.proposed + len(chances)
         for i, guessed in enumerate(chances):
             wanted, guess = sampler.probabilities(logits[:, i], seen), history[0, end + i]

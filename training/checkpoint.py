@@ -405,12 +405,19 @@ def load(path, device="cpu", resume=False):
     return checkpoint
 
 
+RENAMED = {"transformer.hourglass.": "transformer.hierarchy.", ".attn.sharpen.": ".attn.query_gain."}
+
+
 def names_of_today(weights):
-    """A state dict as earlier versions and nanoGPT wrote it: without the second entries of the depth module,
-    which was registered twice, and nanoGPT's masks; hierarchy's parameters once stood under another name."""
-    return {key.replace("transformer.hourglass.", "transformer.hierarchy."): value
-            for key, value in weights.items()
-            if not key.startswith("through.") and not key.endswith(".attn.bias")}
+    """A state dict as earlier versions and nanoGPT wrote it: names that have changed since, without nanoGPT's
+    masks and the second entries of the depth module, which was registered twice."""
+    found = {}
+    for key, value in weights.items():
+        for old, new in RENAMED.items():
+            key = key.replace(old, new)
+        if not key.startswith("through.") and not key.endswith(".attn.bias"):
+            found[key] = value
+    return found
 
 
 def lay_out(state, key, parameter):

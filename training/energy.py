@@ -13,24 +13,24 @@ POWERCAP = Path("/sys/class/powercap")
 # the budget
 
 
-def aim(config, target, cost, macs):
-    """What draws a gate towards fewer open parts: a target of its own, or with energy_budget what the whole
-    model spends -> a function (ctx, soft, hard) of its gates, as they learn and as they are.
+def target(config, share, cost, macs):
+    """What draws a gate towards fewer open parts: a share of its own, or with energy_budget what the whole
+    model executes -> a function (ctx, soft, hard) of its gates, as they learn and as they are.
 
     macs: multiply-adds of a token behind each gate."""
-    return partial(spend, macs) if config.energy_budget else partial(own_target, target, cost)
+    return partial(count, macs) if config.energy_budget else partial(own_target, share, cost)
 
 
 def own_target(target, cost, ctx, soft, hard):
     ctx.add_loss(lambda: [ctx.total(soft)], lambda share: cost * off_target(share, target))
 
 
-def spend(macs, ctx, soft, hard):
+def count(macs, ctx, soft, hard):
     """Counts what is open and learns as if it were the soft gates."""
     def of_tokens():
         opened, possible = ctx.total(hard.detach() + soft - soft.detach())
         return macs * opened, macs * possible
-    ctx.spend(of_tokens)
+    ctx.add_executed(of_tokens)
 
 
 def off_target(share, target):
@@ -53,8 +53,8 @@ def over_budget(target, cost, ctx):
     """One aim for all gates together: which layer spends how much is learnt (expected cost as a penalty:
     1712.01312). Twice the budget costs as much as half of it, and a small budget pulls harder than a large
     one: off_target's slope would vanish with the target."""
-    if ctx.spent:
-        opened, possible = map(sum, zip(*ctx.spent))
+    if ctx.executed:
+        opened, possible = map(sum, zip(*ctx.executed))
         yield cost * ((opened / possible + 1e-3) / target).log().square()
 
 

@@ -75,13 +75,13 @@ class Recorder:
 
     def watch(self, layer, block):
         """What a block computes for tokens that it does not pass on: keys and values of early leavers."""
-        plain = block.remember
+        plain = block.write_kv
 
         def counted(x, ctx):
             self.count(layer, -1)
             plain(x, ctx)
             self.count(layer, 1)
-        block.remember = counted
+        block.write_kv = counted
 
     def stream(self, stream, prompt, count, spoken, text, **keys):
         """Continue the prompt (1, T), which reads `spoken`, by `count` tokens of `stream` -> what each adds
@@ -99,7 +99,7 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
             for block in blocks:
-                del block.remember
+                del block.write_kv
             self.forget()
 
     def forget(self):

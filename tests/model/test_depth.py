@@ -466,7 +466,8 @@ def test_a_budget_counts_the_tokens_that_think(monkeypatch, arm, compiling):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     model = pondering(ARMS[arm] | dict(event_gate=True, energy_budget=0.3))
     idx, runs = tokens(3, 16), [1, 4, 2]
-    together, *alone = ([float(sum(side)) for side in zip(*halting_after(model, idx[i:j], runs[i:j]).spent)]
+    together, *alone = ([float(sum(side)) for side in
+                         zip(*halting_after(model, idx[i:j], runs[i:j]).executed)]
                         for i, j in ((0, 3), (0, 1), (1, 2), (2, 3)))
     assert together == pytest.approx([sum(side) for side in zip(*alone)], rel=1e-5)
 
@@ -527,7 +528,7 @@ def executed(model, idx):
         seen.append(2 * q.numel() * min(k.size(2), attn.window or k.size(2)))
         return q
     for block in model.transformer.h:
-        block.attn.attend = partial(attend, block.attn)
+        block.attn.attention = partial(attend, block.attn)
     with Products() as products:
         model.train()(idx, idx)
     return products.macs + sum(seen)
@@ -551,7 +552,7 @@ def test_a_decode_step_counts_what_it_executes(monkeypatch, arm):
     for policy in (False, True):
         model, idx = build(arm, std=0.2).use_policy(policy), tokens(1, 9)
         for block in model.transformer.h:
-            block.attn.attend = lambda q, k, v, mask, dropout: q
+            block.attn.attention = lambda q, k, v, mask, dropout: q
         cache = Cache(model, 1, 9)
         with torch.inference_mode():
             model.trunk(idx[:, :8], CachedContext(cache, 0, 8, idx))

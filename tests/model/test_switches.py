@@ -69,7 +69,7 @@ def test_a_gain_of_one_is_none_and_a_larger_one_sharpens_attention():
     for other, gain in ((one, 1.0), (two, 2.0)):
         other.load_state_dict(plain.state_dict(), strict=False)
         for block in other.transformer.h:
-            block.attn.sharpen.weight.data.fill_(gain)
+            block.attn.query_gain.weight.data.fill_(gain)
     assert torch.equal(plain(idx)[0], one(idx)[0])
     assert not torch.allclose(plain(idx)[0], two(idx)[0], atol=1e-3)
 

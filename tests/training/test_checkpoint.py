@@ -415,17 +415,18 @@ def test_the_mask_buffers_of_an_old_nanogpt_checkpoint_are_left_out(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
 
 
-@pytest.mark.parametrize("arm", ["exits", "hierarchy"])
+@pytest.mark.parametrize("arm", ["exits", "hierarchy", "qk_gain"])
 def test_a_state_dict_names_each_tensor_once_and_older_spellings_load(tmp_path, arm):
     """The depth module stood there twice, as `through` too; that of hierarchy was called `hourglass`."""
     model = build(ARMS[arm], std=0.2)
     weights, args = model.state_dict(), model.config.model_args()
     assert not [key for key in weights if key.startswith("through.")]
     inner = {key: value for key, value in weights.items() if key.startswith(f"transformer.{arm}.")}
-    assert inner
+    assert inner or any(".attn.query_gain." in key for key in weights)
     older = weights | {key.replace(f"transformer.{arm}.", "through."): value for key, value in inner.items()}
     if arm == "hierarchy":
         older = {key.replace("transformer.hierarchy.", "transformer.hourglass."): older[key] for key in older}
+    older = {key.replace(".query_gain.", ".sharpen."): value for key, value in older.items()}
     torch.save({"model": older, "model_args": args}, tmp_path / "ckpt.pt")
     same(build_model(*checkpoint.read(tmp_path)).state_dict(), weights)
 

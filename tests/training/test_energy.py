@@ -21,7 +21,7 @@ def spent_by(model, idx):
     for block in model.transformer.h:
         block.attn.gate.register_forward_hook(lambda module, args, gates: note(gates))
         block.mlp.c_proj.register_forward_pre_hook(lambda module, args: note(args[0]))
-    model.over_budget = lambda ctx: spent.extend(ctx.spent) or ()
+    model.over_budget = lambda ctx: spent.extend(ctx.executed) or ()
     model(idx, idx)
     return sum(opened for opened, _ in spent) / sum(possible for _, possible in spent), seen
 
