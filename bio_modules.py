@@ -345,7 +345,7 @@ class ColumnGate(Narrowing):
         s = self.router(x).float()
         kernels.note(s.numel() // self.total, self.others)
         s = s - F.relu(s) @ self.inhibits().t()
-        winners = kernels.first_largest(s + self.balance, self.k)
+        winners = kernels.places_of_largest(s + self.balance, self.k)
         return winners, s.sigmoid().gather(-1, winners)
 
     def chosen(self, x):
@@ -456,7 +456,7 @@ class ExpertGate(nn.Module):
         return self.BALANCE * imbalance(load[None], share[None]) / self.k + self.Z * size
 
     def largest(self, shares):
-        experts = kernels.first_largest(shares, self.k)
+        experts = kernels.places_of_largest(shares, self.k)
         top = shares.gather(-1, experts)
         return experts, top / top.sum(-1, keepdim=True)
 
@@ -495,7 +495,7 @@ class Experts(Gathered):
 
     def many(self, x, ctx):
         gates, k = self.gate(x, ctx).flatten(0, -2), self.gate.k
-        chosen = kernels.first_largest(gates, k).flatten()
+        chosen = kernels.places_of_largest(gates, k).flatten()
         for weight in (self.c_fc.weight, self.c_proj.weight):
             kernels.note(len(chosen), weight, parts=self.groups)
         if x.is_meta:                            # where the product of groups knows the shapes of bf16 alone
@@ -610,7 +610,7 @@ class Predictive(MLP):
     def on_card(self, x, ctx):
         if not ctx.choices.predict:
             return self.many(x, ctx)
-        units = kernels.first_largest(self.guess(self.sense(x.flatten(0, 1))), self.active)
+        units = kernels.places_of_largest(self.guess(self.sense(x.flatten(0, 1))), self.active)
         return self.chosen_groups(x, ctx, units, None, 1)
 
     def chosen(self, scores):

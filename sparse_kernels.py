@@ -237,6 +237,20 @@ def first_largest(scores, k):
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def places_of_largest(scores, k):
+    """The same places in any order: rising on a GPU, in one kernel, where no gradient can be asked for."""
+    if takes_largest(scores, k):
+        return triton_kernels().largest(scores, k, keep=False)
+    return first_largest(scores, k)
+
+
+def takes_largest(scores, k):
+    """Is this a choice for the Triton kernel that finds the largest?"""
+    return (scores.is_cuda and inferring() and triton_kernels() is not None and scores.numel() > 0
+            and 0 < k < scores.size(-1) <= triton_kernels().MOST_UNITS
+            and scores.dtype in triton_kernels().FLOATS)
+
+
 def among_largest(scores, k):
     """The same as bool (..., n), without sorting: for many rows of many units."""
     n = scores.size(-1)
@@ -255,7 +269,9 @@ def keep_largest_reference(a, k):
 
 
 def keep_largest(a, k):
-    """As the reference; on a CPU in one pass, forward and backward."""
+    """As the reference; on a CPU in one pass, forward and backward; on a GPU in one kernel when decoding."""
+    if takes_largest(a, k):
+        return triton_kernels().largest(a, k, keep=True)
     if not a.is_cpu or torch.compiler.is_compiling() or a.numel() == 0 or not has_kernel(a):
         return keep_largest_reference(a, k)
     return run_keep_largest(a, k) if takes_rows(a) else KeepLargest.apply(a, k)

@@ -342,3 +342,49 @@ def gathered_down(a, down, bias, groups, width):
                                         share, WIDTH=width, GROUPED=groups is not None, **tile)
     y = parts.sum(0)
     return (y if bias is None else y + bias).to(a.dtype)
+
+
+# ------------------------------------------------ the largest ---------------------------------------------
+
+
+@triton.jit
+def largest_kernel(a, out, n, k, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of row a[r] (n,) the k largest, the first of equal ones, NaN above everything: KEEP writes the row with
+    all but the k largest |a| at zero, else their places, rising. The k-th is found bit by bit."""
+    r = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    here = at < n
+    value = tl.load(a + r * n + at, mask=here, other=0.0)
+    wide = value.to(tl.float32)
+    if KEEP:
+        wide = tl.abs(wide)
+    wide = tl.where(wide == 0.0, 0.0, wide)                     # -0 is 0
+    bits = wide.to(tl.int32, bitcast=True).to(tl.int64)
+    order = tl.where(bits < 0, -(bits & 2147483647) - 1, bits) + 2147483648     # rises with the number
+    order = tl.where(wide != wide, 4294967295, order)
+    order = tl.where(here, order, -1)
+    edge = tl.zeros((), tl.int64)
+    for step in tl.static_range(32):
+        trial = edge + (1 << (31 - step))
+        edge = tl.where(tl.sum((order >= trial).to(tl.int32), axis=0) >= k, trial, edge)
+    above = (order > edge).to(tl.int32)
+    equal = (order == edge).to(tl.int32)
+    spare = k - tl.sum(above, axis=0)
+    chosen = above + equal * (tl.cumsum(equal, axis=0) <= spare).to(tl.int32)
+    if KEEP:
+        tl.store(out + r * n + at, tl.where(chosen > 0, value, 0.0), mask=here)
+    else:
+        place = tl.cumsum(chosen, axis=0) - 1
+        tl.store(out + r * k + place, at.to(tl.int64), mask=chosen > 0)
+
+
+MOST_UNITS = 16384                               # of a row, which one program holds
+
+
+def largest(a, k, keep):
+    """a (..., n) with 0 < k < n <= MOST_UNITS -> the same with all but the k largest |a| at zero, or the
+    places (..., k) of the k largest."""
+    n, a = a.size(-1), a.contiguous()
+    out = torch.empty_like(a) if keep else a.new_empty(*a.shape[:-1], k, dtype=torch.int64)
+    largest_kernel[(a.numel() // n,)](a, out, n, k, KEEP=keep, BLOCK=triton.next_power_of_2(n), num_warps=8)
+    return out

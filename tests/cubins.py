@@ -32,7 +32,7 @@ ALIGNED = ("N", "K", "C")                        # sizes that a model's are mult
 # What must be in the machine code of each kernel: 16-byte loads from memory (LDG, or LDGSTS into shared
 # memory), and what multiplies.
 EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
-            "down_kernel": "FFMA"}
+            "down_kernel": "FFMA", "largest_kernel": "SETP"}
 WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
 
 
@@ -53,9 +53,11 @@ def jobs(architectures):
                 yield "up_kernel", arch, "bf16", gathered | dict(ACT="gelu", BIAS=True, SCALE=True), tile
             for tile in kernels.DOWN_TILES:
                 yield "down_kernel", arch, "bf16", gathered, tile
+        for keep, width in ((True, 4096), (False, 4096), (False, 64)):
+            yield "largest_kernel", arch, "bf16", dict(KEEP=keep, BLOCK=width), dict(num_warps=8)
 
 
-SIZES = ("M", "N", "K", "C", "n", "words", "chosen", "share")
+SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
 
