@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from configurator import require
+from decode.context import Cache
 
 
 def cast(tensor, dtype):
@@ -54,17 +55,14 @@ class Linear(nn.Linear):
 
     def sound(self):
         """Are all weights finite? Where one is not, a step that leaves rows unread would not show it, and all
-        are read. Looked at once for each change of the weights."""
-        now = self.weight.data_ptr(), self.weight.dtype, self.weight.is_inference() or self.weight._version
+        are read. Looked at once in every stream, and for each change of the weights that torch notices."""
+        version = self.weight.is_inference() or self.weight._version
+        now = Cache.made, self.weight.data_ptr(), self.weight.dtype, version
         if self.looked_at[0] != now:
             self.looked_at = now, kernels.all_finite(self.weight)
         return self.looked_at[1]
 
     looked_at = None, None
-
-    def train(self, mode=True):
-        self.looked_at = None, None             # fused optimizers do not raise a weight's version
-        return super().train(mode)
 
     def some(self, x, rows):
         """Of the outputs only the slice `rows`."""

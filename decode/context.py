@@ -142,7 +142,10 @@ class Cache:
     or not, noticed by torch or not, can leave one behind.
     """
 
+    made = 0                                     # how many streams have begun: see Linear.sound
+
     def __init__(self, model, batch_size, length, choices=None):
+        Cache.made += 1
         c, weight = model.config, model.lm_head.weight
         self.depth, self.runs = c.n_layer, max(1, c.ponder)
         of_layers = [*range(c.n_layer), *[c.pondering_layer()] * (self.runs - 1)]

@@ -387,3 +387,16 @@ def test_bad_prompts_are_named():
 
 def test_tiny_matches_its_vocabulary():
     assert tokens(1, 5).max() < TINY["vocab_size"]
+
+
+def test_a_weight_that_a_fused_step_damages_is_noticed_by_the_next_stream():
+    """Fused optimizers do not raise a weight's version, and nobody has to call train() in between."""
+    model, prompt = build(ARMS["relu2"] | dict(n_embd=32)), tokens(1, 5)
+    model.generate(prompt, 5, temperature=0)
+    down = model.transformer.h[0].mlp.c_proj.weight
+    optimizer = torch.optim.AdamW([down], lr=0.1, fused=True)
+    down.grad = torch.full_like(down, torch.nan)
+    optimizer.step()
+    assert down.isnan().all()
+    with pytest.raises(ConfigError, match="not finite"):
+        model.generate(prompt, 5, temperature=0)
