@@ -26,9 +26,9 @@ ARMS = {                                         # a file in config/, keys, or b
     "event": "bio_event",
     "columns": "bio_columns", "columns*2": ("bio_columns", dict(mlp_units=960)),
     "columns*4": ("bio_columns", dict(mlp_units=1920)),
-    "dendrites": "bio_dendrites", "experts": "bio_experts", "window": "bio_window",
-    "branches": "bio_branches", "branches1": ("bio_branches", dict(dendrites_active=1)),
-    "branches4": ("bio_branches", dict(dendrites_active=4)), "hierarchy": "bio_hierarchy",
+    "compartments": "bio_compartments", "experts": "bio_experts", "window": "bio_window",
+    "dendrites": "bio_dendrites", "dendrites1": ("bio_dendrites", dict(dendrites_active=1)),
+    "dendrites4": ("bio_dendrites", dict(dendrites_active=4)), "hierarchy": "bio_hierarchy",
     "exits": dict(exits="2", layer_dropout=0.1), "ponder": "bio_ponder", "2:4": dict(weights="2:4"),
     "attn_topk": dict(attn_topk=0.5),
     # combinations
@@ -42,7 +42,7 @@ ARMS = {                                         # a file in config/, keys, or b
 # plain models, the rivals of every other arm
 DENSE = TWIN, "3 layers", "2 layers", "1 layer", "96 wide", "64 wide", "dense/4", "dense/2", "gelu"
 # what the table leaves out unless it is named
-OTHERS = "columns*2", "columns*4", "branches1", "branches4", *BREAK
+OTHERS = "columns*2", "columns*4", "dendrites1", "dendrites4", *BREAK
 
 # the presets and their parts, behind BASE, at GPT-2's shape, where a decode step is bytes and not calls
 SHAPED = {
@@ -206,7 +206,7 @@ def parts(arm):
 def trained(cfg, data, out_dir, arm, seed, iters, **more):
     """Train one arm with one seed in a process of its own -> the rows of its metrics."""
     files, flags = parts(arm)
-    more |= dict(eval_interval=50, eval_iters=1) if arm.startswith("branches") else {}     # for the plot
+    more |= dict(eval_interval=50, eval_iters=1) if arm.startswith("dendrites") else {}     # for the plot
     return trained_with(cfg, data, out_dir, files, flags, seed, iters or cfg.iters,
                         broken=arm if arm in BREAK else None, **more)
 

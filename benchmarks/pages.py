@@ -44,15 +44,15 @@ MECHANISMS = {
     "columns": Page(("columns", "columns*2", "columns*4", "columns+window+2:4"),
                     quality(r"dense|dense/4|columns(\*\d)?") | of_mlp("columns 3 of 32")
                     | at_gpt2s_shape("columns 3 of 32")),
-    "compartments": Page(("dendrites",), quality("dense|dendrites")),
+    "compartments": Page(("compartments",), quality("dense|compartments")),
     "experts": Page(("experts",), quality("dense|experts")),
     "mlp_predict": Page(("predict", "predict+window", "hierarchy+predict"),
                         quality("dense|predict") | of_mlp("predicted 20%")
                         | at_gpt2s_shape("predicted 20%")),
     "window": Page(("window", "predict+window", "osc+window", "columns+window+2:4"),
                    context("dense|window") | {"window_cpu.json": ".*"} | at_gpt2s_shape("window 128")),
-    "dendrites": Page(("branches", "branches1", "branches4"),
-                      context(r"dense|branches\d?") | at_gpt2s_shape("1 of 4 dendrites")),
+    "dendrites": Page(("dendrites", "dendrites1", "dendrites4"),
+                      context(r"dense|dendrites\d?") | at_gpt2s_shape("1 of 4 dendrites")),
     "hierarchy": Page(("hierarchy", "hierarchy+predict"),
                       context("dense|hierarchy") | at_gpt2s_shape("hierarchy 4")),
     "exits": Page(("exits",), {"depth_cpu.json": ".*"}),

@@ -70,8 +70,8 @@ def quality(cfg):
         for share in found[0]["policy"]:
             print(f"    {float(share):5.0%} of the units read: "
                   f"{statistics.fmean(run['policy'][share] for run in found):.4f}")
-    if cfg.plot and "branches" in runs:
-        draw_branches(cfg.plot, runs["branches"])
+    if cfg.plot and "dendrites" in runs:
+        draw_branches(cfg.plot, runs["dendrites"])
     elif cfg.plot:
         draw_quality(cfg.plot, runs)
     for arm, s in step.items():

@@ -417,11 +417,11 @@ def test_runs_of_an_earlier_record_that_was_trained_otherwise_are_not_kept(tmp_p
 
 @pytest.mark.slow
 def test_quality_gives_an_arm_its_twins_time_and_draws_closed_branches(tmp_path):
-    words = ["quality", "--iters=60", "--repeats=1", "--arms=dense,branches", "--plot=p.png",
-             "--equal_time=branches", "--config=config/compare_pylib.py,config/longer_context.py"]
+    words = ["quality", "--iters=60", "--repeats=1", "--arms=dense,dendrites", "--plot=p.png",
+             "--equal_time=dendrites", "--config=config/compare_pylib.py,config/longer_context.py"]
     record = record_of(run(tmp_path, *words))
-    assert list(record["runs"]) == ["dense", "branches", "branches, equal time"]
-    run_, longer = (record["runs"][arm][0] for arm in ("branches", "branches, equal time"))
+    assert list(record["runs"]) == ["dense", "dendrites", "dendrites, equal time"]
+    run_, longer = (record["runs"][arm][0] for arm in ("dendrites", "dendrites, equal time"))
     assert run_["iters"] == 60 and longer["iters"] != 60 and len(run_["open_branches"]) == 3
     assert (tmp_path / "p.png").stat().st_size > 1000
 
