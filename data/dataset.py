@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import numpy as np
 from configurator import ConfigError, close_match, require
 from data import inputs, vocabulary
 from data.tokenizer import TOKENIZERS, described, from_meta, is_decomposed, meta_of, require_same
+from training.processes import born, fate, machine
 
 DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
@@ -166,7 +166,8 @@ def missing_files(folder):
 # ------------------------------------------------------------------------------------------------------------
 # one preparation of a folder at a time
 
-LOCK = "preparing.lock"         # {"pid", "host", "start"} of the process that prepares the folder
+LOCK = "preparing.lock"         # which process prepares the folder
+SAYS = {"pid", "born", "host", "boot", "space", "machine"}
 BUSY = "is being prepared by process"
 HELD = set()                    # the locks of this process
 
@@ -191,8 +192,7 @@ def locked(folder):
     HELD.add(path)
     try:
         with os.fdopen(file, "w", encoding="utf-8") as stream:
-            pid, host = os.getpid(), socket.gethostname()
-            json.dump({"pid": pid, "host": host, "start": started(pid)}, stream)
+            json.dump({"pid": os.getpid(), "born": born(os.getpid()) or "", **machine()}, stream)
         yield
     finally:
         HELD.discard(path)
@@ -230,42 +230,11 @@ def remove_lock(path, owner):
 
 def runs(owner, path):
     """Whether the process that a lock names may still prepare; of another machine's that cannot be known."""
-    pid = owner.get("pid")
-    if owner.get("host") != socket.gethostname():
+    if not SAYS <= owner.keys() or type(owner["pid"]) is not int:
         return bool(owner)
-    if pid == os.getpid():
+    if owner["pid"] == os.getpid() and fate(owner) == "alive":
         return path in HELD
-    return type(pid) is int and pid > 0 and alive(pid) and started(pid) in (owner.get("start"), None)
-
-
-def alive(pid):
-    """Whether there is a process of this number."""
-    if os.name == "nt":
-        import ctypes
-        kernel = ctypes.windll.kernel32
-        handle = kernel.OpenProcess(0x100000, False, pid)                       # SYNCHRONIZE
-        waits = bool(handle) and kernel.WaitForSingleObject(handle, 0) == 0x102   # WAIT_TIMEOUT: it runs
-        if handle:
-            kernel.CloseHandle(handle)
-        return waits
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def started(pid):
-    """When a process began, in ticks since the machine did: the same number may be another process by now.
-    None where the system does not say it, -1 if the process has ended."""
-    try:
-        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = said.rpartition(")")[2].split()
-    return -1 if fields[0] in "ZX" else int(fields[19])
+    return fate(owner) != "gone"
 
 
 def wait_for_other(folder):

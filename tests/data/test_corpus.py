@@ -20,6 +20,7 @@ from test_data import script
 from configurator import ConfigError
 from data import corpus, dataset
 from data.tokenizer import ByteTokenizer, load
+from training import processes
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -687,12 +688,18 @@ def test_two_preparations_of_one_data_set_do_not_disturb_each_other(tmp_path, ca
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
 @pytest.mark.parametrize("owner, expected", [
-    ({"pid": 2**22 + 7}, "has ended: removed"), ({"pid": os.getpid(), "start": 1}, "has ended: removed"),
-    ({"pid": os.getppid(), "start": 1}, "has ended: removed"), ({}, "has ended: removed"),
-    ({"pid": os.getppid(), "start": dataset.started(os.getppid())}, "is being prepared by process"),
-    ({"pid": 2**22 + 7, "host": "another"}, "is being prepared by process 4194311 on another")], ids=str)
+    (lambda: {"pid": 2**22 + 7}, "has ended: removed"),
+    (lambda: {"pid": os.getpid(), "born": "1"}, "has ended: removed"),
+    (lambda: {"pid": os.getppid(), "born": "1"}, "has ended: removed"), (dict, "has ended: removed"),
+    (lambda: {"pid": os.getppid(), "born": processes.born(os.getppid())}, "is being prepared by process"),
+    (lambda: {"pid": 2**22 + 7, "host": "another", "boot": "other", "machine": ""},
+     "is being prepared by process 4194311 on another"),
+    (lambda: {"pid": 2**22 + 7, "boot": "before"},
+     "has ended: removed" if processes.machine()["machine"] else "is being prepared by process")],
+    ids=["gone", "own number", "number given again", "empty", "alive", "another host", "started again"])
 def test_two_preparations_are_told_apart_from_one_that_was_killed(tmp_path, capsys, case, owner, expected):
-    owner = {"host": socket.gethostname(), **owner} if owner else {}
+    owner = owner()
+    owner = {**processes.machine(), "born": "", **owner} if owner else {}
     (tmp_path / "preparing.lock").write_text(json.dumps(owner) if owner else "")
     refused = "is being" in expected
     splits = {"train": [[1] * 50], "val": [[2] * 50]}
