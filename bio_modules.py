@@ -146,7 +146,7 @@ def fours(select):
 
 
 class EventGate(nn.Module):
-    """A unit speaks only when |a| exceeds its own learned threshold: a * 1[|a| > theta].
+    """A unit fires only when |a| exceeds its own learned threshold: a * 1[|a| > theta].
 
     Thresholds learn through a kernel around theta (the JumpReLU estimator, 2407.14435; straight-through:
     1308.3432), here in log space, so that it fits any scale of a, and with tails: a rectangle leaves gates
@@ -312,7 +312,7 @@ def scaled(a, gates):
 class ColumnGate(Narrowing):
     """Which columns answer a token: (..., C) -> (..., N) gates, zero for all but the winners.
 
-    Column c hears r_c.x, less what the other active columns inhibit it by: s_c - sum_d S_cd relu(s_d), S >= 0
+    Column c gets r_c.x, less what the other active columns inhibit it by: s_c - sum_d S_cd relu(s_d), S >= 0
     with a zero diagonal (Carandini & Heeger 2012; local competition: Srivastava et al. 2013). The k largest
     win and answer with sigmoid(s). Their choice alone also sees a bias that the load moves: its gradient is
     the column's load above the mean, so an idle column's bias rises until it wins (2408.15664).
@@ -653,7 +653,7 @@ class BranchGate(nn.Module):
 class DendriticAttention(Stepwise, Attention):
     """Attention of dendritic neurons: each head's width in D branches, in one fused projection. A branch
     attends with its own part of query, key and value, passes a nonlinearity, and a gate of the token decides
-    whether the soma (c_proj) hears it (Poirazi, Brannon & Mel 2003; gated heads: 2210.05144).
+    whether the soma (c_proj) reads it (Poirazi, Brannon & Mel 2003; gated heads: 2210.05144).
 
     A decode step computes the queries, the attention and the part of c_proj of the open branches alone; keys
     and values are owed for all, because later tokens may look at them. Head h of branch d is d * n_head + h.
@@ -690,9 +690,9 @@ class DendriticAttention(Stepwise, Attention):
         q, k = self.to_heads(q, ctx), self.to_heads(k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
-        return self.resid_dropout(self.c_proj(self.heard(y, self.gate(x, ctx))))
+        return self.resid_dropout(self.c_proj(self.gated(y, self.gate(x, ctx))))
 
-    def heard(self, y, gates):
+    def gated(self, y, gates):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
         y = F.gelu(y.transpose(1, 2)).unflatten(2, (gates.size(-1), -1))
         return (y * gates[..., None, None]).flatten(2)
@@ -709,7 +709,7 @@ class DendriticAttention(Stepwise, Attention):
             y = kernels.attend_one(q, k, v, heads)
         else:
             y = self.attention(q, k[:, heads], v[:, heads], mask, 0.0)
-        y = self.heard(y, gates)
+        y = self.gated(y, gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
 
@@ -760,9 +760,9 @@ class Hourglass(nn.Module):
         return (groups * self.pool.to(x.dtype)).sum(dim=2)
 
     def spread_groups(self, said, T):
-        """What the groups said (B, n, C) -> what each of T tokens hears (B, T, C): zeros before the first."""
-        heard = (said.unsqueeze(2) * self.spread.to(said.dtype)).flatten(1, 2)
-        return F.pad(heard, (0, 0, self.every - 1, max(0, T - heard.size(1))))[:, :T]
+        """What the groups said (B, n, C) -> what each of T tokens gets (B, T, C): zeros before the first."""
+        spread = (said.unsqueeze(2) * self.spread.to(said.dtype)).flatten(1, 2)
+        return F.pad(spread, (0, 0, self.every - 1, max(0, T - spread.size(1))))[:, :T]
 
     def spread_one(self, said, phase):
         """The same for one token, `phase` tokens behind the group's last: an int, or (B,)."""
@@ -771,7 +771,7 @@ class Hourglass(nn.Module):
 
 class Exits(nn.Module):
     """Every token through every block, or fewer: after each layer of `exits` the model's own final norm and
-    head can already speak (LayerSkip, 2404.16710).
+    head can already answer (LayerSkip, 2404.16710).
 
     Training adds the exits' cross-entropies, each in proportion to its depth, and drops layers for whole
     sequences, late ones more often: layer_dropout for the last, nothing for the first. Beside the model, on

@@ -217,17 +217,17 @@ class Winners(NeuronMajor):
 
 
 class LargestInputs(NeuronMajor):
-    """A Linear that hears, of each token's inputs, the share `heard` with the largest |x|: the weights of the
+    """A Linear that reads, of each token's inputs, the share `share` with the largest |x|: the weights of the
     others are not read in a decode step (TEAL thresholds for this, 2408.14690; a fixed count is the same for
     every token)."""
 
     @staticmethod
     def check(c):
-        require(0 < c.attn_topk <= 1, f"attn_topk={c.attn_topk} must be in (0, 1]: the share of inputs heard")
+        require(0 < c.attn_topk <= 1, f"attn_topk={c.attn_topk} must be in (0, 1]: the share of inputs read")
 
-    def __init__(self, n_in, n_out, bias, std=0.02, heard=1.0):
+    def __init__(self, n_in, n_out, bias, std=0.02, share=1.0):
         super().__init__(n_in, n_out, bias, std)
-        self.k = max(1, round(heard * n_in))
+        self.k = max(1, round(share * n_in))
 
     def forward(self, x):
         return super().forward(kernels.keep_largest(x, self.k))
@@ -238,7 +238,7 @@ class LargestInputs(NeuronMajor):
 
 def attention_linear(config):
     """The same for attention's two projections."""
-    return partial(LargestInputs, heard=config.attn_topk) if config.attn_topk < 1 else linear(config)
+    return partial(LargestInputs, share=config.attn_topk) if config.attn_topk < 1 else linear(config)
 
 class Table(nn.Embedding):
     """Rows drawn by name (std 0.02)."""
@@ -522,7 +522,7 @@ class Attention(nn.Module):
         return self.rotate(self.normalise(t), ctx).transpose(1, 2)
 
     def attend(self, flat, ctx):
-        """Queries, keys and values (B, T, 3 C) -> what each token hears of those up to itself, (B, T, C)."""
+        """Queries, keys and values (B, T, 3 C) -> what each token attends to, (B, T, C)."""
         slot = ctx.slot(self.layer)
         return self.attend_all(flat, ctx) if slot is None else self.attend_one_token(flat, ctx, *slot)
 

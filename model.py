@@ -85,7 +85,7 @@ class GPTConfig:
     # --- the MLP's bio mechanisms ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
     mlp_topk_group: int = 0  # winners in groups of so many neighbours (4, mlp_topk=0.5: 2 of 4); 0: of all
-    event_gate: bool = False  # units speak only above a learned threshold of their own
+    event_gate: bool = False  # units fire only above a learned threshold of their own
     event_rate: float = 0.1  # the share of units that the event gates aim at
     event_cost: float = 0.1  # weight of that aim in the loss
     columns: int = 0  # cortical columns: the units in so many groups, gated before the up projection; 0: off
@@ -97,7 +97,7 @@ class GPTConfig:
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
     # --- attention's bio mechanisms ---
-    attn_topk: float = 1.0  # share of the inputs that attention's projections hear per token, the largest
+    attn_topk: float = 1.0  # share of the inputs that attention's projections read per token, the largest
     window: int = 0  # tokens that a local layer sees, itself included; 0: all layers see everything
     window_pattern: str = "SSSL"  # layers in turn: S sees the window, L everything
     dendrites: int = 0  # dendritic branches of each head, gated per token; 0: off

@@ -139,18 +139,18 @@ def trained_on(settings):
 def prompt_of(start):
     """The text of --start, read from a file or a pipe (/dev/stdin) after FILE:, without a byte order mark."""
     if not start.startswith("FILE:"):
-        return heard(start)
+        return checked_spelling(start)
     path = datasets.expanded(start.removeprefix("FILE:"))
     require(os.path.exists(path) and not os.path.isdir(path), f"start='{start}': {path} does not exist")
     try:
-        return heard(path.read_text(encoding="utf-8-sig"))
+        return checked_spelling(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         require(False, f"start='{start}': {path} cannot be read ({error.strerror})")
     except UnicodeDecodeError as error:
         require(False, f"start='{start}': {path} is not UTF-8 text (byte {error.start})")
 
 
-def heard(text):
+def checked_spelling(text):
     """The text as it is; a line says so where its letters are spelled in parts, which data seldom has."""
     if tokenizers.is_decomposed(text):
         print("note: start has letters that are spelled in parts (NFD, as macOS writes names); they are "

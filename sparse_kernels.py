@@ -847,7 +847,7 @@ def takes_attend_one(q, k, v, mask):
 
 
 def attention_one_reference(flat, kept, place, seen, rotation=None, eps=None, gain=None):
-    """What one new token hears, between attention's two projections: flat (1, 1, 3 H D), queries, keys and
+    """One new token between attention's two projections: flat (1, 1, 3 H D), queries, keys and
     values -> (1, 1, H D). Writes the token's keys and values at `place` of kept (2, 1, H, S, D), of which it
     sees the first `seen` columns. eps: queries and keys are normalised by their root mean square; rotation:
     cosines and signed sines, (1, 1, D), that turn them; gain (H,): of the queries.

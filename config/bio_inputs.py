@@ -1,4 +1,4 @@
-# Attention's projections hear the larger half of each token's inputs.
+# Attention's projections read the larger half of each token's inputs.
 # python train.py config/train_pylib.py config/bio_inputs.py
 out_dir = 'out-bio-inputs'
 attn_topk = 0.5

@@ -77,7 +77,7 @@ def save(checkpoint, path, keep=1):
 # -------------------------------------------------- the manifest --------------------------------------------
 
 MANIFEST = "manifest.json"
-NAMES = re.compile(r"ckpt(_last|-\d+)?\.pt")        # what a manifest may speak of, and a save may remove
+NAMES = re.compile(r"ckpt(_last|-\d+)?\.pt")        # what a manifest may list, and a save may remove
 ABOUT = ("run", "launch")                         # what a manifest takes over from its checkpoints
 VERIFIED = {}                                     # {path: SHA-256 of what this process wrote or read there}
 
@@ -201,7 +201,7 @@ def why_not(path, sha, found):
 
 
 def is_listed(path, found):
-    """Is the file one that the manifest speaks of? Without a manifest, or of another kind, all are."""
+    """Is the file one that the manifest lists? Without a manifest, or of another kind, all are."""
     return found is None or not NAMES.fullmatch(path.name) or path.name in [entry["file"] for entry in found]
 
 
@@ -301,7 +301,7 @@ def find(out_dir, resume=False):
 def read(place, device="cpu", resume=False, tries=20):
     """The best intact checkpoint of a run's folder, or the one file that is named -> (dict, its path).
 
-    What is damaged or of another run is told on stderr and left out; without any other a ConfigError says
+    What is damaged or of another run is named on stderr and left out; without any other a ConfigError says
     why. Copies by hand, which no manifest lists, come last; the one file that is named may be one. Where
     another process saves meanwhile, it is looked at again.
     """
@@ -315,11 +315,11 @@ def read(place, device="cpu", resume=False, tries=20):
             if not is_listed(path, found):
                 copied = hashes[path] in [entry["sha256"] for entry in found]
                 loaded = load(path, device, resume)
-                return told(loaded if named or copied else of_the_same_run(loaded, path, about), path, wrong,
-                            found if copied else None)
+                loaded = loaded if named or copied else of_the_same_run(loaded, path, about)
+                return with_notes(loaded, path, wrong, found if copied else None)
             bad = why_not(path, hashes[path], found) if path in hashes else None
             require(bad is None, bad)
-            return told(load(path, device, resume), path, wrong, found)
+            return with_notes(load(path, device, resume), path, wrong, found)
         except ConfigError as error:
             if tries and manifest(path.parent) != (found, about):
                 return read(place, device, resume, tries - 1)
@@ -328,7 +328,7 @@ def read(place, device="cpu", resume=False, tries=20):
                  if hashes[path] == entry["sha256"]]
     require(exchanged, "; ".join(wrong))
     path = max(exchanged)[1]
-    return told(load(path, device, resume), path, wrong, found)
+    return with_notes(load(path, device, resume), path, wrong, found)
 
 
 def to_go_on_from(out_dir):
@@ -363,7 +363,7 @@ def launch():
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def told(loaded, path, wrong, found):
+def with_notes(loaded, path, wrong, found):
     """-> (loaded, path), and on stderr what was wrong on the way there."""
     if wrong:
         note(f"{'; '.join(wrong)}. Going on with {path}, iteration {loaded.get('iter_num')}")

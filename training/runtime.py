@@ -214,7 +214,7 @@ def meeting_place(world, limit):
 
 def leave_lost_terminals():
     """Behind a SIGHUP: what would go to a terminal that has hung up goes nowhere. Writing there is an error,
-    and a run that ends has more to do than to be heard."""
+    and a run that ends has more to do than to print."""
     for number in (1, 2):
         try:
             lost = stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number)

@@ -318,11 +318,11 @@ def draw_losses(paths, axis, found, looks, cfg):
     ends, lines = {name: last_of(found[name]) for name in found}, {}
     with drawing(paths, columns=2, size=(10, 4.6)) as axes:
         for name in sorted(ends, key=ends.get):
-            (x, y), (at, heard) = (found[name][loss] for loss in LOSSES)
+            (x, y), (at, values) = (found[name][loss] for loss in LOSSES)
             raw = FAINT / len(found) ** 0.5 * bool(cfg.smooth)
             axes[0].plot(*thinned(x, y), color=looks[name]["color"], lw=0.6, alpha=raw)
             axes[0].plot(*thinned(x, smoothed(y, cfg.smooth)), lw=1.3, **looks[name])
-            lines[name], = axes[1].plot(at, heard, lw=1.3, marker="o", ms=2.5, **looks[name])
+            lines[name], = axes[1].plot(at, values, lw=1.3, marker="o", ms=2.5, **looks[name])
         for panel, title in zip(axes, LOSSES.values()):
             dress(panel, title, AXES[axis][1], yscale="log", ylabel="nats")
             panel.yaxis.set_major_locator(MaxNLocator(9))
