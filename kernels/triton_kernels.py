@@ -359,13 +359,13 @@ def largest_kernel(a, out, n, k, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     if KEEP:
         wide = tl.abs(wide)
     wide = tl.where(wide == 0.0, 0.0, wide)                     # -0 is 0
-    bits = wide.to(tl.int32, bitcast=True).to(tl.int64)
-    order = tl.where(bits < 0, -(bits & 2147483647) - 1, bits) + 2147483648     # rises with the number
+    bits = wide.to(tl.uint32, bitcast=True)
+    order = tl.where(wide < 0, bits ^ 4294967295, bits | 2147483648)   # rises with the number
     order = tl.where(wide != wide, 4294967295, order)
-    order = tl.where(here, order, -1)
-    edge = tl.zeros((), tl.int64)
+    order = tl.where(here, order, 0)                            # below -inf: what is not there is never chosen
+    edge = tl.zeros((), tl.uint32)
     for step in tl.static_range(32):
-        trial = edge + (1 << (31 - step))
+        trial = edge | (1 << (31 - step))
         edge = tl.where(tl.sum((order >= trial).to(tl.int32), axis=0) >= k, trial, edge)
     above = (order > edge).to(tl.int32)
     equal = (order == edge).to(tl.int32)
