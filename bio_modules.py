@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import require
 from decode.context import add_up
+from decode.engine import NotWritten
 from layers import (
     GELU,
     Attention,
@@ -48,6 +49,7 @@ class Oscillating(nn.Module):
     (..., units) -> (..., units). w and phi begin as BEGIN says, b = 0; vectors, so no weight decay.
     One such neuron can separate XOR (2108.12943; so can one GELU, tests/model/test_switches.py shows both).
     """
+    name = "osc"
     BEGIN = {"w": (1.0, 0.1), "phi": (0.0, 0.1)}              # mean and deviation of the normal distribution
 
     def __init__(self, units):
@@ -107,6 +109,9 @@ class TopK(Narrowing):
     def forward(self, a, ctx, rows=EVERY):
         return kernels.keep_largest(a, min(self.k, a.size(-1)))
 
+    def emit(self, p, a, size, units=None):
+        return p.largest(a, size, min(self.k, size))
+
 
 class GroupWinners(nn.Module):
     """Lateral inhibition in small columns: of every mlp_topk_group neighbours the share mlp_topk with the
@@ -131,6 +136,9 @@ class GroupWinners(nn.Module):
 
     def forward(self, a, ctx, rows=EVERY):
         return self.keep(a)
+
+    def emit(self, p, a, size, units=None):
+        return p.group_winners(a, size, self.group, self.k)
 
     def largest(self, a):
         return kernels.keep_largest_reference(a.unflatten(-1, (-1, self.group)), self.k).flatten(-2)
@@ -177,6 +185,9 @@ class EventGate(nn.Module):
         gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
         self.target(ctx, gate, gate)
         return a * gate.to(a.dtype)
+
+    def emit(self, p, a, size, units=None):
+        return p.event(a, size, (self.GAIN * self.threshold.float()).exp(), units)
 
 
 class Opened(torch.autograd.Function):
@@ -260,6 +271,31 @@ class MLP(Stepwise):
 
     def many(self, x, ctx):
         return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
+
+    def emit(self, p, x, onto):
+        """Append the MLP of x to a decode program -> `onto`, to which it is added."""
+        a = self.c_fc.emit(p, x, **self.activation(p))
+        return self.c_proj.emit(p, self.emit_select(p, a, self.c_proj.in_features), onto=onto)
+
+    def activation(self, p):
+        """Which activation a product ends with, for Program.linear."""
+        params = [p.vector(t) for t in (self.act.w, self.act.phi, self.act.b)] if self.act_is("osc") else ()
+        return dict(act=getattr(self.act, "name", "none"), params=params)
+
+    def act_is(self, name):
+        return getattr(self.act, "name", None) == name
+
+    def emit_select(self, p, a, size, units=None):
+        """Append the selector."""
+        return a if self.select is as_is else self.select.emit(p, a, size, units)
+
+    def emit_units(self, p, x, onto, units):
+        """Append the MLP of x through Listed units alone."""
+        if not self.sound():
+            raise NotWritten("weights that are not finite")
+        up, up_bias, down, down_bias = self.stored_by_unit()
+        a = p.linear(x, p.matrix(up, up_bias), units=units, **self.activation(p))
+        return p.rows_sum(self.emit_select(p, a, units.size, units), p.matrix(down, down_bias), onto, units)
 
     def few(self, x, ctx):
         """One token through one kernel, where that is written; more through the union of their units."""
@@ -357,6 +393,11 @@ class ColumnGate(Narrowing):
         """S (N, N) in fp32: what the activity of column d takes from column c."""
         return F.softplus(self.inhibition.float()).view_as(self.others) * self.others
 
+    def emit(self, p, x, width):
+        """Append the choice -> Listed units, `width` of each column that wins."""
+        scores = self.router.emit(p, x, own=True)
+        return p.columns(scores, self.total, self.k, width, self.inhibits(), self.balance)
+
     def one(self, ctx):
         """What a kernel chooses one token's columns by: router, S, balance. A decode step does not compute
         N * N softplus again."""
@@ -399,6 +440,9 @@ class Gathered(MLP):
     def __init__(self, config, layer, groups, width):
         super().__init__(config, layer, groups * width)
         self.groups, self.width = groups, width
+
+    def emit(self, p, x, onto):
+        return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
 
     def union(self, x, ctx):
         return self.live(x, ctx, *opened(self.gate(x, ctx), self.width))
@@ -590,6 +634,12 @@ class Predictive(MLP):
 
     ways = {False: exact, True: predicted}
 
+    def emit(self, p, x, onto):
+        if not p.choices.predict:
+            return super().emit(p, x, onto)
+        scores = self.guess.emit(p, self.sense.emit(p, x, own=True))
+        return self.emit_units(p, x, onto, p.choose(scores, self.guess.out_features, self.active))
+
     def few(self, x, ctx):
         if not ctx.choices.predict:
             return super().few(x, ctx)
@@ -722,6 +772,14 @@ def all_layers(blocks, x, ctx):
     """Every token through every block."""
     for block in blocks:
         x = block(x, ctx)
+    return x
+
+
+def emit_layers(blocks, p, x):
+    """The same of a decode program."""
+    for block in blocks:
+        p.module = f"layer {block.attn.layer}"
+        x = block.emit(p, x)
     return x
 
 

@@ -49,6 +49,10 @@ class Linear(nn.Linear):
     def forward(self, x):
         return project(x, self.matrix().to(x.dtype), cast(self.bias, x.dtype))
 
+    def emit(self, p, x, **options):
+        """Append the product with x to a decode program (decode/engine.py) -> where the result lies."""
+        return p.linear(x, p.matrix(self.matrix(), self.bias), **options)
+
     def matrix(self):
         """What inputs are multiplied by, (n_out, n_in)."""
         return self.weight
@@ -143,7 +147,7 @@ class Packed(nn.Module):
     def __init__(self, linear):
         super().__init__()
         values, meta = kernels.pack_24(kernels.prune_24(linear.weight.detach()))
-        self.act, self.bias = "none", linear.bias
+        self.act, self.bias, self.width = "none", linear.bias, linear.in_features
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
 
@@ -154,6 +158,10 @@ class Packed(nn.Module):
     def forward(self, x):
         bias = cast(self.bias, x.dtype)
         return kernels.linear_24(x, self.values.to(x.dtype), self.meta, bias, act=self.act)
+
+    def emit(self, p, x, act="none", **options):
+        matrix = p.packed(self.values, self.meta, self.bias, self.width)
+        return p.linear(x, matrix, act=act if self.act == "none" else self.act, **options)
 
     def some(self, x, rows):
         values, bias = self.values[rows].to(x.dtype), cast(self.bias, x.dtype)
@@ -205,6 +213,9 @@ class NeuronMajor(Linear):
             return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
         return super().forward(a)
 
+    def emit(self, p, a, onto=None, units=None):
+        return p.rows_sum(a, p.matrix(self.weight.t(), self.bias), onto, units, all=not self.sound())
+
 
 class Winners(NeuronMajor):
     """A NeuronMajor whose inputs are 2 of 4: where a card has sparse units, training multiplies on them."""
@@ -231,6 +242,9 @@ class LargestInputs(NeuronMajor):
 
     def forward(self, x):
         return super().forward(kernels.keep_largest(x, self.k))
+
+    def emit(self, p, x, **options):
+        return super().emit(p, p.largest(x, self.in_features, self.k), **options)
 
     def some(self, x, rows):
         return super().some(kernels.keep_largest(x, self.k), rows)
@@ -259,6 +273,10 @@ class Embedding(Table):
     def forward(self, idx, ctx):
         return F.embedding(idx, self.weight)
 
+    def emit(self, p, positions):
+        """Append the embedding of the token that is read, at its row of `positions` or None."""
+        return p.embed(self.weight, positions)
+
 
 class NgramEmbedding(Embedding):
     """Token embedding plus one row of a hashed table for each n-gram, 2 to ngram_order tokens long, that ends
@@ -279,6 +297,9 @@ class NgramEmbedding(Embedding):
         rows = torch.stack(keys, dim=-1).flatten(0, 1)
         return super().forward(idx, ctx) + F.embedding_bag(rows, self.ngrams, mode="sum").view(*idx.shape, -1)
 
+    def emit(self, p, positions):
+        return p.embed(self.weight, positions, self.ngrams, self.order)
+
 
 class LearnedPositions(Table):
     """GPT-2's table, one row per position, added to the token embedding."""
@@ -288,6 +309,12 @@ class LearnedPositions(Table):
 
     def forward(self, x, ctx):
         return x + self.weight[ctx.positions]
+
+    rotation = None                             # tables of a rotation of queries and keys
+
+    def table(self):
+        """What is added to the tokens' rows."""
+        return self.weight
 
     def note(self, ctx):
         """Tell blocks the positions; they need none: the stream knows."""
@@ -319,6 +346,13 @@ class RotaryPositions(nn.Module):
         self.cos, self.sin = [table.to(self.cos) for table in self.tables(len(self.cos))]
         return self
 
+    @property
+    def rotation(self):
+        return self.cos, self.sin
+
+    def table(self):
+        """Nothing is added to the tokens' rows."""
+
     def rotation_of(self, positions):
         return self.cos[positions], self.sin[positions]
 
@@ -345,6 +379,9 @@ class LayerNorm(nn.Module):
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x.dtype), 1e-5)
 
+    def emit(self, p, x):
+        return p.norm(x, len(self.weight), self.weight, self.bias, 1e-5)
+
 
 class RMSNorm(nn.Module):
     """RMSNorm with a gain; statistics in fp32 (1910.07467)."""
@@ -355,6 +392,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+
+    def emit(self, p, x):
+        return p.norm(x, len(self.weight), self.weight, None, 1e-6, by_root=True)
 
 
 def project(x, weight, bias):
@@ -542,6 +582,12 @@ class Attention(nn.Module):
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
         return y.transpose(1, 2).flatten(2)
 
+    def emit_attention(self, p, qkv):
+        """Append what `attend` computes of queries, keys and values."""
+        return p.attend(qkv, self.layer, self.heads, self.width, EPS if self.normalised else None,
+                        p.rotation if self.rotate is rotate else None,
+                        getattr(self.query_gain, "weight", None))
+
     def write_kv(self, x, ctx):
         """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""
         k, v = self.by_head(self.c_attn.some(x, slice(x.size(-1), None))).chunk(2, dim=2)
@@ -550,6 +596,7 @@ class Attention(nn.Module):
 
 class GELU(nn.Module):
     """GPT-2's activation in its exact form (1606.08415)."""
+    name = "gelu"
 
     def forward(self, x, rows=None):
         return F.gelu(x)
@@ -557,6 +604,7 @@ class GELU(nn.Module):
 
 class TanhGELU(nn.Module):
     """The approximation by tanh that OpenAI's GPT-2 was trained with (1606.08415)."""
+    name = "gelu_tanh"
 
     def forward(self, x, rows=None):
         return F.gelu(x, approximate="tanh")
@@ -564,6 +612,7 @@ class TanhGELU(nn.Module):
 
 class ReLU2(nn.Module):
     """max(x, 0) squared (2109.08668): cheap, and most units are exactly zero."""
+    name = "relu2"
 
     def forward(self, x, rows=None):
         return F.relu(x).square()

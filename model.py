@@ -18,7 +18,18 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
 import layers
-from bio_modules import ACTS, DEPTHS, MLP, MLPS, DendriticAttention, Halting, all_layers, selector
+import sparse_kernels as kernels
+from bio_modules import (
+    ACTS,
+    DEPTHS,
+    MLP,
+    MLPS,
+    DendriticAttention,
+    Halting,
+    all_layers,
+    emit_layers,
+    selector,
+)
 from configurator import ConfigError, require
 from decode import counters, sampling
 from decode.context import Choices, Context
@@ -188,6 +199,9 @@ class CausalSelfAttention(Attention):
     def forward(self, x, ctx):
         return self.resid_dropout(self.c_proj(self.attend(self.c_attn(x), ctx)))
 
+    def emit(self, p, x, onto):
+        return self.c_proj.emit(p, self.emit_attention(p, self.c_attn.emit(p, x)), onto=onto)
+
 
 class SwiGLU(nn.Module):
     """A gated MLP with a dense one's parameters: two thirds as many units, three matrices (2002.05202)."""
@@ -204,6 +218,11 @@ class SwiGLU(nn.Module):
     def forward(self, x, ctx):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
         return self.dropout(self.c_proj(self.select(F.silu(gate) * up, ctx)))
+
+    def emit(self, p, x, onto):
+        units = self.c_proj.in_features
+        a = p.swiglu(self.c_fc.emit(p, x), units)
+        return self.c_proj.emit(p, a if self.select is as_is else self.select.emit(p, a, units), onto=onto)
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
@@ -234,6 +253,12 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), ctx)
         x = x + self.mlp(self.ln_2(x), ctx)
         return self.adapt(x, ctx)
+
+    def emit(self, p, x):
+        """Append the block to a decode program -> where its result lies: in place of x."""
+        x = self.attn.emit(p, self.ln_1.emit(p, x), onto=x)
+        x = self.mlp.emit(p, self.ln_2.emit(p, x), onto=x)
+        return x if self.adapt is as_is else self.adapt.emit(p, x)
 
     def write_kv(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
@@ -358,6 +383,20 @@ class GPT(nn.Module):
     def trunk(self, idx, ctx):
         """Token ids (B, T) -> normalised states (B, T, C)."""
         return self.transformer.ln_f(self.depth_policy(self.blocks, self.embed(idx, ctx), ctx))
+
+    def emit(self, p):
+        """Append all ops of a decode step, from the token to its logits (decode/engine.py)."""
+        positions = self.transformer.wpe
+        p.rotation = positions.rotation
+        x = self.transformer.wte.emit(p, positions.table())
+        policy = self.depth_policy
+        x = emit_layers(self.blocks, p, x) if policy is all_layers else policy.emit(self.blocks, p, x)
+        p.module = "head"
+        x = self.transformer.ln_f.emit(p, x)
+        matrix = p.matrix(self.lm_head.weight[:p.ids])
+        screens = self.config.screen and p.rows == 1 and p.wants and p.wants < p.ids
+        copy = screens and p.cache.copy_of(self.lm_head, partial(kernels.copy_in_8_bits, self.lm_head.weight))
+        p.logits(x, matrix, self.config.softcap, copy or None)
 
     def embed(self, idx, ctx):
         """Token ids (B, T) -> what enters the first block (B, T, C)."""

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError, require
+from decode import engine
 from decode.context import Cache, CachedContext, take_tokens
 
 COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
@@ -49,6 +50,11 @@ class Sampler:
     def wants(self):
         """How many of the largest logits decide what is drawn; None: all of them may."""
         return None if self.repetition_penalty != 1.0 else 1 if self.greedy else self.top_k
+
+    @property
+    def follows(self):
+        """Is the next id the largest logit's, whatever the row holds? Then the decode engine finds it."""
+        return self.greedy and self.repetition_penalty == 1.0 and type(self) is Sampler
 
     @property
     def greedy(self):
@@ -124,21 +130,45 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens), choices)
     step = Step(model, cache, history) if replays(model, idx.device) else None
+    program = engine.program_of(model, cache, min(V, sampler.vocab_size or V), sampler.wants(), idx.device)
     for module in model.modules() if step else ():         # a recorded step may not ask a GPU what it holds
         getattr(module, "sound", bool)()
-    ids = min(V, sampler.vocab_size or V)
+    ids, made = min(V, sampler.vocab_size or V), 0
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
-    for _ in range(max_new_tokens):
+    while made < max_new_tokens:
         for row, (first, end) in enumerate(zip(firsts, ends)):
             if end - first > block:
                 firsts[row], cached = end - keep, False
+        if program and cached:
+            steps = min(max_new_tokens - made, *(first + block - end + 1 for first, end in zip(firsts, ends)))
+            yield from run(program, history, firsts, ends, steps, sampler, seen)
+            ends, made = [end + steps for end in ends], made + steps
+            continue
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
-        cached = True
+        cached, made = True, made + 1
         token = sampler(model.largest(states, sampler.wants(), ids, cache), seen[:, :ids])
         history[rows, column(ends, idx.device)] = token
         seen.scatter_(1, token, True)
         ends = [end + 1 for end in ends]
+        yield token
+
+
+def run(program, history, firsts, ends, steps, sampler, seen):
+    """Yield the next `steps` ids (B, 1) by the decode engine, see stream; no row's window overflows."""
+    program.begin(history, firsts, ends)
+    at, rows = torch.tensor(ends)[:, None], torch.arange(len(ends))[:, None]
+    alike, ids, first = len(set(ends)) == 1, program.ids, ends[0]
+    for made in range(steps):
+        logits = program.step()
+        if sampler.follows:
+            program.follow() or finite(logits)
+            here = first + made
+            yield history[:, here:here + 1] if alike else history.gather(1, at + made)
+            continue
+        token = sampler(logits.clone(), seen[:, :ids])
+        history[rows, at + made] = token
+        seen.scatter_(1, token, True)
         yield token
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu_typed.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu_typed.c", "step.c")]
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -39,6 +39,8 @@ def cpu_library():
         return None, f"no C kernels: {compiler} did not build them ({type(error).__name__})"
     except OSError as error:
         return None, f"no C kernels: they could not be built or loaded ({error})"
+    for call in (library.step, library.follow):
+        call.argtypes = [ctypes.c_void_p]
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
@@ -115,7 +117,8 @@ def build(compiler, flags, path):
         unit, library = (Path(work) / name for name in ("kernels.o", "kernels.so"))
         run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
         run([compiler, *flags, "-fopenmp", "-c", str(SOURCES[0]), "-o", str(unit)])
-        run([compiler, *flags, "-shared", str(unit), "-o", str(library), "-lm"])     # OpenMP: PyTorch's
+        libraries = "-lm", "-lpthread"                                           # OpenMP: PyTorch's
+        run([compiler, *flags, "-shared", str(unit), "-o", str(library), *libraries])
         content = library.read_bytes()
         library.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(library, path)

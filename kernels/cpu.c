@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #define FETCH(p) __builtin_prefetch(p, 0, 2)     /* into the second-level cache, where more misses can wait */
 #define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
 #ifdef __AVX512F__
@@ -121,6 +122,17 @@ static inline float tanh_of(float x) {                          /* 1 - 2 / (e^2|
     float near = a * (1 + q * (-3.3333333e-1f + q * (1.3333333e-1f - q * 5.3968254e-2f)));
     float t = a < 0.1f ? near : far;
     return x != x ? x : x < 0 ? -t : t;
+}
+
+/* e^x to 2e-7 where |x| < 87, without a branch; NaN stays NaN */
+static inline float exp_of(float x) {
+    float y = x < -87 ? -87 : x > 87 ? 87 : x;
+    union { float f; uint32_t u; } t = { y * 1.44269504f + 12582912.0f }, two;
+    float k = t.f - 12582912.0f, r = (y - k * 0.693145752f) - k * 1.42860677e-6f;
+    float e = 1 + r * (1 + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333333e-3f
+              + r * 1.3888889e-3f)))));
+    two.u = (t.u + 127) << 23;
+    return e * two.f;
 }
 
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
@@ -271,3 +283,4 @@ int picks(void) {
 #define TYPE uint16_t                            /* the bits of a bf16 */
 #define NAME bf16
 #include "cpu_typed.c"
+#include "step.c"

@@ -201,6 +201,48 @@ static void OF(query)(const TYPE *Q, const TYPE *K, const TYPE *V, TYPE *y, long
     RELEASE(sums);
 }
 
+/* y = softmax(q . K / sqrt(D)) V of one query of floats over S keys and values, (S, D) each; score: S floats */
+static void OF(look)(const float *restrict q, const TYPE *restrict K, const TYPE *restrict V,
+                      float *restrict y, float *restrict score, long S, long D) {
+    float scale = 1.0f / sqrtf((float)D), top = -INFINITY, total = 0;
+    long j = 0;
+    for (; j + 4 <= S; j += 4) {
+        const TYPE *k = K + j * D;
+        float a = 0, b = 0, c = 0, e = 0;
+        #pragma omp simd reduction(+:a, b, c, e)
+        for (long d = 0; d < D; d++) {
+            a += q[d] * OF(up)(k[d]);
+            b += q[d] * OF(up)(k[d + D]);
+            c += q[d] * OF(up)(k[d + 2 * D]);
+            e += q[d] * OF(up)(k[d + 3 * D]);
+        }
+        score[j] = scale * a;
+        score[j + 1] = scale * b;
+        score[j + 2] = scale * c;
+        score[j + 3] = scale * e;
+    }
+    for (; j < S; j++) {
+        float a = 0;
+        #pragma omp simd reduction(+:a)
+        for (long d = 0; d < D; d++) a += q[d] * OF(up)(K[j * D + d]);
+        score[j] = scale * a;
+    }
+    #pragma omp simd reduction(max:top)
+    for (j = 0; j < S; j++) top = score[j] > top ? score[j] : top;
+    #pragma omp simd reduction(+:total)
+    for (j = 0; j < S; j++) total += score[j] = exp_of(score[j] - top);
+    for (long d = 0; d < D; d++) y[d] = 0;
+    for (j = 0; j + 4 <= S; j += 4) {
+        const TYPE *v = V + j * D;
+        #pragma omp simd
+        for (long d = 0; d < D; d++)
+            y[d] += score[j] * OF(up)(v[d]) + score[j + 1] * OF(up)(v[d + D])
+                  + score[j + 2] * OF(up)(v[d + 2 * D]) + score[j + 3] * OF(up)(v[d + 3 * D]);
+    }
+    for (; j < S; j++) for (long d = 0; d < D; d++) y[d] += score[j] * OF(up)(V[j * D + d]);
+    for (long d = 0; d < D; d++) y[d] /= total;
+}
+
 /* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
    of head heads[h], or h */
 void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long *heads, long B, long H,

@@ -362,7 +362,7 @@ def largest_kernel(a, out, n, k, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     bits = wide.to(tl.uint32, bitcast=True)
     order = tl.where(wide < 0, bits ^ 4294967295, bits | 2147483648)   # rises with the number
     order = tl.where(wide != wide, 4294967295, order)
-    order = tl.where(here, order, 0)                            # below -inf: what is not there is never chosen
+    order = tl.where(here, order, 0)                            # what is not there is below -inf
     edge = tl.zeros((), tl.uint32)
     for step in tl.static_range(32):
         trial = edge | (1 << (31 - step))

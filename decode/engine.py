@@ -1,0 +1,349 @@
+"""The decode engine: a model becomes a flat list of ops, which one C call runs for one token of every row.
+
+Modules write their part of a Program themselves: `emit(p, x)` beside `forward(x, ctx)` appends ops and
+returns where the result lies. What an op computes is said here, beside the method that appends it;
+kernels/step.c runs it. Prompts run through `forward`, and leave keys and values in the Cache that the ops
+read and write.
+"""
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+import sparse_kernels as kernels
+from kernels.build import cpu_library
+
+ROWS = 8                                         # of a batch, as in step.c
+KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
+CODES = {name: code for code, name in enumerate((
+    "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
+    "columns", "choose", "softcap", "best", "bounds", "screened"))}
+ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
+LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+class NotWritten(Exception):
+    """A module that has no ops, or a call that ops are not written for: `forward` decodes it."""
+
+
+class MatrixC(ctypes.Structure):
+    _fields_ = [("kind", LONG), ("rows", LONG), ("width", LONG), ("stride", LONG), ("data", POINTER),
+                ("scale", POINTER), ("scale_stride", LONG), ("bias", POINTER)]
+
+
+class OpC(ctypes.Structure):
+    _fields_ = [("code", LONG), ("meets", LONG), ("act", LONG), ("all", LONG), ("in", LONG), ("out", LONG),
+                ("onto", LONG), ("list", LONG), ("by", LONG), ("n", LONG * 8), ("f", FLOAT * 4),
+                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("ticks", LONG)]
+
+
+class ProgramC(ctypes.Structure):
+    _fields_ = [("ops", POINTER), ("count", LONG), ("rows", LONG), ("threads", LONG), ("rounds", LONG),
+                ("watched", LONG), ("shared", POINTER), ("own", POINTER), ("own_size", LONG),
+                ("scratch", POINTER), ("scratch_size", LONG), ("ids", POINTER * ROWS),
+                ("columns", LONG * ROWS), ("best", LONG * ROWS)]
+
+
+class Value(NamedTuple):
+    """A vector of `size` floats for each row: one of all threads, or each thread's own."""
+    place: int
+    size: int
+    own: bool
+
+
+class Matrix(NamedTuple):
+    """Rows of weights as an op reads them, and the tensors that hold them. bytes, macs: of one row."""
+    c: MatrixC
+    bytes: int
+    macs: int
+
+
+class Listed(NamedTuple):
+    """Units that a step has chosen: their numbers, at most `size`; a factor for each, or None."""
+    list: Value
+    by: Value | None
+    size: int
+
+
+class Program:
+    """The ops of a model's decode step over a Cache, for `rows` rows at columns of their own."""
+
+    def __init__(self, model, cache, ids, wants, threads=None):
+        """ids: how many of the vocabulary's ids logits are computed for; wants: see Sampler.wants. NotWritten
+        where the model has a module that has no ops."""
+        self.cache, self.choices = cache, cache.choices
+        self.rows, self.dtype = cache.layers[0].size(1), cache.layers[0].dtype
+        self.ids, self.wants = ids, wants
+        if self.rows > ROWS or self.dtype not in KINDS:
+            raise NotWritten(f"{self.rows} rows in {self.dtype}")
+        self.kept, self.ops, self.work, self.names = [], [], [], []
+        self.shared = self.own = 0
+        self.scratch = 1024
+        self.written, self.looked_at = set(), set()
+        self.every = 1
+        self.module = ""
+        self.threads = threads or torch.get_num_threads()
+        self.c = ProgramC(rows=self.rows, threads=self.threads, rounds=self.dtype == torch.bfloat16)
+        model.emit(self)
+        self.finish()
+
+    # ------------------------------------------------ values, vectors, matrices
+
+    def value(self, size, own=False):
+        """Room for `size` floats of each row."""
+        size, place = -(-size // 16) * 16 if self.rows == 1 else size, self.own if own else self.shared
+        floats = -(-size * self.rows // 16) * 16
+        if own:
+            self.own += floats
+        else:
+            self.shared += floats
+        return Value(place, size, own)
+
+    def keep(self, tensor):
+        """A tensor that lives as long as the program -> its address."""
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def vector(self, tensor):
+        """A parameter as floats, rounded as the stream's dtype stores it -> its address; None stays None."""
+        if tensor is None:
+            return None
+        return self.keep(tensor.detach().to(self.dtype).float().contiguous())
+
+    def floats(self, tensor):
+        """A tensor as floats -> its address."""
+        return self.keep(tensor.detach().float().contiguous())
+
+    def matrix(self, weight, bias=None):
+        """weight (rows, width) -> Matrix; what is neither contiguous nor of the stream's dtype is copied."""
+        weight = weight.detach().to(self.dtype).contiguous()
+        rows, width = weight.shape
+        size = width * weight.element_size()
+        c = MatrixC(kind=KINDS[self.dtype], rows=rows, width=width, stride=size, data=self.keep(weight),
+                    bias=self.vector(bias))
+        return Matrix(c, size, width)
+
+    def packed(self, values, meta, bias, width):
+        """2:4 weights as pack_24 gives them -> Matrix."""
+        values = values.detach().to(self.dtype).contiguous()
+        c = MatrixC(kind=2 + KINDS[self.dtype], rows=len(values), width=width, stride=values[0].nbytes,
+                    data=self.keep(values), scale=self.keep(meta.contiguous()), scale_stride=meta[0].nbytes,
+                    bias=self.vector(bias))
+        return Matrix(c, values[0].nbytes + meta[0].nbytes, width // 2)
+
+    # ------------------------------------------------ ops
+
+    def add(self, code, reads=(), writes=(), scratch=0, n=(), f=(), p=(), matrix=None, counts=None, **fields):
+        """Append an op. reads, writes: values. Threads meet before it where it reads what another has
+        written since they met, or writes what another may still read. counts: (multiply-adds, bytes) of a
+        step, or of each row of the matrix that it turns out to read (a string says so)."""
+        reads, writes = ({v for v in some if v is not None and not v.own} for some in (reads, writes))
+        meets = bool(reads & self.written or writes & (self.written | self.looked_at))
+        if meets:
+            self.written, self.looked_at = set(), set()
+        self.written |= writes
+        self.looked_at |= reads
+        op = OpC(code=CODES[code], meets=meets, n=(*n,), f=(*f,), p=(*p,),
+                 **{"act": ACTS["none"], "in": -1, "out": -1, "onto": -1, "list": -1, "by": -1} | {
+                     key: place(v) if isinstance(v, Value) else v for key, v in fields.items()
+                     if v is not None})
+        if matrix is not None:
+            op.w = matrix.c
+        self.ops.append(op)
+        self.work.append(counts or (0, 0))
+        self.names.append(f"{code} {self.module}".strip())
+        self.scratch = max(self.scratch, scratch)
+
+    def embed(self, table, positions=None, ngrams=None, order=0):
+        """The token's row of `table` (V, C), plus its column's of `positions`, plus those of its n-grams."""
+        matrix = self.matrix(table)
+        C = matrix.c.width
+        tables = [None if t is None else self.keep(t.detach().to(self.dtype).contiguous())
+                  for t in (positions, ngrams)]
+        x = self.value(C)
+        self.add("embed", (), (x,), 4 * C, (self.dtype == torch.bfloat16,
+                 0 if ngrams is None else len(ngrams), order), (), tables, matrix, out=x)
+        return x
+
+    def norm(self, x, size, gain=None, bias=None, eps=1e-5, by_root=False):
+        """x by its mean and deviation, or by its root mean square; times gain, plus bias."""
+        y = self.value(size, own=True)
+        self.add("norm", (x,), (y,), 0, (size, by_root), (eps,), (self.vector(gain), self.vector(bias)),
+                 **{"in": x, "out": y})
+        return y
+
+    def linear(self, x, matrix, act="none", params=(), onto=None, units=None, own=False, blocks=0):
+        """act(matrix . x + bias), times the units' factors, plus `onto` (in whose place it is written).
+        units: a Listed; of its rows alone. blocks: so many rows of the matrix in turn meet a part of x
+        each. params: addresses of an osc's w, phi and b."""
+        most = units.size if units else matrix.c.rows
+        y = onto or self.value(most, own)
+        by = units and units.by
+        rows, K = self.rows, matrix.c.width
+        wide = K * (matrix.c.rows // blocks) if blocks else K
+        each = matrix.macs, matrix.bytes
+        counts = ("read", *each) if units else (self.rows * matrix.c.rows * matrix.macs,
+                                                matrix.c.rows * matrix.bytes)
+        scratch = rows * (4 * wide + 64 * (wide // K) + 4 * most) + 64
+        self.add("linear", (x, onto, units and units.list, by), (y,), scratch,
+                 (most, blocks, wide if blocks else 0), (), params, matrix, counts, act=ACTS[act],
+                 list=units and units.list, by=by, onto=onto, **{"in": x, "out": y})
+        return y
+
+    def rows_sum(self, a, matrix, onto=None, units=None, all=False):
+        """The sum of the matrix's rows (one a unit) of those units whose a is not zero, times a; plus bias
+        and onto. all: rows of zeros are read too, which shows what is not finite in them."""
+        y = onto or self.value(matrix.c.width)
+        most = units.size if units else matrix.c.rows
+        self.add("rows_sum", (a, onto, units and units.list), (y,),
+                 12 * most + 4 * matrix.c.width + 256, (most,), (), (), matrix,
+                 ("read", matrix.macs, matrix.bytes), all=all, list=units and units.list, onto=onto,
+                 **{"in": a, "out": y})
+        return y
+
+    def largest(self, x, size, k):
+        """x with all but the k largest |x| at zero, of equal ones the first."""
+        if k >= size:
+            return x
+        y = self.value(size, own=True)
+        self.add("largest", (x,), (y,), 4 * size, (size, k), **{"in": x, "out": y})
+        return y
+
+    def group_winners(self, x, size, group, k):
+        """x with all but the k largest |x| of every `group` neighbours at zero."""
+        y = self.value(size, own=True)
+        self.add("group_winners", (x,), (y,), 0, (size, group, k), **{"in": x, "out": y})
+        return y
+
+    def event(self, x, size, thresholds, units=None):
+        """x where |x| exceeds its unit's threshold, else zero."""
+        y = self.value(size, own=True)
+        self.add("event", (x, units and units.list), (y,), 0, (size,), (), (self.floats(thresholds),),
+                 list=units and units.list, **{"in": x, "out": y})
+        return y
+
+    def swiglu(self, x, size):
+        """silu(first half) * second half of x."""
+        y = self.value(size)
+        self.add("swiglu", (x,), (y,), 0, (size,), **{"in": x, "out": y})
+        return y
+
+    def attend(self, qkv, layer, heads, width, eps, rotation, gain):
+        """Attention of queries, keys and values (3, heads, width) over the cache of a layer, to which it adds
+        keys and values. eps: of the norm of queries and keys, or None; rotation: tables of cosines and sines,
+        or None; gain: of each head, or None."""
+        kept, y = self.cache.layers[layer], self.value(heads * width)
+        size = kept.size(3)
+        cos, sin = rotation or (None, None)
+        self.add("attend", (qkv,), (y,), 4 * (3 * width + size + 64), (heads, width, size, self.every,
+                 self.dtype == torch.bfloat16), (-1.0 if eps is None else eps,),
+                 (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
+                 **{"in": qkv, "out": y})
+        return y
+
+    def columns(self, scores, count, k, width, inhibits, balance):
+        """The k of `count` columns that win under lateral inhibition -> Listed units, `width` a column."""
+        chosen = self.listed(k * width)
+        self.add("columns", (scores,), (), 8 * count, (count, k, width), (),
+                 (self.floats(inhibits), self.floats(balance)), list=chosen.list, by=chosen.by,
+                 **{"in": scores})
+        return chosen
+
+    def choose(self, scores, count, k):
+        """The k of `count` units with the largest scores -> Listed."""
+        chosen = Listed(self.value(k + 1, own=True), None, k)
+        self.add("choose", (scores,), (), 8 * count, (count, k), list=chosen.list, **{"in": scores})
+        return chosen
+
+    def listed(self, most):
+        """Room for a list of units and their factors."""
+        return Listed(self.value(most + 1, own=True), self.value(most, own=True), most)
+
+    def logits(self, x, matrix, cap, copy=None):
+        """The head: logits of `ids` ids, bounded by cap (0: not); behind it the largest one's id. copy: the
+        head in 8 bits (kernels.copy_in_8_bits), of which a step looks at the rows that can win."""
+        if copy is None:
+            y = self.linear(x, matrix)
+        else:
+            y, bounds = self.value(self.ids), self.value(2 * self.ids)
+            q, scale, error = copy
+            K = matrix.c.width
+            self.add("bounds", (x,), (bounds,), 0, (), (kernels.ROUND[self.dtype],),
+                     (self.keep(q), self.keep(scale), self.keep(error)), matrix,
+                     (self.rows * self.ids * K, self.rows * self.ids * K), by=bounds, **{"in": x})
+            self.add("screened", (x, bounds), (y,), 4 * K + 64 + 4 * self.ids, (self.wants,), (), (), matrix,
+                     ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
+        if cap:
+            self.add("softcap", (), (y,), 0, (self.ids,), (cap,), out=y)
+        self.add("best", (y,), (), 0, (self.ids,), **{"in": y})
+        self.answer = y
+        return y
+
+    # ------------------------------------------------ running
+
+    def finish(self):
+        """Give values their memory."""
+        self.table = (OpC * len(self.ops))(*self.ops)
+        self.scratch = -(-self.scratch // 64) * 64
+        memory = [torch.zeros(size // 4 + 32) for size in (4 * self.shared, 4 * self.own * self.threads,
+                                                           self.scratch * self.threads)]
+        self.kept += memory
+        self.c.ops, self.c.count = ctypes.addressof(self.table), len(self.ops)
+        shared, own, scratch = ((t.data_ptr() + 63) // 64 * 64 for t in memory)
+        self.c.shared, self.c.own, self.c.scratch = shared, own, scratch
+        self.c.own_size, self.c.scratch_size = self.own, self.scratch
+        start = (shared - memory[0].data_ptr()) // 4 + self.answer.place
+        flat = memory[0][start:start + self.rows * self.answer.size]
+        self.out = flat.view(self.rows, self.answer.size)[:, :self.ids]
+        self.address = ctypes.addressof(self.c)
+        self.run, self.write = cpu_library()[0].step, cpu_library()[0].follow
+
+    def begin(self, history, firsts, ends):
+        """The next step reads the ids at columns ends - 1 of history (B, N) int64, whose windows begin at
+        `firsts`; those behind it read the columns that follow."""
+        start, length = history.data_ptr(), 8 * history.size(1)
+        for row, (first, end) in enumerate(zip(firsts, ends)):
+            self.c.ids[row] = start + row * length + 8 * first
+            self.c.columns[row] = end - 1 - first
+
+    def step(self):
+        """Read the next id of every row -> logits (B, ids) in fp32, valid until the next step."""
+        if kernels.tally is None:
+            self.run(self.address)
+        else:
+            self.count(kernels.tally)
+        return self.out
+
+    def follow(self):
+        """Let the next step read the ids with the largest logits of this one, written behind those that were
+        read -> are they all finite?"""
+        return self.write(self.address)
+
+    def count(self, tally):
+        """Run a step and add what it has executed to a kernels.Tally."""
+        before = [op.read for op in self.table]
+        self.run(self.address)
+        for op, read, (macs, size, *more) in zip(self.table, before, self.work):
+            rows = op.read - read if macs == "read" else 1
+            macs, size = (size, *more) if macs == "read" else (macs, size)
+            tally.macs += rows * macs
+            tally.bytes += rows * size
+
+
+WAITING = "compartments", "experts", "dendrites", "adapters", "hierarchy", "exits", "ponder"
+
+
+def place(value):
+    return 2 * value.place + value.own
+
+
+def program_of(model, cache, ids, wants, device):
+    """A model's Program over a cache, or None where `forward` decodes: another device, no C kernels, or a
+    module without ops."""
+    if (device.type != "cpu" or cpu_library()[0] is None
+            or any(getattr(model.config, flag) for flag in WAITING)):
+        return None
+    try:
+        return Program(model, cache, ids, wants)
+    except NotWritten:
+        return None

@@ -1,0 +1,805 @@
+/* A decode step as a program: a flat list of ops, run for one token of each of up to ROWS rows of a batch by
+   one call. decode/engine.py writes programs and says what each op computes. Included by cpu.c.
+
+   Values are vectors of floats, (rows, n). A `shared` one exists once: the threads divide the work of the op
+   that writes it. An `own` one exists once a thread: each computes all of it, because a small result costs
+   less twice than a meeting of threads. Threads meet where an op says so. */
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+#define ROWS 8                                   /* of a batch */
+#define MANY 64                                  /* threads */
+
+enum kind { IS_F32, IS_BF16, IS_KEPT_F32, IS_KEPT_BF16 };
+
+struct matrix {                                  /* one row for each output, or each unit */
+    int64_t kind, rows, width, stride;           /* stride: bytes from row to row */
+    const char *data;
+    const void *scale;                           /* what else the kind has: 2:4's places */
+    int64_t scale_stride;
+    const float *bias;
+};
+
+struct op {
+    int64_t code, meets, act, all;               /* meets: threads wait for each other first; all: zeros too */
+    int64_t in, out, onto, list, by;             /* values: 2 * offset + is it own; -1 where there is none */
+    int64_t n[8];
+    double f[4];
+    const void *p[10];
+    struct matrix w;
+    int64_t read;                                /* rows of w that were read, all calls, where that varies */
+    int64_t ticks;                               /* nanoseconds of all calls, where the program is watched */
+};
+
+struct program {
+    struct op *ops;
+    int64_t count, rows, threads, rounds, watched;      /* rounds: to bf16, what a prompt would store */
+    float *shared, *own;
+    int64_t own_size;                            /* floats of a thread */
+    char *scratch;
+    int64_t scratch_size;                        /* bytes of a thread */
+    int64_t *ids[ROWS];                          /* row by row: ids that were read, and are to be read */
+    int64_t columns[ROWS];                       /* of the token to be read, row by row */
+    int64_t best[ROWS];                          /* the largest logit's id; -1: it is not finite */
+};
+
+struct thread { struct program *program; long number, threads; float *own; char *scratch; };
+
+static inline float *at(const struct thread *me, int64_t value) {
+    return (value & 1 ? me->own : me->program->shared) + (value >> 1);
+}
+
+/* the part of 0..n that is this thread's of an op that writes `out`, in units of `unit` */
+static inline void part(const struct thread *me, int64_t out, long n, long unit, long *from, long *to) {
+    long all = (n + unit - 1) / unit, t = out & 1 ? 0 : me->number, of = out & 1 ? 1 : me->threads;
+    *from = all * t / of * unit;
+    *to = all * (t + 1) / of * unit;
+    *to = *to < n ? *to : n;
+}
+
+/* ------------------------------------------------ threads ------------------------------------------------
+   Workers of one process, which spin for some microseconds for the next step and then sleep: on a machine with
+   other work a step loses its share and no more. One step at a time has them; another, beside it, runs alone. */
+#define SPINS 4000
+
+static struct pool {
+    pthread_mutex_t lock;
+    pthread_t worker[MANY];
+    long started, threads;                       /* workers; threads of the step that runs */
+    struct program *job;
+    void (*run)(struct program *, long, long);
+    uint32_t turn, gate, arrived, asleep, since[MANY];          /* since: the turn that a worker began behind */
+    pid_t process;
+} pool = { .lock = PTHREAD_MUTEX_INITIALIZER };
+
+static inline void idle(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* until *word is not `old` */
+static void await(uint32_t *word, uint32_t old) {
+    for (long i = 0; i < SPINS; i++) {
+        if (__atomic_load_n(word, __ATOMIC_ACQUIRE) != old) return;
+        idle();
+    }
+    __atomic_fetch_add(&pool.asleep, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(word, __ATOMIC_SEQ_CST) == old)
+#ifdef __linux__
+        syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, 0, 0, 0);
+#else
+        sched_yield();
+#endif
+    __atomic_fetch_sub(&pool.asleep, 1, __ATOMIC_SEQ_CST);
+}
+
+static void announce(uint32_t *word) {
+    __atomic_fetch_add(word, 1, __ATOMIC_SEQ_CST);
+#ifdef __linux__
+    if (__atomic_load_n(&pool.asleep, __ATOMIC_SEQ_CST)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, MANY, 0, 0, 0);
+#endif
+}
+
+static void meet(const struct thread *me) {
+    if (me->threads == 1) return;
+    uint32_t gate = __atomic_load_n(&pool.gate, __ATOMIC_ACQUIRE);
+    if (__atomic_fetch_add(&pool.arrived, 1, __ATOMIC_ACQ_REL) == (uint32_t)me->threads - 1) {
+        __atomic_store_n(&pool.arrived, 0, __ATOMIC_RELAXED);
+        announce(&pool.gate);
+    } else await(&pool.gate, gate);
+}
+
+static void *work(void *number) {
+    long t = (long)number;
+    uint32_t turn = pool.since[t];
+    for (;;) {
+        await(&pool.turn, turn);
+        turn = __atomic_load_n(&pool.turn, __ATOMIC_ACQUIRE);
+        if (t < pool.threads) pool.run(pool.job, t, pool.threads);
+    }
+    return 0;
+}
+
+/* run(job, t, threads) on every thread t; alone where the workers are busy or cannot be started. A process
+   that was forked has no workers yet. */
+static void together(struct program *job, void (*run)(struct program *, long, long), long threads) {
+    threads = threads < MANY ? threads : MANY;
+    if (threads > 1 && pool.process != getpid()) {
+        if (pool.process) pool = (struct pool) { .lock = PTHREAD_MUTEX_INITIALIZER };
+        pool.process = getpid();
+    }
+    if (threads <= 1 || pthread_mutex_trylock(&pool.lock)) {
+        run(job, 0, 1);
+        return;
+    }
+    for (long t = pool.started + 1; t < threads; t++, pool.started++) {
+        pool.since[t] = pool.turn;
+        if (pthread_create(&pool.worker[t], 0, work, (void *)t)) break;
+    }
+    threads = threads < pool.started + 1 ? threads : pool.started + 1;
+    pool.job = job;
+    pool.run = run;
+    pool.threads = threads;
+    announce(&pool.turn);
+    run(job, 0, threads);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* ------------------------------------------------ arithmetic ------------------------------------------- */
+
+static inline float sigmoid(float x) { return 1 / (1 + exp_of(-x)); }
+
+/* GELU by erf to 1.5e-7 (Abramowitz and Stegun, 7.1.26) */
+static inline float gelu_of(float v) {
+    float z = fabsf(v) * 0.70710678f, t = 1 / (1 + 0.3275911f * z);
+    float tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f
+                 + t * 1.061405429f)))) * exp_of(-z * z);
+    return 0.5f * v * (v < 0 ? tail : 2 - tail);
+}
+static inline float gelu_tanh_of(float v) {
+    return 0.5f * v * (1 + tanh_of(0.79788456f * (v + 0.044715f * v * v * v)));
+}
+static inline float rounded(float v) { return up_bf16(down_bf16(v)); }
+
+static void round_all(const struct thread *me, float *restrict y, long n) {
+    if (!me->program->rounds) return;
+    #pragma omp simd
+    for (long i = 0; i < n; i++) y[i] = rounded(y[i]);
+}
+
+/* acts are numbered as in decode/engine.py: relu2, gelu, none, gelu_tanh, osc, event gate */
+enum { RELU2, GELU, NONE, GELU_TANH, OSC, SIGMOID };
+
+/* units from..to of y (n) through an activation; w, phi and b of osc are p[0..2] */
+static void act_all(const struct op *o, float *restrict y, long from, long to) {
+    const float *w = o->p[0], *phi = o->p[1], *b = o->p[2];
+    switch (o->act) {
+    case RELU2:
+        #pragma omp simd
+        for (long i = from; i < to; i++) y[i] = y[i] < 0 ? 0 : y[i] * y[i];
+        break;
+    case GELU:
+        #pragma omp simd
+        for (long i = from; i < to; i++) y[i] = gelu_of(y[i]);
+        break;
+    case GELU_TANH:
+        #pragma omp simd
+        for (long i = from; i < to; i++) y[i] = gelu_tanh_of(y[i]);
+        break;
+    case SIGMOID:
+        #pragma omp simd
+        for (long i = from; i < to; i++) y[i] = sigmoid(y[i]);
+        break;
+    case OSC:
+        for (long i = from; i < to; i++) {
+            float z = w[i] * y[i] + phi[i];
+            y[i] = (fabsf(z) < FAR ? sine(z) : sinf(z)) * tanh_of(y[i]) + b[i];
+        }
+    }
+}
+
+/* ------------------------------------------------ rows of weights ---------------------------------------- */
+
+#if defined(__AVX512BF16__)
+#define BF16_AS_BF16 1                           /* vdpbf16ps takes both sides in bf16 */
+#elif defined(__AVX2__) && defined(__FMA__)
+#define BF16_AS_PAIRS 1                          /* x as floats, of every 16 the even ones first */
+#include <immintrin.h>
+#endif
+
+/* what rows of a kind are multiplied by, made of x (n) in `to` */
+static void prepare(int64_t kind, const float *x, long n, char *to) {
+    float *wide = (float *)to;
+    if (kind == IS_F32 || kind == IS_KEPT_F32) memcpy(wide, x, n * sizeof(float));
+    if (kind == IS_KEPT_BF16) for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
+    if (kind != IS_BF16) return;
+#ifdef BF16_AS_BF16
+    for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
+#elif defined(BF16_AS_PAIRS)
+    long k = 0;
+    for (; k + 16 <= n; k += 16)
+        for (long j = 0; j < 8; j++) {
+            wide[k + j] = rounded(x[k + 2 * j]);
+            wide[k + 8 + j] = rounded(x[k + 2 * j + 1]);
+        }
+    for (; k < n; k++) wide[k] = rounded(x[k]);
+#else
+    for (long i = 0; i < n; i++) wide[i] = rounded(x[i]);
+#endif
+}
+
+/* s[l] = row[l] . x of four rows, where `next` are the four to be fetched meanwhile */
+static void quad_f32(const char *const *row, const char *const *next, const float *x, long K, float *s) {
+    const float *const *w = (const float *const *)row;
+    vec a[4] = {{0}};
+    long k = 0;
+    for (; k + 16 <= K; k += 16) {
+        vec X = *(const vec *)(x + k);
+        for (int l = 0; l < 4; l++) {
+            if (next) FETCH(next[l] + 4 * k);
+            a[l] += *(const vec *)(w[l] + k) * X;
+        }
+    }
+    for (int l = 0; l < 4; l++) {
+        s[l] = sum16(a[l]);
+        for (long i = k; i < K; i++) s[l] += w[l][i] * x[i];
+    }
+}
+
+static void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
+    const uint16_t *const *w = (const uint16_t *const *)row;
+    long k = 0;
+#if defined(BF16_AS_BF16)
+    const uint16_t *X = x;
+    __m512 a[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
+    for (; k + 32 <= K; k += 32) {
+        __m512bh v = load(X + k);
+        for (int l = 0; l < 4; l++) {
+            if (next) FETCH(next[l] + 2 * k);
+            a[l] = _mm512_dpbf16_ps(a[l], load(w[l] + k), v);
+        }
+    }
+    for (int l = 0; l < 4; l++) {
+        s[l] = _mm512_reduce_add_ps(a[l]);
+        for (long i = k; i < K; i++) s[l] += up_bf16(w[l][i]) * up_bf16(X[i]);
+    }
+#elif defined(BF16_AS_PAIRS)
+    const float *X = x;
+    const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
+    for (; k + 16 <= K; k += 16) {
+        __m256 even = _mm256_loadu_ps(X + k), odd = _mm256_loadu_ps(X + k + 8);
+        for (int l = 0; l < 4; l++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(w[l] + k));
+            if (next) FETCH(next[l] + 2 * k);
+            a[l] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), even, a[l]);
+            a[l] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(v, high)), odd, a[l]);
+        }
+    }
+    __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+    for (; k < K; k++) for (int l = 0; l < 4; l++) s[l] += up_bf16(w[l][k]) * X[k];
+#else
+    const float *X = x;
+    (void)next;
+    for (int l = 0; l < 4; l++) {
+        float sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (long i = k; i < K; i++) sum += up_bf16(w[l][i]) * X[i];
+        s[l] = sum;
+    }
+#endif
+}
+
+/* s[l] = rows n[l] of w . x, prepared; next: rows that will be wanted soon, or none */
+static void quad(const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
+    const char *row[4], *next[4];
+    for (int l = 0; l < 4; l++) row[l] = w->data + n[l] * w->stride;
+    if (soon) for (int l = 0; l < 4; l++) next[l] = w->data + soon[l] * w->stride;
+    switch (w->kind) {
+    case IS_F32: quad_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
+    case IS_BF16: quad_bf16(row, soon ? next : 0, x, w->width, s); break;
+    case IS_KEPT_F32: case IS_KEPT_BF16:
+        for (int l = 0; l < 4; l++) {
+            const uint32_t *places = (const uint32_t *)((const char *)w->scale + n[l] * w->scale_stride);
+            s[l] = w->kind == IS_KEPT_F32 ? dot24_f32((const float *)row[l], places, (const float *)x, w->width)
+                : dot24_bf16((const uint16_t *)row[l], places, (const uint16_t *)x, w->width);
+        }
+    }
+}
+
+/* row n of w as floats, times `by`, added to sums (width): elements from..to */
+static void add_row(const struct matrix *w, long n, float by, float *restrict sums, long from, long to) {
+    const char *row = w->data + n * w->stride;
+    if (w->kind == IS_F32) {
+        const float *v = (const float *)row;
+        #pragma omp simd
+        for (long c = from; c < to; c++) sums[c] += by * v[c];
+    } else {
+        const uint16_t *v = (const uint16_t *)row;
+        #pragma omp simd
+        for (long c = from; c < to; c++) sums[c] += by * up_bf16(v[c]);
+    }
+}
+
+/* ------------------------------------------------ ops ---------------------------------------------------- */
+
+/* x = table[id] (+ positions[column]) (+ rows of hashed n-grams), rounded. w: the token table; p[0], p[1]:
+   floats of positions and n-grams, or bf16 (n[0]); n[1]: buckets, n[2]: order. out is shared. */
+static inline float element(const void *table, int64_t half, long i) {
+    return half ? up_bf16(((const uint16_t *)table)[i]) : ((const float *)table)[i];
+}
+static void op_embed(const struct op *o, struct thread *me) {
+    const struct program *p = me->program;
+    long C = o->w.width, from, to;
+    part(me, o->out, C, 16, &from, &to);
+    for (long r = 0; r < p->rows; r++) {
+        const int64_t *ids = p->ids[r];
+        long column = p->columns[r];
+        float *y = at(me, o->out) + r * C;
+        for (long c = from; c < to; c++) y[c] = 0;
+        add_row(&o->w, ids[column], 1, y, from, to);
+        if (o->n[1]) {
+            uint64_t key = (uint64_t)(ids[column] + 1) * 1000003;
+            float *sums = (float *)me->scratch;
+            for (long c = from; c < to; c++) sums[c] = 0;
+            for (long n = 0; n + 1 < o->n[2]; n++) {
+                int64_t before = column - n - 1 < 0 ? -1 : ids[column - n - 1];
+                key = key * 31 + (uint64_t)(before + 1) * 10007 + n;
+                int64_t row = (int64_t)key % o->n[1];
+                row += row < 0 ? o->n[1] : 0;
+                for (long c = from; c < to; c++) sums[c] += element(o->p[1], o->n[0], row * C + c);
+            }
+            if (o->n[0]) for (long c = from; c < to; c++) sums[c] = rounded(sums[c]);
+            for (long c = from; c < to; c++) y[c] += sums[c];
+            if (o->n[0]) for (long c = from; c < to; c++) y[c] = rounded(y[c]);
+        }
+        if (o->p[0]) for (long c = from; c < to; c++) y[c] += element(o->p[0], o->n[0], column * C + c);
+        round_all(me, y + from, to - from);
+    }
+}
+
+/* out = in normalised: by mean and deviation, times p[0], plus p[1] (n[1]: 0), or by root mean square, times
+   p[0] (n[1]: 1). n[0] elements, f[0] epsilon. */
+static void op_norm(const struct op *o, struct thread *me) {
+    long n = o->n[0], from, to;
+    const float *gain = o->p[0], *bias = o->p[1];
+    part(me, o->out, me->program->rows, 1, &from, &to);
+    for (long r = from; r < to; r++) {
+        const float *restrict x = at(me, o->in) + r * n;
+        float *restrict y = at(me, o->out) + r * n, sum = 0, square = 0;
+        if (!o->n[1]) {
+            #pragma omp simd reduction(+:sum)
+            for (long i = 0; i < n; i++) sum += x[i];
+        }
+        float mean = sum / n;
+        #pragma omp simd reduction(+:square)
+        for (long i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+        float by = 1 / sqrtf(square / n + (float)o->f[0]);
+        if (bias) {
+            #pragma omp simd
+            for (long i = 0; i < n; i++) y[i] = (x[i] - mean) * by * gain[i] + bias[i];
+        } else if (gain) {
+            #pragma omp simd
+            for (long i = 0; i < n; i++) y[i] = (x[i] - mean) * by * gain[i];
+        } else {
+            #pragma omp simd
+            for (long i = 0; i < n; i++) y[i] = (x[i] - mean) * by;
+        }
+        round_all(me, y, n);
+    }
+}
+
+/* A list names rows of a matrix: int32, how many and which; `by` holds a factor for each. */
+static inline const int32_t *list_of(const struct op *o, const struct thread *me, long r, long n) {
+    return (const int32_t *)(at(me, o->list) + r * (n + 1));
+}
+
+static inline float epilogue(const struct op *o, const struct thread *me, float v, long unit) {
+    v += o->w.bias ? o->w.bias[unit] : 0;
+    (void)me;
+    return v;
+}
+
+/* y = act(w . x + bias) (* by) (+ onto): all rows of w, or those of a list. n[0]: the most that a list holds;
+   n[1], n[2]: rows of w in blocks of n[1] read a part of x each, n[2] wide (0: all of x). */
+static void op_linear(struct op *o, struct thread *me) {
+    const struct program *p = me->program;
+    const struct matrix *w = &o->w;
+    long K = w->width, wide = o->n[2] ? o->n[2] : K, size = (K * 4 + 63) / 64 * 64, most = o->list < 0 ? w->rows : o->n[0];
+    long parts = o->n[1] ? wide / K : 1;
+    float *room = (float *)(me->scratch + p->rows * parts * size);      /* onto is where the sum goes */
+    for (long r = 0; r < p->rows; r++)
+        for (long b = 0; b < parts; b++)
+            prepare(w->kind, at(me, o->in) + r * wide + b * K, K, me->scratch + (r * parts + b) * size);
+    for (long first = 0; first < (o->list < 0 ? 1 : p->rows); first++) {
+        const int32_t *list = o->list < 0 ? 0 : list_of(o, me, first, most);
+        long n = list ? *list++ : w->rows, from, to, rows = list ? first + 1 : p->rows;
+        part(me, o->out, n, 4, &from, &to);
+        for (long i = from; i < to; i += 4) {
+            long row[4], soon[4], k = to - i < 4 ? to - i : 4;
+            for (int l = 0; l < 4; l++) {
+                long j = i + l < to ? i + l : to - 1, ahead = j + 8 < n ? j + 8 : n - 1;
+                row[l] = list ? list[j] : j;
+                if (list) soon[l] = list[ahead];
+            }
+            const char *x = me->scratch;
+            for (long r = first; r < rows; r++) {
+                float s[4], *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
+                if (!o->n[1]) quad(w, row, list ? soon : 0, x + r * size, s);
+                else for (int l = 0; l < 4; l++) {
+                    long one[4] = { row[l], row[l], row[l], row[l] };
+                    float t[4];
+                    quad(w, one, 0, x + (r * parts + row[l] / o->n[1]) * size, t);
+                    s[l] = t[0];
+                }
+                for (long l = 0; l < k; l++) y[i + l] = epilogue(o, me, s[l], row[l]);
+            }
+        }
+        for (long r = first; r < rows; r++) {
+            float *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
+            if (o->act == OSC && list) {
+                const float *W = o->p[0], *phi = o->p[1], *b = o->p[2];
+                round_all(me, y + from, to - from);
+                for (long i = from; i < to; i++) {
+                    float z = W[list[i]] * y[i] + phi[list[i]];
+                    y[i] = (fabsf(z) < FAR ? sine(z) : sinf(z)) * tanh_of(y[i]) + b[list[i]];
+                }
+            } else if (o->act != NONE) {
+                round_all(me, y + from, to - from);
+                act_all(o, y, from, to);
+            }
+            round_all(me, y + from, to - from);
+            if (o->by >= 0) {
+                const float *by = at(me, o->by) + r * o->n[0];
+                for (long i = from; i < to; i++) y[i] = by[i] == 0 ? 0 : y[i] * by[i];
+                round_all(me, y + from, to - from);
+            }
+            if (o->onto >= 0) {
+                const float *onto = at(me, o->onto) + r * most;
+                float *sum = at(me, o->out) + r * most;
+                for (long i = from; i < to; i++) sum[i] = y[i] + onto[i];
+                round_all(me, sum + from, to - from);
+            }
+        }
+        if (list && me->number == 0) o->read += n;
+    }
+}
+
+/* y = sum of the rows of w of units whose x is not zero, times x, plus bias, plus onto. x is the units of a
+   list (n[0]: the most it holds) or all of them. n[1]: units in x that make one row of the list, 0: one. */
+static void op_rows_sum(struct op *o, struct thread *me) {
+    const struct program *p = me->program;
+    const struct matrix *w = &o->w;
+    long C = w->width, from, to, most = o->list < 0 ? w->rows : o->n[0];
+    part(me, o->out, C, 32, &from, &to);
+    int *live = (int *)me->scratch;
+    long *rows = (long *)(me->scratch + (most * sizeof(int) + 63) / 64 * 64);
+    float *sums = (float *)((char *)rows + (most * sizeof(long) + 63) / 64 * 64);
+    for (long r = 0; r < p->rows; r++) {
+        const int32_t *list = o->list < 0 ? 0 : list_of(o, me, r, most);
+        long n = list ? *list++ : w->rows, count = 0;
+        const float *x = at(me, o->in) + r * most;
+        float *y = at(me, o->out) + r * C;
+        for (long i = 0; i < n; i++) {
+            live[count] = i;
+            count += x[i] != 0 || o->all;
+        }
+        if (list) for (long i = 0; i < n; i++) rows[i] = list[i];
+        for (long c = from; c < to; c++) sums[c] = w->bias ? w->bias[c] : 0;
+        if (w->kind == IS_F32)
+            add_rows_f32(sums + from, x, (const float *)w->data, list ? rows : 0, live, count, w->stride / 4, from, to - from);
+        else
+            add_rows_bf16(sums + from, x, (const uint16_t *)w->data, list ? rows : 0, live, count, w->stride / 2, from, to - from);
+        round_all(me, sums + from, to - from);
+        const float *onto = o->onto < 0 ? 0 : at(me, o->onto) + r * C;
+        for (long c = from; c < to; c++) y[c] = onto ? sums[c] + onto[c] : sums[c];
+        round_all(me, y + from, to - from);
+        if (me->number == 0) o->read += count;
+    }
+}
+
+/* out = in with all but the n[1] largest |x| of n[0] at zero */
+static void op_largest(const struct op *o, struct thread *me) {
+    long n = o->n[0], from, to;
+    part(me, o->out, me->program->rows, 1, &from, &to);
+    for (long r = from; r < to; r++) {
+        const float *x = at(me, o->in) + r * n;
+        float *y = at(me, o->out) + r * n;
+        uint32_t *size = (uint32_t *)me->scratch;
+        for (long i = 0; i < n; i++) size[i] = order(fabsf(y[i] = x[i]));
+        keep_floats(y, size, n, o->n[1]);
+    }
+}
+
+/* out = in with all but the n[2] largest |x| of every n[1] neighbours at zero */
+static void op_group_winners(const struct op *o, struct thread *me) {
+    long n = o->n[0], g = o->n[1], from, to;
+    part(me, o->out, me->program->rows * (n / g), 1, &from, &to);
+    for (long j = from; j < to; j++) {
+        const float *x = at(me, o->in) + j * g;
+        float *y = at(me, o->out) + j * g;
+        for (long i = 0; i < g; i++) {
+            uint32_t mine = order(fabsf(x[i]));
+            long before = 0;
+            for (long k = 0; k < g; k++) {
+                uint32_t other = order(fabsf(x[k]));
+                before += other > mine || (other == mine && k < i);
+            }
+            y[i] = before < o->n[2] ? x[i] : 0;
+        }
+    }
+}
+
+/* out = in where |x| exceeds its unit's threshold p[0], else 0: x * 0, so that NaN and infinity show. The
+   units of a list, or all n[0] of them. */
+static void op_event(const struct op *o, struct thread *me) {
+    long most = o->n[0], from, to;
+    const float *edge = o->p[0];
+    for (long r = 0; r < me->program->rows; r++) {
+        const int32_t *list = o->list < 0 ? 0 : list_of(o, me, r, most);
+        long n = list ? *list++ : most;
+        const float *x = at(me, o->in) + r * most;
+        float *y = at(me, o->out) + r * most;
+        part(me, o->out, n, 16, &from, &to);
+        for (long i = from; i < to; i++) y[i] = x[i] * (fabsf(x[i]) > edge[list ? list[i] : i] ? 1.0f : 0.0f);
+    }
+}
+
+/* out (n[0]) = silu(gate) * up of in (2 n[0]) */
+static void op_swiglu(const struct op *o, struct thread *me) {
+    long n = o->n[0], from, to;
+    part(me, o->out, n, 16, &from, &to);
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *restrict gate = at(me, o->in) + r * 2 * n, *restrict up = gate + n;
+        float *restrict y = at(me, o->out) + r * n;
+        if (me->program->rounds) {
+            #pragma omp simd
+            for (long i = from; i < to; i++) y[i] = rounded(rounded(gate[i] * sigmoid(gate[i])) * up[i]);
+        } else {
+            #pragma omp simd
+            for (long i = from; i < to; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        }
+    }
+}
+
+/* out = in + onto, n[0] elements */
+static void op_add(const struct op *o, struct thread *me) {
+    long n = me->program->rows * o->n[0], from, to;
+    part(me, o->out, n, 16, &from, &to);
+    const float *x = at(me, o->in), *onto = at(me, o->onto);
+    float *y = at(me, o->out);
+    for (long i = from; i < to; i++) y[i] = x[i] + onto[i];
+    round_all(me, y + from, to - from);
+}
+
+/* x (D) as attention sees it: by its root mean square where eps >= 0, turned by cos and sin, times gain */
+static void turned(const struct thread *me, const float *x, float *y, long D, float eps, const float *cos,
+                   const float *sin, float gain) {
+    float square = 0, *t = (float *)me->scratch;
+    for (long d = 0; d < D; d++) square += x[d] * x[d];
+    float by = eps < 0 ? 1 : 1 / sqrtf(square / D + eps);
+    for (long d = 0; d < D; d++) t[d] = x[d] * by;
+    round_all(me, t, D);
+    if (cos && me->program->rounds)
+        for (long d = 0; d < D; d++)
+            y[d] = rounded(rounded(t[d] * cos[d]) + t[d < D / 2 ? d + D / 2 : d - D / 2] * sin[d]);
+    else if (cos)
+        for (long d = 0; d < D; d++) y[d] = t[d] * cos[d] + t[d < D / 2 ? d + D / 2 : d - D / 2] * sin[d];
+    else memcpy(y, t, D * sizeof(float));
+    for (long d = 0; d < D; d++) y[d] *= gain;
+    round_all(me, y, D);
+}
+
+/* Attention of one token: in is queries, keys and values (3, H, D), out (H, D). Keys and values are written to
+   p[0] (2, rows, H, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size, and n[3] tokens
+   that make a column. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
+   (columns, D); p[3]: gains (H). */
+static void op_attend(const struct op *o, struct thread *me) {
+    const struct program *p = me->program;
+    long H = o->n[0], D = o->n[1], size = o->n[2], every = o->n[3], from, to, width = o->n[4] ? 2 : 4;
+    const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
+    part(me, o->out, p->rows * H, 1, &from, &to);
+    float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
+    for (long j = from; j < to; j++) {
+        long r = j / H, h = j % H, column = (p->columns[r] + 1) / every - 1;
+        long place = column % size, seen = column + 1 < size ? column + 1 : size;
+        const float *x = at(me, o->in) + r * 3 * H * D;
+        char *keys = (char *)o->p[0] + j * size * D * width, *values = keys + p->rows * H * size * D * width;
+        const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
+        turned(me, x + (H + h) * D, q, D, (float)o->f[0], c, s, 1);
+        if (o->n[4]) for (long d = 0; d < D; d++) {
+            ((uint16_t *)keys)[place * D + d] = down_bf16(q[d]);
+            ((uint16_t *)values)[place * D + d] = down_bf16(x[(2 * H + h) * D + d]);
+        } else {
+            memcpy((float *)keys + place * D, q, D * sizeof(float));
+            memcpy((float *)values + place * D, x + (2 * H + h) * D, D * sizeof(float));
+        }
+        turned(me, x + h * D, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+        float *y = at(me, o->out) + j * D;
+        if (o->n[4]) look_bf16(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
+        else look_f32(q, (const float *)keys, (const float *)values, y, score, seen, D);
+        round_all(me, y, D);
+    }
+}
+
+/* Which of n[0] groups answer: in their scores s; t_c = s_c - sum_d p[0][c, d] relu(s_d); the n[1] largest of
+   t + p[1], of equal ones the first. list: their units, n[2] each; by: sigmoid(t) for each unit. */
+static void op_columns(const struct op *o, struct thread *me) {
+    long N = o->n[0], k = o->n[1], width = o->n[2], most = k * width;
+    const float *inhibits = o->p[0], *balance = o->p[1];
+    float *t = (float *)me->scratch;
+    uint32_t *key = (uint32_t *)(t + N);
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *s = at(me, o->in) + r * N;
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (most + 1));
+        float *by = at(me, o->by) + r * most;
+        long put = 0;
+        for (long c = 0; c < N; c++) {
+            float inhibited = 0;
+            for (long d = 0; d < N; d++) inhibited += inhibits[c * N + d] * (s[d] < 0 ? 0 : s[d]);
+            key[c] = order((t[c] = s[c] - inhibited) + balance[c]);
+        }
+        for (long c = 0; c < N && put < most; c++) {
+            long before = 0;
+            for (long d = 0; d < N; d++) before += key[d] > key[c] || (key[d] == key[c] && d < c);
+            float gate = sigmoid(t[c]);
+            gate = me->program->rounds ? rounded(gate) : gate;
+            for (long i = 0; i < width && before < k; i++, put++) {
+                list[put + 1] = c * width + i;
+                by[put] = gate;
+            }
+        }
+        list[0] = put;
+    }
+}
+
+/* list: the n[1] of n[0] units whose score is largest, of equal ones the first */
+static void op_choose(const struct op *o, struct thread *me) {
+    long H = o->n[0], k = o->n[1];
+    uint32_t *score = (uint32_t *)me->scratch, *part = score + H;
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *x = at(me, o->in) + r * H;
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (k + 1));
+        long put = 0, ties = k;
+        for (long i = 0; i < H; i++) part[i] = score[i] = order(x[i]);
+        uint32_t edge = kth(part, H, k);
+        for (long i = 0; i < H; i++) ties -= score[i] > edge;
+        for (long i = 0; i < H && put < k; i++)
+            if (score[i] > edge || (score[i] == edge && ties-- > 0)) list[++put] = i;
+        list[0] = put;
+    }
+}
+
+/* logits: out = f[0] tanh(out / f[0]), n[0] of each row */
+static void op_softcap(const struct op *o, struct thread *me) {
+    long n = me->program->rows * o->n[0], from, to;
+    float cap = o->f[0], *y = at(me, o->out);
+    part(me, o->out, n, 16, &from, &to);
+    for (long i = from; i < to; i++) y[i] = cap * tanh_of(y[i] / cap);
+}
+
+/* The largest of n[0] of each row -> program.best, computed by the first thread */
+static void op_best(const struct op *o, struct thread *me) {
+    struct program *p = me->program;
+    for (long r = me->number; r < p->rows; r += me->threads) {
+        const float *x = at(me, o->in) + r * o->n[0];
+        float most = -INFINITY, wrong = 0;
+        #pragma omp simd reduction(max:most) reduction(+:wrong)
+        for (long i = 0; i < o->n[0]; i++) {
+            most = x[i] > most ? x[i] : most;
+            wrong += x[i] != x[i];
+        }
+        long i = 0;
+        while (i + 1 < o->n[0] && x[i] != most) i++;
+        p->best[r] = wrong || !(fabsf(most) < INFINITY) ? -1 : i;
+    }
+}
+
+/* A head of which the n[0] largest outputs are wanted: p[0] (rows, width) int8 copy of w, p[1] its scales,
+   p[2] its errors (see screened). in: x. The first op: by = low and high bounds of each row (2, rows). The
+   second (n[1]): out = w . x where it can be among them, else -inf. */
+static void op_bounds(const struct op *o, struct thread *me) {
+    long K = o->w.width, N = o->w.rows, from, to;
+    const int8_t *q = o->p[0];
+    const float *scale = o->p[1], *error = o->p[2], round = o->f[0];
+    part(me, o->by, N, 16, &from, &to);
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *x = at(me, o->in) + r * K;
+        float *low = at(me, o->by) + r * 2 * N, *high = low + N, size = 0;
+        #pragma omp simd reduction(+:size)
+        for (long k = 0; k < K; k++) size += x[k] * x[k];
+        size = sqrtf(size);
+        for (long n = from; n < to; n++) {
+            float about = scale[n] * dot_i8(q + n * K, x, K), off = error[n] * size;
+            off += round * (fabsf(about) + off);
+            low[n] = about - off;
+            high[n] = about + off;
+        }
+    }
+}
+static void op_screened(struct op *o, struct thread *me) {
+    long K = o->w.width, N = o->w.rows, k = o->n[0], from, to, size = (K * 4 + 63) / 64 * 64;
+    part(me, o->out, N, 16, &from, &to);
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *low = at(me, o->by) + r * 2 * N, *high = low + N;
+        uint32_t edge = 0, *keys = (uint32_t *)(me->scratch + size);
+        if (k == 1) for (long n = 0; n < N; n++) edge = order(low[n]) > edge ? order(low[n]) : edge;
+        else {
+            for (long n = 0; n < N; n++) keys[n] = order(low[n]);
+            edge = kth(keys, N, k < N ? k : N);
+        }
+        prepare(o->w.kind, at(me, o->in) + r * K, K, me->scratch);
+        float *y = at(me, o->out) + r * N;
+        long count = 0;
+        for (long n = from; n < to; n++) {
+            long one[4] = { n, n, n, n };
+            float s[4] = { -INFINITY };
+            if (order(high[n]) >= edge) {                       /* NaN is read too */
+                quad(&o->w, one, 0, me->scratch, s);
+                s[0] = me->program->rounds ? rounded(s[0]) : s[0];
+                count++;
+            }
+            y[n] = s[0];
+        }
+        __atomic_fetch_add(&o->read, count, __ATOMIC_RELAXED);
+    }
+}
+
+enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
+       SOFTCAP, BEST, BOUNDS, SCREENED };
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static void run_program(struct program *p, long number, long threads) {
+    struct thread me = { p, number, threads, p->own + number * p->own_size, p->scratch + number * p->scratch_size };
+    for (struct op *o = p->ops, *end = o + p->count; o < end; o++) {
+        int64_t began = p->watched && !number ? now() : 0;
+        if (o->meets) meet(&me);
+        switch (o->code) {
+        case EMBED: op_embed(o, &me); break;
+        case NORM: op_norm(o, &me); break;
+        case LINEAR: op_linear(o, &me); break;
+        case ROWS_SUM: op_rows_sum(o, &me); break;
+        case LARGEST: op_largest(o, &me); break;
+        case GROUP_WINNERS: op_group_winners(o, &me); break;
+        case EVENT: op_event(o, &me); break;
+        case SWIGLU: op_swiglu(o, &me); break;
+        case ADD: op_add(o, &me); break;
+        case ATTEND: op_attend(o, &me); break;
+        case COLUMNS: op_columns(o, &me); break;
+        case CHOOSE: op_choose(o, &me); break;
+        case SOFTCAP: op_softcap(o, &me); break;
+        case BEST: op_best(o, &me); break;
+        case BOUNDS: op_bounds(o, &me); break;
+        case SCREENED: op_screened(o, &me); break;
+        }
+        if (began) o->ticks += now() - began;
+    }
+    meet(&me);
+}
+
+/* One token of every row: ids[r][columns[r]] is read, its logits and best ids are left in the program, and
+   the next columns will be read. */
+void step(struct program *p) {
+    together(p, run_program, p->threads);
+    for (long r = 0; r < p->rows; r++) p->columns[r]++;
+}
+
+/* Write the best ids where the next step reads them -> 1, or 0 where one is not finite */
+int follow(struct program *p) {
+    for (long r = 0; r < p->rows; r++) {
+        if (p->best[r] < 0) return 0;
+        p->ids[r][p->columns[r]] = p->best[r];
+    }
+    return 1;
+}
