@@ -147,7 +147,7 @@ class Packed(nn.Module):
     def __init__(self, linear):
         super().__init__()
         values, meta = kernels.pack_24(kernels.prune_24(linear.weight.detach()))
-        self.act, self.bias, self.width = "none", linear.bias, linear.in_features
+        self.act, self.bias, self.in_features = "none", linear.bias, linear.in_features
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
 
@@ -160,7 +160,7 @@ class Packed(nn.Module):
         return kernels.linear_24(x, self.values.to(x.dtype), self.meta, bias, act=self.act)
 
     def emit(self, p, x, act="none", **options):
-        matrix = p.packed(self.values, self.meta, self.bias, self.width)
+        matrix = p.packed(self.values, self.meta, self.bias, self.in_features)
         return p.linear(x, matrix, act=act if self.act == "none" else self.act, **options)
 
     def some(self, x, rows):

