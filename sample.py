@@ -17,6 +17,7 @@ from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import sampling
+from kernels.arena import move_weights
 from layers import Packed, settle
 from model import GPT, build_model
 from training import checkpoint as ckpt
@@ -171,6 +172,8 @@ def main(cfg):
         came_packed = any(isinstance(module, Packed) for module in model.modules())
         settle(model, pack=pays)
         print("2:4 weights packed, as the checkpoint has them" if came_packed else why, file=sys.stderr)
+    if place.device.type == "cpu":
+        print(move_weights(model), file=sys.stderr)
     stream = streaming(model, cfg)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)

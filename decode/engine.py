@@ -13,7 +13,7 @@ import torch
 import sparse_kernels as kernels
 from kernels.build import cpu_library
 
-ROWS = 8                                         # of a batch, as in step.c
+ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of rows: as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
@@ -41,7 +41,7 @@ class ProgramC(ctypes.Structure):
     _fields_ = [("ops", POINTER), ("count", LONG), ("rows", LONG), ("threads", LONG), ("rounds", LONG),
                 ("watched", LONG), ("shared", POINTER), ("own", POINTER), ("own_size", LONG),
                 ("scratch", POINTER), ("scratch_size", LONG), ("ids", POINTER * ROWS),
-                ("columns", LONG * ROWS), ("best", LONG * ROWS)]
+                ("columns", LONG * ROWS), ("best", LONG * ROWS), ("cost", FLOAT * 2), ("spent", FLOAT)]
 
 
 class Value(NamedTuple):
@@ -196,8 +196,9 @@ class Program:
         y = onto or self.value(matrix.c.width)
         most = units.size if units else matrix.c.rows
         self.add("rows_sum", (a, onto, units and units.list), (y,),
-                 12 * most + 4 * matrix.c.width + 256, (most,), (), (), matrix,
+                 16 * most + 4 * matrix.c.width + 256, (most,), (), (), matrix,
                  ("read", matrix.macs, matrix.bytes), all=all, list=units and units.list, onto=onto,
+                 by=self.value(SUMS * matrix.c.width),
                  **{"in": a, "out": y})
         return y
 

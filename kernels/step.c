@@ -45,6 +45,7 @@ struct program {
     int64_t *ids[ROWS];                          /* row by row: ids that were read, and are to be read */
     int64_t columns[ROWS];                       /* of the token to be read, row by row */
     int64_t best[ROWS];                          /* the largest logit's id; -1: it is not finite */
+    double cost[2], spent;                       /* seconds of a step alone and together, see step */
 };
 
 struct thread { struct program *program; long number, threads; float *own; char *scratch; };
@@ -471,35 +472,61 @@ static void op_linear(struct op *o, struct thread *me) {
 }
 
 /* y = sum of the rows of w of units whose x is not zero, times x, plus bias, plus onto. x is the units of a
-   list (n[0]: the most it holds) or all of them. n[1]: units in x that make one row of the list, 0: one. */
+   list (n[0]: the most it holds) or all of them. Whole rows are summed in up to SUMS parts, each into its
+   place of `by`, whatever the threads are, so that a result does not depend on them; then they meet, and each
+   adds up some columns of all parts. Four rows at a time, a quarter of the part apart, as in op_linear. */
+#define SUMS 16
+static inline long sums_of(long rows) { return rows < 16 * SUMS ? (rows + 15) / 16 : SUMS; }
+static void add_rows(const struct matrix *w, float *sums, const float *by, const long *rows, const int *live,
+                     long n) {
+    if (w->kind == IS_F32)
+        add_rows_f32(sums, by, (const float *)w->data, rows, live, n, w->stride / 4, 0, w->width);
+    else
+        add_rows_bf16(sums, by, (const uint16_t *)w->data, rows, live, n, w->stride / 2, 0, w->width);
+}
 static void op_rows_sum(struct op *o, struct thread *me) {
     const struct program *p = me->program;
     const struct matrix *w = &o->w;
     long C = w->width, from, to, most = o->list < 0 ? w->rows : o->n[0];
-    part(me, o->out, C, 32, &from, &to);
-    int *live = (int *)me->scratch;
-    long *rows = (long *)(me->scratch + (most * sizeof(int) + 63) / 64 * 64);
-    float *sums = (float *)((char *)rows + (most * sizeof(long) + 63) / 64 * 64);
+    long counts[ROWS];
+    int *live = (int *)me->scratch, *order = live + most;
+    long *rows = (long *)(me->scratch + (2 * most * sizeof(int) + 63) / 64 * 64);
     for (long r = 0; r < p->rows; r++) {
         const int32_t *list = o->list < 0 ? 0 : list_of(o, me, r, most);
         long n = list ? *list++ : w->rows, count = 0;
         const float *x = at(me, o->in) + r * most;
-        float *y = at(me, o->out) + r * C;
         for (long i = 0; i < n; i++) {
             live[count] = i;
             count += x[i] != 0 || o->all;
         }
         if (list) for (long i = 0; i < n; i++) rows[i] = list[i];
-        for (long c = from; c < to; c++) sums[c] = w->bias ? w->bias[c] : 0;
-        if (w->kind == IS_F32)
-            add_rows_f32(sums + from, x, (const float *)w->data, list ? rows : 0, live, count, w->stride / 4, from, to - from);
-        else
-            add_rows_bf16(sums + from, x, (const uint16_t *)w->data, list ? rows : 0, live, count, w->stride / 2, from, to - from);
-        round_all(me, sums + from, to - from);
+        long parts = sums_of(count), first, last;
+        part(me, o->out, parts, 1, &first, &last);
+        for (long q = first; q < last; q++) {
+            long start = count * q / parts, mine = count * (q + 1) / parts - start, quarter = mine / 4;
+            float *sums = at(me, o->by) + (r * SUMS + q) * C;
+            for (long i = 0; i < quarter; i++)
+                for (long l = 0; l < 4; l++) order[4 * i + l] = live[start + l * quarter + i];
+            for (long i = 4 * quarter; i < mine; i++) order[i] = live[start + i];
+            memset(sums, 0, C * sizeof(float));
+            add_rows(w, sums, x, list ? rows : 0, order, mine);
+        }
+        counts[r] = parts;
+        if (me->number == 0) o->read += count;
+    }
+    meet(me);
+    part(me, o->out, C, 16, &from, &to);
+    for (long r = 0; r < p->rows; r++) {
+        float *y = at(me, o->out) + r * C, *sums = (float *)me->scratch;
         const float *onto = o->onto < 0 ? 0 : at(me, o->onto) + r * C;
+        for (long c = from; c < to; c++) sums[c] = w->bias ? w->bias[c] : 0;
+        for (long q = 0; q < counts[r]; q++) {
+            const float *some = at(me, o->by) + (r * SUMS + q) * C;
+            for (long c = from; c < to; c++) sums[c] += some[c];
+        }
+        round_all(me, sums + from, to - from);
         for (long c = from; c < to; c++) y[c] = onto ? sums[c] + onto[c] : sums[c];
         round_all(me, y + from, to - from);
-        if (me->number == 0) o->read += count;
     }
 }
 
@@ -788,9 +815,22 @@ static void run_program(struct program *p, long number, long threads) {
 }
 
 /* One token of every row: ids[r][columns[r]] is read, its logits and best ids are left in the program, and
-   the next columns will be read. */
+   the next columns will be read. By all threads or by one alone, whichever has been faster of late: where
+   other work holds a processor, each meeting waits for a thread that does not run. The other way is tried
+   again whenever it would cost no more than a part in TRIED. */
+#define TRIED 32
 void step(struct program *p) {
-    together(p, run_program, p->threads);
+    int many = p->threads > 1 && p->cost[1] <= p->cost[0];
+    if (p->threads > 1 && p->spent >= TRIED * p->cost[!many]) {
+        many = !many;
+        p->spent = 0;
+    }
+    int64_t began = now();
+    together(p, run_program, many ? p->threads : 1);
+    double took = 1e-9 * (now() - began), *cost = &p->cost[many];
+    double more = took < 8 * *cost ? took - *cost : 7 * *cost;  /* one long wait is not yet a rule */
+    *cost = *cost == 0 ? took : *cost + more / (more < 0 ? 4 : 8);
+    p->spent += took;
     for (long r = 0; r < p->rows; r++) p->columns[r]++;
 }
 
