@@ -427,7 +427,8 @@ def in_8_bits(x):
     x = x.float()
     most = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     finite = most.isfinite()
-    return (torch.where(finite, (x * (127 / most)).round(), 0), torch.where(finite, most / 127, torch.nan))
+    by = torch.full_like(most, 127) / most      # 127 / most would be its reciprocal times 127: rounded twice
+    return torch.where(finite, (x * by).round(), 0), torch.where(finite, most / 127, torch.nan)
 
 
 def whole_product_reference(x, codes, scale):
