@@ -21,6 +21,7 @@ from layers import (
     Linear,
     NeuronMajor,
     Packed,
+    QuantizedByUnit,
     ReLU2,
     TanhGELU,
     Winners,
@@ -223,8 +224,10 @@ class Stepwise(nn.Module):
     a CPU, which reads the rows of live units alone, `on_card` for the same on a GPU, where nothing may depend
     on the host. Weights that are not finite are all read, or a damaged model would hide among them."""
 
+    quantized = False                            # are its weights whole numbers? `many` reads them alone
+
     def forward(self, x, ctx):
-        way = kernels.way(x)
+        way = "many" if self.quantized else kernels.way(x)
         return getattr(self, way if way == "many" or self.sound() else "many")(x, ctx)
 
     def sound(self):
@@ -267,7 +270,7 @@ class MLP(Stepwise):
     gathers = False                              # does a decode step choose units before it computes them?
 
     def sound(self):
-        return not isinstance(self.c_proj, NeuronMajor) or self.c_proj.sound()
+        return not isinstance(self.c_proj, (NeuronMajor, QuantizedByUnit)) or self.c_proj.sound()
 
     def many(self, x, ctx):
         return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
@@ -293,9 +296,8 @@ class MLP(Stepwise):
         """Append the MLP of x through Listed units alone."""
         if not self.sound():
             raise NotWritten("weights that are not finite")
-        up, up_bias, down, down_bias = self.stored_by_unit()
-        a = p.linear(x, p.matrix(up, up_bias), units=units, **self.activation(p))
-        return p.rows_sum(self.emit_select(p, a, units.size, units), p.matrix(down, down_bias), onto, units)
+        a = p.linear(x, self.c_fc.emit_matrix(p), units=units, **self.activation(p))
+        return p.rows_sum(self.emit_select(p, a, units.size, units), self.c_proj.emit_matrix(p), onto, units)
 
     def few(self, x, ctx):
         """One token through one kernel, where that is written; more through the union of their units."""

@@ -51,7 +51,11 @@ class Linear(nn.Linear):
 
     def emit(self, p, x, **options):
         """Append the product with x to a decode program (decode/engine.py) -> where the result lies."""
-        return p.linear(x, p.matrix(self.matrix(), self.bias), **options)
+        return p.linear(x, self.emit_matrix(p), **options)
+
+    def emit_matrix(self, p, count=None):
+        """Its weights as ops read them, of the first `count` outputs (None: all) -> a Matrix."""
+        return p.matrix(self.matrix()[:count], self.bias if self.bias is None else self.bias[:count])
 
     def matrix(self):
         """What inputs are multiplied by, (n_out, n_in)."""
@@ -214,7 +218,10 @@ class NeuronMajor(Linear):
         return super().forward(a)
 
     def emit(self, p, a, onto=None, units=None):
-        return p.rows_sum(a, p.matrix(self.weight.t(), self.bias), onto, units, all=not self.sound())
+        return p.rows_sum(a, self.emit_matrix(p), onto, units, all=not self.sound())
+
+    def emit_matrix(self, p):
+        return p.matrix(self.weight.t(), self.bias)
 
 
 class Winners(NeuronMajor):
@@ -250,6 +257,146 @@ class LargestInputs(NeuronMajor):
         return super().some(kernels.keep_largest(x, self.k), rows)
 
 
+# ------------------------------------------------ weights of whole numbers
+
+BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of attention, MLP, head
+
+
+class Quantized(nn.Module):
+    """A Linear's weights as whole numbers of 8 or 4 bits (kernels.quantize), for inference: forward rounds its
+    inputs to 8 bits a token, as a decode step does, so that the loss of this model is the loss of what
+    decodes. 2:4 weights are stored dense: their zeros cost as much as other numbers."""
+
+    def __init__(self, linear, bits, empty=False):
+        """linear: a Linear or a Packed. empty: a state dict is loaded next."""
+        super().__init__()
+        weight = dense_weight(linear)
+        self.out_features, self.in_features = weight.shape
+        self.bits, self.bias, self.act = bits, linear.bias, getattr(linear, "act", "none")
+        self.fill(weight, empty)
+        # the dtype of the stream, which .to(dtype) moves with the rest of the model
+        self.register_buffer("like", weight.new_empty(0), persistent=False)
+
+    def fill(self, rows, empty):
+        some = rows[:1] if empty else rows       # shapes are those of one row
+        codes, scale = kernels.quantize(some.detach(), self.bits)
+        if empty:
+            codes, scale = (t.new_zeros(t.size(0) * len(rows), t.size(1)) for t in (codes, scale))
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @property
+    def weight(self):
+        """The weights (n_out, n_in) that the numbers stand for, in the stream's dtype: a copy."""
+        return kernels.dequantize(self.codes, self.scale, self.in_features).to(self.like.dtype)
+
+    def matrix(self):
+        return self.weight
+
+    def forward(self, x):
+        y = kernels.whole_product(x, self.codes, self.scale)
+        return kernels.ACTS[self.act](stored(y, self.bias, x.dtype))
+
+    def emit(self, p, x, act="none", **options):
+        return p.linear(x, self.emit_matrix(p), act=act if self.act == "none" else self.act, **options)
+
+    def emit_matrix(self, p, count=None):
+        """As Linear.emit_matrix."""
+        bias = self.bias if self.bias is None else self.bias[:count]
+        return p.whole(self.codes[:count], self.scale[:count], self.in_features, bias)
+
+    def some(self, x, rows):
+        bias = self.bias if self.bias is None else self.bias[rows]
+        y = kernels.whole_product(x, self.codes[rows], self.scale[rows])
+        return kernels.ACTS[self.act](stored(y, bias, x.dtype))
+
+    def rows(self, idx):
+        """Rows of the weights by their numbers (...) -> (..., n_in): a tied embedding."""
+        scale = self.scale[idx.flatten()] if len(self.scale) else self.scale
+        rows = kernels.dequantize(self.codes[idx.flatten()], scale, self.in_features)
+        return rows.to(self.like.dtype).view(*idx.shape, -1)
+
+    def largest(self, x, k, of, cache):
+        """As Screened.largest: a screen of 8 bits gains nothing here."""
+        return self(x)[:, :of]
+
+    def sound(self):
+        """Are all scales finite? Looked at when a program is written."""
+        return kernels.all_finite(kernels.scales_of(self.codes, self.scale, self.in_features))
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+class QuantizedByUnit(Quantized):
+    """A NeuronMajor's weights as whole numbers, the row of an input unit with scales of its own; inputs are
+    not rounded: each is a factor of a row. k: inputs that are read, the largest |x|; None: all."""
+
+    def __init__(self, linear, bits, empty=False):
+        super().__init__(linear, bits, empty)
+        self.k = getattr(linear, "k", None)
+
+    def fill(self, weight, empty):
+        super().fill(weight.t(), empty)
+
+    @property
+    def weight(self):
+        return kernels.dequantize(self.codes, self.scale, self.out_features).to(self.like.dtype).t()
+
+    def forward(self, a):
+        a = a if self.k is None else kernels.keep_largest(a, self.k)
+        y = kernels.whole_rows_sum(a, self.codes, self.scale, self.out_features,
+                                   kernels.takes_whole(a) and not self.sound())
+        return stored(y, self.bias, a.dtype)
+
+    def emit(self, p, a, onto=None, units=None):
+        a = a if self.k is None else p.largest(a, self.in_features, self.k)
+        return p.rows_sum(a, self.emit_matrix(p), onto, units, all=not self.sound())
+
+    def emit_matrix(self, p):
+        return p.whole(self.codes, self.scale, self.out_features, self.bias)
+
+    def some(self, x, rows):
+        return self(x)[..., rows]
+
+    def sound(self):
+        return kernels.all_finite(kernels.scales_of(self.codes, self.scale, self.out_features))
+
+
+def stored(y, bias, dtype):
+    """Sums (..., n) in fp32 plus a bias, rounded once."""
+    return (y if bias is None else y + bias.to(dtype).float()).to(dtype)
+
+
+def dense_weight(linear):
+    """The weights (n_out, n_in) that a Linear multiplies by."""
+    if isinstance(linear, Packed):
+        return kernels.unpack_24(linear.values, linear.meta, linear.in_features)
+    return linear.matrix().detach()
+
+
+@torch.no_grad()
+def quantize(model, kind, empty=False):
+    """For inference: exchange the matrices of attention, MLP and head for whole numbers of the BITS of `kind`
+    -> the model. Norms, routers, gates, probes, adapters, biases and positions stay. A tied embedding reads
+    the head's rows. empty: a state dict is loaded next."""
+    require(kind in BITS, f"quantize='{kind}' must be {', '.join(BITS)}")
+    attention, mlp, head = BITS[kind]
+    for block in model.transformer.h:
+        for part, bits in ((block.attn, attention), (block.mlp, mlp)):
+            for name in ("c_attn", "c_fc", "c_proj"):
+                child = getattr(part, name, None)
+                if child is not None:
+                    of = QuantizedByUnit if isinstance(child, NeuronMajor) else Quantized
+                    setattr(part, name, of(child, bits, empty))
+            part.quantized = True
+    model.lm_head = Quantized(model.lm_head, head, empty)
+    if model.config.tie_weights:
+        wte = model.transformer.wte
+        wte.weight, wte.tied = None, (model.lm_head,)
+    return model
+
+
 def attention_linear(config):
     """The same for attention's two projections."""
     return partial(LargestInputs, share=config.attn_topk) if config.attn_topk < 1 else linear(config)
@@ -269,13 +416,17 @@ class Embedding(Table):
 
     def __init__(self, config):
         super().__init__(config.vocab_size, config.n_embd)
+        self.tied = ()                           # the quantised head whose rows it reads, see quantize
 
     def forward(self, idx, ctx):
-        return F.embedding(idx, self.weight)
+        return self.tied[0].rows(idx) if self.tied else F.embedding(idx, self.weight)
 
     def emit(self, p, positions):
         """Append the embedding of the token that is read, at its row of `positions` or None."""
-        return p.embed(self.weight, positions)
+        return p.embed(self.emit_matrix(p), positions)
+
+    def emit_matrix(self, p):
+        return self.tied[0].emit_matrix(p) if self.tied else p.matrix(self.weight)
 
 
 class NgramEmbedding(Embedding):
@@ -298,7 +449,7 @@ class NgramEmbedding(Embedding):
         return super().forward(idx, ctx) + F.embedding_bag(rows, self.ngrams, mode="sum").view(*idx.shape, -1)
 
     def emit(self, p, positions):
-        return p.embed(self.weight, positions, self.ngrams, self.order)
+        return p.embed(self.emit_matrix(p), positions, self.ngrams, self.order)
 
 
 class LearnedPositions(Table):

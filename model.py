@@ -393,8 +393,8 @@ class GPT(nn.Module):
         x = emit_layers(self.blocks, p, x) if policy is all_layers else policy.emit(self.blocks, p, x)
         p.module = "head"
         x = self.transformer.ln_f.emit(p, x)
-        matrix = p.matrix(self.lm_head.weight[:p.ids])
-        screens = self.config.screen and p.rows == 1 and p.wants and p.wants < p.ids
+        matrix = self.lm_head.emit_matrix(p, p.ids)
+        screens = isinstance(self.lm_head, Screened) and p.rows == 1 and p.wants and p.wants < p.ids
         copy = screens and p.cache.copy_of(self.lm_head, partial(kernels.copy_in_8_bits, self.lm_head.weight))
         p.logits(x, matrix, self.config.softcap, copy or None)
 

@@ -341,6 +341,159 @@ def osc_kernel(name, dtype):
     return getattr(cpu_library()[0], f"{name}_{NAMES[dtype]}")
 
 
+# ------------------------------------------------ weights of whole numbers --------------------------------
+#
+# 8 bits: a row of (N, K) is K whole numbers in -127..127 times one fp32 scale; 4 bits: groups of 32 in a row
+# are numbers in -8..7 times a bf16 scale. A decode step reads 1/2 or 9/32 of bf16's bytes. What meets them is
+# rounded to 8 bits, one scale a token, so that products are sums of whole numbers.
+#
+# codes (N, stride) uint8: rows are padded by zeros to a multiple of 64 numbers. 8 bits: a byte each. 4 bits:
+# every 32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the row's scales, and
+# rows to a multiple of 64 bytes. scale (N, 2) int32: an 8-bit row's scale as bits, which no .to(dtype) touches,
+# and the sum of its numbers; (0, 2) for 4 bits.
+
+GROUP = 32
+
+
+def quantize(weight, bits):
+    """weight (N, K) -> codes, scale. 8 bits: the largest |w| of a row is 127. 4 bits: of eleven grids for each
+    group, whose largest |w| lies at -7 to -9, the one whose least-squares scale leaves the smallest squares.
+    A row or group with a weight that is not finite becomes NaN."""
+    parts = [quantize_rows(part.float(), bits) for part in weight.split(1024)]
+    codes, scale = (torch.cat(some) for some in zip(*parts))
+    return codes, scale
+
+
+def quantize_rows(wide, bits):
+    N, K = wide.shape
+    if bits == 8:
+        scale = wide.abs().amax(dim=1).clamp(min=1e-30) / 127
+        q = whole(wide, scale[:, None], 127, 127)
+        bits_of = torch.where(scale.isfinite(), scale, torch.nan).view(torch.int32)
+        return (F.pad(q, (0, -K % 64)).view(torch.uint8),
+                torch.stack((bits_of, q.sum(dim=1, dtype=torch.int32)), dim=1))
+    groups = F.pad(wide, (0, -K % 64)).unflatten(1, (-1, GROUP))
+    q, scale = least_squares(groups)
+    low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)              # (N, K / 64, 32) each
+    codes = torch.cat(((low | high << 4).flatten(1), scale.contiguous().view(torch.uint8)), dim=1)
+    return F.pad(codes, (0, -codes.size(1) % 64)), torch.empty(0, 2, dtype=torch.int32, device=wide.device)
+
+
+def whole(wide, scale, least, most):
+    """wide / scale as int8 in -least..most; 0 where that is no number."""
+    return (wide / scale).round().clamp(-least, most).nan_to_num(0).to(torch.int8)
+
+
+def least_squares(groups):
+    """groups (N, G, 32) fp32 -> numbers in -8..7 (int8) and their scales (N, G) bf16."""
+    places = groups.abs().argmax(dim=-1, keepdim=True)
+    largest = groups.gather(-1, places)                                              # with its sign
+    kept = None
+    for step in range(11):
+        scale = -largest / (7 + 0.2 * step)
+        q = whole(groups, torch.where(scale == 0, 1, scale), 8, 7).float()
+        scale = (groups * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp(min=1)
+        scale = scale.bfloat16().float()
+        q = whole(groups, torch.where(scale == 0, 1, scale), 8, 7)
+        error = (groups - scale * q).square().sum(-1, keepdim=True)
+        if kept is None:
+            kept = q, scale, error
+        better = error < kept[2]
+        kept = tuple(torch.where(better, new, old) for new, old in zip((q, scale, error), kept))
+    finite = groups.isfinite().all(dim=-1)
+    return kept[0], torch.where(finite, kept[1][..., 0], torch.nan).bfloat16()
+
+
+def dequantize(codes, scale, K):
+    """What `quantize` has made of (N, K) weights, in fp32."""
+    if len(scale):
+        return codes.view(torch.int8)[:, :K] * scales_of(codes, scale, K)
+    two = codes[:, :-(-K // 64) * 32].unflatten(1, (-1, 32))
+    q = torch.stack((two & 15, two >> 4), dim=2).flatten(1, 2).float() - 8
+    return (q * scales_of(codes, scale, K)[..., None]).flatten(1)[:, :K]
+
+
+def scales_of(codes, scale, K):
+    """The scales of quantised weights (N, K), in fp32: (N, 1), or of groups (N, G)."""
+    if len(scale):
+        return scale[:, :1].contiguous().view(torch.float32)
+    pairs = -(-K // 64)
+    return codes[:, 32 * pairs:36 * pairs].contiguous().view(torch.bfloat16).float()
+
+
+def in_8_bits(x):
+    """x (..., K) -> whole numbers in -127..127 (fp32) and each token's scale (..., 1); NaN where x is not
+    finite."""
+    x = x.float()
+    most = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    finite = most.isfinite()
+    by = torch.full_like(most, 127) / most      # 127 / most would be its reciprocal times 127: rounded twice
+    return torch.where(finite, (x * by).round(), 0), torch.where(finite, most / 127, torch.nan)
+
+
+def whole_product_reference(x, codes, scale):
+    """x (..., K) rounded to 8 bits times quantised weights (N, K) -> (..., N) fp32."""
+    q, by = in_8_bits(x)
+    return F.linear(q, dequantize(codes, scale, x.size(-1))) * by
+
+
+def whole_rows_sum_reference(a, codes, scale, C):
+    """a (..., H), quantised weights (H, C), a row a unit -> (..., C) fp32: the rows' sum, times a."""
+    return a.float() @ dequantize(codes, scale, C)
+
+
+def whole_product(x, codes, scale):
+    """As the reference; a decode step's few tokens by the arithmetic of kernels/step.c."""
+    if tally is not None:
+        tally.macs += x.numel() * len(codes)
+        tally.bytes += codes.nbytes + scale.nbytes
+    if not takes_whole(x):
+        return whole_product_reference(x, codes, scale)
+    y = torch.empty(*x.shape[:-1], len(codes))
+    matrix = whole_matrix(codes, scale, x.size(-1))
+    wide = x.float().contiguous()
+    cpu_library()[0].whole_products(ctypes.addressof(matrix), wide.data_ptr(), y.data_ptr(),
+                                    wide.numel() // x.size(-1), torch.get_num_threads())
+    return y
+
+
+def whole_rows_sum(a, codes, scale, C, all=False):
+    """As the reference, by the same arithmetic: rows where a is zero are not read, unless `all` are."""
+    if tally is not None:
+        live = a.flatten(0, -2) != 0
+        tally.macs += int(live.sum()) * C
+        tally.bytes += int(live.any(dim=0).sum()) * (codes.size(1) + 8 * bool(len(scale)))
+    if not takes_whole(a):
+        return whole_rows_sum_reference(a, codes, scale, C)
+    y = torch.empty(*a.shape[:-1], C)
+    matrix = whole_matrix(codes, scale, C)
+    wide = a.float().contiguous()
+    cpu_library()[0].whole_rows_sum(ctypes.addressof(matrix), wide.data_ptr(), y.data_ptr(),
+                                    wide.numel() // len(codes), all)
+    return y
+
+
+def takes_whole(x):
+    """Are these a few tokens of a decode step on a CPU, and are the C kernels built?"""
+    return takes_rows(x) and x.numel() > 0 and cpu_library()[0] is not None
+
+
+class MatrixC(ctypes.Structure):
+    """`struct matrix` of kernels/step.c."""
+    _fields_ = [("kind", ctypes.c_int64), ("rows", ctypes.c_int64), ("width", ctypes.c_int64),
+                ("stride", ctypes.c_int64), ("data", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+                ("scale_stride", ctypes.c_int64), ("bias", ctypes.c_void_p)]
+
+
+I8, I4 = 4, 5                                    # kinds of a matrix, numbered as in step.c
+
+
+def whole_matrix(codes, scale, K):
+    """Quantised weights (N, K) as C reads them; codes and scale must live as long."""
+    return MatrixC(kind=I8 if len(scale) else I4, rows=len(codes), width=K, stride=codes.size(1),
+                   data=codes.data_ptr(), scale=scale.data_ptr())
+
+
 # ------------------------------------------------ 2:4 weights --------------------------------------------
 #
 # y = act(W x + bias) + onto, where of every four consecutive weights in a row of W (N, K) two are kept. A

@@ -12,6 +12,7 @@ import torch
 
 import sparse_kernels as kernels
 from kernels.build import cpu_library
+from sparse_kernels import MatrixC
 
 ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of rows: as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
@@ -24,11 +25,6 @@ LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 class NotWritten(Exception):
     """A module that has no ops, or a call that ops are not written for: `forward` decodes it."""
-
-
-class MatrixC(ctypes.Structure):
-    _fields_ = [("kind", LONG), ("rows", LONG), ("width", LONG), ("stride", LONG), ("data", POINTER),
-                ("scale", POINTER), ("scale_stride", LONG), ("bias", POINTER)]
 
 
 class OpC(ctypes.Structure):
@@ -131,6 +127,13 @@ class Program:
                     bias=self.vector(bias))
         return Matrix(c, values[0].nbytes + meta[0].nbytes, width // 2)
 
+    def whole(self, codes, scale, width, bias):
+        """Weights (rows, width) of kernels.quantize -> Matrix."""
+        self.kept += codes, scale
+        c = kernels.whole_matrix(codes, scale, width)
+        c.bias = self.vector(bias)
+        return Matrix(c, codes.size(1) + 8 * bool(len(scale)), width)
+
     # ------------------------------------------------ ops
 
     def add(self, code, reads=(), writes=(), scratch=0, n=(), f=(), p=(), matrix=None, counts=None, **fields):
@@ -154,9 +157,8 @@ class Program:
         self.names.append(f"{code} {self.module}".strip())
         self.scratch = max(self.scratch, scratch)
 
-    def embed(self, table, positions=None, ngrams=None, order=0):
-        """The token's row of `table` (V, C), plus its column's of `positions`, plus those of its n-grams."""
-        matrix = self.matrix(table)
+    def embed(self, matrix, positions=None, ngrams=None, order=0):
+        """The token's row of a matrix, plus its column's of `positions`, plus those of its n-grams."""
         C = matrix.c.width
         tables = [None if t is None else self.keep(t.detach().to(self.dtype).contiguous())
                   for t in (positions, ngrams)]
@@ -184,7 +186,7 @@ class Program:
         each = matrix.macs, matrix.bytes
         counts = ("read", *each) if units else (self.rows * matrix.c.rows * matrix.macs,
                                                 matrix.c.rows * matrix.bytes)
-        scratch = rows * (4 * wide + 64 * (wide // K) + 4 * most) + 64
+        scratch = rows * (4 * wide + 192 * (wide // K) + 4 * most) + 64      # room_of in step.c
         self.add("linear", (x, onto, units and units.list, by), (y,), scratch,
                  (most, blocks, wide if blocks else 0), (), params, matrix, counts, act=ACTS[act],
                  list=units and units.list, by=by, onto=onto, **{"in": x, "out": y})

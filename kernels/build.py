@@ -41,6 +41,8 @@ def cpu_library():
         return None, f"no C kernels: they could not be built or loaded ({error})"
     for call in (library.step, library.follow):
         call.argtypes = [ctypes.c_void_p]
+    for call in (library.whole_products, library.whole_rows_sum):
+        call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]

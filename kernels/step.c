@@ -14,12 +14,12 @@
 #define ROWS 8                                   /* of a batch */
 #define MANY 64                                  /* threads */
 
-enum kind { IS_F32, IS_BF16, IS_KEPT_F32, IS_KEPT_BF16 };
+enum kind { IS_F32, IS_BF16, IS_KEPT_F32, IS_KEPT_BF16, IS_I8, IS_I4 };
 
 struct matrix {                                  /* one row for each output, or each unit */
     int64_t kind, rows, width, stride;           /* stride: bytes from row to row */
     const char *data;
-    const void *scale;                           /* what else the kind has: 2:4's places */
+    const void *scale;                           /* what else the kind has: 2:4's places; of I8 see of_row */
     int64_t scale_stride;
     const float *bias;
 };
@@ -213,9 +213,230 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
 #include <immintrin.h>
 #endif
 
+/* Whole numbers. A row of I8: numbers of 8 bits, zeros behind them up to a multiple of 64; its scale, and the
+   sum of its numbers, lie in w.scale. A row of I4: numbers of 4 bits in groups of 32, of which each has a scale:
+   32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the scales in bf16. What is
+   multiplied by them is rounded to 8 bits, with one scale: in its room lie that scale (64 bytes for it), the
+   numbers, and for each 32 of them 8 times their sum. */
+struct of_row { float scale; int32_t sum; };
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define WHOLE_VNNI 1                             /* vpdpbusd takes one side plus 128 */
+#endif
+#if defined(__AVX2__) && defined(__FMA__)
+#define WHOLE_AVX2 1
+#include <immintrin.h>
+#endif
+
+static inline long padded(long K) { return (K + 63) / 64 * 64; }
+/* the room of what is multiplied by a row of width K, whatever the kind */
+static inline long room_of(long K) { return (K * 4 + 63) / 64 * 64 + 128; }
+
+static void round_to_8_bits(int64_t kind, const float *x, long n, char *to) {
+    long wide = padded(n);
+    int8_t *q = (int8_t *)to + 64;
+    float most = 1e-30f, wrong = 0, *sums = (float *)(to + 64 + wide);
+    #pragma omp simd reduction(max:most) reduction(+:wrong)
+    for (long i = 0; i < n; i++) {
+        float size = fabsf(x[i]);
+        most = size > most ? size : most;
+        wrong += x[i] * 0;
+    }
+    float by = wrong != 0 ? 0 : 127 / most;                     /* NaN is not 0 either */
+    *(float *)to = wrong != 0 ? NAN : most / 127;
+    if (wrong != 0) memset(q, 0, n);
+    else {
+        #pragma omp simd
+        for (long i = 0; i < n; i++) q[i] = (int8_t)(int)rintf(x[i] * by);
+    }
+    memset(q + n, 0, wide - n);
+    if (kind == IS_I4) for (long g = 0; g < wide; g += 32) {
+        int32_t sum = 0;
+        for (long i = g; i < g + 32; i++) sum += q[i];
+        sums[g / 32] = 8.0f * sum;
+    }
+#ifdef WHOLE_VNNI
+    if (kind == IS_I8) for (long i = 0; i < wide; i++) q[i] ^= (int8_t)0x80;
+#endif
+}
+
+#ifdef WHOLE_AVX2
+/* the sums of a[0..3] */
+static inline __m128i sums_of_ints(const __m256i *a) {
+    __m256i t = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+}
+static inline __m128 sums_of_floats(const __m256 *a) {
+    __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+}
+static inline __m256i load_ints(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+#endif
+
+static void quad_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
+                    const char *x, long K, float *s) {
+    long wide = padded(K);
+    const char *X = x + 64;
+    int32_t sum[4] = {0};
+#if defined(WHOLE_VNNI)
+    __m512i a[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
+    for (long k = 0; k < wide; k += 64) {
+        __m512i v = _mm512_loadu_si512(X + k);
+        for (int l = 0; l < 4; l++) {
+            if (next) FETCH(next[l] + k);
+            a[l] = _mm512_dpbusd_epi32(a[l], v, _mm512_loadu_si512(row[l] + k));
+        }
+    }
+    for (int l = 0; l < 4; l++) sum[l] = _mm512_reduce_add_epi32(a[l]) - 128 * of[n[l]].sum;
+#elif defined(WHOLE_AVX2)
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i a[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
+    for (long k = 0; k < wide; k += 32) {
+        __m256i v = load_ints(X + k);
+        for (int l = 0; l < 4; l++) {
+            __m256i w = load_ints(row[l] + k);
+            if (next) FETCH(next[l] + k);
+            a[l] = _mm256_add_epi32(a[l], _mm256_madd_epi16(
+                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), ones));
+        }
+    }
+    _mm_storeu_si128((__m128i *)sum, sums_of_ints(a));
+#else
+    (void)next;
+    for (int l = 0; l < 4; l++) {
+        int32_t all = 0;
+        #pragma omp simd reduction(+:all)
+        for (long k = 0; k < wide; k++) all += (int32_t)(int8_t)row[l][k] * (int8_t)X[k];
+        sum[l] = all;
+    }
+#endif
+    for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
+}
+
+static void quad_i4(const char *const *row, const char *const *next, const char *x, long K, float *s) {
+    long wide = padded(K), k = 0;
+    const char *X = x + 64;
+    const float *sums = (const float *)(X + wide);
+#if defined(WHOLE_AVX2)
+    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
+#if defined(WHOLE_VNNI)
+    const __m512i half = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+    __m512 b[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
+    for (; k + 128 <= wide; k += 128) {
+        __m512i u = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(X + k)), load_ints(X + k + 64), 1);
+        __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(X + k + 32)), load_ints(X + k + 96), 1);
+        for (int l = 0; l < 4; l++) {
+            __m512i w = _mm512_loadu_si512(row[l] + k / 2);
+            __m512i scales = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_castsi128_si256(
+                _mm_loadl_epi64((const __m128i *)(row[l] + wide / 2 + k / 16)))), 16);
+            if (next) FETCH(next[l] + k / 2);
+            b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, _mm512_and_si512(w, half), u)),
+                                   _mm512_castsi512_ps(_mm512_permutexvar_epi32(first, scales)), b[l]);
+            b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(
+                                       zero, _mm512_and_si512(_mm512_srli_epi16(w, 4), half), v)),
+                                   _mm512_castsi512_ps(_mm512_permutexvar_epi32(second, scales)), b[l]);
+        }
+    }
+    for (int l = 0; l < 4; l++)
+        a[l] = _mm256_add_ps(_mm512_castps512_ps256(b[l]), _mm256_castpd_ps(_mm512_extractf64x4_pd(
+            _mm512_castps_pd(b[l]), 1)));
+#endif
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (; k < wide; k += 64) {
+        __m256i u = load_ints(X + k), v = load_ints(X + k + 32);
+        for (int l = 0; l < 4; l++) {
+            __m256i w = load_ints(row[l] + k / 2);
+            const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2) + k / 32;
+            if (next) FETCH(next[l] + k / 2);
+            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(
+                _mm256_and_si256(w, low), u), ones)), _mm256_set1_ps(up_bf16(scale[0])), a[l]);
+            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(
+                _mm256_and_si256(_mm256_srli_epi16(w, 4), low), v), ones)), _mm256_set1_ps(up_bf16(scale[1])), a[l]);
+        }
+    }
+    _mm_storeu_ps(s, sums_of_floats(a));
+#else
+    (void)next;
+    for (int l = 0; l < 4; l++) {
+        const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2);
+        s[l] = 0;
+        for (k = 0; k < wide; k += 64) {
+            const uint8_t *w = (const uint8_t *)row[l] + k / 2;
+            int32_t u = 0, v = 0;
+            #pragma omp simd reduction(+:u, v)
+            for (long i = 0; i < 32; i++) {
+                u += (w[i] & 15) * (int8_t)X[k + i];
+                v += (w[i] >> 4) * (int8_t)X[k + 32 + i];
+            }
+            s[l] += u * up_bf16(scale[k / 32]) + v * up_bf16(scale[k / 32 + 1]);
+        }
+    }
+#endif
+    for (int l = 0; l < 4; l++) {                               /* the numbers lie plus 8 */
+        const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2);
+        float more = 0;
+        #pragma omp simd reduction(+:more)
+        for (long g = 0; g < wide / 32; g++) more += up_bf16(scale[g]) * sums[g];
+        s[l] = (s[l] - more) * *(const float *)x;
+    }
+}
+
+/* element c of a row of whole numbers; of: the row's, of I8 */
+static inline float whole(const struct matrix *w, long n, long c) {
+    const char *row = w->data + n * w->stride;
+    if (w->kind == IS_I8) return ((const struct of_row *)w->scale)[n].scale * (int8_t)row[c];
+    uint8_t two = row[c / 64 * 32 + c % 32];
+    float scale = up_bf16(((const uint16_t *)(row + padded(w->width) / 2))[c / 32]);
+    return scale * ((c & 32 ? two >> 4 : two & 15) - 8);
+}
+
+/* sums (width) += by[live[i]] * row rows[live[i]] of w for each of n live units: elements from..to, of which
+   `from` is a multiple of 64. Four rows at a time, and the next four are fetched. */
+static void add_whole_rows(const struct matrix *w, const float *by, const long *rows, const int *live, long n,
+                           float *restrict sums, long from, long to) {
+    const struct of_row *of = w->scale;
+    long wide = padded(w->width), stop = to / 64 * 64;
+    for (long i = 0; i < n; i += 4) {
+        const char *row[4], *next[4];
+        float b[4];
+        long number[4];
+        for (long l = 0; l < 4; l++) {
+            long j = live[i + l < n ? i + l : n - 1], k = live[i + l + 4 < n ? i + l + 4 : n - 1];
+            number[l] = rows ? rows[j] : j;
+            row[l] = w->data + number[l] * w->stride;
+            next[l] = w->data + (rows ? rows[k] : k) * w->stride;
+            b[l] = i + l < n ? by[j] : 0;                        /* behind the last one: it once more, times 0 */
+            if (w->kind == IS_I8) b[l] *= of[number[l]].scale;
+        }
+        for (long c = from; c < stop; c += 64) {
+            for (int l = 0; l < 4; l++) FETCH(next[l] + (w->kind == IS_I8 ? c : c / 2));
+            if (w->kind == IS_I8) {
+                #pragma omp simd
+                for (long e = c; e < c + 64; e++)
+                    sums[e] += b[0] * (int8_t)row[0][e] + b[1] * (int8_t)row[1][e]
+                             + b[2] * (int8_t)row[2][e] + b[3] * (int8_t)row[3][e];
+            } else for (int l = 0; l < 4; l++) {
+                const uint8_t *two = (const uint8_t *)row[l] + c / 2;
+                const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2) + c / 32;
+                float f = b[l] * up_bf16(scale[0]), g = b[l] * up_bf16(scale[1]), *y = sums + c;
+                #pragma omp simd
+                for (long e = 0; e < 32; e++) y[e] += f * ((two[e] & 15) - 8);
+                #pragma omp simd
+                for (long e = 0; e < 32; e++) y[e + 32] += g * ((two[e] >> 4) - 8);
+            }
+        }
+        for (long l = 0; l < 4; l++)
+            for (long c = stop > from ? stop : from; c < to; c++)
+                sums[c] += w->kind == IS_I8 ? b[l] * (int8_t)row[l][c] : b[l] * whole(w, number[l], c);
+    }
+}
+
 /* what rows of a kind are multiplied by, made of x (n) in `to` */
 static void prepare(int64_t kind, const float *x, long n, char *to) {
     float *wide = (float *)to;
+    if (kind == IS_I8 || kind == IS_I4) round_to_8_bits(kind, x, n, to);
     if (kind == IS_F32 || kind == IS_KEPT_F32) memcpy(wide, x, n * sizeof(float));
     if (kind == IS_KEPT_BF16) for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
     if (kind != IS_BF16) return;
@@ -307,6 +528,8 @@ static void quad(const struct matrix *w, const long *n, const long *soon, const 
     switch (w->kind) {
     case IS_F32: quad_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
     case IS_BF16: quad_bf16(row, soon ? next : 0, x, w->width, s); break;
+    case IS_I8: quad_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
+    case IS_I4: quad_i4(row, soon ? next : 0, x, w->width, s); break;
     case IS_KEPT_F32: case IS_KEPT_BF16:
         for (int l = 0; l < 4; l++) {
             const uint32_t *places = (const uint32_t *)((const char *)w->scale + n[l] * w->scale_stride);
@@ -323,6 +546,8 @@ static void add_row(const struct matrix *w, long n, float by, float *restrict su
         const float *v = (const float *)row;
         #pragma omp simd
         for (long c = from; c < to; c++) sums[c] += by * v[c];
+    } else if (w->kind == IS_I8 || w->kind == IS_I4) {
+        for (long c = from; c < to; c++) sums[c] += by * whole(w, n, c);
     } else {
         const uint16_t *v = (const uint16_t *)row;
         #pragma omp simd
@@ -347,6 +572,7 @@ static void op_embed(const struct op *o, struct thread *me) {
         float *y = at(me, o->out) + r * C;
         for (long c = from; c < to; c++) y[c] = 0;
         add_row(&o->w, ids[column], 1, y, from, to);
+        round_all(me, y + from, to - from);                     /* whole numbers times their scale */
         if (o->n[1]) {
             uint64_t key = (uint64_t)(ids[column] + 1) * 1000003;
             float *sums = (float *)me->scratch;
@@ -408,7 +634,7 @@ static inline const int32_t *list_of(const struct op *o, const struct thread *me
 static void op_linear(struct op *o, struct thread *me) {
     const struct program *p = me->program;
     const struct matrix *w = &o->w;
-    long K = w->width, wide = o->n[2] ? o->n[2] : K, size = (K * 4 + 63) / 64 * 64, most = o->list < 0 ? w->rows : o->n[0];
+    long K = w->width, wide = o->n[2] ? o->n[2] : K, size = room_of(K), most = o->list < 0 ? w->rows : o->n[0];
     long parts = o->n[1] ? wide / K : 1;
     float *room = (float *)(me->scratch + p->rows * parts * size);      /* onto is where the sum goes */
     for (long r = 0; r < p->rows; r++)
@@ -481,6 +707,7 @@ static void add_rows(const struct matrix *w, float *sums, const float *by, const
                      long n) {
     if (w->kind == IS_F32)
         add_rows_f32(sums, by, (const float *)w->data, rows, live, n, w->stride / 4, 0, w->width);
+    else if (w->kind == IS_I8 || w->kind == IS_I4) add_whole_rows(w, by, rows, live, n, sums, 0, w->width);
     else
         add_rows_bf16(sums, by, (const uint16_t *)w->data, rows, live, n, w->stride / 2, 0, w->width);
 }
@@ -841,4 +1068,36 @@ int follow(struct program *p) {
         p->ids[r][p->columns[r]] = p->best[r];
     }
     return 1;
+}
+
+/* y (count, rows of w) = w . x of floats (count, width), and y (count, width) = the sums of rows of w times a
+   (count, rows of w): a step's arithmetic by itself, for whole numbers outside of a program */
+void whole_products(const struct matrix *w, const float *x, float *y, long count, int threads) {
+    long room = room_of(w->width);
+    char *ready = heap(count * room);
+    for (long m = 0; m < count; m++) prepare(w->kind, x + m * w->width, w->width, ready + m * room);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < w->rows; i += 4) {
+        long row[4];
+        for (long l = 0; l < 4; l++) row[l] = i + l < w->rows ? i + l : w->rows - 1;
+        for (long m = 0; m < count; m++) {
+            float s[4];
+            quad(w, row, 0, ready + m * room, s);
+            for (long l = 0; l < 4 && i + l < w->rows; l++) y[m * w->rows + i + l] = s[l];
+        }
+    }
+    free(ready);
+}
+void whole_rows_sum(const struct matrix *w, const float *a, float *y, long count, int all) {
+    BUFFER(int, live, w->rows);
+    for (long m = 0; m < count; m++, a += w->rows, y += w->width) {
+        long n = 0;
+        for (long i = 0; i < w->rows; i++) {
+            live[n] = i;
+            n += a[i] != 0 || all;
+        }
+        memset(y, 0, w->width * sizeof(float));
+        add_whole_rows(w, a, 0, live, n, y, 0, w->width);
+    }
+    RELEASE(live);
 }

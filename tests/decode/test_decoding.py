@@ -1,21 +1,24 @@
 """Generation with the cache equals generation without it, for every arm; filters do what their papers say."""
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as kernels
 from configurator import ConfigError
-from decode import counters, sampling
+from decode import counters, engine, sampling
 from decode.context import Cache, CachedContext
-from layers import settle
+from layers import BITS, QuantizedByUnit, quantize, settle
 from model import GPT
 from training import optimizers
 
+built = pytest.mark.skipif(kernels.cpu_library()[0] is None, reason=kernels.cpu_library()[1])
 every_arm = pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 every_arm_and_pair = pytest.mark.parametrize("arm", (ARMS | PAIRS).values(), ids=(ARMS | PAIRS).keys())
 
@@ -400,3 +403,110 @@ def test_a_weight_that_a_fused_step_damages_is_noticed_by_the_next_stream():
     assert down.isnan().all()
     with pytest.raises(ConfigError, match="not finite"):
         model.generate(prompt, 5, temperature=0)
+
+
+# ------------------------------------------------ weights of whole numbers
+
+
+@built
+@every_arm
+def test_a_quantised_model_decodes_what_its_forward_computes(arm, monkeypatch):
+    """By a program, where the variant has one, and by forward; logits that differ by more are those of an
+    input that lies between two whole numbers, which another order of sums rounds the other way."""
+    idx = tokens(3, 5)
+    for kind in BITS:
+        model = quantize(build(arm, std=0.2), kind)
+        expected, logits = without_cache(model, idx, 9)
+        with torch.inference_mode():
+            program = engine.program_of(model, Cache(model, 3, 16), 31, 1, idx.device)
+        assert (program is None) == any(getattr(model.config, flag) for flag in engine.WAITING)
+        for off in (False, True):
+            with monkeypatch.context() as patch:
+                if off:
+                    patch.setattr(engine, "program_of", lambda *_: None)
+                spy = Spy()
+                new = torch.cat(list(sampling.stream(model, idx, 9, spy)), dim=1)
+            assert torch.equal(torch.cat((idx, new), 1), expected)
+            found = torch.stack(spy.logits)
+            kept = found.isfinite()              # a screened head's may be -inf
+            assert (found - logits)[kept].abs().max() < 0.05
+            assert (found - logits)[kept].abs().median() < 1e-4
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_arm
+def test_a_quantised_program_and_forward_draw_the_same_ids(arm, dtype, monkeypatch):
+    """Rows of several lengths, past block_size, with and without the policy that a model was trained for. In
+    bf16 as far as forward's two largest logits differ by more than what bf16 rounds away."""
+    idx, lengths, edge = tokens(2, 6), [6, 3], 0.05 if dtype == torch.bfloat16 else 0
+    for kind, policy in itertools.product(BITS, (False, True)):
+        model = quantize(build(arm, std=0.2), kind).to(dtype).use_policy(policy)
+        with torch.inference_mode():
+            found = torch.cat(list(sampling.stream(model, idx, 12, sampling.Sampler(0), lengths)), dim=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "program_of", lambda *_: None)
+            spy = Spy()
+            expected = torch.cat(list(sampling.stream(model, idx, 12, spy, lengths)), dim=1)
+        for row, logits in enumerate(torch.stack(spy.logits, dim=1)):
+            first = (found[row] != expected[row]).nonzero()[:1, 0].tolist()
+            largest = logits[first].topk(2).values
+            assert (largest[:, 0] - largest[:, 1] <= edge).all() and (not first or edge)
+
+
+def test_quantising_takes_the_large_matrices_and_leaves_the_small_ones():
+    model = quantize(build(dict(columns=8, columns_active=2, act="relu2")), "int4")
+    block = model.transformer.h[0]
+    assert [part.bits for part in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj,
+                                   model.lm_head)] == [8, 8, 4, 4, 8]
+    assert isinstance(block.mlp.c_proj, QuantizedByUnit) and isinstance(block.mlp.gate.router, nn.Linear)
+    names = [name for name, _ in model.named_parameters()]
+    assert "transformer.wte.weight" not in names and "transformer.wpe.weight" in names
+    assert [name for name in model.state_dict() if name.endswith("wte.weight")] == []
+    with torch.inference_mode():
+        rows = model.transformer.wte(torch.arange(31)[None], None)[0]
+    assert torch.equal(rows, model.lm_head.weight)
+    twin = copy.deepcopy(model)
+    assert twin.transformer.wte.tied[0] is twin.lm_head is not model.lm_head
+    with pytest.raises(ConfigError, match="quantize='int3' must be int8, int4, q4_all"):
+        quantize(build({}), "int3")
+
+
+def test_two_of_four_is_quantised_as_it_is_pruned_packed_or_not():
+    idx = tokens(2, 9)
+    for act in ("relu2", "gelu"):
+        models = [build(dict(weights="2:4", act=act), std=0.2) for _ in range(3)]
+        models = [quantize(model, "int8") for model in (models[0], settle(models[1]), settle(models[2], False))]
+        with torch.no_grad():
+            logits = [model(idx, idx)[0] for model in models]
+        assert (models[0].transformer.h[0].attn.c_attn.weight == 0).float().mean() >= 0.5
+        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@built
+@pytest.mark.parametrize("part", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.parametrize("kind", ["int8", "q4_all"])
+@pytest.mark.parametrize("arm", ["gpt2", "relu2", "topk", "columns", "attn_topk"])
+def test_a_quantised_model_hides_no_damaged_weight(arm, kind, part):
+    model = build(ARMS[arm], std=0.2)
+    with torch.no_grad():
+        model.get_submodule("transformer.h.1." + part).weight[:, 5] = float("nan")
+    with pytest.raises(sampling.Damaged):
+        list(sampling.stream(quantize(model, kind), tokens(1, 3), 6, sampling.Sampler(0)))
+
+
+@built
+def test_a_quantised_step_reads_fewer_bytes():
+    with torch.inference_mode():
+        found = {}
+        for kind in ("dense", *BITS):
+            model = build(dict(n_embd=64, act="relu2", vocab_size=512)).bfloat16()
+            model = model if kind == "dense" else quantize(model, kind)
+            cache = Cache(model, 1, 16)
+            program = engine.program_of(model, cache, 512, 1, torch.device("cpu"))
+            history = tokens(1, 16)
+            program.begin(history, [0], [1])
+            with kernels.counting() as tally:
+                program.step()
+            found[kind] = tally.bytes
+    assert found["dense"] > 1.7 * found["int8"] > 1.7 * found["int4"] > 1.7 * found["q4_all"] > 0

@@ -591,3 +591,124 @@ def test_no_width_is_too_large_for_a_stack():
     run = subprocess.run([sys.executable, "-c", WIDE.format(root=str(ROOT))], capture_output=True, text=True,
                          timeout=300)
     assert run.returncode == 0 and run.stdout == "done\n", (run.returncode, run.stderr[-2000:])
+
+
+# ------------------------------------------------ weights of whole numbers
+
+WIDTHS = (1, 5, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 192, 300, 1000)
+bits_4_and_8 = pytest.mark.parametrize("bits", [8, 4])
+
+
+def same_sums(found, expected, sizes):
+    """Equal to fp32's sums of terms of these sizes; NaN where NaN is expected."""
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert ((found - expected).abs() <= 2e-6 * sizes + 1e-30)[~expected.isnan()].all()
+
+
+@built
+@bits_4_and_8
+def test_products_of_whole_numbers_equal_their_reference_over_360_shapes(bits):
+    for N, K, tokens_ in itertools.product((1, 3, 4, 9), WIDTHS, (1, 2, 8)):
+        seed = N * 10_000 + K * 10 + tokens_
+        weight, x = normal(N, K, seed=seed), normal(tokens_, 1, K, seed=seed + 1).abs()       # sums far from 0
+        codes, scale = kernels.quantize(weight, bits)
+        expected = kernels.whole_product_reference(x, codes, scale)
+        with torch.inference_mode():
+            assert kernels.takes_whole(x)
+            for dtype in (torch.float32, torch.bfloat16):
+                exact = expected if dtype == torch.float32 else kernels.whole_product_reference(
+                    x.to(dtype), codes, scale)
+                found = kernels.whole_product(x.to(dtype), codes, scale)
+                same_sums(found, exact, 2 * x.sum() * weight.abs().max())
+                assert torch.equal(kernels.whole_product(x[:1].to(dtype), codes, scale), found[:1])
+        lost = (expected - x @ weight.T).norm() / (x.norm() * weight.norm())
+        assert lost < (0.02 if bits == 8 else 0.15)
+
+
+@built
+@bits_4_and_8
+def test_sums_of_rows_of_whole_numbers_equal_their_reference_over_135_shapes(bits):
+    for H, C, tokens_ in itertools.product((1, 6, 13), WIDTHS, (1, 2, 8)):
+        a = normal(tokens_, 1, H, seed=H + C) * (normal(tokens_, 1, H, seed=C) > 0)
+        codes, scale = kernels.quantize(normal(H, C, seed=C + tokens_), bits)
+        rows = kernels.dequantize(codes, scale, C)
+        with torch.inference_mode():
+            for all_rows in (False, True):
+                found = kernels.whole_rows_sum(a, codes, scale, C, all_rows)
+                same_sums(found, kernels.whole_rows_sum_reference(a, codes, scale, C), a.abs() @ rows.abs())
+
+
+@built
+@bits_4_and_8
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_beside_whole_numbers_comes_out(bits, wrong):
+    """An input makes its token's results NaN and no other's; a weight its row's; a unit that is zero shows a
+    damaged row where all are read."""
+    K, place = 70, 65
+    weight, x = normal(5, K), normal(3, 1, K, seed=1)
+    codes, scale = kernels.quantize(weight, bits)
+    broken = x.clone()
+    broken[1, 0, place] = wrong
+    with torch.inference_mode():
+        for product in (kernels.whole_product, kernels.whole_product_reference):
+            found = product(broken, codes, scale)
+            assert found[1].isnan().all() and torch.equal(found[[0, 2]], product(x, codes, scale)[[0, 2]])
+        weight[3, place] = wrong
+        codes, scale = kernels.quantize(weight, bits)
+        assert not kernels.all_finite(kernels.scales_of(codes, scale, K))
+        for product in (kernels.whole_product, kernels.whole_product_reference):
+            assert product(x, codes, scale).isnan().all(dim=(0, 1)).tolist() == [False] * 3 + [True, False]
+        a = torch.tensor([[[1.0, 1, 1, 0, 1]]])
+        for found in (kernels.whole_rows_sum(a, codes, scale, K, True),
+                      kernels.whole_rows_sum_reference(a, codes, scale, K)):
+            assert found[..., place].isnan().all() and (bits == 4) == bool(found[..., 0].isfinite().all())
+        assert kernels.whole_rows_sum(a, codes, scale, K).isfinite().all()
+
+
+@built
+@bits_4_and_8
+def test_zeros_and_tiny_numbers_stay_zeros_in_whole_numbers(bits):
+    with torch.inference_mode():
+        for weight in (torch.zeros(4, 65), torch.full((4, 65), 1e-38), normal(4, 65)):
+            codes, scale = kernels.quantize(weight, bits)
+            for x in (torch.zeros(2, 1, 65), torch.full((2, 1, 65), 1e-40)):
+                for product in (kernels.whole_product, kernels.whole_product_reference):
+                    assert (product(x, codes, scale).abs() < 1e-25).all()
+        codes, scale = kernels.quantize(torch.zeros(4, 65), bits)
+        assert torch.equal(kernels.dequantize(codes, scale, 65), torch.zeros(4, 65))
+        assert torch.equal(kernels.whole_product(normal(2, 1, 65), codes, scale), torch.zeros(2, 1, 4))
+
+
+@bits_4_and_8
+@dtypes
+def test_whole_numbers_are_near_what_they_stand_for(bits, dtype):
+    for N, K in itertools.product((1, 1030), WIDTHS[::3]):
+        weight = normal(N, K, dtype=dtype, seed=K)
+        codes, scale = kernels.quantize(weight, bits)
+        assert codes.size(1) % 64 == 0 and codes.dtype == torch.uint8
+        found, wide = kernels.dequantize(codes, scale, K), weight.float()
+        assert found.shape == wide.shape
+        if bits == 8:
+            assert ((found - wide).abs() <= wide.abs().amax(1, keepdim=True) / 127 * 0.501).all()
+            again = kernels.quantize(found, bits)
+            assert torch.equal(again[0], codes)
+        else:
+            groups = F.pad(wide, (0, -K % 32)).unflatten(1, (-1, 32))
+            largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+            step = (largest / -8).bfloat16().float()
+            plain = (groups / torch.where(step == 0, 1, step)).round().clamp(-8, 7) * step    # one grid alone
+            lost, before = (found - wide).square().sum(), (plain.flatten(1)[:, :K] - wide).square().sum()
+            assert lost <= before + 1e-9
+            assert K < 64 or lost < 0.95 * before
+
+
+def test_four_bits_lie_where_the_layout_says():
+    """Every 32 bytes hold 64 numbers plus 8, the first 32 in the low halves; the scales behind them."""
+    weight = torch.arange(-8.0, 8).repeat(8)[None, :100] * 0.5
+    codes, scale = kernels.quantize(weight, 4)
+    assert codes.shape == (1, 128) and len(scale) == 0
+    first = codes[0, :32]
+    numbers = torch.cat((first & 15, first >> 4)).int() - 8
+    scales = codes[0, 64:72].view(torch.bfloat16).float()
+    assert torch.equal(numbers * scales[:2].repeat_interleave(32), weight[0, :64])
