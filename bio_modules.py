@@ -5,6 +5,7 @@ An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTO
 units that a call is about when a decode step computes only some of them; None or a full slice is all.
 """
 import copy
+import math
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from configurator import require
+from decode import engine
 from decode.context import add_up
 from decode.engine import NotWritten
 from layers import (
@@ -29,6 +31,7 @@ from layers import (
     belong,
     cast,
     cross_entropy,
+    dense_weight,
     drop_rows,
     dropout,
     linear,
@@ -282,15 +285,15 @@ class MLP(Stepwise):
 
     def activation(self, p):
         """Which activation a product ends with, for Program.linear."""
-        params = [p.vector(t) for t in (self.act.w, self.act.phi, self.act.b)] if self.act_is("osc") else ()
-        return dict(act=getattr(self.act, "name", "none"), params=params)
-
-    def act_is(self, name):
-        return getattr(self.act, "name", None) == name
+        name = "none" if isinstance(self.act, nn.Identity) else getattr(self.act, "name", "")
+        if name not in engine.ACTS:
+            raise NotWritten(f"the activation {type(self.act).__name__}")
+        params = [p.vector(t) for t in (self.act.w, self.act.phi, self.act.b)] if name == "osc" else ()
+        return dict(act=name, params=params)
 
     def emit_select(self, p, a, size, units=None):
         """Append the selector."""
-        return a if self.select is as_is else self.select.emit(p, a, size, units)
+        return a if self.select is as_is else engine.ops_of(self.select)(p, a, size, units)
 
     def emit_units(self, p, x, onto, units):
         """Append the MLP of x through Listed units alone."""
@@ -443,9 +446,6 @@ class Gathered(MLP):
         super().__init__(config, layer, groups * width)
         self.groups, self.width = groups, width
 
-    def emit(self, p, x, onto):
-        return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
-
     def union(self, x, ctx):
         return self.live(x, ctx, *opened(self.gate(x, ctx), self.width))
 
@@ -465,6 +465,9 @@ class Columns(Gathered):
     def __init__(self, config, layer):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
         self.gate = ColumnGate(config)
+
+    def emit(self, p, x, onto):
+        return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
 
     def one(self, x, ctx, weights, keep):
         return kernels.columns_one(x, *self.gate.one(ctx), *weights, self.one_call, self.gate.k, keep)
@@ -670,7 +673,88 @@ class Predictive(MLP):
         return kernels.among_largest(scores, self.active).to(scores.dtype)
 
 
-MLPS = {"columns": Columns, "experts": Experts, "compartments": Dendritic, "mlp_predict": Predictive}
+class ScreenedUnits(MLP):
+    """An MLP of squared ReLU of which a few bits decide, when decoding, which units are read: a copy of W_up
+    in mlp_screen bits scores all of them, and only those above the layer's threshold `edge` are computed from
+    the weights themselves (TurboSparse, 2406.05955, and SparseInfer, 2411.12692, choose by other means). It
+    needs no training: decode/calibrate.py finds the thresholds. A MLP whose W_up has 4 bits is its own copy.
+
+    Off until a call asks for it (GPT.use_policy), and exact then in everything but the units left out.
+    """
+
+    @staticmethod
+    def check(c):
+        belong(c, "mlp_screen", "mlp_live")
+        bits = c.mlp_screen
+        require(bits in (0, 2, 3, 4, 8), f"mlp_screen={bits} must be 2, 3, 4 or 8 bits; 0 is off")
+        require(not bits or c.act == "relu2", f"mlp_screen={bits} needs units that are exactly zero, "
+                f"act='{c.act}' has none: it is for models with act='relu2'")
+        require(not bits or (c.mlp_topk == 1 and not c.event_gate),
+                f"mlp_screen={bits} and mlp_topk={c.mlp_topk} or event_gate={c.event_gate} both choose which "
+                "units fire: leave one of them out")
+        require(0 <= c.mlp_live <= 1, f"mlp_live={c.mlp_live} must be in 0..1, the share of units read; 0: "
+                "all that fire by themselves")
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.bits = config.mlp_screen
+        self.register_buffer("edge", torch.tensor(math.nan))       # of a model that is not calibrated
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        state.setdefault(prefix + "edge", torch.tensor(math.nan))  # a checkpoint of a plain MLP
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def _apply(self, fn, *args, **keys):
+        edge = self.edge
+        super()._apply(fn, *args, **keys)
+        self._buffers["edge"] = edge.to(self.edge.device)          # a float whatever the dtype of the weights
+        return self
+
+    def regularise(self):
+        """A step of training: thresholds of weights that have changed are none."""
+        self.edge.fill_(math.nan)
+
+    def forward(self, x, ctx):
+        return self.ways[ctx.choices.predict](self, x, ctx)
+
+    def screened(self, x, ctx):
+        require(not self.edge.isnan(), "mlp_screen: this model has no thresholds, or was trained on since "
+                "they were found: calibrate.calibrate finds them, as sample.py does")
+        v = self.c_fc(x)
+        scores = v if self.own_copy() else self.scores(x, ctx)
+        return self.dropout(self.c_proj(torch.where(scores <= self.edge, 0, self.act(v))))
+
+    ways = {False: MLP.forward, True: screened}
+
+    def own_copy(self):
+        """Has W_up so few bits that it is the copy?"""
+        return getattr(self.c_fc, "bits", 16) <= 4
+
+    def copy_of(self, cache):
+        return cache.copy_of(self, lambda: kernels.quantize(dense_weight(self.c_fc), self.bits))
+
+    def scores(self, x, ctx):
+        """What the copy says of the units' inputs, (..., units) in x's dtype."""
+        y = kernels.whole_product(x, *self.copy_of(ctx))
+        return (y if self.c_fc.bias is None else y + self.c_fc.bias.to(x.dtype).float()).to(x.dtype)
+
+    def emit(self, p, x, onto):
+        if not p.choices.predict:
+            return super().emit(p, x, onto)
+        edge, units = float(self.edge), self.c_proj.in_features
+        if math.isnan(edge):
+            raise NotWritten("thresholds that are not found")
+        if self.own_copy():
+            a = self.c_fc.emit(p, x, act="relu2")
+            a = p.event(a, units, torch.full((units,), max(edge, 0.0) ** 2))
+            return self.c_proj.emit(p, a, onto=onto)
+        codes, scale = self.copy_of(p.cache)
+        scores = p.linear(x, p.whole(codes, scale, self.c_fc.in_features, self.c_fc.bias))
+        return self.emit_units(p, x, onto, p.above(scores, units, edge))
+
+
+MLPS = {"columns": Columns, "experts": Experts, "compartments": Dendritic, "mlp_predict": Predictive,
+        "mlp_screen": ScreenedUnits}
 
 # ------------------------------------------------------------------------------------------------------------
 # attention
@@ -781,7 +865,7 @@ def emit_layers(blocks, p, x):
     """The same of a decode program."""
     for block in blocks:
         p.module = f"layer {block.attn.layer}"
-        x = block.emit(p, x)
+        x = engine.ops_of(block)(p, x)
     return x
 
 
@@ -1102,4 +1186,4 @@ def some_rows(block, x, ctx, going):
 
 # whose flags a GPTConfig is asked about, by their `check`
 CHECKED = (DendriticAttention, Hourglass, Exits, Halting, MLP, TopK, EventGate, Experts, Columns, Dendritic,
-           GroupWinners, Predictive)
+           GroupWinners, Predictive, ScreenedUnits)

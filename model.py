@@ -31,7 +31,7 @@ from bio_modules import (
     selector,
 )
 from configurator import ConfigError, require
-from decode import counters, sampling
+from decode import counters, engine, sampling
 from decode.context import Choices, Context
 from layers import (
     Attention,
@@ -107,6 +107,8 @@ class GPTConfig:
     expert_width: int = 0  # units of an expert; 0: a dense MLP's units divided by experts
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
+    mlp_screen: int = 0  # bits of a copy of W_up that decides which units decoding reads (relu2): 2, 3, 4, 8
+    mlp_live: float = 0.15  # mean share of the units that it picks; 0: all that fire by themselves
     # --- attention's bio mechanisms ---
     attn_topk: float = 1.0  # share of the inputs that attention's projections read per token, the largest
     window: int = 0  # tokens that a local layer sees, itself included; 0: all layers see everything
@@ -256,9 +258,10 @@ class Block(nn.Module):
 
     def emit(self, p, x):
         """Append the block to a decode program -> where its result lies: in place of x."""
-        x = self.attn.emit(p, self.ln_1.emit(p, x), onto=x)
-        x = self.mlp.emit(p, self.ln_2.emit(p, x), onto=x)
-        return x if self.adapt is as_is else self.adapt.emit(p, x)
+        ops = engine.ops_of
+        x = ops(self.attn)(p, ops(self.ln_1)(p, x), onto=x)
+        x = ops(self.mlp)(p, ops(self.ln_2)(p, x), onto=x)
+        return x if self.adapt is as_is else ops(self.adapt)(p, x)
 
     def write_kv(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
@@ -281,6 +284,8 @@ class RecomputedBlock(Block):
 
     def forward(self, x, ctx):
         return activation_checkpoint(super().forward, x, ctx, use_reentrant=False)
+
+    emit = Block.emit
 
 
 def block_of(config, layer):
@@ -390,7 +395,7 @@ class GPT(nn.Module):
         p.rotation = positions.rotation
         x = self.transformer.wte.emit(p, positions.table())
         policy = self.depth_policy
-        x = emit_layers(self.blocks, p, x) if policy is all_layers else policy.emit(self.blocks, p, x)
+        x = emit_layers(self.blocks, p, x) if policy is all_layers else engine.ops_of(policy)(self.blocks, p, x)
         p.module = "head"
         x = self.transformer.ln_f.emit(p, x)
         matrix = self.lm_head.emit_matrix(p, p.ids)

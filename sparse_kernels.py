@@ -373,7 +373,7 @@ def quantize_rows(wide, bits):
         return (F.pad(q, (0, -K % 64)).view(torch.uint8),
                 torch.stack((bits_of, q.sum(dim=1, dtype=torch.int32)), dim=1))
     groups = F.pad(wide, (0, -K % 64)).unflatten(1, (-1, GROUP))
-    q, scale = least_squares(groups)
+    q, scale = least_squares(groups, 2 ** (bits - 1) - 1)
     low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)              # (N, K / 64, 32) each
     codes = torch.cat(((low | high << 4).flatten(1), scale.contiguous().view(torch.uint8)), dim=1)
     return F.pad(codes, (0, -codes.size(1) % 64)), torch.empty(0, 2, dtype=torch.int32, device=wide.device)
@@ -384,17 +384,17 @@ def whole(wide, scale, least, most):
     return (wide / scale).round().clamp(-least, most).nan_to_num(0).to(torch.int8)
 
 
-def least_squares(groups):
-    """groups (N, G, 32) fp32 -> numbers in -8..7 (int8) and their scales (N, G) bf16."""
+def least_squares(groups, most=7):
+    """groups (N, G, 32) fp32 -> numbers in -most - 1..most (int8) and their scales (N, G) bf16."""
     places = groups.abs().argmax(dim=-1, keepdim=True)
     largest = groups.gather(-1, places)                                              # with its sign
     kept = None
     for step in range(11):
-        scale = -largest / (7 + 0.2 * step)
-        q = whole(groups, torch.where(scale == 0, 1, scale), 8, 7).float()
+        scale = -largest / (most + 0.2 * step)
+        q = whole(groups, torch.where(scale == 0, 1, scale), most + 1, most).float()
         scale = (groups * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp(min=1)
         scale = scale.bfloat16().float()
-        q = whole(groups, torch.where(scale == 0, 1, scale), 8, 7)
+        q = whole(groups, torch.where(scale == 0, 1, scale), most + 1, most)
         error = (groups - scale * q).square().sum(-1, keepdim=True)
         if kept is None:
             kept = q, scale, error

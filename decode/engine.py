@@ -18,13 +18,24 @@ ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
-    "columns", "choose", "softcap", "best", "bounds", "screened"))}
+    "columns", "choose", "softcap", "best", "bounds", "screened", "above"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
 class NotWritten(Exception):
     """A module that has no ops, or a call that ops are not written for: `forward` decodes it."""
+
+
+def ops_of(module):
+    """A module's `emit`, if it belongs to the same class as what it computes elsewhere, or a later one: a
+    class that changes the one and not the other has no ops."""
+    for cls in type(module).__mro__:
+        if "emit" in vars(cls):
+            return module.emit
+        if vars(cls).keys() & {"forward", "many"}:
+            break
+    raise NotWritten(type(module).__name__)
 
 
 class OpC(ctypes.Structure):
@@ -257,6 +268,12 @@ class Program:
         """The k of `count` units with the largest scores -> Listed."""
         chosen = Listed(self.value(k + 1, own=True), None, k)
         self.add("choose", (scores,), (), 8 * count, (count, k), list=chosen.list, **{"in": scores})
+        return chosen
+
+    def above(self, scores, count, edge):
+        """The units whose score is above `edge`, and those whose is not a number -> Listed."""
+        chosen = Listed(self.value(count + 1, own=True), None, count)
+        self.add("above", (scores,), (), 0, (count,), (edge,), list=chosen.list, **{"in": scores})
         return chosen
 
     def listed(self, most):

@@ -1,4 +1,4 @@
-"""An arena: the weights of a model in one piece of memory on huge pages, each tensor's first byte at 64.
+"""An arena: the weights of a model in one piece of memory on huge pages.
 
 A processor that reads weights at the memory's speed looks up the address of every page; 4 KiB pages cost it up
 to a third of that speed. PyTorch's own memory does not ask for others.

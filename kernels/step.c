@@ -929,6 +929,21 @@ static void op_choose(const struct op *o, struct thread *me) {
     }
 }
 
+/* list: the units of n[0] whose score is above f[0], or not a number */
+static void op_above(const struct op *o, struct thread *me) {
+    long n = o->n[0];
+    float edge = o->f[0];
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *x = at(me, o->in) + r * n;
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (n + 1)), put = 1;
+        for (long i = 0; i < n; i++) {
+            list[put] = i;                                      /* room for one more than n: the last may lie */
+            put += put <= n && !(x[i] <= edge);
+        }
+        list[0] = put - 1;
+    }
+}
+
 /* logits: out = f[0] tanh(out / f[0]), n[0] of each row */
 static void op_softcap(const struct op *o, struct thread *me) {
     long n = me->program->rows * o->n[0], from, to;
@@ -1005,7 +1020,7 @@ static void op_screened(struct op *o, struct thread *me) {
 }
 
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
-       SOFTCAP, BEST, BOUNDS, SCREENED };
+       SOFTCAP, BEST, BOUNDS, SCREENED, ABOVE };
 
 static int64_t now(void) {
     struct timespec t;
@@ -1035,6 +1050,7 @@ static void run_program(struct program *p, long number, long threads) {
         case BEST: op_best(o, &me); break;
         case BOUNDS: op_bounds(o, &me); break;
         case SCREENED: op_screened(o, &me); break;
+        case ABOVE: op_above(o, &me); break;
         }
         if (began) o->ticks += now() - began;
     }

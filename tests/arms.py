@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from decode import calibrate
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)                        # tiny tensors: a second thread only waits
@@ -35,6 +36,7 @@ ARMS = {
     "compartments": dict(compartments=4),
     "experts": dict(experts=4, experts_active=2),
     "predict": dict(mlp_topk=0.25, mlp_predict=4),
+    "mlp_screen": dict(act="relu2", mlp_screen=4, mlp_live=0.25),
     "window": dict(window=3, window_pattern="S"),
     "window_pattern": dict(window=5, window_pattern="SL"),
     "dendrites": dict(dendrites=4, dendrites_active=2),
@@ -49,13 +51,15 @@ ARMS = {
 }
 
 # different MLPs, or two rules for which units fire: construction names both flags
-KINDS = ("swiglu", "columns", "compartments", "experts", "predict")
-RULES = (("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
+KINDS = ("swiglu", "columns", "compartments", "experts", "predict", "mlp_screen")
+RULES = (("topk", "mlp_screen"), ("winners", "mlp_screen"), ("event_gate", "mlp_screen"),
+         ("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
-CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES, ("hierarchy", "exits"), ("exits", "ponder"),
+CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES} - {("swiglu", "mlp_screen")} | {
+             ("hierarchy", "exits"), ("exits", "ponder"),
              ("dendrites", "attn_topk"), ("softcap", "screen")}
 SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain"), ("dendrites", "energy"),
-             ("attn_topk", "energy")}
+             ("attn_topk", "energy"), *((act, "mlp_screen") for act in ("relu2", "swiglu", "osc"))}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}
 
@@ -68,6 +72,8 @@ def build(arm, std=None, **changes):
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
+    if calibrate.screened(model):
+        calibrate.calibrate(model, tokens(8, 16, seed=3), model.config.mlp_live)
     return model
 
 
