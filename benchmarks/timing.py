@@ -10,18 +10,21 @@ from benchmarks import CLONE
 from benchmarks.record import PEER
 
 
-def interleave(sides, repeats, warm_up=True, device=None, cold=0):
+def interleave(sides, repeats, warm_up=True, device=None, cold=0, before=None):
     """Call the sides in turns, A B A B -> {name: seconds of each call}.
 
     sides: {name: function without arguments}. Turns spread a machine's moods over all sides alike. warm_up:
     call each side once beforehand, untimed. device: the torch.device that they compute on, waited for on both
     ends of a call; a CUDA device tells the time by its own events; None: the CPU, or other processes. cold:
-    MiB read and written before every call, untimed, so that caches hold nothing of the call before.
+    MiB read and written before every call, untimed, so that caches hold nothing of the call before. before:
+    called with the side's function, untimed, ahead of that.
     """
     clock, sweep = by_events if device and device.type == "cuda" else by_clock, sweeper(device, cold)
     seconds = {name: [] for name in sides}
     for number in range(-warm_up, repeats):
         for name, run in sides.items():
+            if before:
+                before(run)
             sweep()
             took = clock(run, device)
             if number >= 0:
