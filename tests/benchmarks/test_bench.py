@@ -499,6 +499,9 @@ def test_decode_beside_another_engine_tells_all_its_sides_and_what_they_are(tmp_
     for about in found["peers"].values():
         assert about["threads"] == 1 and about["weights"] and str(tmp_path) not in json.dumps(about)
     assert not list(tmp_path.glob("*.gguf")) and f"against {exact}" in result.out
+    table = readme.tables({"r.json": found}, {"r.json": ".*"})
+    cells = [line.split(" | ")[2] for line in table if line.startswith("| baby: decode, tokens/s (ours) |")]
+    assert cells == sides and not any("nanoGPT" in line for line in table)
 
 
 def test_memory_says_what_recomputing_leaves(tmp_path):
