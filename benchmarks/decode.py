@@ -17,6 +17,7 @@ from benchmarks.record import CT2, HF, LLAMA, OURS, OURS_FP32, PEER, TWIN
 from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
 from benchmarks.work import ready, work
 from configurator import require
+from decode import engine
 from decode.context import Cache, CachedContext
 from decode.sampling import Step, replays
 from model import GPT, GPTConfig
@@ -70,7 +71,8 @@ def decode(cfg):
     check_place(cfg, place)
     print(f"ours: {place}, {sparse_kernels.path_taken(place.device)}")
     models, contexts = decoders(cfg, place)
-    same, rivals = list(models), {name: model for name, model in models.items() if hasattr(model, "about")}
+    ours = [name for name, model in models.items() if isinstance(model, GPT)]
+    rivals = {name: model for name, model in models.items() if hasattr(model, "about")}
     parameters = sum(p.numel() for p in models[OURS].parameters())
     vocab_size = SHAPES[cfg.shape]["vocab_size"]
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
@@ -95,9 +97,9 @@ def decode(cfg):
     results["decode"] |= {"twins": twins, "to_twin": {
         name: sides[name]["median"] / sides[twin]["median"] for name, twin in twins.items()}}
     for result in results.values() if rivals else ():
-        spreads = {name: s for name, s in result["sides"].items() if name in same}
-        result["against"] = {rival: times_better(spreads, rival, result["unit"] == "tokens/s")
-                             for rival in rivals if rival in spreads}
+        sides, more = result["sides"], result["unit"] == "tokens/s"
+        result["against"] = {rival: times_better({name: sides[name] for name in (*ours, rival)}, rival, more)
+                             for rival in rivals if rival in sides}
     print(f"{cfg.shape}, {parameters:,} parameters, the same weights on every side of them; "
           f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
     acts = activations(models)
@@ -231,17 +233,25 @@ def whole_context(model, prompt, context):
 
 @torch.inference_mode()
 def cached_step(model, prompt):
-    """What ours computes for one token, over a cache of those before it -> a function that does it."""
+    """What ours computes for one token, over a cache of those before it -> a function that does it, and
+    returns the logits."""
     past = prompt.size(1) - 1
     cache = Cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
     recorded = Step(model, cache, prompt) if replays(model, prompt.device) else None
+    history = torch.nn.functional.pad(prompt, (0, 1))          # a program writes the next id behind the prompt
+    program = engine.program_of(model, cache, model.config.vocab_size, 1, prompt.device)
 
     @torch.inference_mode()                     # as generation does
     def run():
+        if program:
+            program.begin(history, [0], [past + 1])
+            logits = program.step()
+            program.follow()
+            return logits
         states = (recorded([past + 1]) if recorded else
                   model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt))[:, 0])
-        model.largest(states, 1, model.config.vocab_size, cache)
+        return model.largest(states, 1, model.config.vocab_size, cache)
     return run
 
 

@@ -2,8 +2,8 @@
 of ours."""
 import contextlib
 import dataclasses
+import functools
 import importlib.util
-import logging
 import pickle
 import re
 import shutil
@@ -135,7 +135,7 @@ class LlamaCpp:
         self.lib = lib = installed("llama_cpp", "llama-cpp-python")
         require(hasattr(lib, "llama_get_memory"),
                 f"llama_cpp {lib.__version__} is too old for this: pip install -U llama-cpp-python")
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)          # else it tells of each tensor
+        lib.llama_log_set(errors_alone(lib), None)
         lib.llama_backend_init()
         # the file may go once it is mapped, and does so where the system lets it
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -198,6 +198,16 @@ class LlamaCpp:
             self.lib.llama_memory_seq_rm(self.memory, -1, len(before), -1)     # as this call found it
             return found
         return run
+
+
+@functools.cache                                                # C keeps its address
+def errors_alone(lib):
+    """What llama.cpp logs to: errors go to stderr, its lines on every tensor nowhere."""
+    @lib.llama_log_callback
+    def log(level, text, _):
+        if level == 4:                                          # GGML_LOG_LEVEL_ERROR
+            print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
+    return log
 
 
 def release(lib, sampler, context, model):

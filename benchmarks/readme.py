@@ -124,7 +124,7 @@ def rival_rows(record):
         what = f"{record['config']['shape']}: {name}, {result['unit']}"
         for rival, ratios in rivals.items():
             for side, ratio in ratios.items():
-                if side not in {PEER, *rivals}:
+                if side != rival:
                     yield (f"{what} ({side}) | {figure(sides[side])} | {rival} | {figure(sides[rival])} "
                            f"| {ratio:.2f}x")
 

@@ -99,11 +99,12 @@ def times_better(spreads, base, higher_is_better=False):
 def show(title, result):
     """Print one measurement for people."""
     print(f"{title}, {result['unit']}: median (quartiles; min to max)")
+    wide = max(14, *(1 + len(name) for name in result["sides"]))
     for name, s in result["sides"].items():
         ratio = f"  ratio {result['ratio'][name]:.2f}x" if name in result["ratio"] else ""
         low, high = s["quartiles"]
-        print(f"  {name:14}{s['median']:10.2f}  ({low:.2f}, {high:.2f}; {s['min']:.2f} to {s['max']:.2f}, "
-              f"n={s['repeats']}){ratio}")
+        print(f"  {name:{wide}}{s['median']:10.2f}  ({low:.2f}, {high:.2f}; {s['min']:.2f} to "
+              f"{s['max']:.2f}, n={s['repeats']}){ratio}")
     for base, ratios in result.get("against", {}).items():
         print("  " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items() if name != base)
               + f" against {base}")
