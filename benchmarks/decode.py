@@ -239,7 +239,7 @@ def cached_step(model, prompt):
     cache = Cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
     recorded = Step(model, cache, prompt) if replays(model, prompt.device) else None
-    history = torch.nn.functional.pad(prompt, (0, 1))          # a program writes the next id behind the prompt
+    history = torch.nn.functional.pad(prompt, (0, 1))         # a program writes the next id behind the prompt
     program = engine.program_of(model, cache, model.config.vocab_size, 1, prompt.device)
 
     @torch.inference_mode()                     # as generation does
