@@ -131,7 +131,7 @@ class LlamaCpp:
     activation = "gelu_tanh, from a table in float16"
 
     def __init__(self, ours, stored):
-        self.stored, self.vocab_size = stored, ours.config.vocab_size
+        self.stored, self.vocab_size, self.block = stored, ours.config.vocab_size, ours.config.block_size
         self.lib = lib = installed("llama_cpp", "llama-cpp-python")
         require(hasattr(lib, "llama_get_memory"),
                 f"llama_cpp {lib.__version__} is too old for this: pip install -U llama-cpp-python")
@@ -143,8 +143,8 @@ class LlamaCpp:
             write_gguf(ours, stored, path)
             model = lib.llama_model_load_from_file(str(path).encode(), self.on_cpu())
         require(model, f"llama.cpp did not load the {stored} file of this model")
-        self.c = lib.llama_init_from_model(model, self.context(ours.config.block_size))
-        require(self.c, f"llama.cpp made no context for {ours.config.block_size} tokens")
+        self.c = lib.llama_init_from_model(model, self.context())
+        require(self.c, f"llama.cpp made no context for {self.block} tokens")
         self.memory, self.greedy = lib.llama_get_memory(self.c), lib.llama_sampler_init_greedy()
         weakref.finalize(self, release, lib, self.greedy, self.c, model)
 
@@ -153,9 +153,9 @@ class LlamaCpp:
         params.n_gpu_layers = 0
         return params
 
-    def context(self, block_size):
+    def context(self):
         params = self.lib.llama_context_default_params()
-        params.n_ctx, params.n_threads = block_size, torch.get_num_threads()
+        params.n_ctx, params.n_threads = self.block, torch.get_num_threads()
         params.n_threads_batch = params.n_threads
         if self.stored == "f32":
             params.type_k = params.type_v = 0                   # GGML_TYPE_F32
@@ -181,6 +181,8 @@ class LlamaCpp:
     def generate(self, prompt, new, **_):
         """Token ids (1, T) -> (1, T + new)."""
         ids = prompt[0].tolist()
+        require(len(ids) + new <= self.block,       # llama.cpp ends the process where positions are missing
+                f"{len(ids)} tokens and {new} new ones do not fit block_size={self.block}")
         self.lib.llama_memory_clear(self.memory, False)
         found = [self.next_id(ids)]
         while len(found) < new:

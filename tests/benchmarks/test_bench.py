@@ -462,6 +462,13 @@ def test_llamacpps_cached_step_is_its_whole_context_for_one_token_again_and_agai
         torch.testing.assert_close(torch.tensor(rival.logits()[:65]), expected, rtol=0, atol=2e-2)
 
 
+def test_llamacpp_refuses_what_would_end_its_process():
+    rival = rival_of("llamacpp", "f32", lively(act="gelu_tanh"))
+    with pytest.raises(ConfigError, match=r"9 tokens and 24 new ones.*block_size=32"):
+        rival.generate(PROMPT, 24)
+    assert rival.generate(PROMPT, 23).shape == (1, 32)
+
+
 def test_two_rivals_in_one_process_keep_their_own_caches():
     one, other = lively(act="gelu_tanh"), lively(act="gelu_tanh", n_head=4, n_layer=1)
     first, second = rival_of("llamacpp", "f32", one), rival_of("llamacpp", "f32", other)
@@ -531,6 +538,7 @@ def test_decode_beside_another_engine_tells_all_its_sides_and_what_they_are(tmp_
     for about in found["peers"].values():
         assert about["threads"] == 1 and about["weights"] and str(tmp_path) not in json.dumps(about)
     assert not list(tmp_path.glob("*.gguf")) and f"against {exact}" in result.out
+    assert "load" not in result.err, "engines that log what they load hide what is said here"
     table = readme.tables({"r.json": found}, {"r.json": ".*"})
     cells = [line.split(" | ")[2] for line in table if line.startswith("| baby: decode, tokens/s (ours) |")]
     assert cells == sides and not any("nanoGPT" in line for line in table)
