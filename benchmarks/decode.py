@@ -1,7 +1,9 @@
-"""Generation at batch 1: ours, nanoGPT and Hugging Face with the same weights; blocks beside their twin."""
+"""Generation at batch 1: ours, nanoGPT, Hugging Face, llama.cpp and ctranslate2 with the same weights; blocks
+beside their twin."""
 import contextlib
 import copy
 import importlib.util
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,11 +12,12 @@ import torch
 import sparse_kernels
 from benchmarks import Timed
 from benchmarks.arms import BASE, SHAPED, twin_of
-from benchmarks.peers import HuggingFace, peer_model
-from benchmarks.record import HF, OURS, OURS_FP32, PEER, TWIN
+from benchmarks.peers import CTranslate2, HuggingFace, LlamaCpp, peer_model
+from benchmarks.record import CT2, HF, LLAMA, OURS, OURS_FP32, PEER, TWIN
 from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
 from benchmarks.work import ready, work
 from configurator import require
+from decode import engine
 from decode.context import Cache, CachedContext
 from decode.sampling import Step, replays
 from model import GPT, GPTConfig
@@ -27,6 +30,11 @@ SHAPES = {
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False),
 }
 
+# what a flag imports, and what pip calls it
+NEEDS = {"hf": {"transformers": "transformers"},
+         "llamacpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
+         "ctranslate2": {"ctranslate2": "ctranslate2", "transformers": "transformers"}}
+
 
 @dataclass(frozen=True)
 class Decode(Timed):
@@ -38,6 +46,8 @@ class Decode(Timed):
     dtype: str = "auto"  # of ours; nanoGPT runs as in its sample.py: fp32 on a CPU, autocast on CUDA
     blocks: bool = False  # also models of this shape with bio blocks, random weights, beside their dense twin
     hf: bool = False  # also Hugging Face's generate with the same weights, in the dtype of ours
+    llamacpp: bool = False  # also llama.cpp with the same weights, as f32, bf16, q8_0 and q4_0 files; on CPUs
+    ctranslate2: bool = False  # also ctranslate2 with the same weights, as float32 and int8; on CPUs
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,17 +56,23 @@ class Decode(Timed):
         require(2 <= self.prompt <= block,
                 f"prompt={self.prompt} must be in 2..{block}, the block of --shape={self.shape}")
         require(self.new >= 1, f"new={self.new} must be at least 1")
-        require(not self.hf or self.prompt + self.new <= block,
-                f"hf: prompt={self.prompt} and new={self.new} must fit in the block of {block}, where "
-                f"Hugging Face's positions end: type --new={max(1, block - self.prompt)}")
-        require(not self.hf or importlib.util.find_spec("transformers"),
-                "--hf needs transformers: pip install transformers")
+        room = block - self.prompt
+        for flag in filter(partial(getattr, self), NEEDS):
+            require(self.new <= room, f"--{flag}: prompt={self.prompt} and new={self.new} must fit in the "
+                    f"block of {block}, where its positions end: type "
+                    + (f"--new={room}" if room else f"--prompt={block // 2} --new={block // 2}"))
+            lacks = [name for name in NEEDS[flag] if not importlib.util.find_spec(name)]
+            require(not lacks, f"--{flag} needs {' and '.join(lacks)}: "
+                               f"pip install {' '.join(NEEDS[flag][name] for name in lacks)}")
 
 
 def decode(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, False)
+    check_place(cfg, place)
     print(f"ours: {place}, {sparse_kernels.path_taken(place.device)}")
     models, contexts = decoders(cfg, place)
+    ours = [name for name, model in models.items() if isinstance(model, GPT)]
+    rivals = {name: model for name, model in models.items() if hasattr(model, "about")}
     parameters = sum(p.numel() for p in models[OURS].parameters())
     vocab_size = SHAPES[cfg.shape]["vocab_size"]
     prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
@@ -67,22 +83,28 @@ def decode(cfg):
     for name, flags in blocks.items():
         models[name] = ready(GPT(GPTConfig(**SHAPES[cfg.shape] | flags), seed=1337), place)
         contexts[name] = contextlib.nullcontext()
-    worked = work_of({name: model for name, model in models.items() if name not in PEERS}, prompt, twins)
+    worked = work_of({name: model for name, model in models.items() if isinstance(model, GPT)}, prompt, twins)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
-                          for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold)
+                          for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold,
+                         before=rest if rivals else None)
     rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
-    steps = {name: step_of(name, model, prompt, contexts[name]) for name, model in models.items()}
-    ms = milliseconds(interleave(steps, 4 * cfg.repeats, device=place.device, cold=cfg.cold))
+    steps = {name: step_of(name, model, prompt, contexts[name]) for name, model in models.items()
+             if not isinstance(model, CTranslate2)}
+    ms = milliseconds(interleave(steps, 4 * cfg.repeats, device=place.device, cold=cfg.cold,
+                                 before=wake if rivals else None))
     results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
     sides = results["decode"]["sides"]
     results["decode"] |= {"twins": twins, "to_twin": {
         name: sides[name]["median"] / sides[twin]["median"] for name, twin in twins.items()}}
-    if cfg.hf:
-        for result in results.values():
-            same = {name: s for name, s in result["sides"].items() if name in SAME_WEIGHTS}
-            result["against"] = {HF: times_better(same, HF, result["unit"] == "tokens/s")}
+    for result in results.values() if rivals else ():
+        sides, more = result["sides"], result["unit"] == "tokens/s"
+        result["against"] = {rival: times_better({name: sides[name] for name in (*ours, rival)}, rival, more)
+                             for rival in rivals if rival in sides}
     print(f"{cfg.shape}, {parameters:,} parameters, the same weights on every side of them; "
           f"{PEER} runs {'under autocast' if place.device.type == 'cuda' else 'in fp32'}")
+    acts = activations(models)
+    if rivals:
+        print("activations: " + ", ".join(f"{name} {act}" for name, act in acts.items()))
     show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
     for name, ratio in results["decode"]["to_twin"].items():
         print(f"  {name}: {ratio:.2f}x the tokens/s of {twins[name]} ({worked[name]['ceiling']:.2f}x is the "
@@ -90,7 +112,38 @@ def decode(cfg):
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
     tell_agreement(agreement)
     return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
-            "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337]}
+            "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337],
+            "activations": acts, "timed": TIMED,
+            "peers": {name: rival.about() for name, rival in rivals.items()}}
+
+
+TIMED = {"decode": "prompt and new tokens, from an empty cache",
+         "step": "one token behind a prompt that is in the cache; ctranslate2 offers none"}
+
+
+def check_place(cfg, place):
+    """llama.cpp and ctranslate2 are built for CPUs here."""
+    flags = [f"--{flag}" for flag in ("llamacpp", "ctranslate2") if getattr(cfg, flag)]
+    require(not flags or place.device.type == "cpu",
+            f"{' and '.join(flags)} would run on the CPU and ours on {place.device}: type --device=cpu")
+
+
+def activations(models):
+    """{side: the activation of its MLP}: GELU on every side of the same weights, squared ReLU in the blocks
+    and their twins, which no peer knows: beside those, peers are models of the same shape with GELU."""
+    return {name: getattr(model, "activation", None) or getattr(model.config, "act", "gelu")
+            for name, model in models.items()}
+
+
+def rest(run):
+    """Let the threads of the side before fall asleep: some spin for milliseconds after their last product."""
+    time.sleep(0.05)
+
+
+def wake(run):
+    """One call ahead of a timed one, behind a rest: a step is short beside waking threads up."""
+    rest(run)
+    run()
 
 
 def work_of(models, prompt, twins, new=8):
@@ -102,8 +155,6 @@ def work_of(models, prompt, twins, new=8):
             for name, of in found.items()}
 
 
-PEERS = PEER, HF
-SAME_WEIGHTS = *PEERS, OURS, OURS_FP32
 # blocks whose decode saves outside the MLP
 OTHER_BLOCKS = {"window 128": dict(window=128, window_pattern="S"), "hierarchy 4": dict(hierarchy=4),
                 "1 of 4 dendrites": dict(dendrites=4, dendrites_active=1)}
@@ -142,15 +193,22 @@ def decoders(cfg, place):
     with torch.no_grad():           # at their init greedy ids repeat one token, and then any two models agree
         for model in (ours, *models.values()):
             model.transformer.wpe.weight.mul_(30)
-    models[OURS] = copy.deepcopy(ours).to(place.dtype)
-    if place.dtype != torch.float32:
-        models[OURS_FP32] = ours
+    models |= our_sides(ours, place)
     if place.device.type == "cuda":
         contexts[PEER] = torch.amp.autocast("cuda", dtype=runtime.choose_dtype("auto", place.device)[0])
     models = {name: model.to(place.device) for name, model in models.items()}
     if cfg.hf:
         models[HF] = HuggingFace(models[OURS])
+    for flag, name, rival in (("llamacpp", LLAMA, LlamaCpp), ("ctranslate2", CT2, CTranslate2)):
+        if getattr(cfg, flag):
+            models |= {f"{name} {stored}": rival(ours, stored) for stored in rival.TYPES}
     return models, {name: contexts.get(name, contextlib.nullcontext()) for name in models}
+
+
+def our_sides(ours, place):
+    """{side: model} of ours, from a model in fp32: one for every kind of weights."""
+    sides = {OURS: copy.deepcopy(ours).to(place.dtype)}
+    return sides if place.dtype == torch.float32 else sides | {OURS_FP32: ours}
 
 
 def generate(model, prompt, new, context):
@@ -163,7 +221,7 @@ def step_of(name, model, prompt, context):
     """-> a function that computes one token behind the rest of the prompt, as the side's generate does."""
     if name == PEER:
         return partial(whole_context, model, prompt, context)
-    return model.cached_step(prompt) if name == HF else cached_step(model, prompt)
+    return cached_step(model, prompt) if isinstance(model, GPT) else model.cached_step(prompt)
 
 
 @torch.no_grad()
@@ -175,17 +233,25 @@ def whole_context(model, prompt, context):
 
 @torch.inference_mode()
 def cached_step(model, prompt):
-    """What ours computes for one token, over a cache of those before it -> a function that does it."""
+    """What ours computes for one token, over a cache of those before it -> a function that does it, and
+    returns the logits."""
     past = prompt.size(1) - 1
     cache = Cache(model, 1, prompt.size(1))
     model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
     recorded = Step(model, cache, prompt) if replays(model, prompt.device) else None
+    history = torch.nn.functional.pad(prompt, (0, 1))         # a program writes the next id behind the prompt
+    program = engine.program_of(model, cache, model.config.vocab_size, 1, prompt.device)
 
     @torch.inference_mode()                     # as generation does
     def run():
+        if program:
+            program.begin(history, [0], [past + 1])
+            logits = program.step()
+            program.follow()
+            return logits
         states = (recorded([past + 1]) if recorded else
                   model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt))[:, 0])
-        model.largest(states, 1, model.config.vocab_size, cache)
+        return model.largest(states, 1, model.config.vocab_size, cache)
     return run
 
 
@@ -199,7 +265,8 @@ def agree(models, prompt, new):
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     ids = {name: model.generate(prompt, new, **greedy[name])[0, -new:] for name, model in models.items()}
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    dtypes = {name: str(model.lm_head.weight.dtype).removeprefix("torch.") for name, model in models.items()}
+    dtypes = {name: getattr(model, "stored", None) or str(model.lm_head.weight.dtype).removeprefix("torch.")
+              for name, model in models.items()}
     return {"of": of, "distinct": len(ids[of].unique()),
             "sides": {name: compare(ids[of], found) | {"dtype": dtypes[name]}
                       for name, found in ids.items() if name != of}}

@@ -106,14 +106,27 @@ def peer_rows(record):
 
 def measurement_rows(what, result):
     peer = result["sides"].get(PEER)
+    rivals = result.get("against", {})
     for side, s in result["sides"].items() if peer else ():
-        if side != PEER:
+        if side != PEER and side not in rivals:
             ratio = f"{result['ratio'][side]:.2f}x" if side in result["ratio"] else ""
             twin = result.get("to_twin", {}).get(side)
             label = what if side == OURS else f"{what} ({side.removeprefix('ours').strip()})"
             if twin:
                 label += f", {twin:.2f}x its dense twin" if "twins" in result else NO_TWIN
             yield f"{label} | {figure(s)} | {figure(peer)} | {ratio}"
+
+
+def rival_rows(record):
+    """Ours beside every other engine with the same weights."""
+    for name, result in record["measurements"].items():
+        sides, rivals = result["sides"], result.get("against", {})
+        what = f"{record['config']['shape']}: {name}, {result['unit']}"
+        for rival, ratios in rivals.items():
+            for side, ratio in ratios.items():
+                if side != rival:
+                    yield (f"{what} ({side}) | {figure(sides[side])} | {rival} | {figure(sides[rival])} "
+                           f"| {ratio:.2f}x")
 
 
 NO_TWIN = ", squared ReLU; superseded: no dense twin beside it"
@@ -275,6 +288,7 @@ def figure(s):
 TABLES = (
     (" | ".join(report.HEAD[column] for column in COLUMNS), ("table",), arm_rows),
     ("measured | ours | nanoGPT | ratio", (), peer_rows),
+    ("the same weights at batch 1 | ours | engine | the engine's | ratio", ("decode",), rival_rows),
     ("block | val loss | seeds | to its dense twin | parameters | zeros into W_down", ("quality",),
      quality_rows),
     ("a training step with the block | ms | its dense twin's time", ("steps",), step_rows),

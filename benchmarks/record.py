@@ -15,10 +15,11 @@ from configurator import ConfigError, require
 
 SCHEMA = 2                                      # of new records; 1 had no quartiles, versions, seeds
 QUIET = 0.5                                     # load average above which other work disturbs the timings
-PACKAGES = "numpy", "triton", "transformers"      # hardware() tells torch and Python
+PACKAGES = ("numpy", "triton", "transformers", "llama-cpp-python", "gguf",      # hardware() tells torch and
+            "ctranslate2")                                                     # Python
 # sides by the names that records give them
 PEER, OURS, OURS_FP32, TWIN = "nanoGPT", "ours", "ours float32", "dense"
-HF = "Hugging Face"
+HF, LLAMA, CT2 = "Hugging Face", "llama.cpp", "ctranslate2"
 DENSE, DENSE_FP32 = "F.linear, bfloat16", "F.linear, float32"
 CAUSAL = "causal SDPA"
 

@@ -10,18 +10,21 @@ from benchmarks import CLONE
 from benchmarks.record import PEER
 
 
-def interleave(sides, repeats, warm_up=True, device=None, cold=0):
+def interleave(sides, repeats, warm_up=True, device=None, cold=0, before=None):
     """Call the sides in turns, A B A B -> {name: seconds of each call}.
 
     sides: {name: function without arguments}. Turns spread a machine's moods over all sides alike. warm_up:
     call each side once beforehand, untimed. device: the torch.device that they compute on, waited for on both
     ends of a call; a CUDA device tells the time by its own events; None: the CPU, or other processes. cold:
-    MiB read and written before every call, untimed, so that caches hold nothing of the call before.
+    MiB read and written before every call, untimed, so that caches hold nothing of the call before. before:
+    called with the side's function, untimed, ahead of that.
     """
     clock, sweep = by_events if device and device.type == "cuda" else by_clock, sweeper(device, cold)
     seconds = {name: [] for name in sides}
     for number in range(-warm_up, repeats):
         for name, run in sides.items():
+            if before:
+                before(run)
             sweep()
             took = clock(run, device)
             if number >= 0:
@@ -96,11 +99,12 @@ def times_better(spreads, base, higher_is_better=False):
 def show(title, result):
     """Print one measurement for people."""
     print(f"{title}, {result['unit']}: median (quartiles; min to max)")
+    wide = max(14, *(1 + len(name) for name in result["sides"]))
     for name, s in result["sides"].items():
         ratio = f"  ratio {result['ratio'][name]:.2f}x" if name in result["ratio"] else ""
         low, high = s["quartiles"]
-        print(f"  {name:14}{s['median']:10.2f}  ({low:.2f}, {high:.2f}; {s['min']:.2f} to {s['max']:.2f}, "
-              f"n={s['repeats']}){ratio}")
+        print(f"  {name:{wide}}{s['median']:10.2f}  ({low:.2f}, {high:.2f}; {s['min']:.2f} to "
+              f"{s['max']:.2f}, n={s['repeats']}){ratio}")
     for base, ratios in result.get("against", {}).items():
         print("  " + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items() if name != base)
               + f" against {base}")
