@@ -395,7 +395,8 @@ class GPT(nn.Module):
         p.rotation = positions.rotation
         x = self.transformer.wte.emit(p, positions.table())
         policy = self.depth_policy
-        x = emit_layers(self.blocks, p, x) if policy is all_layers else engine.ops_of(policy)(self.blocks, p, x)
+        layers_of = emit_layers if policy is all_layers else engine.ops_of(policy)
+        x = layers_of(self.blocks, p, x)
         p.module = "head"
         x = self.transformer.ln_f.emit(p, x)
         matrix = self.lm_head.emit_matrix(p, p.ids)

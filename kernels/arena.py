@@ -1,7 +1,7 @@
 """An arena: the weights of a model in one piece of memory on huge pages.
 
-A processor that reads weights at the memory's speed looks up the address of every page; 4 KiB pages cost it up
-to a third of that speed. PyTorch's own memory does not ask for others.
+A processor that reads weights at the memory's speed looks up the address of every page; 4 KiB pages cost
+it up to a third of that speed. PyTorch's own memory does not ask for others.
 """
 import mmap
 import sys
