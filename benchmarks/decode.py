@@ -17,6 +17,7 @@ from benchmarks.work import ready, work
 from configurator import require
 from decode.context import Cache, CachedContext
 from decode.sampling import Step, replays
+from layers import check_quantize, quantize
 from model import GPT, GPTConfig
 from training import runtime
 
@@ -38,6 +39,7 @@ class Decode(Timed):
     dtype: str = "auto"  # of ours; nanoGPT runs as in its sample.py: fp32 on a CPU, autocast on CUDA
     blocks: bool = False  # also models of this shape with bio blocks, random weights, beside their dense twin
     hf: bool = False  # also Hugging Face's generate with the same weights, in the dtype of ours
+    quantize: str = ""  # also ours, and the blocks, in whole numbers: int8, int4 or q4_all, several by commas
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,6 +48,8 @@ class Decode(Timed):
         require(2 <= self.prompt <= block,
                 f"prompt={self.prompt} must be in 2..{block}, the block of --shape={self.shape}")
         require(self.new >= 1, f"new={self.new} must be at least 1")
+        for kind in filter(None, self.quantize.split(",")):
+            check_quantize(kind)
         require(not self.hf or self.prompt + self.new <= block,
                 f"hf: prompt={self.prompt} and new={self.new} must fit in the block of {block}, where "
                 f"Hugging Face's positions end: type --new={max(1, block - self.prompt)}")
@@ -67,6 +71,11 @@ def decode(cfg):
     for name, flags in blocks.items():
         models[name] = ready(GPT(GPTConfig(**SHAPES[cfg.shape] | flags), seed=1337), place)
         contexts[name] = contextlib.nullcontext()
+    for kind in filter(None, cfg.quantize.split(",")):
+        for name in (OURS, *blocks):             # beside its twin in the same numbers; a dense one: itself
+            models[f"{name}, {kind}"] = quantize(copy.deepcopy(models[name]), kind)
+            contexts[f"{name}, {kind}"] = contextlib.nullcontext()
+            twins[f"{name}, {kind}"] = f"{twins[name]}, {kind}" if name in blocks and name in twins else name
     worked = work_of({name: model for name, model in models.items() if name not in PEERS}, prompt, twins)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold)
