@@ -263,9 +263,9 @@ BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of att
 
 
 class Quantized(nn.Module):
-    """A Linear's weights as whole numbers of 8 or 4 bits (kernels.quantize), for inference: forward rounds its
-    inputs to 8 bits a token, as a decode step does, so that the loss of this model is the loss of what
-    decodes. 2:4 weights are stored dense: their zeros cost as much as other numbers."""
+    """A Linear's weights as whole numbers of 8 or 4 bits (kernels.quantize), for inference. forward rounds
+    its inputs to 8 bits a token, as a decode step does: the loss of this model is the loss of what decodes.
+    2:4 weights are stored dense: their zeros cost as much as other numbers."""
 
     def __init__(self, linear, bits, empty=False):
         """linear: a Linear or a Packed. empty: a state dict is loaded next."""
@@ -375,12 +375,18 @@ def dense_weight(linear):
     return linear.matrix().detach()
 
 
+def check_quantize(kind):
+    require(kind in BITS, f"quantize='{kind}' must be {', '.join(BITS)}")
+
+
 @torch.no_grad()
 def quantize(model, kind, empty=False):
     """For inference: exchange the matrices of attention, MLP and head for whole numbers of the BITS of `kind`
     -> the model. Norms, routers, gates, probes, adapters, biases and positions stay. A tied embedding reads
     the head's rows. empty: a state dict is loaded next."""
-    require(kind in BITS, f"quantize='{kind}' must be {', '.join(BITS)}")
+    check_quantize(kind)
+    require(not isinstance(model.lm_head, Quantized), f"quantize='{kind}': the weights are whole numbers "
+            "already; leave quantize out")
     attention, mlp, head = BITS[kind]
     for block in model.transformer.h:
         for part, bits in ((block.attn, attention), (block.mlp, mlp)):
@@ -395,6 +401,12 @@ def quantize(model, kind, empty=False):
         wte = model.transformer.wte
         wte.weight, wte.tied = None, (model.lm_head,)
     return model
+
+
+def held_bytes(model):
+    """Bytes of a model's weights and buffers, each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def attention_linear(config):

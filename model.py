@@ -51,6 +51,7 @@ from layers import (
     dropout,
     linear,
     normal_by_name_,
+    quantize,
     residual_std,
     settle,
     soft_cap,
@@ -535,13 +536,16 @@ def build_model(checkpoint, path, learns=False, **overrides):
                 f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
                 f"expected {kind.__name__})")
     packed = any(key.endswith(".meta") for key in checkpoint["model"])
+    kind = checkpoint.get("quantize")
+    require(not (kind and learns), f"{path} holds quantised weights, which cannot learn: name the checkpoint "
+                                   "that was quantised")
     require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
                                      "checkpoint that was packed")
     try:
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
-        model = settle(model) if packed else model
+        model = settle(model) if packed else quantize(model, kind, empty=True) if kind else model
         model.load_state_dict(checkpoint["model"])
-        require(not model.config.tie_weights or is_tied(checkpoint["model"]),
+        require(kind or not model.config.tie_weights or is_tied(checkpoint["model"]),
                 "tie_weights=True, but its head is not its embedding")
     except (TypeError, RuntimeError, ConfigError) as error:
         raise ConfigError(f"{path}: model_args and weights do not fit this version "

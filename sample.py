@@ -18,10 +18,10 @@ from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import sampling
 from kernels.arena import move_weights
-from layers import Packed, settle
+from layers import Packed, Quantized, check_quantize, settle
 from model import GPT, build_model
 from training import checkpoint as ckpt
-from training import continual, pretrained, runtime
+from training import continual, export, pretrained, runtime
 from training.pretrained import is_gpt2
 from viz import tracing
 from viz.chat import Chat, converse, show
@@ -51,6 +51,8 @@ class SampleConfig:
     chat: bool = False  # answer lines as they are typed; the text so far begins with start
     stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
     enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
+    quantize: str = ""  # weights of whole numbers: int8, int4 (the MLP's; others int8), q4_all; empty: none
+    val: bool | str = False  # with quantize, print the validation loss before and behind it; or of a FOLDER
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -69,6 +71,10 @@ class SampleConfig:
         require(not (self.trace and (self.speculate or self.chat or self.compile is True)),
                 f"trace={self.trace} watches one token at a time as it is decoded: leave --speculate, --chat "
                 "and --compile out")
+        if self.quantize:
+            check_quantize(self.quantize)
+        require(self.quantize or self.val is False, f"val={self.val} has no effect without quantize: type "
+                "--quantize=int8 too, or leave val out")
         sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         for key in ("stop", "enter"):
             require(self.chat or getattr(self, key) == getattr(type(self), key),
@@ -79,16 +85,22 @@ class SampleConfig:
 
 def load(init_from, out_dir, folder=""):
     """What init_from names -> (GPT in eval mode on the CPU, its tokenizer); folder: see tokenizer_of."""
+    return load_run(init_from, out_dir, folder)[:2]
+
+
+def load_run(init_from, out_dir, folder=""):
+    """The same, and the checkpoint's dict without weights: {} for GPT-2."""
     place = Path(out_dir)                        # a Hugging Face folder may be named like a run
     no_run = os.path.isdir(place) and not any(place.glob("ckpt*.pt"))
     if init_from == "resume" and no_run and is_gpt2(out_dir):
         init_from = out_dir
     if is_gpt2(init_from):
         model = GPT.from_pretrained(init_from).eval()
-        return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size)
+        return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size), {}
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
     model = build_model(loaded, path).eval()
-    return model, tokenizer_of(loaded, folder, model.config.vocab_size)
+    about = {key: value for key, value in loaded.items() if key not in ("model", "optimizer")}
+    return model, tokenizer_of(loaded, folder, model.config.vocab_size), about
 
 
 def pretrained_tokenizer(name, folder, vocab_size):
@@ -161,13 +173,15 @@ def checked_spelling(text):
 
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
-    model, tokenizer = load(cfg.init_from, cfg.out_dir, cfg.tokenizer)
+    model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer)
     on = continual.switch_on(model, cfg.adapter)
     print(f"{place}, {sparse_kernels.path_taken(place.device)}{on}", file=sys.stderr)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size)
+    if cfg.quantize:
+        print(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about), file=sys.stderr)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
-    if model.config.weights == "2:4":
+    if model.config.weights == "2:4" and not isinstance(model.lm_head, Quantized):
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
         settle(model, pack=pays)

@@ -349,15 +349,15 @@ def osc_kernel(name, dtype):
 #
 # codes (N, stride) uint8: rows are padded by zeros to a multiple of 64 numbers. 8 bits: a byte each. 4 bits:
 # every 32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the row's scales, and
-# rows to a multiple of 64 bytes. scale (N, 2) int32: an 8-bit row's scale as bits, which no .to(dtype) touches,
-# and the sum of its numbers; (0, 2) for 4 bits.
+# rows to a multiple of 64 bytes. scale (N, 2) int32: an 8-bit row's scale as bits, which no .to(dtype)
+# touches, and the sum of its numbers; (0, 2) for 4 bits.
 
 GROUP = 32
 
 
 def quantize(weight, bits):
-    """weight (N, K) -> codes, scale. 8 bits: the largest |w| of a row is 127. 4 bits: of eleven grids for each
-    group, whose largest |w| lies at -7 to -9, the one whose least-squares scale leaves the smallest squares.
+    """weight (N, K) -> codes, scale. 8 bits: the largest |w| of a row is 127. 4 bits: each group tries eleven
+    grids, on which its largest |w| lies at -7 to -9, with the scale of least squares, and takes the nearest.
     A row or group with a weight that is not finite becomes NaN."""
     parts = [quantize_rows(part.float(), bits) for part in weight.split(1024)]
     codes, scale = (torch.cat(some) for some in zip(*parts))

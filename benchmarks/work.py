@@ -1,6 +1,7 @@
 """What one decoded token costs a model, counted from what runs, and what the model holds meanwhile."""
 import torch
 
+import layers
 import sparse_kernels as kernels
 from decode.context import Cache
 from layers import settle
@@ -27,6 +28,4 @@ def work(model, prompt, new):
 
 def held_bytes(model, length):
     """Bytes of weights and buffers that decoding holds, and of the cache for one row of `length` tokens."""
-    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-               for t in (*model.parameters(), *model.buffers())}
-    return {"weights": sum(tensors.values()), "cache": Cache(model, 1, length).nbytes()}
+    return {"weights": layers.held_bytes(model), "cache": Cache(model, 1, length).nbytes()}

@@ -683,6 +683,26 @@ def open_stream(sources, *args, **keys):
     return Mixture(streams, [weight for _, weight in sources]) if len(streams) > 1 else streams[0]
 
 
+def held_out(val, settings, tokenizer, block_size, vocab_size):
+    """The validation stream of what --val says: True, the data that a run's `settings` name; or a data set.
+    It is prepared already. tokenizer: the run's, as a checkpoint describes it, or None. A ConfigError where
+    the data are not here, or another's."""
+    name = settings.get("dataset") if val is True else val
+    again = "type --val=FOLDER of the data that it was trained on"
+    require(isinstance(name, str) and name, f"val=True: the checkpoint names no data; {again}")
+    try:
+        sources = [(find(one), weight) for one, weight in named(name)]
+    except ConfigError as error:
+        require(val is not True, f"val=True: the checkpoint's data, dataset='{name}', are not here; {again}")
+        raise error
+    for folder, _ in sources:
+        require(not missing_files(folder), f"val: {folder} has no {' and no '.join(missing_files(folder))}; "
+                                           "prepare it first, or name another folder")
+        if isinstance(tokenizer, dict):
+            require_same(tokenizer, described(meta_of(folder)), f"the checkpoint and {folder}", again)
+    return open_stream(sources, "val", block_size, 8, seed=0, vocab_size=vocab_size)
+
+
 def random_bits(key, index, count):
     """(count,) uint64 that (key, index) decide; no two indices share any."""
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64)).random_raw(count)

@@ -73,6 +73,26 @@ def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, pr
     return lines
 
 
+VAL_TOKENS = 16_384                              # or a few more, of a loss that is printed beside another
+
+
+@torch.no_grad()
+def validation_loss(model, stream):
+    """A model in eval mode over a stream's first batches -> (mean loss in nats, of how many tokens)."""
+    device, total, count, index = next(model.parameters()).device, 0.0, 0, 0
+    while count < VAL_TOKENS:
+        x, y = (t.to(device) for t in stream.batch(index))
+        total, count, index = total + model(x, y)[1].item() * x.numel(), count + x.numel(), index + 1
+    return total / count, count
+
+
+def beside(before, after, kind, dataset):
+    """The sentence of two results of validation_loss, before a model was quantised and behind it."""
+    (old, count), (new, _) = before, after
+    return (f"validation loss {old:.4f} nats, quantised to {kind} {new:.4f} ({new - old:+.4f}, "
+            f"{(new - old) / old:+.2%}): {count:,} tokens of {dataset}")
+
+
 def mib(count):
     return f"{count / 2**20:,.1f} MiB"
 

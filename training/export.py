@@ -1,6 +1,7 @@
 """Write a run's model in another form.
 
     python -m training.export --out_dir=out --to=packed        2:4 weights, packed, for sample.py
+    python -m training.export --out_dir=out --to=packed --quantize=int8     weights of whole numbers, the same
     python -m training.export --out_dir=out --to=safetensors   any model, for sample.py, train.py, other tools
     python -m training.export --out_dir=out --to=hf            a dense model, for transformers
 """
@@ -12,10 +13,12 @@ from pathlib import Path
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from configurator import configure, require, run_script
-from layers import settle
+from data import dataset as datasets
+from kernels.build import cpu_library
+from layers import check_quantize, held_bytes, quantize, settle
 from model import build_model
 from training import checkpoint as ckpt
-from training import pretrained, rundir
+from training import estimate, pretrained, rundir
 from training.runtime import DTYPES
 
 
@@ -24,21 +27,62 @@ class ExportConfig:
     """Every key of export.py."""
     out_dir: str = "out"  # the run whose checkpoint is read
     export_dir: str = ""  # the folder that is written; default: out_dir and the form's name
-    to: str = "packed"  # packed (2:4 weights), safetensors (any model), hf (dense, in transformers' layout)
+    to: str = "packed"  # packed (2:4, quantised), safetensors (any model), hf (dense, for transformers)
     dtype: str = "bfloat16"  # of the weights that are written: float32, bfloat16, float16
+    quantize: str = ""  # with packed, whole numbers: int8, int4 (the MLP's; others int8), q4_all; empty: none
+    val: bool | str = False  # with quantize, print the validation loss before and behind it; or of a FOLDER
 
     def __post_init__(self):
         require(self.to in FORMS, f"to='{self.to}' must be {', '.join(FORMS)}")
         require(self.dtype in DTYPES, f"dtype='{self.dtype}' must be {', '.join(DTYPES)}")
+        if self.quantize:
+            check_quantize(self.quantize)
+        require(not self.quantize or self.to == "packed",
+                f"quantize={self.quantize} and to={self.to}: whole numbers are written by --to=packed")
+        require(self.quantize or self.val is False, f"val={self.val} has no effect without quantize: type "
+                "--quantize=int8 too, or leave val out")
 
 
 def packed(cfg, loaded, path):
-    """-> a function that writes a checkpoint without optimizer whose 2:4 weights are packed."""
+    """-> a function that writes a checkpoint without optimizer whose 2:4 weights are packed, or whose weights
+    are whole numbers."""
+    if cfg.quantize:
+        return whole_numbers(cfg, loaded, path)
     require(loaded["model_args"].get("weights") == "2:4",
             f"{path} has dense weights, to=packed is for 2:4: train one with --weights=2:4")
     model = settle(build_model(loaded, path).to(DTYPES[cfg.dtype]))
     kept = {key: loaded[key] for key in ("model_args", "config", "tokenizer") if key in loaded}
     return lambda folder: ckpt.save({"model": model.state_dict(), **kept}, folder / "ckpt.pt")
+
+
+def whole_numbers(cfg, loaded, path):
+    """-> a function that writes a checkpoint without optimizer whose weights are whole numbers."""
+    model = build_model(loaded, path).eval()
+    print(quantized(model, cfg.quantize, cfg.val, loaded))
+    model.to(DTYPES[cfg.dtype])
+    kept = {key: loaded[key] for key in ("model_args", "config", "tokenizer") if key in loaded}
+    whole = {"model": model.state_dict(), "quantize": cfg.quantize, **kept}
+    return lambda folder: ckpt.save(whole, folder / "ckpt.pt")
+
+
+def quantized(model, kind, val, about):
+    """Quantise a model in eval mode in place -> the sentence that says what it holds now and, where `val` is
+    True or a folder of data, its validation losses. about: its checkpoint's `config` and `tokenizer`."""
+    stream, before = None, None
+    if val:
+        settings = about.get("config") if isinstance(about.get("config"), dict) else {}
+        stream = datasets.held_out(val, settings, about.get("tokenizer"), model.config.block_size,
+                                   model.config.vocab_size)
+        before = estimate.validation_loss(model, stream)
+    held = held_bytes(model)
+    quantize(model, kind)
+    said = f"weights quantised to {kind}: {held_bytes(model) / 2**20:.1f} MiB of {held / 2**20:.1f}"
+    if model.lm_head.codes.is_cpu and cpu_library()[0] is None:
+        said += "; without C kernels they are multiplied as what they stand for"
+    if stream:
+        said += "\n" + estimate.beside(before, estimate.validation_loss(model, stream), kind,
+                                       settings.get("dataset") if val is True else val)
+    return said
 
 
 def safetensors(cfg, loaded, path):
@@ -104,7 +148,10 @@ def main(cfg):
     require(folder.resolve() != Path(cfg.out_dir).resolve(), f"export_dir={cfg.export_dir} is the "
             "run itself, whose checkpoint would be lost: name another folder")
     check_target(folder, cfg.to)
-    write = FORMS[cfg.to](cfg, *ckpt.read(cfg.out_dir))
+    loaded, path = ckpt.read(cfg.out_dir)
+    require(not loaded.get("quantize"), f"{path} holds quantised weights: name the checkpoint that was "
+                                        "quantised")
+    write = FORMS[cfg.to](cfg, loaded, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -57,6 +57,7 @@ def alone(tmp_path_factory):
     (["decode", "--nanogtp=x"], ["'nanogtp'", "did you mean 'nanogpt'?"]),
     (["decode", "--shape=gpt3"], ["shape='gpt3'", "gpt2-xl or baby"]),
     (["decode", "--prompt=1025"], ["prompt=1025", "1024"]),
+    (["decode", "--quantize=int8,int3"], ["quantize='int3'", "int8, int4, q4_all"]),
     (["decode", "--repeats=0"], ["repeats=0", "--repeats=5"]),
     (["decode", "--out=no/such/file.json"], ["no/such", "does not exist"]),
     *((["decode", "--shape=baby", "--prompt=200", flag],
@@ -119,6 +120,20 @@ def test_the_last_line_is_the_record_and_out_holds_the_same(alone):
     assert record["command"] == "python bench.py " + " ".join([*SHORT, "--out=record.json"])
     assert path.read_text() == result.out.splitlines()[-1] + "\n"
     assert [entry.name for entry in path.parent.glob("record.json*")] == ["record.json"]
+
+
+def test_decoding_in_whole_numbers_is_measured_beside_the_same_model(tmp_path):
+    words = *SHORT, "--new=2", "--repeats=1", "--dtype=float32", "--quantize=int8,q4_all"
+    record = record_of(run(tmp_path, *words))
+    found, work = record["measurements"], record["work"]
+    sides = {f"{OURS}, int8", f"{OURS}, q4_all"}
+    assert found["decode"]["sides"].keys() == found["step"]["sides"].keys() == {OURS, *sides}
+    assert found["decode"]["twins"] == dict.fromkeys(sides, OURS)
+    if cpu_library()[0]:
+        ratios = [work[OURS]["weight_bytes"] / work[f"{OURS}, {kind}"]["weight_bytes"]
+                  for kind in ("int8", "q4_all")]
+        assert 3.5 < ratios[0] <= 4 < 6 < ratios[1] <= 32 / 4.5
+        assert len({of["macs"] for of in work.values()}) == 1
 
 
 def test_the_record_says_where_it_ran(alone):

@@ -7,6 +7,8 @@ from arms import ARMS, build, tokens
 from conftest import Job, one_sentence, words
 
 from configurator import ConfigError
+from data.tokenizer import ByteTokenizer
+from layers import BITS, quantize
 from model import build_model
 from training import checkpoint, export
 from training.pretrained import GPT2_SIZES
@@ -175,3 +177,83 @@ def test_the_config_says_what_the_model_is(tmp_path):
     said = json.loads((exported(tmp_path, "safetensors") / "config.json").read_text(encoding="utf-8"))
     assert said["model_type"] == "nanocortex" and said["model_args"]["columns"] == 8
     assert said["model_type"] not in GPT2_SIZES
+
+
+# ------------------------------------------------ whole numbers
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_whole_numbers_come_back_with_equal_logits(tmp_path, name):
+    model, idx = run_of(tmp_path, ARMS[name]), tokens(2, 16)
+    for kind in BITS:
+        folder = exported(tmp_path, "packed", quantize=kind)
+        loaded, path = checkpoint.read(folder)
+        again = build_model(loaded, path).eval()
+        expected = quantize(build_model(*checkpoint.read(tmp_path)).eval(), kind)
+        assert not any(key.endswith(("c_fc.weight", "lm_head.weight")) for key in loaded["model"])
+        with torch.no_grad():
+            assert torch.equal(again(idx, idx)[0], expected(idx, idx)[0])
+            assert not torch.equal(again(idx, idx)[0], model(idx, idx)[0])
+        with pytest.raises(ConfigError, match="holds quantised weights, which cannot learn"):
+            build_model(loaded, path, learns=True)
+        for to in ("packed", "safetensors", "hf"):
+            with pytest.raises(ConfigError, match="holds quantised weights: name the checkpoint"):
+                export.main(export.ExportConfig(out_dir=str(folder), to=to, export_dir=str(tmp_path / "x")))
+
+
+def test_a_damaged_file_of_whole_numbers_is_one_sentence(tmp_path):
+    run_of(tmp_path, {})
+    loaded, path = checkpoint.read(exported(tmp_path, "packed", quantize="int4"))
+    key = "transformer.h.0.mlp.c_fc.codes"
+    for change in ({"quantize": "int3"}, {"quantize": 8}, {"quantize": "int8"},
+                   {"model": loaded["model"] | {key: loaded["model"][key][:-1]}}):
+        with pytest.raises(ConfigError, match="model_args and weights do not fit this version"):
+            build_model(loaded | change, path)
+
+
+def test_a_quantised_run_samples_and_says_its_losses(train, data):
+    train(max_iters=2)
+    out, folder = train.folder / "out", train.folder / "whole"
+    draw = dict(num_samples=1, max_new_tokens=9, device="cpu", dtype="float32", top_k=0)
+    done = Job("training/export.py", words(out_dir=out, quantize="int8", export_dir=folder, dtype="float32",
+                                           val=True), train.folder).wait()
+    loss = f"tokens of {data}"
+    assert done.status == 0 and loss in done.out and "quantised to int8" in done.out, done.err
+    made, loaded = (Job("sample.py", words(**draw, **keys), train.folder).wait() for keys in
+                    (dict(out_dir=out, quantize="int8", val=data), dict(out_dir=folder)))
+    assert made.out == loaded.out and len(made.out) > 9 and loss in made.err and loss not in loaded.err
+    before, after = (float(made.err.split(word)[1].split()[0]) for word in ("loss ", "quantised to int8 "))
+    assert "quantised to int8" in done.out and 0 < abs(after - before) < 0.05
+    off = Job("sample.py", words(**draw, out_dir=folder), train.folder, {"NANOCORTEX_KERNELS": "off"}).wait()
+    assert off.status == 0 and off.out == loaded.out, off.err
+    off = Job("sample.py", words(**draw, out_dir=out, quantize="int8"), train.folder,
+              {"NANOCORTEX_KERNELS": "off"}).wait()
+    assert off.out == loaded.out and "without C kernels" in off.err
+    again = Job("sample.py", words(out_dir=folder, quantize="int8"), train.folder).wait()
+    one_sentence(again, "sample.py", "whole numbers already", "leave quantize out")
+    learns = Job("train.py", words(init_from=folder, dataset=data, out_dir=train.folder / "x"),
+                 train.folder).wait()
+    one_sentence(learns, "train.py", "cannot learn")
+
+
+@pytest.mark.parametrize("script", ["sample.py", "training/export.py"])
+@pytest.mark.parametrize("keys, parts", [
+    (dict(quantize="int3"), ["quantize='int3' must be int8, int4, q4_all"]),
+    (dict(val=True), ["val=True has no effect without quantize"]),
+    (dict(quantize="int8", val=True), ["dataset='gone/', are not here", "type --val=FOLDER"]),
+    (dict(quantize="int8", val="gone/"), ["data set 'gone/' is no folder"]),
+    (dict(quantize="int8", val="empty/"), ["has no train.bin and no val.bin"]),
+])
+def test_bad_words_about_whole_numbers_say_what_to_type(tmp_path, script, keys, parts):
+    model = build({}, vocab_size=256)
+    checkpoint.save({"model": model.state_dict(), "model_args": model.config.model_args(), "iter_num": 7,
+                     "tokenizer": ByteTokenizer().meta(), "config": {"dataset": "gone/"}},
+                    tmp_path / "ckpt.pt")
+    (tmp_path / "empty").mkdir()
+    result = Job(script, words(out_dir=tmp_path, **keys), tmp_path).wait()
+    one_sentence(result, script.split("/")[-1], *parts)
+
+
+def test_whole_numbers_in_another_form_are_refused():
+    with pytest.raises(ConfigError, match="quantize=int8 and to=hf"):
+        export.ExportConfig(to="hf", quantize="int8")
