@@ -1,7 +1,8 @@
 """What `python bench.py SUBCOMMAND` measures: one module a subcommand, and the parts that they share.
 
-timing.py is the only timer, record.py the JSON record, ../figures.py draws, peers.py nanoGPT and other engines,
-runs.py training runs, arms.py the blocks that are trained. A new subcommand `name` is a module name.py with
+timing.py is the only timer, record.py the JSON record, ../figures.py draws, peers.py nanoGPT and other
+engines, runs.py training runs, arms.py the blocks that are trained. A new subcommand `name` is a module
+name.py with
 
     @dataclass(frozen=True)
     class Name(Bench):
