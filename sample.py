@@ -16,7 +16,7 @@ import sparse_kernels
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode import sampling
+from decode import calibrate, sampling
 from kernels.arena import move_weights
 from layers import Packed, Quantized, check_quantize, settle
 from model import GPT, build_model
@@ -43,6 +43,8 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
     tokenizer: str = ""  # data folder whose tokenizer to use, for checkpoints that name none; empty: theirs
     overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
+    mlp_screen: int = 0  # any model with squared ReLU: bits of a copy that picks the units read: 4; 0: off
+    mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
@@ -71,6 +73,8 @@ class SampleConfig:
         require(not (self.trace and (self.speculate or self.chat or self.compile is True)),
                 f"trace={self.trace} watches one token at a time as it is decoded: leave --speculate, --chat "
                 "and --compile out")
+        require(self.mlp_screen or self.mlp_live == type(self).mlp_live,
+                f"mlp_live={self.mlp_live} has no effect without mlp_screen: type --mlp_screen=4 too")
         if self.quantize:
             check_quantize(self.quantize)
         require(self.quantize or self.val is False, f"val={self.val} has no effect without quantize: type "
@@ -88,17 +92,23 @@ def load(init_from, out_dir, folder=""):
     return load_run(init_from, out_dir, folder)[:2]
 
 
-def load_run(init_from, out_dir, folder=""):
-    """The same, and the checkpoint's dict without weights: {} for GPT-2."""
+def load_run(init_from, out_dir, folder="", **flags):
+    """The same, and the checkpoint's dict without weights: {} for GPT-2. flags: fields of GPTConfig that
+    say how it decodes."""
+    needs = (f"mlp_screen={flags.get('mlp_screen')} picks among units that are exactly zero: it needs a model"
+             " with act='relu2', this one has act='{}'; leave mlp_screen out")
     place = Path(out_dir)                        # a Hugging Face folder may be named like a run
     no_run = os.path.isdir(place) and not any(place.glob("ckpt*.pt"))
     if init_from == "resume" and no_run and is_gpt2(out_dir):
         init_from = out_dir
     if is_gpt2(init_from):
+        require(not flags, needs.format("gelu"))
         model = GPT.from_pretrained(init_from).eval()
         return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size), {}
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
-    model = build_model(loaded, path).eval()
+    act = loaded["model_args"].get("act", "gelu")
+    require(not flags or act == "relu2", needs.format(act))
+    model = build_model(loaded, path, **flags).eval()
     about = {key: value for key, value in loaded.items() if key not in ("model", "optimizer")}
     return model, tokenizer_of(loaded, folder, model.config.vocab_size), about
 
@@ -173,7 +183,8 @@ def checked_spelling(text):
 
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
-    model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer)
+    flags = dict(mlp_screen=cfg.mlp_screen, mlp_live=cfg.mlp_live) if cfg.mlp_screen else {}
+    model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer, **flags)
     on = continual.switch_on(model, cfg.adapter)
     print(f"{place}, {sparse_kernels.path_taken(place.device)}{on}", file=sys.stderr)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
@@ -181,6 +192,8 @@ def main(cfg):
     if cfg.quantize:
         print(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about), file=sys.stderr)
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
+    if calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode):
+        print(with_thresholds(model.choose(predict=True), about), file=sys.stderr)
     if model.config.weights == "2:4" and not isinstance(model.lm_head, Quantized):
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
@@ -219,6 +232,24 @@ def main(cfg):
         about = {"run": cfg.out_dir, "dtype": place.dtype, "policy": cfg.sparse_decode}
         tracing.write(cfg.trace, recorder, about)
         print(f"what each token cost: {cfg.trace}", file=sys.stderr)
+
+
+def with_thresholds(model, about):
+    """Find the thresholds of a model's screened units, where it has none, in the text that it was trained on,
+    or else in what it writes itself -> what to print."""
+    c, source = model.config, "as the checkpoint has them"
+    if calibrate.needs_thresholds(model):
+        try:
+            folder = trained_on(about.get("config"))
+            rows = max(1, calibrate.TOKENS // c.block_size)
+            ids, _ = datasets.TokenStream(folder, "train", c.block_size, rows, 0, c.vocab_size).batch(0)
+            source = f"from {ids.numel():,} tokens of {folder}"
+        except ConfigError:                      # no data, or no longer the ones of the checkpoint
+            ids = calibrate.own_text(model)
+            source = f"from {ids.numel():,} tokens that the model writes: its training data are not here"
+        calibrate.calibrate(model, ids.to(model.lm_head.weight.device), c.mlp_live)
+    share = f"{c.mlp_live:.0%} of the MLP's units" if c.mlp_live else "the units that fire"
+    return f"screened units: a copy in {c.mlp_screen} bits picks {share}; thresholds {source}"
 
 
 def streaming(model, cfg):

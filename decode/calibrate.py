@@ -24,13 +24,15 @@ def calibrate(model, ids, live):
 
     ids: (B, T) int64 of training text; live: the mean share of the units that decoding is to read, 0: all
     that fire. A layer's share is in proportion to that of its units that fire by themselves: layers differ by
-    a factor of two and more, and equal shares cost several times the loss. The threshold is the quantile of
+    a factor of two and more, and equal shares cost several times the loss; 1 is all units of all layers. The threshold is the quantile of
     the copy's scores that leaves the share; with live=0 the score that one in a thousand firing units is
     below.
     """
     mlps, seen, before = screened(model), {}, model.choices
     require(mlps, "calibrate: no layer of this model screens its units: build it with mlp_screen=4")
     every = max(1, ids.numel() // KEPT)
+    counted = [(module, name, getattr(module, name)) for module in model.modules()
+               for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
     handles = [mlp.register_forward_pre_hook(lambda mlp, args: look(mlp, *args, every, seen)) for mlp in mlps]
     try:
         model.choose(predict=False)
@@ -40,12 +42,14 @@ def calibrate(model, ids, live):
         model.choices = before
         for handle in handles:
             handle.remove()
+        for counter in counted:                  # what the model's own tokens have cost
+            setattr(*counter)
     natural = [sum(fired) / len(fired) for fired, _, _ in (seen[mlp] for mlp in mlps)]
     mean = sum(natural) / len(natural)
     for mlp, share in zip(mlps, natural):
         _, scores, firing = seen[mlp]
         if live:
-            keep = min(1.0, live * share / mean) if mean else live
+            keep = min(1.0, live * share / mean) if mean and live < 1 else live
             mlp.edge.fill_(quantile(torch.cat(scores), 1 - keep))
         else:
             mlp.edge.fill_(quantile(torch.cat(firing), 0.001))
@@ -71,14 +75,6 @@ def quantile(values, share):
     return -torch.inf if count < 1 else values.kthvalue(min(count, len(values))).values.item()
 
 
-def text_of(stream, block_size):
-    """TOKENS tokens from places all over an array of ids (n,) -> (B, block_size) int64."""
-    rows, size = max(1, TOKENS // block_size), len(stream)
-    require(size >= block_size, f"calibration needs {block_size} tokens of text, here are {size}")
-    starts = torch.linspace(0, size - block_size, rows).long().tolist()
-    return torch.stack([torch.as_tensor(stream[at:at + block_size].astype("int64")) for at in starts])
-
-
 def own_text(model, seed=0):
     """TOKENS tokens that the model itself writes, for models whose training text is not here."""
     c = model.config
@@ -88,7 +84,8 @@ def own_text(model, seed=0):
     before, _ = model.choices, torch.manual_seed(seed)
     try:
         model.choose(predict=False, leave_at=None)
-        new = torch.cat(list(sampling.stream(model, ids, c.block_size - 1, sampler)), dim=1)
+        new = [torch.cat(list(sampling.stream(model, some, c.block_size - 1, sampler)), dim=1)
+               for some in ids.split(8)]
     finally:
         model.choices = before
-    return torch.cat((ids, new), dim=1)
+    return torch.cat((ids, torch.cat(new)), dim=1)

@@ -408,6 +408,15 @@ def test_a_weight_that_a_fused_step_damages_is_noticed_by_the_next_stream():
 # ------------------------------------------------ weights of whole numbers
 
 
+def has_no_ops(model):
+    """Does a variant wait for its ops, or is its MLP of a class that brings none?"""
+    try:
+        engine.ops_of(model.transformer.h[0].mlp)
+    except engine.NotWritten:
+        return True
+    return any(getattr(model.config, flag) for flag in engine.WAITING)
+
+
 @built
 @every_arm
 def test_a_quantised_model_decodes_what_its_forward_computes(arm, monkeypatch):
@@ -419,7 +428,7 @@ def test_a_quantised_model_decodes_what_its_forward_computes(arm, monkeypatch):
         expected, logits = without_cache(model, idx, 9)
         with torch.inference_mode():
             program = engine.program_of(model, Cache(model, 3, 16), 31, 1, idx.device)
-        assert (program is None) == any(getattr(model.config, flag) for flag in engine.WAITING)
+        assert (program is None) == has_no_ops(model)
         for off in (False, True):
             with monkeypatch.context() as patch:
                 if off:

@@ -1,0 +1,142 @@
+"""Screened units: what a copy in a few bits picks, what decodes by it, and where thresholds come from."""
+import math
+
+import pytest
+import torch
+from arms import ARMS, build, tokens
+
+from configurator import ConfigError
+from decode import calibrate, engine, sampling
+from decode.context import Cache
+from kernels.build import cpu_library
+from layers import quantize
+from sample import with_thresholds
+
+ARM = ARMS["mlp_screen"]
+built = pytest.mark.skipif(cpu_library()[0] is None, reason="no C kernels here")
+
+
+def shares(model, idx):
+    """The share of units that each layer's copy picks of tokens idx."""
+    found = []
+    hooks = [mlp.register_forward_hook(lambda mlp, args, _: found.append(
+        (mlp.scores(*args) > mlp.edge).float().mean().item())) for mlp in calibrate.screened(model)]
+    model.use_policy()(idx)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_layers_pick_the_mean_share_that_is_asked_for_in_proportion_to_what_fires(bits):
+    idx = tokens(32, 16, seed=5)
+    model = build(ARM, std=0.2, mlp_screen=bits)
+    natural = calibrate.calibrate(model, idx, 0.25)
+    found = shares(model, idx)
+    assert sum(found) / len(found) == pytest.approx(0.25, abs=0.02)
+    for share, fires in zip(found, natural):
+        assert share == pytest.approx(0.25 * fires / (sum(natural) / len(natural)), abs=0.03)
+
+
+@torch.inference_mode()
+def test_all_units_picked_are_the_exact_model_and_none_picked_is_no_mlp():
+    model, idx = build(ARM, std=0.2), tokens(3, 9)
+    exact = model.use_policy(False)(idx)[0]
+    calibrate.calibrate(model, idx, 1.0)
+    assert all(mlp.edge == -math.inf for mlp in calibrate.screened(model))
+    torch.testing.assert_close(model.use_policy()(idx)[0], exact, atol=1e-6, rtol=0)
+    for mlp in calibrate.screened(model):
+        mlp.edge.fill_(math.inf)
+        mlp.c_proj.bias.zero_()
+    nothing = model(idx)[0]
+    for mlp in calibrate.screened(model):
+        mlp.c_proj.weight.zero_()
+    torch.testing.assert_close(model.use_policy(False)(idx)[0], nothing, atol=1e-6, rtol=0)
+    new = torch.cat(list(sampling.stream(model.use_policy(), idx, 3, sampling.Sampler(0))), dim=1)
+    assert new.shape == (3, 3)
+
+
+@torch.inference_mode()
+def test_all_that_fires_is_nearly_the_exact_model():
+    model, idx = build(ARM, std=0.2), tokens(8, 16, seed=3)
+    exact = model.use_policy(False)(idx)[0]
+    calibrate.calibrate(model, idx, 0)
+    off = (model.use_policy()(idx)[0] - exact).abs().max()
+    calibrate.calibrate(model, idx, 0.1)
+    assert off < 0.05 < (model.use_policy()(idx)[0] - exact).abs().max()
+
+
+def test_one_token_of_text_is_enough_for_a_number_and_wrong_models_get_a_sentence():
+    model = build(ARM)
+    calibrate.calibrate(model, tokens(1, 1), 0.25)
+    assert not calibrate.needs_thresholds(model)
+    with pytest.raises(ConfigError, match="mlp_screen=4"):
+        calibrate.calibrate(build({}), tokens(1, 4), 0.25)
+    with pytest.raises(ConfigError, match="act='gelu'"):
+        build(dict(mlp_screen=4))
+    with pytest.raises(ConfigError, match="mlp_screen=5"):
+        build(dict(mlp_screen=5, act="relu2"))
+
+
+def test_a_training_step_clears_thresholds_and_decoding_then_says_what_is_missing():
+    model, idx = build(ARM, std=0.2), tokens(2, 8)
+    model.train()
+    model(idx, idx)[1].backward()
+    model.regularise()
+    model.eval().use_policy()
+    assert calibrate.needs_thresholds(model)
+    with pytest.raises(ConfigError, match="calibrate"):
+        model(idx)
+    model.use_policy(False)(idx)
+
+
+def test_thresholds_travel_with_the_checkpoint_and_a_plain_one_has_none():
+    model, plain = build(ARM, std=0.2), build(dict(act="relu2"), std=0.2)
+    again = build(ARM)
+    again.load_state_dict(model.state_dict())
+    assert [mlp.edge for mlp in calibrate.screened(again)] == [mlp.edge for mlp in calibrate.screened(model)]
+    again.load_state_dict(plain.state_dict())
+    assert calibrate.needs_thresholds(again)
+    assert all(mlp.edge.dtype == torch.float32 for mlp in calibrate.screened(again.bfloat16()))
+
+
+def test_thresholds_without_data_come_from_what_the_model_writes():
+    model = build(ARM, std=0.2)
+    for mlp in calibrate.screened(model):
+        mlp.edge.fill_(math.nan)
+    said = with_thresholds(model, {"config": {"dataset": "./no/such/data"}})
+    assert "training data are not here" in said and not calibrate.needs_thresholds(model)
+    assert "as the checkpoint has them" in with_thresholds(model, {})
+
+
+@built
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["int8", "int4", "q4_all"])
+def test_whole_numbers_under_a_screen_decode_what_forward_computes(kind):
+    model, idx = quantize(build(ARM, std=0.2), kind), tokens(3, 5)
+    calibrate.calibrate(model, tokens(8, 16, seed=3), 0.25)
+    model.use_policy()
+    program = engine.program_of(model, Cache(model, 3, 5), 31, None, idx.device)
+    program.begin(idx, [0] * 3, [1] * 3)
+    for column in range(5):
+        found = program.step()
+        torch.testing.assert_close(found, model(idx[:, :column + 1])[0][:, 0], atol=2e-2, rtol=0)
+
+
+@built
+@torch.inference_mode()
+def test_a_decode_step_reads_the_copy_and_the_rows_that_it_picks():
+    from sparse_kernels import counting
+    model, idx = build(ARM, std=0.2), tokens(1, 5)
+    work = {}
+    for policy in (False, True):
+        program = engine.program_of(model.use_policy(policy), Cache(model, 1, 16), 31, None, idx.device)
+        program.begin(idx, [0], [1])
+        with counting() as tally:
+            program.step()
+        work[policy] = tally.bytes, sum(op.read for op, name in zip(program.table, program.names)
+                                        if name.startswith("linear") and op.read)
+    picked = work[True][1]
+    assert 0 < picked < 2 * 64
+    copies = sum(mlp.copy_of(program.cache)[0].nbytes for mlp in calibrate.screened(model))
+    assert work[True][0] < work[False][0] + copies
