@@ -23,10 +23,10 @@ def calibrate(model, ids, live):
     """Set the thresholds of a model in eval mode, from text -> the share of units that fire, layer by layer.
 
     ids: (B, T) int64 of training text; live: the mean share of the units that decoding is to read, 0: all
-    that fire. A layer's share is in proportion to that of its units that fire by themselves: layers differ by
-    a factor of two and more, and equal shares cost several times the loss; 1 is all units of all layers. The threshold is the quantile of
-    the copy's scores that leaves the share; with live=0 the score that one in a thousand firing units is
-    below.
+    that fire, 1: all. A layer's share is in proportion to that of its units that fire by themselves: layers
+    differ by a factor of two and more, and equal shares cost several times the loss. The threshold is the
+    quantile of the copy's scores that leaves the share; with live=0 the score that one in a thousand firing
+    units is below.
     """
     mlps, seen, before = screened(model), {}, model.choices
     require(mlps, "calibrate: no layer of this model screens its units: build it with mlp_screen=4")
