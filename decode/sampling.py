@@ -159,9 +159,10 @@ def run(program, history, firsts, ends, steps, sampler, seen):
     program.begin(history, firsts, ends)
     at, rows = torch.tensor(ends)[:, None], torch.arange(len(ends))[:, None]
     alike, ids, first = len(set(ends)) == 1, program.ids, ends[0]
+    follows = getattr(sampler, "follows", False)           # what stands in a Sampler's place decides by itself
     for made in range(steps):
         logits = program.step()
-        if sampler.follows:
+        if follows:
             program.follow() or finite(logits)
             here = first + made
             yield history[:, here:here + 1] if alike else history.gather(1, at + made)
