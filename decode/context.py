@@ -15,11 +15,13 @@ class Choices(NamedTuple):
     with, and so does a cache.
 
     predict: are units predicted? leave_at: how sure an exit's probe must be for a token to leave; None: none
-    leaves. adapters: the number of the adapter of all rows, or of each row's.
+    leaves. adapters: the number of the adapter of all rows, or of each row's. forward: why the modules' own
+    forward decodes and not the engine; empty: nothing says so.
     """
     predict: bool = False
     leave_at: float | None = None
     adapters: tuple = (0,)
+    forward: str = ""
 
     def of_rows(self, rows):
         """The same for some rows (n,) of the batch."""

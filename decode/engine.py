@@ -361,7 +361,7 @@ def place(value):
 def program_of(model, cache, ids, wants, device):
     """A model's Program over a cache, or None where `forward` decodes: another device, no C kernels, or a
     module without ops."""
-    if (device.type != "cpu" or cpu_library()[0] is None
+    if (device.type != "cpu" or cpu_library()[0] is None or cache.choices.forward
             or any(getattr(model.config, flag) for flag in WAITING)):
         return None
     try:

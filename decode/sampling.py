@@ -159,7 +159,7 @@ def run(program, history, firsts, ends, steps, sampler, seen):
     program.begin(history, firsts, ends)
     at, rows = torch.tensor(ends)[:, None], torch.arange(len(ends))[:, None]
     alike, ids, first = len(set(ends)) == 1, program.ids, ends[0]
-    follows = getattr(sampler, "follows", False)           # what stands in a Sampler's place decides by itself
+    follows = getattr(sampler, "follows", False)           # what stands in a Sampler's place chooses itself
     for made in range(steps):
         logits = program.step()
         if follows:

@@ -15,6 +15,7 @@ import sparse_kernels as kernels
 from configurator import ConfigError, require
 from decode import sampling
 
+FORWARD = "a trace watches the modules' own steps"
 LIKELY = 5                                       # alternatives that the page names for each token
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -87,7 +88,8 @@ class Recorder:
         """Continue the prompt (1, T), which reads `spoken`, by `count` tokens of `stream` -> what each adds
         to the text of the StreamDecoder `text`."""
         self.samples.append({"prompt": spoken, "tokens": []})
-        hooks, blocks = list(self.hooks()), self.model.transformer.h
+        hooks, blocks, choices = list(self.hooks()), self.model.transformer.h, self.model.choices
+        self.model.choose(forward=FORWARD)       # the engine's step is one call, which runs no module
         for layer, block in enumerate(blocks):
             self.watch(layer, block)
         try:
@@ -100,6 +102,7 @@ class Recorder:
                 hook.remove()
             for block in blocks:
                 del block.write_kv
+            self.model.choices = choices
             self.forget()
 
     def forget(self):
