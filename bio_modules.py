@@ -230,8 +230,12 @@ class Stepwise(nn.Module):
     quantized = False                            # are its weights whole numbers? `many` reads them alone
 
     def forward(self, x, ctx):
+        return getattr(self, self.way(x))(x, ctx)
+
+    def way(self, x):
+        """The name of the one that these tokens take."""
         way = "many" if self.quantized else kernels.way(x)
-        return getattr(self, way if way == "many" or self.sound() else "many")(x, ctx)
+        return way if way == "many" or self.sound() else "many"
 
     def sound(self):
         """Are the weights finite that `many` reads and the other ways may not?"""
