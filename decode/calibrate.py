@@ -2,7 +2,6 @@
 screened units."""
 import torch
 
-from bio_modules import ScreenedUnits
 from configurator import require
 from decode import sampling
 
@@ -10,8 +9,8 @@ TOKENS, KEPT = 8192, 1024                        # that are read, and whose scor
 
 
 def screened(model):
-    """The MLPs of a model that screen their units."""
-    return [module for module in model.modules() if isinstance(module, ScreenedUnits)]
+    """The MLPs of a model that screen their units (bio_modules.ScreenedUnits)."""
+    return [module for module in model.modules() if hasattr(module, "own_copy")]
 
 
 def needs_thresholds(model):
