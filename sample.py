@@ -200,7 +200,7 @@ def main(cfg):
         settle(model, pack=pays)
         print("2:4 weights packed, as the checkpoint has them" if came_packed else why, file=sys.stderr)
     if place.device.type == "cpu":
-        print(move_weights(model), file=sys.stderr)
+        sys.stderr.write(move_weights(model))
     stream = streaming(model, cfg)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)

@@ -29,8 +29,8 @@ class NotWritten(Exception):
 
 def ops_of(module):
     """A module's `emit`, if it belongs to the same class as what it computes elsewhere, or a later one: a
-    class that changes the one and not the other has no ops."""
-    for cls in type(module).__mro__:
+    class, or an object, that changes the one and not the other has no ops."""
+    for cls in type(module).__mro__ if "forward" not in vars(module) else ():
         if "emit" in vars(cls):
             return module.emit
         if vars(cls).keys() & {"forward", "many"}:

@@ -14,14 +14,15 @@ HUGE, LINE = 2 << 20, 64                         # bytes of a huge page, and of 
 
 def move_weights(model):
     """Move the parameters and buffers of a model on the CPU into an arena, in place: they become views of
-    it, with their shapes and strides -> the sentence that says how much of it lies on huge pages."""
+    it, with their shapes and strides -> the sentence that says how much of it lies on huge pages, a line;
+    nothing where there is no more than one of them, or not Linux."""
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return "weights where PyTorch has put them (huge pages are asked for on Linux alone)"
+        return ""                                # huge pages are asked for on Linux alone
     tensors = [t for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
                if t.is_cpu and t.numel()]
     size = sum(-(-t.nbytes // LINE) * LINE for t in tensors)
-    if not size:
-        return "no weights on the CPU"
+    if size < HUGE:
+        return ""
     memory = mmap.mmap(-1, size + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
@@ -33,7 +34,7 @@ def move_weights(model):
             tensor.data = view
             place += -(-tensor.nbytes // LINE) * LINE
     granted = min(1.0, granted_bytes(flat.data_ptr() + begin) / size)
-    return f"{size / 1e6:,.0f} MB of weights in one arena, {granted:.0%} of it on huge pages"
+    return f"{size / 1e6:,.0f} MB of weights in one arena, {granted:.0%} of it on huge pages\n"
 
 
 def like(flat, tensor):

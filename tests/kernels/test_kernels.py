@@ -249,7 +249,7 @@ def test_a_decode_step_runs_on_the_kernels(monkeypatch):
         monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain:
                             (counts.__setitem__(n, counts[n] + 1), f(*a))[1])
     model = build({}, std=0.2)
-    model.generate(tokens(1, 4), 6, temperature=0)
+    model.choose(forward="the kernels that modules call").generate(tokens(1, 4), 6, temperature=0)
     # 4 a block and the head, of the prompt's few tokens too
     assert counts == {"matvec": 6 * 9, "attention_one": 5 * 2}
 
