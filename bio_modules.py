@@ -16,6 +16,7 @@ from configurator import require
 from decode.context import add_up
 from decode.engine import NotWritten
 from layers import (
+    EPS,
     GELU,
     Attention,
     Linear,
@@ -34,6 +35,7 @@ from layers import (
     plus,
     residual_std,
     rms,
+    rotate,
 )
 from training import energy
 
@@ -294,7 +296,7 @@ class MLP(Stepwise):
         if not self.sound():
             raise NotWritten("weights that are not finite")
         up, up_bias, down, down_bias = self.stored_by_unit()
-        a = p.linear(x, p.matrix(up, up_bias), units=units, **self.activation(p))
+        a = p.linear(x, p.matrix(up, up_bias), units=units, stored=units.apart > 0, **self.activation(p))
         return p.rows_sum(self.emit_select(p, a, units.size, units), p.matrix(down, down_bias), onto, units)
 
     def few(self, x, ctx):
@@ -509,6 +511,10 @@ class ExpertGate(nn.Module):
         experts, shared = self.largest(self.router(x.flatten(0, 1)).float().softmax(dim=-1))
         return experts, shared.to(x.dtype)
 
+    def emit(self, p, x, width):
+        """Append the choice -> Listed units, `width` of each expert."""
+        return p.experts(self.router.emit(p, x, own=True), self.router.out_features, self.k, width)
+
 
 def imbalance(sent, shares):
     """E * sum of (share of tokens sent to an expert) * (mean probability of that expert). sent: (..., E), 1
@@ -591,6 +597,12 @@ class Dendritic(MLP):
         branches = plus(branches.flatten(-2), self.c_fc.bias).unflatten(-1, (K, -1))
         soma = torch.einsum("jk,...ku->...ju", self.mix.to(x.dtype), F.gelu(branches)).flatten(-2)
         return self.dropout(self.c_proj(self.select(self.act(soma), ctx)))
+
+    def emit(self, p, x, onto):
+        units = self.c_proj.in_features
+        a = self.c_fc.emit(p, x, act="gelu", blocks=units // len(self.mix), stored=True)
+        a = p.mix(a, units, self.mix, **self.activation(p))
+        return self.c_proj.emit(p, self.emit_select(p, a, units), onto=onto)
 
 
 class Predictive(MLP):
@@ -699,6 +711,10 @@ class BranchGate(nn.Module):
         self.target(ctx, g, kept)
         return (g + (g * kept - g).detach()).to(x.dtype)
 
+    def emit(self, p, x, width):
+        """Append the choice -> Listed units, `width` of each open branch."""
+        return p.branches(self.router.emit(p, x, own=True), self.router.out_features, self.k, width)
+
 
 class DendriticAttention(Stepwise, Attention):
     """Attention of dendritic neurons: each head's width in D branches, in one fused projection. A branch
@@ -762,6 +778,19 @@ class DendriticAttention(Stepwise, Attention):
         y = self.gated(y, gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
+
+    def emit(self, p, x, onto):
+        if not all(map(kernels.all_finite, self.parameters())):
+            raise NotWritten("weights that are not finite")
+        C, weight, bias = self.c_attn.in_features, self.c_attn.weight, self.c_attn.bias
+        of_q, of_kv = (p.matrix(weight[rows], None if bias is None else bias[rows])
+                       for rows in (slice(C), slice(C, None)))
+        branches = self.gate.emit(p, x, self.part)
+        q = p.linear(x, of_q, units=branches._replace(by=None))
+        y = p.attend_open(q, p.linear(x, of_kv), branches, self.part, self.layer, self.heads, self.width,
+                          EPS if self.normalised else None, p.rotation if self.rotate is rotate else None,
+                          getattr(self.query_gain, "weight", None))
+        return p.rows_sum(y, p.matrix(self.c_proj.weight.t(), self.c_proj.bias), onto, branches)
 
 
 # ------------------------------------------------------------------------------------------------------------
