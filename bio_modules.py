@@ -381,8 +381,9 @@ class ColumnGate(Narrowing):
     def winners(self, x):
         """x (..., C) -> the columns that answer (..., k), and their gates in fp32."""
         s = self.router(x).float()
-        kernels.note(s.numel() // self.total, self.others)
-        s = s - F.relu(s) @ self.inhibits().t()
+        S = self.inhibits()
+        kernels.note(s.numel() // self.total, S)
+        s = s - F.relu(s) @ S.t()
         winners = kernels.places_of_largest(s + self.balance, self.k)
         return winners, s.sigmoid().gather(-1, winners)
 

@@ -754,8 +754,8 @@ static void op_experts(const struct op *o, struct thread *me) {
 }
 
 /* Which of n[0] branches a token opens: g = sigmoid(in); of the n[1] largest, of equal ones the first, those that
-   are a half or more, the largest always. list: their units, n[2] each; by: g for each unit. A gate that is not a
-   number is open. */
+   are a half or more, the largest always. list: their units, n[2] each; by: g for each unit. Where a score is not
+   finite the token is not, and all branches are open, by a gate that is not a number: forward shows them too. */
 static void op_branches(const struct op *o, struct thread *me) {
     long N = o->n[0], k = o->n[1], width = o->n[2], most = N * width;
     float *g = (float *)me->scratch;
@@ -764,7 +764,9 @@ static void op_branches(const struct op *o, struct thread *me) {
         int32_t *list = (int32_t *)(at(me, o->list) + r * (most + 1));
         float *by = at(me, o->by) + r * most, edge = -INFINITY, gate;
         long put = 0;
-        for (long d = 0; d < N; d++) g[d] = 1 / (1 + expf(-s[d]));
+        float lost = 0;
+        for (long d = 0; d < N; d++) lost += 0 * s[d];
+        for (long d = 0; d < N; d++) g[d] = 1 / (1 + expf(-s[d])) + lost;
         for (long d = 0; d < N; d++) edge = g[d] > edge || g[d] != g[d] ? g[d] : edge;
         edge = edge > 0.5f ? 0.5f : edge;
         for (long d = 0; d < N; d++) {

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from arms import ARMS, PAIRS, build, tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparse_kernels as kernels
 from decode import engine, sampling
@@ -61,8 +62,9 @@ def decoded(model, idx, count, lengths=None, overflow="exact"):
 
 @torch.no_grad()
 def forward(model, idx, new, lengths=None, overflow="exact"):
-    """The logits (count, rows, ids) of the full forward without a cache for the texts that decoding made: each
-    token behind its window. No position sees the future, so a call gives those of a window and what follows."""
+    """The logits (count, rows, ids) of the full forward without a cache for the texts that decoding made: of
+    each token behind its window. No position sees the future, so a call gives those of a window and of what
+    follows."""
     block, count, on = model.config.block_size, new.size(1), model.choices.adapters
     windows, at, adapters = [], [], []
     for row, n in enumerate(lengths or [idx.size(1)] * len(idx)):
@@ -163,8 +165,8 @@ ROUNDED = {name: arm for name, arm in WRITTEN.items() if name in ARMS or "bias" 
 
 @pytest.mark.parametrize("arm", ROUNDED.values(), ids=ROUNDED.keys())
 def test_bf16_steps_round_where_forward_rounds(arm, stepped):
-    """Sums in another order may end one bit apart and bring two of equal logits, or two units at an edge, into
-    another order; nothing is further off in most steps."""
+    """Sums in another order may end one bit apart and bring two of equal logits, or two units at an edge,
+    into another order; nothing is further off in most steps."""
     model = build(arm, std=0.2).use_policy().to(torch.bfloat16)
     apart = []
     for seed in range(3):
@@ -256,3 +258,122 @@ def test_python_threads_decode_at_once(threads):
     for worker in workers:
         worker.join(80)
     assert not wrong and not any(worker.is_alive() for worker in workers)
+
+
+@torch.inference_mode()
+def by_steps_alone(model, idx):
+    """Logits (rows, T, ids) of a program that reads idx from its first token on; None without a program."""
+    program = engine.program_of(model, Cache(model, len(idx), idx.size(1)), 31, None, idx.device)
+    if program is None:
+        return None
+    program.begin(idx, [0] * len(idx), [1] * len(idx))
+    return torch.stack([program.step().clone() for _ in range(idx.size(1))], dim=1)
+
+
+@torch.no_grad()
+def in_plain_torch(model, idx):
+    """The same by forwards of the text up to each token."""
+    with sdpa_kernel(SDPBackend.MATH):                           # the fused one answers NaN queries with 0
+        return torch.cat([model(idx[:, :t + 1])[0] for t in range(idx.size(1))], dim=1)
+
+
+SELECTIVE = {name: WRITTEN[name] for name in (
+    "relu2", "topk", "winners", "event_gate", "columns", "experts", "predict", "compartments", "dendrites",
+    "attn_topk", "two_of_four", "topk+columns", "relu2+experts", "event_gate+columns",
+    "event_gate+compartments", "event_gate+dendrites", "topk+compartments")}
+
+
+@pytest.mark.parametrize("policy", [False, True])
+@pytest.mark.parametrize("arm", SELECTIVE.values(), ids=SELECTIVE.keys())
+def test_no_step_hides_a_damaged_weight_that_forward_shows(arm, policy):
+    """NaN in one weight of each parameter in turn: NaN at the same tokens, or no program at all."""
+    model, idx, programs = build(arm, std=0.2).use_policy(policy), tokens(2, 4), 0
+    for number, p in enumerate(model.parameters()):
+        place = torch.unravel_index(torch.tensor((number + 1) * 7919 % p.numel()), p.shape)
+        with torch.no_grad():
+            whole = p[place].clone()
+            p[place] = torch.nan
+            found, plain = by_steps_alone(model, idx), in_plain_torch(model, idx)
+            p[place] = whole
+        if found is not None:
+            programs += 1
+            assert torch.equal(plain.isnan().any(-1), found.isnan().any(-1)), (number, p.shape, place)
+    assert programs > number / 2 and by_steps_alone(model, idx).isfinite().all()
+
+
+def test_a_token_that_is_not_finite_shows_though_all_its_branches_are_shut():
+    model = build(ARMS["dendrites"], std=0.2)
+    with torch.no_grad():
+        model.transformer.h[0].attn.gate.router.weight.abs_().neg_()
+        model.transformer.h[0].ln_1.bias[3] = torch.inf
+        assert in_plain_torch(model, tokens(1, 4)).isnan().all()
+    assert by_steps_alone(model, tokens(1, 4)).isnan().all()
+
+
+@pytest.mark.parametrize("arm", [WRITTEN[name] for name in ("two_of_four", "swiglu+two_of_four",
+                                                            "relu2+two_of_four", "topk+two_of_four")])
+def test_packed_weights_decode_as_dense_ones(arm, stepped):
+    model = settle(build(arm, std=0.2))
+    assert_decodes_as_forward(model, tokens(3, 7), 9, [7, 1, 4])
+    assert stepped()
+
+
+COUNTED = {name: WRITTEN[name] for name in (
+    *ONE_BY_ONE, "osc+columns", "winners+columns", "event_gate+columns", "event_gate+compartments",
+    "experts+dendrites", "compartments+dendrites", "columns+adapters", "experts+adapters", "topk+columns",
+    "winners+experts", "window+dendrites", "predict+screen", "relu2+attn_topk", "compartments+two_of_four",
+    "rope+dendrites")}
+
+
+@pytest.mark.parametrize("policy", [False, True])
+@pytest.mark.parametrize("arm", COUNTED.values(), ids=COUNTED.keys())
+def test_a_program_counts_what_a_step_by_modules_counts(arm, policy, monkeypatch):
+    """Multiply-adds and bytes of one row. Of several rows a program reads each one's units alone, where
+    modules compute those of all rows for each: no more multiply-adds."""
+    model = build(arm, std=0.2).use_policy(policy)
+
+    def counted(rows):
+        stream, found = sampling.stream(model, tokens(rows, 5), 6, sampling.Sampler(0)), []
+        next(stream)
+        for _ in range(5):
+            with kernels.counting() as tally:
+                next(stream)
+            found.append((tally.macs, tally.bytes))
+        return found
+
+    ours, many = counted(1), counted(3)
+    monkeypatch.setattr(engine, "program_of", lambda *_: None)
+    assert ours == counted(1) and min(macs for macs, _ in ours) > 0
+    assert all(a <= b for (a, _), (b, _) in zip(many, counted(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("C,K,U", [(12, 4, 1), (12, 4, 3), (20, 4, 7), (33, 3, 16), (64, 1, 9), (128, 8, 5)])
+def test_a_block_diagonal_product_meets_each_part_of_its_input(C, K, U, dtype, threads):
+    """Rows of the matrix, U of them in turn, by the part of x that is theirs; blocks of any height."""
+    class Blocks(torch.nn.Module):
+        def emit(self, p):
+            p.answer = p.linear(p.embed(table), p.matrix(weight, bias), blocks=U, stored=True)
+
+    generator = torch.Generator().manual_seed(C)
+    table, weight, bias = (torch.randn(*size, generator=generator).to(dtype)
+                           for size in ((9, C), (K * U, C // K), (K * U,)))
+    history = torch.tensor([[3, 0], [8, 0], [5, 0]])
+    cache = Cache(build({}).to(dtype), 3, 2)
+    for count in (1, 2):
+        program = engine.Program(Blocks(), cache, K * U, None, threads=count)
+        program.begin(history, [0] * 3, [1] * 3)
+        x = table[history[:, 0]].float().unflatten(-1, (K, -1))
+        expected = torch.einsum("rkc,kuc->rku", x, weight.float().unflatten(0, (K, -1))).flatten(1)
+        expected = (expected.to(dtype) + bias).float()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.04
+        torch.testing.assert_close(program.step(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_in_bf16_a_step_by_modules_rounds_units_as_forward_does(monkeypatch):
+    """Where ops are not written: what is kept of the winners is what a prompt would store."""
+    monkeypatch.setattr(engine, "program_of", lambda *_: None)
+    for seed in range(6):
+        model = build(ARMS["predict"], std=0.2).to(torch.bfloat16)
+        new, _ = decoded(model, tokens(1, 5, seed), 9)
+        assert torch.equal(new, forward(model, tokens(1, 5, seed), new).argmax(-1).t()), seed
