@@ -37,8 +37,11 @@ class Spy(sampling.Sampler):
 
 
 class Program(engine.Program):
-    """A Program that counts its steps."""
-    steps = 0
+    """A Program that counts its steps; `workers` of them run it, torch's own threads stay as they are."""
+    steps, workers = 0, 1
+
+    def __init__(self, *arguments, threads=None):
+        super().__init__(*arguments, threads=threads or Program.workers)
 
     def step(self):
         Program.steps += 1
@@ -115,9 +118,9 @@ def test_what_waits_for_ops_is_decoded_by_forward():
 
 @pytest.fixture
 def threads():
-    """Set torch's threads, for one test."""
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
+    """Set how many threads run a program, for one test."""
+    yield lambda count: setattr(Program, "workers", count)
+    Program.workers = 1
 
 
 @every_single
@@ -132,8 +135,12 @@ def test_steps_give_the_ids_and_logits_of_the_full_forward(arm, count, stepped, 
         assert stepped() > before
 
 
-@pytest.mark.parametrize("arm", [arm for name, arm in WRITTEN.items() if name in PAIRS],
-                         ids=[name for name in WRITTEN if name in PAIRS])
+CHOOSING = {"experts", "dendrites", "compartments", "adapters", "columns"}
+BOTH = [pytest.param(arm, id=name, marks=() if len(CHOOSING & {*name.split("+")}) == 2 or "window" in name
+                     else pytest.mark.slow) for name, arm in WRITTEN.items() if name in PAIRS]
+
+
+@pytest.mark.parametrize("arm", BOTH)
 def test_two_flags_at_once_give_the_ids_and_logits_of_the_full_forward(arm, stepped):
     assert_decodes_as_forward(build(arm, std=0.2).use_policy(), tokens(3, 7), 12, some_lengths(3, 7))
     assert stepped()
@@ -213,11 +220,7 @@ def test_a_stream_outlives_the_name_of_its_model(arm):
 
 
 def in_a_fork(model, pipe):
-    torch.set_num_threads(1)                     # torch's own pool does not live on behind a fork
-    program_threads = engine.Program.__init__.__defaults__
-    engine.Program.__init__.__defaults__ = (2,)
     pipe.send(decoded(model, tokens(3, 7), 9)[0].tolist())
-    engine.Program.__init__.__defaults__ = program_threads
 
 
 @pytest.mark.parametrize("name", ["gpt2", "dendrites", "experts"])
