@@ -18,6 +18,7 @@ from decode import engine
 from decode.context import add_up
 from decode.engine import NotWritten
 from layers import (
+    EPS,
     GELU,
     Attention,
     Linear,
@@ -38,6 +39,7 @@ from layers import (
     plus,
     residual_std,
     rms,
+    rotate,
 )
 from training import energy
 
@@ -303,8 +305,12 @@ class MLP(Stepwise):
         """Append the MLP of x through Listed units alone."""
         if not self.sound():
             raise NotWritten("weights that are not finite")
-        a = p.linear(x, self.c_fc.emit_matrix(p), units=units, **self.activation(p))
-        return p.rows_sum(self.emit_select(p, a, units.size, units), self.c_proj.emit_matrix(p), onto, units)
+        up, down = self.c_fc.emit_matrix(p), self.c_proj.emit_matrix(p)
+        if units.apart:                          # products of groups read whole numbers as weights
+            up, down = (p.matrix(*of) for of in ((self.c_fc.weight, self.c_fc.bias),
+                                                 (self.c_proj.weight.t(), self.c_proj.bias)))
+        a = p.linear(x, up, units=units, stored=units.apart > 0, **self.activation(p))
+        return p.rows_sum(self.emit_select(p, a, units.size, units), down, onto, units)
 
     def few(self, x, ctx):
         """One token through one kernel, where that is written; more through the union of their units."""
@@ -388,8 +394,9 @@ class ColumnGate(Narrowing):
     def winners(self, x):
         """x (..., C) -> the columns that answer (..., k), and their gates in fp32."""
         s = self.router(x).float()
-        kernels.note(s.numel() // self.total, self.others)
-        s = s - F.relu(s) @ self.inhibits().t()
+        S = self.inhibits()
+        kernels.note(s.numel() // self.total, S)
+        s = s - F.relu(s) @ S.t()
         winners = kernels.places_of_largest(s + self.balance, self.k)
         return winners, s.sigmoid().gather(-1, winners)
 
@@ -518,6 +525,10 @@ class ExpertGate(nn.Module):
         experts, shared = self.largest(self.router(x.flatten(0, 1)).float().softmax(dim=-1))
         return experts, shared.to(x.dtype)
 
+    def emit(self, p, x, width):
+        """Append the choice -> Listed units, `width` of each expert."""
+        return p.experts(self.router.emit(p, x, own=True), self.router.out_features, self.k, width)
+
 
 def imbalance(sent, shares):
     """E * sum of (share of tokens sent to an expert) * (mean probability of that expert). sent: (..., E), 1
@@ -545,6 +556,9 @@ class Experts(Gathered):
                          config.expert_width or config.units() // config.experts)
         self.one_call = None
         self.gate = ExpertGate(config)
+
+    def emit(self, p, x, onto):
+        return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
 
     def many(self, x, ctx):
         gates, k = self.gate(x, ctx).flatten(0, -2), self.gate.k
@@ -600,6 +614,13 @@ class Dendritic(MLP):
         branches = plus(branches.flatten(-2), self.c_fc.bias).unflatten(-1, (K, -1))
         soma = torch.einsum("jk,...ku->...ju", self.mix.to(x.dtype), F.gelu(branches)).flatten(-2)
         return self.dropout(self.c_proj(self.select(self.act(soma), ctx)))
+
+    def emit(self, p, x, onto):
+        units = self.c_proj.in_features
+        up = p.matrix(self.c_fc.weight, self.c_fc.bias)            # as `many` reads them, whole numbers too
+        a = p.linear(x, up, act="gelu", blocks=units // len(self.mix), stored=True)
+        a = p.mix(a, units, self.mix, **self.activation(p))
+        return self.c_proj.emit(p, self.emit_select(p, a, units), onto=onto)
 
 
 class Predictive(MLP):
@@ -789,6 +810,10 @@ class BranchGate(nn.Module):
         self.target(ctx, g, kept)
         return (g + (g * kept - g).detach()).to(x.dtype)
 
+    def emit(self, p, x, width):
+        """Append the choice -> Listed units, `width` of each open branch."""
+        return p.branches(self.router.emit(p, x, own=True), self.router.out_features, self.k, width)
+
 
 class DendriticAttention(Stepwise, Attention):
     """Attention of dendritic neurons: each head's width in D branches, in one fused projection. A branch
@@ -852,6 +877,18 @@ class DendriticAttention(Stepwise, Attention):
         y = self.gated(y, gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
+
+    def emit(self, p, x, onto):
+        if not all(map(kernels.all_finite, self.parameters())):
+            raise NotWritten("weights that are not finite")
+        C = self.c_attn.in_features
+        of_q, of_kv = (self.c_attn.emit_matrix(p, rows) for rows in (slice(C), slice(C, None)))
+        branches = self.gate.emit(p, x, self.part)
+        q = p.linear(x, of_q, units=branches._replace(by=None))
+        y = p.attend_open(q, p.linear(x, of_kv), branches, self.part, self.layer, self.heads, self.width,
+                          EPS if self.normalised else None, p.rotation if self.rotate is rotate else None,
+                          getattr(self.query_gain, "weight", None))
+        return p.rows_sum(y, self.c_proj.emit_matrix(p), onto, branches)
 
 
 # ------------------------------------------------------------------------------------------------------------

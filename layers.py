@@ -53,9 +53,9 @@ class Linear(nn.Linear):
         """Append the product with x to a decode program (decode/engine.py) -> where the result lies."""
         return p.linear(x, self.emit_matrix(p), **options)
 
-    def emit_matrix(self, p, count=None):
-        """Its weights as ops read them, of the first `count` outputs (None: all) -> a Matrix."""
-        return p.matrix(self.matrix()[:count], self.bias if self.bias is None else self.bias[:count])
+    def emit_matrix(self, p, rows=slice(None)):
+        """Its weights as ops read them, of the slice `rows` of its outputs -> a Matrix."""
+        return p.matrix(self.matrix()[rows], self.bias if self.bias is None else self.bias[rows])
 
     def matrix(self):
         """What inputs are multiplied by, (n_out, n_in)."""
@@ -152,6 +152,7 @@ class Packed(nn.Module):
         super().__init__()
         values, meta = kernels.pack_24(kernels.prune_24(linear.weight.detach()))
         self.act, self.bias, self.in_features = "none", linear.bias, linear.in_features
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
 
@@ -300,10 +301,10 @@ class Quantized(nn.Module):
     def emit(self, p, x, act="none", **options):
         return p.linear(x, self.emit_matrix(p), act=act if self.act == "none" else self.act, **options)
 
-    def emit_matrix(self, p, count=None):
+    def emit_matrix(self, p, rows=slice(None)):
         """As Linear.emit_matrix."""
-        bias = self.bias if self.bias is None else self.bias[:count]
-        return p.whole(self.codes[:count], self.scale[:count], self.in_features, bias)
+        bias = self.bias if self.bias is None else self.bias[rows]
+        return p.whole(self.codes[rows], self.scale[rows], self.in_features, bias)
 
     def some(self, x, rows):
         bias = self.bias if self.bias is None else self.bias[rows]

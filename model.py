@@ -400,7 +400,7 @@ class GPT(nn.Module):
         x = layers_of(self.blocks, p, x)
         p.module = "head"
         x = self.transformer.ln_f.emit(p, x)
-        matrix = self.lm_head.emit_matrix(p, p.ids)
+        matrix = self.lm_head.emit_matrix(p, slice(p.ids))
         screens = isinstance(self.lm_head, Screened) and p.rows == 1 and p.wants and p.wants < p.ids
         copy = screens and p.cache.copy_of(self.lm_head, partial(kernels.copy_in_8_bits, self.lm_head.weight))
         p.logits(x, matrix, self.config.softcap, copy or None)

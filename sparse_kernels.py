@@ -906,7 +906,8 @@ def mlp_one_reference(x, up, up_bias, down, down_bias, act, keep=None, rows=None
 
 
 def mlp_one(x, up, up_bias, down, down_bias, act, keep=None, rows=None, scale=None):
-    """As the reference, in one call: of down only the live units' rows are read; fp32 between the two."""
+    """As the reference, in one call: of down only the live units' rows are read. What is between
+    the two is rounded as the reference's."""
     n = len(up) if rows is None else len(rows)
     return run_mlp("mlp", x, (up, up_bias, down, down_bias), (rows, scale), n, (n, x.size(-1)), act, keep)
 

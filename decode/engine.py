@@ -18,7 +18,8 @@ ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
-    "columns", "choose", "softcap", "best", "bounds", "screened", "above"))}
+    "columns", "choose", "softcap", "best", "bounds", "screened", "above",
+    "mix", "experts", "branches", "attend_open", "rows_of"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -66,10 +67,12 @@ class Matrix(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """Units that a step has chosen: their numbers, at most `size`; a factor for each, or None."""
+    """Units that a step has chosen: their numbers, at most `size`; a factor for each, or None. apart: so many
+    in turn make products of their own, which are stored before they are added up; 0: all are one."""
     list: Value
     by: Value | None
     size: int
+    apart: int = 0
 
 
 class Program:
@@ -185,10 +188,12 @@ class Program:
                  **{"in": x, "out": y})
         return y
 
-    def linear(self, x, matrix, act="none", params=(), onto=None, units=None, own=False, blocks=0):
+    def linear(self, x, matrix, act="none", params=(), onto=None, units=None, own=False, blocks=0,
+               stored=False):
         """act(matrix . x + bias), times the units' factors, plus `onto` (in whose place it is written).
         units: a Listed; of its rows alone. blocks: so many rows of the matrix in turn meet a part of x
-        each. params: addresses of an osc's w, phi and b."""
+        each. params: addresses of an osc's w, phi and b. stored: the product is rounded before it gets its
+        bias."""
         most = units.size if units else matrix.c.rows
         y = onto or self.value(most, own)
         by = units and units.by
@@ -199,7 +204,7 @@ class Program:
                                                 matrix.c.rows * matrix.bytes)
         scratch = rows * (4 * wide + 192 * (wide // K) + 4 * most) + 64      # room_of in step.c
         self.add("linear", (x, onto, units and units.list, by), (y,), scratch,
-                 (most, blocks, wide if blocks else 0), (), params, matrix, counts, act=ACTS[act],
+                 (most, blocks, wide if blocks else 0, stored), (), params, matrix, counts, act=ACTS[act],
                  list=units and units.list, by=by, onto=onto, **{"in": x, "out": y})
         return y
 
@@ -207,11 +212,12 @@ class Program:
         """The sum of the matrix's rows (one a unit) of those units whose a is not zero, times a; plus bias
         and onto. all: rows of zeros are read too, which shows what is not finite in them."""
         y = onto or self.value(matrix.c.width)
-        most = units.size if units else matrix.c.rows
+        most, apart = units.size if units else matrix.c.rows, units.apart if units else 0
+        parts = max(SUMS, most // apart) if apart else SUMS
         self.add("rows_sum", (a, onto, units and units.list), (y,),
-                 16 * most + 4 * matrix.c.width + 256, (most,), (), (), matrix,
+                 16 * most + 8 * matrix.c.width + 256, (most, apart, parts), (), (), matrix,
                  ("read", matrix.macs, matrix.bytes), all=all, list=units and units.list, onto=onto,
-                 by=self.value(SUMS * matrix.c.width),
+                 by=self.value(parts * matrix.c.width),
                  **{"in": a, "out": y})
         return y
 
@@ -258,10 +264,55 @@ class Program:
     def columns(self, scores, count, k, width, inhibits, balance):
         """The k of `count` columns that win under lateral inhibition -> Listed units, `width` a column."""
         chosen = self.listed(k * width)
-        self.add("columns", (scores,), (), 8 * count, (count, k, width), (),
+        self.add("columns", (scores,), (chosen.list, chosen.by), 8 * count, (count, k, width), (),
                  (self.floats(inhibits), self.floats(balance)), None,
                  (self.rows * count * count, 4 * count * count), list=chosen.list, by=chosen.by,
                  **{"in": scores})
+        return chosen
+
+    def experts(self, scores, count, k, width):
+        """The k of `count` experts with the largest softmax of the scores, their shares made to sum to 1
+        -> Listed units, `width` an expert."""
+        chosen = self.listed(k * width)._replace(apart=width)
+        self.add("experts", (scores,), (chosen.list, chosen.by), 8 * count, (count, k, width),
+                 list=chosen.list, by=chosen.by, **{"in": scores})
+        return chosen
+
+    def branches(self, scores, count, k, width):
+        """Of `count` branches the k with the largest gates sigmoid(scores), if a half or more; the largest
+        always -> Listed units, `width` a branch."""
+        chosen = self.listed(count * width)      # a gate that is not a number opens its branch beside the k
+        self.add("branches", (scores,), (chosen.list, chosen.by), 4 * count, (count, k, width),
+                 list=chosen.list, by=chosen.by, **{"in": scores})
+        return chosen
+
+    def attend_open(self, q, kv, units, branch, layer, heads, width, eps, rotation, gain):
+        """gelu of the attention of the queries q of Listed units alone, times their factors. kv: keys and
+        values (2, heads, width) of all heads, which the cache gets. branch: units of one that is open or not.
+        The rest: see attend."""
+        kept, y = self.cache.layers[layer], self.value(units.size)
+        size = kept.size(3)
+        cos, sin = rotation or (None, None)
+        self.add("attend_open", (q, kv, units.list, units.by), (y,), 4 * (3 * width + size + 64),
+                 (heads, width, size, self.every, self.dtype == torch.bfloat16, branch, units.size),
+                 (-1.0 if eps is None else eps,),
+                 (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
+                 onto=kv, list=units.list, by=units.by, **{"in": q, "out": y})
+        return y
+
+    def mix(self, x, size, by, act="none", params=()):
+        """act(by . x): the K x K matrix `by` times x as (K, size / K). params: see linear."""
+        K, y = len(by), self.value(size)
+        by = by.detach().to(self.dtype)
+        self.add("mix", (x,), (y,), 0, (size, K), (), (*params, None, None, None)[:3] + (self.vector(by),),
+                 None, (self.rows * size * K, by.nbytes), act=ACTS[act], **{"in": x, "out": y})
+        return y
+
+    def rows_of(self, firsts, count):
+        """For each row of the batch `count` rows of a matrix, from its number in `firsts` on -> Listed."""
+        chosen = Listed(self.value(count + 1, own=True), None, count)
+        self.add("rows_of", (), (chosen.list,), 0, (count,), (), (self.keep(torch.tensor(firsts)),),
+                 list=chosen.list)
         return chosen
 
     def choose(self, scores, count, k):
@@ -351,7 +402,7 @@ class Program:
             tally.bytes += rows * size
 
 
-WAITING = "compartments", "experts", "dendrites", "adapters", "hierarchy", "exits", "ponder"
+WAITING = "hierarchy", "exits", "ponder"
 
 
 def place(value):

@@ -366,8 +366,8 @@ void OF(rows_sum)(const TYPE *a, const TYPE *w, const TYPE *bias, const long *ro
 
 /* A whole MLP for one token: of n units, rows[i] or all of them in order, a = act(up . x + up_bias) * scale;
    where keep < n all but the keep largest |a| are zero; y = sum of the live units' rows of down + down_bias.
-   Which are largest is decided by what a prompt would store, rounded to TYPE at each step: of many |a| that
-   are equal there the same are kept here. Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
+   a is what a prompt would store, rounded to TYPE at each step: of many |a| that are equal there the same are
+   kept here. Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
 long OF(mlp_one)(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias,
                   const long *rows, const TYPE *scale, TYPE *y, long n, long C, long keep, int act,
                   int threads) {
@@ -384,10 +384,8 @@ long OF(mlp_one)(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE 
             float v = OF(dot)(row, x, C, rows ? OF(row)(up, rows, i + SOON, n, C) : soon)
                     + (up_bias ? OF(up)(up_bias[r]) : 0.0f);
             float by = scale ? OF(up)(scale[i]) : 1.0f;
-            float stored = activate(v, act);
-            a[i] = stored * by;
-            if (keep < n && sizeof(TYPE) == 2) stored = stored_bf16(v, act);
-            if (keep < n) size[i] = order(fabsf(OF(up)(OF(down)(stored * by))));
+            a[i] = OF(up)(OF(down)((sizeof(TYPE) == 2 ? stored_bf16(v, act) : activate(v, act)) * by));
+            if (keep < n) size[i] = order(fabsf(a[i]));
         }
         #pragma omp single
         {

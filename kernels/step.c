@@ -629,6 +629,12 @@ static inline const int32_t *list_of(const struct op *o, const struct thread *me
     return (const int32_t *)(at(me, o->list) + r * (n + 1));
 }
 
+/* a product with its bias; n[3]: a prompt stores the product before the bias is added */
+static inline float epilogue(const struct op *o, const struct thread *me, float v, long unit) {
+    v = o->n[3] && me->program->rounds ? rounded(v) : v;
+    return v + (o->w.bias ? o->w.bias[unit] : 0);
+}
+
 /* y = act(w . x + bias) (* by) (+ onto): all rows of w, or those of a list. n[0]: the most that a list holds;
    n[1], n[2]: rows of w in blocks of n[1] read a part of x each, n[2] wide (0: all of x). */
 static void op_linear(struct op *o, struct thread *me) {
@@ -647,10 +653,12 @@ static void op_linear(struct op *o, struct thread *me) {
         /* four rows at a time: where memory streams, a quarter of the part apart, so that each of the four
            goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The last few repeat. */
         long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
+        if (o->n[1]) steps = (to - from + 3) / 4;               /* neighbours, which meet the same part of x */
         for (long i = 0; i < steps; i++) {
             long unit[4], row[4], soon[4];
             for (int l = 0; l < 4; l++) {
                 unit[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
+                if (o->n[1]) unit[l] = from + 4 * i + l < to ? from + 4 * i + l : to - 1;
                 row[l] = list ? list[unit[l]] : unit[l];
                 if (list) soon[l] = list[unit[l] + 2 < n ? unit[l] + 2 : n - 1];
             }
@@ -658,13 +666,15 @@ static void op_linear(struct op *o, struct thread *me) {
             for (long r = first; r < rows; r++) {
                 float s[4], *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
                 if (!o->n[1]) quad(w, row, list ? soon : 0, x + r * size, s);
+                else if (row[0] / o->n[1] == row[3] / o->n[1])
+                    quad(w, row, 0, x + (r * parts + row[0] / o->n[1]) * size, s);
                 else for (int l = 0; l < 4; l++) {
                     long one[4] = { row[l], row[l], row[l], row[l] };
                     float t[4];
                     quad(w, one, 0, x + (r * parts + row[l] / o->n[1]) * size, t);
                     s[l] = t[0];
                 }
-                for (int l = 0; l < 4; l++) y[unit[l]] = s[l] + (w->bias ? w->bias[row[l]] : 0);
+                for (int l = 0; l < 4; l++) y[unit[l]] = epilogue(o, me, s[l], row[l]);
             }
         }
         for (long r = first; r < rows; r++) {
@@ -700,7 +710,9 @@ static void op_linear(struct op *o, struct thread *me) {
 /* y = sum of the rows of w of units whose x is not zero, times x, plus bias, plus onto. x is the units of a
    list (n[0]: the most it holds) or all of them. Whole rows are summed in up to SUMS parts, each into its
    place of `by`, whatever the threads are, so that a result does not depend on them; then they meet, and each
-   adds up some columns of all parts. Four rows at a time, a quarter of the part apart, as in op_linear. */
+   adds up some columns of all parts. Four rows at a time, a quarter of the part apart, as in op_linear.
+   n[1]: so many units of a list in turn are a product of their own, which a prompt stores before it adds them
+   up and then adds the bias; 0: all are one. n[2]: the most parts. */
 #define SUMS 16
 static inline long sums_of(long rows) { return rows < 16 * SUMS ? (rows + 15) / 16 : SUMS; }
 static void add_rows(const struct matrix *w, float *sums, const float *by, const long *rows, const int *live,
@@ -715,7 +727,7 @@ static void op_rows_sum(struct op *o, struct thread *me) {
     const struct program *p = me->program;
     const struct matrix *w = &o->w;
     long C = w->width, from, to, most = o->list < 0 ? w->rows : o->n[0];
-    long counts[ROWS];
+    long counts[ROWS], apart = o->n[1] && p->rounds;
     int *live = (int *)me->scratch, *order = live + most;
     long *rows = (long *)(me->scratch + (2 * most * sizeof(int) + 63) / 64 * 64);
     for (long r = 0; r < p->rows; r++) {
@@ -727,16 +739,22 @@ static void op_rows_sum(struct op *o, struct thread *me) {
             count += x[i] != 0 || o->all;
         }
         if (list) for (long i = 0; i < n; i++) rows[i] = list[i];
-        long parts = sums_of(count), first, last;
+        long parts = apart ? n / o->n[1] : sums_of(count), first, last;
         part(me, o->out, parts, 1, &first, &last);
         for (long q = first; q < last; q++) {
-            long start = count * q / parts, mine = count * (q + 1) / parts - start, quarter = mine / 4;
-            float *sums = at(me, o->by) + (r * SUMS + q) * C;
+            long start = count * q / parts, mine = count * (q + 1) / parts - start;
+            if (apart) {
+                for (start = 0; start < count && live[start] < q * o->n[1];) start++;
+                for (mine = 0; start + mine < count && live[start + mine] < (q + 1) * o->n[1];) mine++;
+            }
+            long quarter = mine / 4;
+            float *sums = at(me, o->by) + (r * o->n[2] + q) * C;
             for (long i = 0; i < quarter; i++)
                 for (long l = 0; l < 4; l++) order[4 * i + l] = live[start + l * quarter + i];
             for (long i = 4 * quarter; i < mine; i++) order[i] = live[start + i];
             memset(sums, 0, C * sizeof(float));
             add_rows(w, sums, x, list ? rows : 0, order, mine);
+            if (apart) round_all(me, sums, C);
         }
         counts[r] = parts;
         if (me->number == 0) o->read += count;
@@ -746,10 +764,14 @@ static void op_rows_sum(struct op *o, struct thread *me) {
     for (long r = 0; r < p->rows; r++) {
         float *y = at(me, o->out) + r * C, *sums = (float *)me->scratch;
         const float *onto = o->onto < 0 ? 0 : at(me, o->onto) + r * C;
-        for (long c = from; c < to; c++) sums[c] = w->bias ? w->bias[c] : 0;
+        for (long c = from; c < to; c++) sums[c] = w->bias && !apart ? w->bias[c] : 0;
         for (long q = 0; q < counts[r]; q++) {
-            const float *some = at(me, o->by) + (r * SUMS + q) * C;
+            const float *some = at(me, o->by) + (r * o->n[2] + q) * C;
             for (long c = from; c < to; c++) sums[c] += some[c];
+        }
+        if (apart) {
+            round_all(me, sums + from, to - from);
+            for (long c = from; c < to && w->bias; c++) sums[c] += w->bias[c];
         }
         round_all(me, sums + from, to - from);
         for (long c = from; c < to; c++) y[c] = onto ? sums[c] + onto[c] : sums[c];
@@ -944,6 +966,142 @@ static void op_above(const struct op *o, struct thread *me) {
     }
 }
 
+/* out = act(p[3] in): in and out (K, U), K = n[1], K U = n[0]; p[3]: a K x K mix of in's rows, times each column.
+   w, phi and b of an osc are p[0..2]. */
+static void op_mix(const struct op *o, struct thread *me) {
+    long n = o->n[0], K = o->n[1], U = n / K, from, to;
+    const float *by = o->p[3];
+    part(me, o->out, n, 16, &from, &to);
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *restrict x = at(me, o->in) + r * n;
+        float *restrict y = at(me, o->out) + r * n;
+        for (long i = from, end; i < to; i = end) {
+            long j = i / U;
+            end = (j + 1) * U < to ? (j + 1) * U : to;
+            for (long u = i; u < end; u++) y[u] = 0;
+            for (long k = 0; k < K; k++) {
+                const float *restrict row = x + (k - j) * U, m = by[j * K + k];
+                #pragma omp simd
+                for (long u = i; u < end; u++) y[u] += m * row[u];
+            }
+        }
+        round_all(me, y + from, to - from);
+        act_all(o, y, from, to);
+        round_all(me, y + from, to - from);
+    }
+}
+
+/* Which of n[0] experts answer: the n[1] with the largest softmax of in, of equal ones the first. list: their
+   units, n[2] each; by: their shares of the sum of these, for each unit. */
+static void op_experts(const struct op *o, struct thread *me) {
+    long N = o->n[0], k = o->n[1], width = o->n[2], most = k * width;
+    float *share = (float *)me->scratch;
+    uint32_t *key = (uint32_t *)(share + N);
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *s = at(me, o->in) + r * N;
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (most + 1));
+        float *by = at(me, o->by) + r * most, top = -INFINITY, total = 0, kept = 0;
+        long put = 0;
+        for (long e = 0; e < N; e++) top = s[e] > top ? s[e] : top;
+        for (long e = 0; e < N; e++) total += share[e] = expf(s[e] - top);
+        for (long e = 0; e < N; e++) key[e] = order(share[e] /= total);
+        for (long e = 0; e < N && put < most; e++) {
+            long before = 0;
+            for (long d = 0; d < N; d++) before += key[d] > key[e] || (key[d] == key[e] && d < e);
+            if (before >= k) continue;
+            kept += share[e];
+            for (long i = 0; i < width; i++, put++) {
+                list[put + 1] = e * width + i;
+                by[put] = share[e];
+            }
+        }
+        for (long i = 0; i < put; i++) by[i] /= kept;
+        round_all(me, by, put);
+        list[0] = put;
+    }
+}
+
+/* Which of n[0] branches a token opens: g = sigmoid(in); of the n[1] largest, of equal ones the first, those that
+   are a half or more, the largest always. list: their units, n[2] each; by: g for each unit. Where a score is not
+   finite the token is not, and all branches are open, by a gate that is not a number: forward shows them too. */
+static void op_branches(const struct op *o, struct thread *me) {
+    long N = o->n[0], k = o->n[1], width = o->n[2], most = N * width;
+    float *g = (float *)me->scratch;
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *s = at(me, o->in) + r * N;
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (most + 1));
+        float *by = at(me, o->by) + r * most, edge = -INFINITY, gate;
+        long put = 0;
+        float lost = 0;
+        for (long d = 0; d < N; d++) lost += 0 * s[d];
+        for (long d = 0; d < N; d++) g[d] = 1 / (1 + expf(-s[d])) + lost;
+        for (long d = 0; d < N; d++) edge = g[d] > edge || g[d] != g[d] ? g[d] : edge;
+        edge = edge > 0.5f ? 0.5f : edge;
+        for (long d = 0; d < N; d++) {
+            long before = 0;
+            for (long e = 0; e < N; e++) before += order(g[e]) > order(g[d]) || (order(g[e]) == order(g[d]) && e < d);
+            gate = g[d] * (before < k && g[d] >= edge ? 1.0f : 0.0f);
+            round_all(me, &gate, 1);
+            for (long i = 0; i < width && gate != 0; i++, put++) {
+                list[put + 1] = d * width + i;
+                by[put] = gate;
+            }
+        }
+        list[0] = put;
+    }
+}
+
+/* Attention of one token by the open branches alone: `in` holds the queries of the list's units, `onto` keys and
+   values (2, H, D) of all heads, which are written as op_attend writes them. A list holds whole branches of n[5]
+   units, n[6] units at most. out: gelu of what a listed unit's head attends to, times `by`. n, f and p else:
+   those of op_attend. Threads take heads in turn, because the open ones lie together. */
+static void op_attend_open(const struct op *o, struct thread *me) {
+    const struct program *p = me->program;
+    long H = o->n[0], D = o->n[1], size = o->n[2], every = o->n[3], width = o->n[4] ? 2 : 4, branch = o->n[5], most = o->n[6];
+    const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
+    float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
+    for (long j = me->number; j < p->rows * H; j += me->threads) {
+        long r = j / H, h = j % H, column = (p->columns[r] + 1) / every - 1, found = 0;
+        long place = column % size, seen = column + 1 < size ? column + 1 : size;
+        const float *kv = at(me, o->onto) + r * 2 * H * D;
+        char *keys = (char *)o->p[0] + j * size * D * width, *values = keys + p->rows * H * size * D * width;
+        const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
+        const int32_t *list = list_of(o, me, r, most);
+        turned(me, kv + h * D, q, D, (float)o->f[0], c, s, 1);
+        if (o->n[4]) for (long d = 0; d < D; d++) {
+            ((uint16_t *)keys)[place * D + d] = down_bf16(q[d]);
+            ((uint16_t *)values)[place * D + d] = down_bf16(kv[(H + h) * D + d]);
+        } else {
+            memcpy((float *)keys + place * D, q, D * sizeof(float));
+            memcpy((float *)values + place * D, kv + (H + h) * D, D * sizeof(float));
+        }
+        long first = h * D / branch * branch;                   /* of its branch's units */
+        while (found < list[0] && list[1 + found] != first) found += branch;
+        if (found >= list[0]) continue;
+        found += h * D - first;
+        const float *by = at(me, o->by) + r * most + found;
+        float *y = at(me, o->out) + r * most + found;
+        turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+        if (o->n[4]) look_bf16(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
+        else look_f32(q, (const float *)keys, (const float *)values, y, score, seen, D);
+        round_all(me, y, D);
+        for (long d = 0; d < D; d++) y[d] = gelu_of(y[d]);
+        round_all(me, y, D);
+        for (long d = 0; d < D; d++) y[d] *= by[d];
+        round_all(me, y, D);
+    }
+}
+
+/* list: for row r of the batch the n[0] rows of a matrix from p[0][r] on */
+static void op_rows_of(const struct op *o, struct thread *me) {
+    const int64_t *first = o->p[0];
+    for (long r = 0; r < me->program->rows; r++) {
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (o->n[0] + 1));
+        list[0] = o->n[0];
+        for (long i = 0; i < o->n[0]; i++) list[i + 1] = first[r] + i;
+    }
+}
+
 /* logits: out = f[0] tanh(out / f[0]), n[0] of each row */
 static void op_softcap(const struct op *o, struct thread *me) {
     long n = me->program->rows * o->n[0], from, to;
@@ -1020,7 +1178,8 @@ static void op_screened(struct op *o, struct thread *me) {
 }
 
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
-       SOFTCAP, BEST, BOUNDS, SCREENED, ABOVE };
+       SOFTCAP, BEST, BOUNDS, SCREENED, ABOVE, MIX,
+       EXPERTS, BRANCHES, ATTEND_OPEN, ROWS_OF };
 
 static int64_t now(void) {
     struct timespec t;
@@ -1051,6 +1210,11 @@ static void run_program(struct program *p, long number, long threads) {
         case BOUNDS: op_bounds(o, &me); break;
         case SCREENED: op_screened(o, &me); break;
         case ABOVE: op_above(o, &me); break;
+        case MIX: op_mix(o, &me); break;
+        case EXPERTS: op_experts(o, &me); break;
+        case BRANCHES: op_branches(o, &me); break;
+        case ATTEND_OPEN: op_attend_open(o, &me); break;
+        case ROWS_OF: op_rows_of(o, &me); break;
         }
         if (began) o->ticks += now() - began;
     }

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import close_match, require
 from data.tokenizer import GPT2Tokenizer, meta_of
-from layers import Linear, as_is, belong, rms
+from layers import EPS, Linear, as_is, belong, rms
 
 KEPT, DRAWN = 2, 3                              # streams of random bits beside dataset's, one for each split
 CHUNK = 1 << 20                                 # keys in memory at a time while a reservoir is filled
@@ -54,6 +54,19 @@ class Adapters(nn.Module):
                 kernels.note(x.size(1), part[i].weight)
         down, up = (torch.stack([part[i].weight for i in on]).to(x.dtype) for part in (self.down, self.up))
         return F.gelu(x @ down.mT) @ up.mT
+
+    def emit(self, p, x):
+        """Append the adapters that are on to a decode program -> where the result lies: in place of x."""
+        on = p.choices.adapters
+        (R, C), y = self.down[0].weight.shape, p.norm(x, self.down[0].in_features, eps=EPS, by_root=True)
+        if len(on) == 1:
+            return self.up[on[0]].emit(p, self.down[on[0]].emit(p, y, act="gelu", own=True), onto=x)
+        used = sorted(set(on))
+        down, up = (torch.cat([p_of(part[i].weight) for i in used]).view(-1, C)
+                    for part, p_of in ((self.down, torch.Tensor.detach), (self.up, torch.t)))
+        mine = p.rows_of([used.index(i) * R for i in on], R)
+        a = p.linear(y, p.matrix(down), act="gelu", units=mine)
+        return p.rows_sum(a, p.matrix(up), x, mine, all=True)
 
     def requires_grad_of(self, number):
         """Let one adapter train."""

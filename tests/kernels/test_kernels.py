@@ -88,13 +88,15 @@ def mlp_weights(H, C, dtype, biased):
 
 
 def same(kernel, *arguments):
-    """kernel(...) in its dtype is its reference in fp32."""
+    """kernel(...) in its dtype is its reference in fp32, but for what rounding units to bf16 moves sums by:
+    one part in 512 of each unit's share."""
     with torch.inference_mode():
         found = getattr(kernels, kernel)(*arguments)
         exact = getattr(kernels, kernel + "_reference")(
             *(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments))
     tolerance = TOLERANCE[found.dtype] * 8
-    torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
+    units = TOLERANCE[found.dtype] * exact.square().mean().sqrt().item() * (found.dtype == torch.bfloat16)
+    torch.testing.assert_close(found.float(), exact, atol=max(tolerance, units), rtol=tolerance)
 
 
 @built
