@@ -17,7 +17,7 @@ ROWS = 8                                         # of a batch, as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
-    "columns", "choose", "softcap", "best", "bounds", "screened"))}
+    "columns", "choose", "softcap", "best", "bounds", "screened", "draw"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -41,7 +41,7 @@ class ProgramC(ctypes.Structure):
     _fields_ = [("ops", POINTER), ("count", LONG), ("rows", LONG), ("threads", LONG), ("rounds", LONG),
                 ("watched", LONG), ("shared", POINTER), ("own", POINTER), ("own_size", LONG),
                 ("scratch", POINTER), ("scratch_size", LONG), ("ids", POINTER * ROWS),
-                ("columns", LONG * ROWS), ("best", LONG * ROWS)]
+                ("columns", LONG * ROWS), ("best", LONG * ROWS), ("steps", LONG)]
 
 
 class Value(NamedTuple):
@@ -68,9 +68,11 @@ class Listed(NamedTuple):
 class Program:
     """The ops of a model's decode step over a Cache, for `rows` rows at columns of their own."""
 
-    def __init__(self, model, cache, ids, wants, threads=None):
-        """ids: how many of the vocabulary's ids logits are computed for; wants: see Sampler.wants. NotWritten
-        where the model has a module that has no ops."""
+    def __init__(self, model, cache, ids, wants, threads=None, draws=None):
+        """ids: how many of the vocabulary's ids logits are computed for; wants: see Sampler.wants. draws: see
+        draws.settings; None: the largest logit's id is chosen. NotWritten where the model has a module that
+        has no ops."""
+        self.draws = draws
         self.cache, self.choices = cache, cache.choices
         self.rows, self.dtype = cache.layers[0].size(1), cache.layers[0].dtype
         self.ids, self.wants = ids, wants
@@ -260,7 +262,7 @@ class Program:
         return Listed(self.value(most + 1, own=True), self.value(most, own=True), most)
 
     def logits(self, x, matrix, cap, copy=None):
-        """The head: logits of `ids` ids, bounded by cap (0: not); behind it the largest one's id. copy: the
+        """The head: logits of `ids` ids, bounded by cap (0: not); behind it the id that is chosen. copy: the
         head in 8 bits (kernels.copy_in_8_bits), of which a step looks at the rows that can win."""
         if copy is None:
             y = self.linear(x, matrix)
@@ -275,7 +277,11 @@ class Program:
                      ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
         if cap:
             self.add("softcap", (), (y,), 0, (self.ids,), (cap,), out=y)
-        self.add("best", (y,), (), 0, (self.ids,), **{"in": y})
+        if self.draws is None:
+            self.add("best", (y,), (), 0, (self.ids,), **{"in": y})
+        else:
+            self.add("draw", (y,), (), 17 * self.ids + 1024, (self.ids,), (), (ctypes.addressof(self.draws),),
+                     **{"in": y})
         self.answer = y
         return y
 
@@ -297,6 +303,7 @@ class Program:
         self.out = flat.view(self.rows, self.answer.size)[:, :self.ids]
         self.address = ctypes.addressof(self.c)
         self.run, self.write = cpu_library()[0].step, cpu_library()[0].follow
+        self.run_and_write = cpu_library()[0].step_and_follow
 
     def begin(self, history, firsts, ends):
         """The next step reads the ids at columns ends - 1 of history (B, N) int64, whose windows begin at
@@ -305,6 +312,8 @@ class Program:
         for row, (first, end) in enumerate(zip(firsts, ends)):
             self.c.ids[row] = start + row * length + 8 * first
             self.c.columns[row] = end - 1 - first
+            if self.draws is not None:
+                self.draws.firsts[row] = first
 
     def step(self):
         """Read the next id of every row -> logits (B, ids) in fp32, valid until the next step."""
@@ -314,9 +323,12 @@ class Program:
             self.count(kernels.tally)
         return self.out
 
-    def follow(self):
-        """Let the next step read the ids with the largest logits of this one, written behind those that were
-        read -> are they all finite?"""
+    def advance(self):
+        """A step; the ids that it chooses stand in the history behind those that it has read, for the next
+        step to read -> are all rows' largest logits finite?"""
+        if kernels.tally is None:
+            return self.run_and_write(self.address)
+        self.count(kernels.tally)
         return self.write(self.address)
 
     def count(self, tally):
@@ -337,13 +349,13 @@ def place(value):
     return 2 * value.place + value.own
 
 
-def program_of(model, cache, ids, wants, device):
+def program_of(model, cache, ids, wants, device, draws=None):
     """A model's Program over a cache, or None where `forward` decodes: another device, no C kernels, or a
     module without ops."""
     if (device.type != "cpu" or cpu_library()[0] is None
             or any(getattr(model.config, flag) for flag in WAITING)):
         return None
     try:
-        return Program(model, cache, ids, wants)
+        return Program(model, cache, ids, wants, draws=draws)
     except NotWritten:
         return None

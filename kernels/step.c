@@ -44,7 +44,8 @@ struct program {
     int64_t scratch_size;                        /* bytes of a thread */
     int64_t *ids[ROWS];                          /* row by row: ids that were read, and are to be read */
     int64_t columns[ROWS];                       /* of the token to be read, row by row */
-    int64_t best[ROWS];                          /* the largest logit's id; -1: it is not finite */
+    int64_t best[ROWS];                          /* the chosen id; -1: the largest logit is not finite */
+    int64_t steps;                               /* that were run */
 };
 
 struct thread { struct program *program; long number, threads; float *own; char *scratch; };
@@ -701,6 +702,172 @@ static void op_best(const struct op *o, struct thread *me) {
     }
 }
 
+/* ---- choosing the next id: Sampler of decode/sampling.py, drawn by a counter (decode/draws.py) ---- */
+
+struct draws {
+    double temperature, top_p, min_p, penalty;   /* temperature 0: the largest */
+    int64_t top_k;
+    uint64_t key;
+    uint8_t *seen;                               /* (rows, seen_stride): ids that are in the row; or none */
+    int64_t seen_stride;
+    int64_t firsts[ROWS];                        /* the column of its history that a row's window begins at */
+};
+
+/* a number in [0, 1) of (key, column, row): 53 bits of Philox 4x32-10 (Salmon et al. 2011) */
+static double number_of(uint64_t key, uint64_t column, uint64_t row) {
+    uint32_t c[4] = { (uint32_t)column, (uint32_t)(column >> 32), (uint32_t)row, (uint32_t)(row >> 32) };
+    uint32_t k[2] = { (uint32_t)key, (uint32_t)(key >> 32) };
+    for (int i = 0; i < 10; i++) {
+        uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
+        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k[0];
+        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k[1];
+        c[1] = (uint32_t)b;
+        c[3] = (uint32_t)a;
+        k[0] += 0x9E3779B9;
+        k[1] += 0xBB67AE85;
+    }
+    return (double)((uint64_t)c[0] << 21 | c[1] >> 11) * 0x1p-53;
+}
+
+double uniform(uint64_t key, uint64_t column, uint64_t row) { return number_of(key, column, row); }
+
+/* Which of m masses e, in falling order of their keys, of equal ones the first, make up `wanted`: those whose
+   predecessors do not reach it. -> the key of the last, and how many of that key. A sort of a digit at a time,
+   of which only the digit's bin that reaches it is looked into further. */
+static uint32_t reach(const uint32_t *key, const float *e, long m, double wanted, long *ties) {
+    double before = 0, mass[4096];
+    uint32_t count[4096], found = 0;
+    const int shifts[3] = { 20, 10, 0 }, bits[3] = { 12, 10, 10 };
+    for (int level = 0; level < 3; level++) {
+        int shift = shifts[level], bins = 1 << bits[level];
+        memset(mass, 0, bins * sizeof(double));
+        memset(count, 0, bins * sizeof(uint32_t));
+        for (long j = 0; j < m; j++) {
+            if (level && key[j] >> shifts[level - 1] != found) continue;
+            mass[key[j] >> shift & (bins - 1)] += e[j];
+            count[key[j] >> shift & (bins - 1)]++;
+        }
+        long last = -1, b = bins - 1;                           /* sums round: the last bin may not reach it */
+        double above = before;
+        for (; b >= 0; b--) {
+            if (!count[b]) continue;
+            last = b;
+            above = before;
+            before += mass[b];
+            if (before >= wanted) break;
+        }
+        before = above;
+        found = found << bits[level] | (uint32_t)last;
+        *ties = count[last];
+    }
+    for (long j = 0; j < m; j++) {
+        if (key[j] != found) continue;
+        long all = *ties;
+        for (*ties = 0; *ties < all && before < wanted; ++*ties) before += e[j];
+        break;
+    }
+    return found;
+}
+
+#define CHUNK 64                                 /* masses that are summed before a draw looks into them */
+
+/* The next id of a row of n logits x, by `u` in [0, 1); -1: its largest logit is not finite. */
+static int64_t choose_id(const struct draws *d, const float *x, long n, const uint8_t *seen, double u, char *room) {
+    float *t = (float *)room, *e = t + n, most = -INFINITY, wrong = 0, cold = d->temperature, r = d->penalty;
+    uint32_t *key = (uint32_t *)(e + n), edge = 0;
+    int32_t *id = (int32_t *)(key + n);
+    memcpy(t, x, n * sizeof(float));
+    if (seen && d->penalty != 1)
+        for (long i = 0; i < n; i++) t[i] = seen[i] ? t[i] > 0 ? t[i] / r : t[i] * r : t[i];
+    if (cold > 0 && cold != 1) {
+        #pragma omp simd
+        for (long i = 0; i < n; i++) t[i] /= cold;
+    }
+    #pragma omp simd reduction(max:most) reduction(+:wrong)
+    for (long i = 0; i < n; i++) {
+        most = t[i] > most ? t[i] : most;
+        wrong += t[i] != t[i];
+    }
+    if (wrong != 0 || !(fabsf(most) < INFINITY)) return -1;
+    if (d->temperature == 0 || d->top_k == 1) {
+        long i = 0;
+        while (t[i] != most) i++;
+        return i;
+    }
+    for (long i = 0; i < n; i++) key[i] = order(t[i]);
+    if (d->top_k > 0 && d->top_k < n) {
+        memcpy(e, key, n * sizeof(uint32_t));
+        edge = kth((uint32_t *)e, n, d->top_k);
+    }
+    long m = 0;
+    for (long i = 0; i < n; i++) {                              /* ties of the k-th stay */
+        uint32_t own = key[i];
+        id[m] = i;
+        key[m] = own;
+        m += own >= edge;
+    }
+    for (long j = 0; j < m; j++) e[j] = t[id[j]] - most;
+    #pragma omp simd
+    for (long j = 0; j < m; j++) e[j] = e[j] < -87 ? 0 : exp_of(e[j]);
+    if (d->top_p < 1) {
+        double all = 0;
+        for (long j = 0; j < m; j++) all += e[j];
+        long ties, kept = 0;
+        edge = reach(key, e, m, d->top_p * all, &ties);
+        for (long j = 0; j < m; j++) {
+            float own = e[j];
+            int stays = key[j] > edge || (key[j] == edge && ties-- > 0);
+            e[kept] = own;
+            id[kept] = id[j];
+            kept += stays;
+        }
+        m = kept;
+    }
+    float least = d->min_p;                                     /* the largest is 1 */
+    double all = 0, *chunk = (double *)(room + (n * 16 + 63) / 64 * 64);
+    for (long j = 0, c = 0; j < m; j += CHUNK, c++) {
+        double sum = 0;
+        for (long i = j; i < j + CHUNK && i < m; i++) sum += e[i] = e[i] < least ? 0 : e[i];
+        all += chunk[c] = sum;
+    }
+    double want = u * all, sum = 0;
+    long j = 0;
+    for (; j + CHUNK < m && sum + chunk[j / CHUNK] <= want; j += CHUNK) sum += chunk[j / CHUNK];
+    int64_t last = id[0];
+    for (; j < m; j++) {
+        if (e[j] > 0) last = id[j];
+        if ((sum += e[j]) > want) break;
+    }
+    return last;
+}
+
+/* Next ids of `rows` rows of n logits, `stride` floats apart, which go to columns[r] -> ids, 1; 0 where one's
+   largest logit is not finite. For what a program has not computed. */
+int draw(const struct draws *d, const float *x, int64_t stride, int64_t rows, int64_t n, const int64_t *columns,
+         int64_t *ids) {
+    char *room = heap(n * 17 + 1024);
+    int fine = 1;
+    for (long r = 0; r < rows; r++) {
+        const uint8_t *seen = d->seen ? d->seen + r * d->seen_stride : 0;
+        ids[r] = choose_id(d, x + r * stride, n, seen, number_of(d->key, columns[r], r), room);
+        fine &= ids[r] >= 0;
+    }
+    free(room);
+    return fine;
+}
+
+/* p[0]: draws. The next id of each row's n[0] logits -> program.best; noted in `seen`. */
+static void op_draw(const struct op *o, struct thread *me) {
+    struct program *p = me->program;
+    struct draws *d = (struct draws *)o->p[0];
+    for (long r = me->number; r < p->rows; r += me->threads) {
+        uint8_t *seen = d->seen ? d->seen + r * d->seen_stride : 0;
+        double u = number_of(d->key, d->firsts[r] + p->columns[r] + 1, r);
+        p->best[r] = choose_id(d, at(me, o->in) + r * o->n[0], o->n[0], seen, u, me->scratch);
+        if (seen && p->best[r] >= 0) seen[p->best[r]] = 1;
+    }
+}
+
 /* A head of which the n[0] largest outputs are wanted: p[0] (rows, width) int8 copy of w, p[1] its scales,
    p[2] its errors (see screened). in: x. The first op: by = low and high bounds of each row (2, rows). The
    second (n[1]): out = w . x where it can be among them, else -inf. */
@@ -752,7 +919,7 @@ static void op_screened(struct op *o, struct thread *me) {
 }
 
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
-       SOFTCAP, BEST, BOUNDS, SCREENED };
+       SOFTCAP, BEST, BOUNDS, SCREENED, DRAW };
 
 static int64_t now(void) {
     struct timespec t;
@@ -782,24 +949,35 @@ static void run_program(struct program *p, long number, long threads) {
         case BEST: op_best(o, &me); break;
         case BOUNDS: op_bounds(o, &me); break;
         case SCREENED: op_screened(o, &me); break;
+        case DRAW: op_draw(o, &me); break;
         }
         if (began) o->ticks += now() - began;
     }
     meet(&me);
 }
 
-/* One token of every row: ids[r][columns[r]] is read, its logits and best ids are left in the program, and
-   the next columns will be read. */
-void step(struct program *p) {
+/* One token of every row: ids[r][columns[r]] is read, its logits and chosen ids are left in the program, and
+   the next columns will be read. What is exported is not called here: another library, as the C library itself,
+   may have a `step` too, and the loader would take that one. */
+static void one_step(struct program *p) {
     together(p, run_program, p->threads);
     for (long r = 0; r < p->rows; r++) p->columns[r]++;
+    p->steps++;
 }
+void step(struct program *p) { one_step(p); }
 
-/* Write the best ids where the next step reads them -> 1, or 0 where one is not finite */
-int follow(struct program *p) {
+/* Write the chosen ids where the next step reads them -> 1, or 0 where a row's largest logit is not finite */
+static int write_ids(struct program *p) {
     for (long r = 0; r < p->rows; r++) {
         if (p->best[r] < 0) return 0;
         p->ids[r][p->columns[r]] = p->best[r];
     }
     return 1;
+}
+int follow(struct program *p) { return write_ids(p); }
+
+/* Both in one call */
+int step_and_follow(struct program *p) {
+    one_step(p);
+    return write_ids(p);
 }
