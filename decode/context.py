@@ -15,11 +15,16 @@ class Choices(NamedTuple):
     with, and so does a cache.
 
     predict: are units predicted? leave_at: how sure an exit's probe must be for a token to leave; None: none
-    leaves. adapters: the number of the adapter of all rows, or of each row's.
+    leaves. adapters: the number of the adapter of all rows, or of each row's. forward: why `forward` decodes
+    although the decode engine could; empty: it does not. threads: of the engine; 0: as many as torch has.
+    watch: an engine.Watch that is shown the programs; or None.
     """
     predict: bool = False
     leave_at: float | None = None
     adapters: tuple = (0,)
+    forward: str = ""
+    threads: int = 0
+    watch: object = None
 
     def of_rows(self, rows):
         """The same for some rows (n,) of the batch."""

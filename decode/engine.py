@@ -6,15 +6,20 @@ kernels/step.c runs it. Prompts run through `forward`, and leave keys and values
 read and write.
 """
 import ctypes
+import itertools
+import time
 from typing import NamedTuple
 
 import torch
 
 import sparse_kernels as kernels
+from decode.context import Cache
 from kernels.build import cpu_library
 
+MANY = 64                                        # threads, as in step.c
 ROWS = 8                                         # of a batch, as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
+KIND_NAMES = dict(enumerate(("float32", "bfloat16", "2:4 float32", "2:4 bfloat16")))
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
     "columns", "choose", "softcap", "best", "bounds", "screened", "draw"))}
@@ -23,7 +28,11 @@ LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
 class NotWritten(Exception):
-    """A module that has no ops, or a call that ops are not written for: `forward` decodes it."""
+    """A module that has no ops, or a call that ops are not written for: `forward` decodes it. Where a Program
+    could stand it is false."""
+
+    def __bool__(self):
+        return False
 
 
 class MatrixC(ctypes.Structure):
@@ -77,7 +86,7 @@ class Program:
         self.rows, self.dtype = cache.layers[0].size(1), cache.layers[0].dtype
         self.ids, self.wants = ids, wants
         if self.rows > ROWS or self.dtype not in KINDS:
-            raise NotWritten(f"{self.rows} rows in {self.dtype}")
+            raise NotWritten(f"{self.rows} rows in {str(self.dtype).removeprefix('torch.')} have no ops")
         self.kept, self.ops, self.work, self.names = [], [], [], []
         self.shared = self.own = 0
         self.scratch = 1024
@@ -350,12 +359,112 @@ def place(value):
 
 
 def program_of(model, cache, ids, wants, device, draws=None):
-    """A model's Program over a cache, or None where `forward` decodes: another device, no C kernels, or a
-    module without ops."""
-    if (device.type != "cpu" or cpu_library()[0] is None
-            or any(getattr(model.config, flag) for flag in WAITING)):
-        return None
+    """A model's Program over a cache, or a NotWritten, which is false and says why `forward` decodes."""
     try:
-        return Program(model, cache, ids, wants, draws=draws)
-    except NotWritten:
-        return None
+        check(model, cache, device)
+        program = Program(model, cache, ids, wants, cache.choices.threads, draws)
+    except NotWritten as reason:
+        return reason.with_traceback(None)
+    if cache.choices.watch is not None:
+        cache.choices.watch.show(program)
+    return program
+
+
+def check(model, cache, device):
+    """NotWritten where `forward` decodes whatever a model's modules are."""
+    waits = [flag for flag in WAITING if getattr(model.config, flag)]
+    for reason in (cache.choices.forward, device.type != "cpu" and "the decode engine runs on a CPU",
+                   cpu_library()[0] is None and cpu_library()[1],
+                   waits and f"{waits[0]} has no ops yet"):
+        if reason:
+            raise NotWritten(reason)
+
+
+# ------------------------------------------------ how many threads, and what each op took
+
+COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64
+TRIAL = 0.05                                     # seconds for each number of threads
+
+
+def trial(model, device, threads):
+    """A Program of one row for trying out, on up to `threads` threads; or a NotWritten."""
+    choices = model.chosen(1)._replace(threads=threads, watch=None)
+    cache = Cache(model, 1, min(model.config.block_size, 64), choices)
+    return program_of(model, cache, model.config.vocab_size, 1, device)
+
+
+def time_threads(program):
+    """{number of threads: seconds of the fastest step}, for numbers up to the program's."""
+    room = program.cache.layers[0].size(3) if program.every == 1 else 1
+    history = torch.zeros(1, room + 1, dtype=torch.long)
+    most, took = program.threads, {}
+    for threads in sorted({*(n for n in COUNTS if n < most), most}):
+        program.c.threads, began = threads, time.perf_counter()
+        while time.perf_counter() - began < TRIAL:
+            program.begin(history, [0], [1])
+            for _ in range(room):
+                at = time.perf_counter()
+                program.step()
+                now = time.perf_counter()
+                took[threads] = min(now - at, took.get(threads, now))
+                if now - began > TRIAL:
+                    break
+    program.c.threads = most
+    return took
+
+
+def fewest(took, slack=1.03):
+    """Of what time_threads gives, the smallest number that is as good as the best."""
+    return min(n for n, seconds in took.items() if seconds <= slack * min(took.values()))
+
+
+class Watch:
+    """What the ops of a run's programs did, which are all of one model and one way to sample."""
+
+    def __init__(self):
+        self.program, self.steps, self.ticks, self.read = None, 0, [], []
+
+    def show(self, program):
+        """From now on this program is watched; the one before is done."""
+        self.take()
+        program.c.watched, self.program = 1, program
+        self.names, self.work = program.names, program.work
+        self.ops = [(op.meets, op.act, MatrixC.from_buffer_copy(op.w)) for op in program.table]
+
+    def take(self):
+        """Add what the program has counted, which may go."""
+        if self.program is not None:
+            self.steps += self.program.c.steps
+            for kept, field in ((self.ticks, "ticks"), (self.read, "read")):
+                found = [getattr(op, field) for op in self.program.table]
+                kept[:] = [a + b for a, b in itertools.zip_longest(kept, found, fillvalue=0)]
+        self.program = None
+
+    def rows(self):
+        """Of each op of a mean step: (number, op, where, act, rows x width, weights, bytes, multiply-adds, do
+        threads meet before it, microseconds)."""
+        self.take()
+        for n, (name, work, (meets, act, w)) in enumerate(zip(self.names, self.work, self.ops)):
+            code, _, where = name.partition(" ")
+            macs, size = work if work[0] != "read" else (self.read[n] * each / self.steps for each in work[1:])
+            shape = f"{w.rows} x {w.width}" if w.rows else ""
+            kind = KIND_NAMES.get(w.kind, f"kind {w.kind}") if w.rows else ""
+            act = "" if act == ACTS["none"] else next(key for key, code in ACTS.items() if code == act)
+            yield (n, code, where, act, shape, kind, round(size), round(macs), "meet" if meets else "",
+                   self.ticks[n] / self.steps / 1000)
+
+    def __str__(self):
+        """A table; times are those of the first thread, its waiting for the others included."""
+        if not (self.program and self.program.c.steps) and not self.steps:
+            return "no decode program ran a step"
+        rows = list(self.rows())
+        size, macs, took = (sum(row[place] for row in rows) for place in (6, 7, 9))
+        heads = "", "op", "where", "act", "rows x width", "weights", "bytes", "multiply-adds", "threads", "us"
+        total = ("", "all", "", "", "", "", size, macs, f"{sum(row[8] == 'meet' for row in rows)} meet", took)
+        cells = [heads, *([*map(str, row[:6]), *(f"{count:,}" if count else "" for count in row[6:8]), row[8],
+                           f"{row[9]:,.1f}"] for row in (*rows, total))]
+        widths = [max(len(row[place]) for row in cells) for place in range(len(heads))]
+        right = 0, 6, 7, 9
+        lines = ["  ".join(cell.rjust(width) if n in right else cell.ljust(width)
+                           for n, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+        return "\n".join((*lines, f"{self.steps} steps, {size / max(took, 1e-9) / 1000:.2f} GB/s of weights"))

@@ -16,6 +16,7 @@ from configurator import ConfigError, require
 from decode import sampling
 
 LIKELY = 5                                       # alternatives that the page names for each token
+FORWARD = "a trace watches the modules' own steps"
 PAGE = Path(__file__).with_suffix(".html")
 
 
@@ -87,7 +88,8 @@ class Recorder:
         """Continue the prompt (1, T), which reads `spoken`, by `count` tokens of `stream` -> what each adds
         to the text of the StreamDecoder `text`."""
         self.samples.append({"prompt": spoken, "tokens": []})
-        hooks, blocks = list(self.hooks()), self.model.transformer.h
+        hooks, blocks, choices = list(self.hooks()), self.model.transformer.h, self.model.choices
+        self.model.choose(forward=FORWARD)       # the engine's step is one call, which runs no module
         for layer, block in enumerate(blocks):
             self.watch(layer, block)
         try:
@@ -100,6 +102,7 @@ class Recorder:
                 hook.remove()
             for block in blocks:
                 del block.write_kv
+            self.model.choices = choices
             self.forget()
 
     def forget(self):
@@ -151,7 +154,7 @@ def write(path, recorder, about):
     about = {"model": f"{config.n_layer} layers, {config.n_embd} wide", "flags": " ".join(flags) or "none",
              **about}
     longest = max(len(sample["tokens"]) for sample in recorder.samples)
-    if longest > config.block_size:
+    if longest > config.block_size and about.get("overflow", "exact") == "exact":
         about["note"] = f"past {config.block_size} tokens --overflow=exact reads the window anew every step"
     data = {"about": about, "layers": config.n_layer, "dense": dense_macs(config),
             "groups": config.columns or config.experts, "group": "column" if config.columns else "expert",

@@ -2,14 +2,17 @@
 threads."""
 import itertools
 import math
+import re
 
 import pytest
 import torch
 from arms import ARMS, build, tokens
+from conftest import Job, Trainer, one_sentence, words
 
 from configurator import ConfigError
 from decode import draws, engine, sampling
 from kernels.build import cpu_library
+from model import build_model
 
 COMPILED = cpu_library()[0] is not None
 FILTERS = [dict(), dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(top_p=0.6), dict(min_p=0.2),
@@ -215,3 +218,98 @@ def test_logits_that_are_not_finite_are_one_sentence(how):
 def test_how_ids_are_drawn_is_engine_or_torch():
     with pytest.raises(ConfigError, match="draws='dice' must be engine or torch"):
         build({}).generate(tokens(1, 4), 2, draws="dice")
+
+
+# -------------------------------------------------- through sample.py --------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """A finished run of few steps."""
+    trainer = Trainer(tmp_path_factory.mktemp("drawn"), data)
+    trainer(max_iters=2)
+    return trainer
+
+
+def sample(run, *argv, status=0, env=None, **keys):
+    keys = dict(out_dir=run.folder / "out", device="cpu", dtype="float32", num_samples=2, max_new_tokens=20,
+                start="def ") | keys
+    done = Job("sample.py", [*words(**keys), *argv], run.folder, env, name="sample").wait()
+    assert done.status == status, done.err
+    return done
+
+
+def test_the_first_line_says_what_decodes_and_threads_change_no_text(run):
+    first = sample(run)
+    assert re.search(r"decode engine, \d+ threads? \(1: [\d,]+.* us a step\)", first.err.splitlines()[0])
+    found = [sample(run, threads=threads) for threads in (1, 2)]
+    assert [re.search(r"decode engine, \d threads?\n", done.err)[0] for done in found] == [
+        "decode engine, 1 thread\n", "decode engine, 2 threads\n"]
+    assert first.out == found[0].out == found[1].out
+    assert len({*first.out.split("\n---------------\n")}) == 3                 # two samples, and nothing
+    off = sample(run, env={"NANOCORTEX_KERNELS": "off"})
+    assert "forward decodes (C kernels off (NANOCORTEX_KERNELS=off))" in off.err.splitlines()[0]
+    assert off.out == first.out
+
+
+def test_a_seed_decides_the_text_of_either_generator(run):
+    texts = {(draws, seed): sample(run, draws=draws, seed=seed).out for draws in ("engine", "torch")
+             for seed in (1, 2)}
+    assert len({*texts.values()}) == 4
+    assert all(sample(run, draws=draws, seed=1).out == texts[draws, 1] for draws in ("engine", "torch"))
+
+
+def test_draws_by_torch_are_what_generate_draws(run):
+    said = sample(run, num_samples=1, draws="torch", overflow="exact", max_new_tokens=40, top_k=5, seed=4).out
+    model = build_model(run.checkpoint(), "ckpt.pt").eval()
+    torch.manual_seed(4)
+    ids = model.generate(torch.tensor([list(b"def ")]), 40, temperature=0.8, top_k=5)
+    assert said == bytes(ids[0].tolist()).decode(errors="replace") + "\n---------------\n"
+
+
+def test_a_window_slides_past_block_size_and_it_is_said_once(run):
+    block = run.checkpoint()["model_args"]["block_size"]
+    long = dict(max_new_tokens=block + 9, temperature=0)
+    assert "block_size" not in sample(run, max_new_tokens=block - 3).err     # behind four bytes of prompt
+    slid, exact = sample(run, **long), sample(run, overflow="exact", **long)
+    assert slid.err.count(f"note: the text has passed block_size={block}") == 1
+    assert "note" not in exact.err and slid.out[:block] == exact.out[:block]
+    assert sample(run, overflow="slide", **long).out == slid.out
+    typed = run.folder / "typed.txt"
+    typed.write_text("def\n" * 3)
+    before = f"import os, sys; os.dup2(os.open({str(typed)!r}, os.O_RDONLY), 0); sys.stdin = open(0)"
+    argv = words(out_dir=run.folder / "out", device="cpu", max_new_tokens=block)
+    chat = Job("sample.py", [*argv, "--chat"], run.folder, before=before, name="chat").wait()
+    assert chat.status == 0 and chat.err.count("note: the text has passed") == 1, chat.err
+
+
+def test_show_program_lists_the_ops_of_a_decode_step(run):
+    plain, shown = (sample(run, max_new_tokens=4, show_program=show) for show in (False, True))
+    assert plain.out == shown.out
+    table = shown.err.split("rows x width")[1].splitlines()[1:]
+    ops = [line.split() for line in table if re.match(r" *\d+  ", line)]
+    assert [int(op[0]) for op in ops] == list(range(len(ops)))
+    assert ops[0][1] == "embed" and ops[-1][1] == "draw" and "attend" in {op[1] for op in ops}
+    args = run.checkpoint()["model_args"]
+    assert f"{args['vocab_size']} x {args['n_embd']}" in shown.err and "GB/s of weights" in shown.err
+    total = next(line for line in table if line.split()[:1] == ["all"])
+    counted = next(re.finditer(r"all +([\d,]+) +([\d,]+)", total))
+    C, layers = args["n_embd"], args["n_layer"]
+    macs = layers * 8 * C * C + args["vocab_size"] * C                 # and rows of what units fire
+    assert macs <= int(counted[2].replace(",", "")) <= macs + layers * 4 * C * C
+    assert f"{2 * (4 - 1)} steps" in shown.err                         # the prompt makes the first token
+    off = sample(run, show_program=True, env={"NANOCORTEX_KERNELS": "off"})
+    assert "no decode program ran a step" in off.err
+
+
+@pytest.mark.parametrize("bad, part", [(dict(draws="dice"), "draws='dice' must be engine or torch"),
+                                       (dict(threads=-1), "threads=-1 must be in 0..64"),
+                                       (dict(overflow="wrap"), "overflow='wrap' must be exact or slide"),
+                                       (dict(show_program=True, speculate=2), "show_program")], ids=str)
+def test_bad_keys_are_one_sentence(run, bad, part):
+    one_sentence(sample(run, status=2, **bad), "sample.py", part)
+
+
+def test_a_trace_says_that_forward_decodes_and_writes_the_same_text(run):
+    plain, traced = sample(run), sample(run, trace=run.folder / "trace.html")
+    assert "forward decodes (a trace watches the modules' own steps)" in traced.err.splitlines()[0]
+    assert plain.out == traced.out and (run.folder / "trace.html").exists()
