@@ -261,7 +261,7 @@ def decoding(model, cfg, device):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.speculate:
-        return "forward decodes (--speculate drafts and verifies with the layers themselves)"
+        return "forward decodes (--speculate drafts and verifies with the layers themselves, draws by torch)"
     program = engine.trial(model, device, torch.get_num_threads())
     if not program:
         return f"forward decodes ({program})"

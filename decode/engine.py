@@ -446,7 +446,8 @@ class Watch:
         self.take()
         for n, (name, work, (meets, act, w)) in enumerate(zip(self.names, self.work, self.ops)):
             code, _, where = name.partition(" ")
-            macs, size = work if work[0] != "read" else (self.read[n] * each / self.steps for each in work[1:])
+            each = self.read[n] / self.steps
+            macs, size = (each * work[1], each * work[2]) if work[0] == "read" else work
             shape = f"{w.rows} x {w.width}" if w.rows else ""
             kind = KIND_NAMES.get(w.kind, f"kind {w.kind}") if w.rows else ""
             act = "" if act == ACTS["none"] else next(key for key, code in ACTS.items() if code == act)
