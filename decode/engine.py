@@ -395,7 +395,7 @@ def trial(model, device, threads):
 
 def time_threads(program):
     """{number of threads: seconds of the fastest step}, for numbers up to the program's."""
-    room = program.cache.layers[0].size(3) if program.every == 1 else 1
+    room = program.cache.layers[0].size(3)
     history = torch.zeros(1, room + 1, dtype=torch.long)
     most, took = program.threads, {}
     for threads in sorted({*(n for n in COUNTS if n < most), most}):

@@ -44,7 +44,7 @@ class Sampler:
     costs the decode engine little.
     """
 
-    key, columns = 0, ()                         # of what is drawn next by a counter: see stream
+    at = None                                    # (key, columns) of what is drawn next: a stream says it
 
     def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
                  vocab_size=None, draws="torch"):
@@ -83,7 +83,8 @@ class Sampler:
         if self.greedy:
             return finite(self.penalised(logits, seen)).argmax(-1, keepdim=True)
         if self.draws == "engine":
-            ids = counted.draw(self, self.key, self.columns, logits, seen)
+            (key, columns), self.at = self.at or (counted.new_key(), [0] * len(logits)), None
+            ids = counted.draw(self, key, columns, logits, seen)
             return damaged() if ids is None else ids
         return torch.multinomial(self.probabilities(logits, seen), num_samples=1)
 
@@ -172,7 +173,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         cached, made = True, made + 1
         if key is not None:
-            sampler.key, sampler.columns = key, ends
+            sampler.at = key, ends
         token = sampler(model.largest(states, sampler.wants(), ids, cache), seen[:, :ids])
         history[rows, column(ends, idx.device)] = token
         if looks_back:
@@ -195,7 +196,7 @@ def run(program, history, firsts, ends, steps, sampler, seen, key=None):
     for made in range(steps):
         logits = program.step().clone()
         if key is not None:
-            sampler.key, sampler.columns = key, [end + made for end in ends]
+            sampler.at = key, [end + made for end in ends]
         token = sampler(logits, seen[:, :program.ids])
         history[rows, at + made] = token
         if looks_back:

@@ -63,8 +63,8 @@ def test_the_kernel_draws_what_the_reference_draws(how, kind):
     for seed, V in enumerate((1, 2, 3, 17, 64, 65, 129, 1000)):
         logits, seen = some_logits(seed, 3, V, kind)
         for sampler in (sampler_of(how), sampler_of(how, vocab_size=max(1, V - 3))):
-            found = drawn(sampler, logits, seen, seed, 40)
-            wanted = drawn(sampler, logits, seen, seed, 40, draws.draw_reference)
+            found = drawn(sampler, logits, seen, seed, 12)
+            wanted = drawn(sampler, logits, seen, seed, 12, draws.draw_reference)
             different, count = different + int((found != wanted).sum()), count + found.numel()
             kept = sampler.probabilities(logits, seen) > 0
             assert found.max() < kept.size(1) and kept.gather(1, found).all()
@@ -140,7 +140,7 @@ def test_the_decode_engine_draws_what_forward_draws(name, monkeypatch):
 
     for how, overflow in itertools.product((FILTERS[0], FILTERS[2], FILTERS[6], FILTERS[7], FILTERS[8]),
                                            ("exact", "slide")):
-        for rows, lengths in ((1, None), (3, [2, 6, 4])):
+        for rows, lengths in ((1, None), (3, [2, 6, 4]))[:1 + (overflow == "slide")]:
             found = []
             for use in (watched, lambda *words: None):
                 monkeypatch.setattr(engine, "program_of", use)
@@ -149,6 +149,21 @@ def test_the_decode_engine_draws_what_forward_draws(name, monkeypatch):
             assert torch.equal(*found), (how, overflow, rows)
     waits = any(flag in ARMS[name] for flag in engine.WAITING)
     assert all(bool(program) != waits for program in programs)
+
+
+class Behind(sampling.Sampler):
+    """A Sampler that draws from the engine's logits when they are there, as subclasses may."""
+
+
+@pytest.mark.parametrize("how", FILTERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_op_of_the_program_draws_what_a_call_behind_it_draws(how, dtype):
+    """To the id, whatever logits the engine computes."""
+    model = build(dict(vocab_size=300, screen="top_k" in how), std=0.2).to(dtype)
+    for rows, lengths, vocab_size in ((1, None, None), (3, [2, 6, 4], 290)):
+        found = [sampled(model, tokens(rows, 6), 30, kind(**how, draws="engine", vocab_size=vocab_size),
+                         lengths=lengths, overflow="slide") for kind in (sampling.Sampler, Behind)]
+        assert torch.equal(*found), rows
 
 
 @pytest.mark.parametrize("how", [dict(top_k=5), dict(repetition_penalty=1.5), dict(top_p=0.8)], ids=str)
@@ -200,7 +215,7 @@ def test_logits_that_are_not_finite_are_one_sentence(how):
     for bad, (row, place) in itertools.product((torch.nan, torch.inf), ((0, 0), (1, 3), (2, 4))):
         logits = torch.zeros(3, 5)
         logits[row, place] = bad
-        sampler.columns = [1, 2, 3]
+        sampler.at = 5, [1, 2, 3]
         with pytest.raises(ConfigError, match="not finite"):
             sampler(logits, seen)
     with pytest.raises(ConfigError, match="not finite"):
@@ -213,6 +228,24 @@ def test_logits_that_are_not_finite_are_one_sentence(how):
         model.transformer.wte.weight[:, 3] = torch.nan          # between two steps of the decode engine
     with pytest.raises(ConfigError, match="not finite"):
         list(stream)
+
+
+def test_a_sampler_outside_of_a_stream_draws_anew_each_time():
+    sampler, logits, seen = sampler_of({}), torch.zeros(9, 1000), torch.zeros(9, 1000, dtype=torch.bool)
+    torch.manual_seed(2)
+    first, second = sampler(logits, seen), sampler(logits, seen)
+    assert len({*first.flatten().tolist()}) > 5 and not torch.equal(first, second)
+    torch.manual_seed(2)
+    assert torch.equal(sampler(logits, seen), first)
+    list(sampling.stream(build({}), tokens(2, 3), 4, sampler))
+    assert sampler(logits, seen).shape == (9, 1)                 # nothing of the stream's is left
+
+
+@pytest.mark.parametrize("rows", [8, 9])
+def test_as_many_rows_as_you_like_are_drawn_each_by_itself(rows):
+    """Nine rows have no program; a row's draws do not depend on how many there are."""
+    model, idx, sampler = build({}, std=0.2), tokens(9, 4), sampler_of(dict(top_p=0.9))
+    assert torch.equal(sampled(model, idx[:rows], 20, sampler)[:2], sampled(model, idx[:2], 20, sampler))
 
 
 def test_how_ids_are_drawn_is_engine_or_torch():
