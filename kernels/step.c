@@ -769,75 +769,107 @@ static uint32_t reach(const uint32_t *key, const float *e, long m, double wanted
     return found;
 }
 
-#define CHUNK 64                                 /* masses that are summed before a draw looks into them */
+#define CHUNK 64                                 /* logits or masses that are looked at together first */
 
-/* The next id of a row of n logits x, by `u` in [0, 1); -1: its largest logit is not finite. */
+/* the sum of m masses, and of each CHUNK of them */
+static double sum_of(const float *e, long m, double *chunk) {
+    double all = 0;
+    for (long j = 0; j < m; j += CHUNK) {
+        long end = j + CHUNK < m ? j + CHUNK : m;
+        float sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (long i = j; i < end; i++) sum += e[i];
+        all += chunk[j / CHUNK] = sum;
+    }
+    return all;
+}
+
+/* The next id of a row of n logits x, by `u` in [0, 1); -1: its largest logit is not finite. With top_k only
+   those CHUNKs are looked into whose largest is among the k largest of such: no other can hold one. */
 static int64_t choose_id(const struct draws *d, const float *x, long n, const uint8_t *seen, double u, char *room) {
-    float *t = (float *)room, *e = t + n, most = -INFINITY, wrong = 0, cold = d->temperature, r = d->penalty;
-    uint32_t *key = (uint32_t *)(e + n), edge = 0;
+    float *t = (float *)room, *e = t + n, most = -INFINITY, wrong = 0, r = d->penalty, bound = -INFINITY;
+    uint32_t *key = (uint32_t *)(e + n);
     int32_t *id = (int32_t *)(key + n);
-    memcpy(t, x, n * sizeof(float));
-    if (seen && d->penalty != 1)
-        for (long i = 0; i < n; i++) t[i] = seen[i] ? t[i] > 0 ? t[i] / r : t[i] * r : t[i];
-    if (cold > 0 && cold != 1) {
-        #pragma omp simd
-        for (long i = 0; i < n; i++) t[i] /= cold;
+    double *chunk = (double *)(room + (n * 16 + 63) / 64 * 64);
+    int greedy = d->temperature == 0 || d->top_k == 1;
+    float cold = greedy ? 1 : d->temperature;
+    long m = 0, k = d->top_k > 0 && d->top_k < n ? d->top_k : 0, chunks = (n + CHUNK - 1) / CHUNK;
+    if (seen && d->penalty != 1) {
+        for (long i = 0; i < n; i++) t[i] = seen[i] ? x[i] > 0 ? x[i] / r : x[i] * r : x[i];
+        x = t;
     }
-    #pragma omp simd reduction(max:most) reduction(+:wrong)
-    for (long i = 0; i < n; i++) {
-        most = t[i] > most ? t[i] : most;
-        wrong += t[i] != t[i];
+    for (long c = 0; c < chunks; c++) {
+        long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
+        float high = -INFINITY;
+        #pragma omp simd reduction(max:high) reduction(+:wrong)
+        for (long i = c * CHUNK; i < end; i++) {
+            high = x[i] > high ? x[i] : high;
+            wrong += x[i] != x[i];
+        }
+        e[c] = high;
+        most = high > most ? high : most;
     }
-    if (wrong != 0 || !(fabsf(most) < INFINITY)) return -1;
-    if (d->temperature == 0 || d->top_k == 1) {
+    if (wrong != 0 || !(fabsf(most / cold) < INFINITY)) return -1;
+    if (greedy) {
         long i = 0;
-        while (t[i] != most) i++;
+        while (x[i] != most) i++;
         return i;
     }
-    for (long i = 0; i < n; i++) key[i] = order(t[i]);
-    if (d->top_k > 0 && d->top_k < n) {
-        memcpy(e, key, n * sizeof(uint32_t));
-        edge = kth((uint32_t *)e, n, d->top_k);
+    most /= cold;
+    if (k && k < chunks) {
+        for (long c = 0; c < chunks; c++) key[c] = order(e[c]);
+        union { uint32_t u; float f; } v = { kth(key, chunks, k) };
+        v.u = v.u >> 31 ? v.u ^ 0x80000000u : ~v.u;
+        bound = v.f / cold;
     }
-    long m = 0;
-    for (long i = 0; i < n; i++) {                              /* ties of the k-th stay */
-        uint32_t own = key[i];
-        id[m] = i;
-        key[m] = own;
-        m += own >= edge;
+    for (long c = 0; c < chunks; c++) {
+        long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
+        if (e[c] / cold < bound) continue;
+        for (long i = c * CHUNK; i < end; i++) {
+            float v = x[i] / cold;
+            t[m] = v;
+            id[m] = i;
+            m += v >= bound;
+        }
     }
-    for (long j = 0; j < m; j++) e[j] = t[id[j]] - most;
+    if (k && k < m) {
+        for (long j = 0; j < m; j++) key[j] = order(t[j]);
+        memcpy(e, key, m * sizeof(uint32_t));
+        uint32_t edge = kth((uint32_t *)e, m, k);
+        long kept = 0;
+        for (long j = 0; j < m; j++) {                          /* ties of the k-th stay */
+            t[kept] = t[j];
+            id[kept] = id[j];
+            kept += key[j] >= edge;
+        }
+        m = kept;
+    }
     #pragma omp simd
-    for (long j = 0; j < m; j++) e[j] = e[j] < -87 ? 0 : exp_of(e[j]);
+    for (long j = 0; j < m; j++) e[j] = t[j] - most < -87 ? 0 : exp_of(t[j] - most);
     if (d->top_p < 1) {
-        double all = 0;
-        for (long j = 0; j < m; j++) all += e[j];
+        for (long j = 0; j < m; j++) key[j] = order(t[j]);
         long ties, kept = 0;
-        edge = reach(key, e, m, d->top_p * all, &ties);
+        uint32_t edge = reach(key, e, m, d->top_p * sum_of(e, m, chunk), &ties);
         for (long j = 0; j < m; j++) {
-            float own = e[j];
             int stays = key[j] > edge || (key[j] == edge && ties-- > 0);
-            e[kept] = own;
+            e[kept] = e[j];
             id[kept] = id[j];
             kept += stays;
         }
         m = kept;
     }
     float least = d->min_p;                                     /* the largest is 1 */
-    double all = 0, *chunk = (double *)(room + (n * 16 + 63) / 64 * 64);
-    for (long j = 0, c = 0; j < m; j += CHUNK, c++) {
-        double sum = 0;
-        for (long i = j; i < j + CHUNK && i < m; i++) sum += e[i] = e[i] < least ? 0 : e[i];
-        all += chunk[c] = sum;
-    }
-    double want = u * all, sum = 0;
+    #pragma omp simd
+    for (long j = 0; j < m; j++) e[j] = e[j] < least ? 0 : e[j];
+    double want = u * sum_of(e, m, chunk), sum = 0;
     long j = 0;
     for (; j + CHUNK < m && sum + chunk[j / CHUNK] <= want; j += CHUNK) sum += chunk[j / CHUNK];
-    int64_t last = id[0];
-    for (; j < m; j++) {
+    int64_t last = -1;
+    for (; j < m && sum <= want; j++) {
         if (e[j] > 0) last = id[j];
-        if ((sum += e[j]) > want) break;
+        sum += e[j];
     }
+    for (long i = m - 1; last < 0 && i >= 0; i--) if (e[i] > 0) last = id[i];          /* sums that rounded */
     return last;
 }
 
