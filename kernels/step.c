@@ -822,7 +822,11 @@ static int64_t choose_id(const struct draws *d, const float *x, long n, const ui
         v.u = v.u >> 31 ? v.u ^ 0x80000000u : ~v.u;
         bound = v.f / cold;
     }
-    for (long c = 0; c < chunks; c++) {
+    if (bound == -INFINITY) {
+        for (long i = 0; i < n; i++) id[i] = i;
+        for (long i = 0; i < n; i++) t[i] = x[i] / cold;
+        m = n;
+    } else for (long c = 0; c < chunks; c++) {
         long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
         if (e[c] / cold < bound) continue;
         for (long i = c * CHUNK; i < end; i++) {
