@@ -518,8 +518,8 @@ class GPT(nn.Module):
 
         lengths: (B,) ints where the prompts fill only the first lengths[b] columns of their rows; new tokens
         then follow each prompt directly, and the rest of the row is 0. temperature=0 is greedy. overflow and
-        filters (top_p, min_p, repetition_penalty): see sampling.stream and sampling.Sampler. Call .eval()
-        first.
+        filters (top_p, min_p, repetition_penalty; draws="torch", or "engine" for draws by a counter): see
+        sampling.stream and sampling.Sampler. Call .eval() first.
         """
         sampler = sampling.Sampler(temperature=temperature, top_k=top_k, **filters)
         new = torch.cat(list(sampling.stream(self, idx, max_new_tokens, sampler, lengths, overflow))

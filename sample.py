@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-pylib --start="def main(" --num_samples=2
     python sample.py --out_dir=out-pylib --chat
 """
+import itertools
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ import sparse_kernels
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode import calibrate, sampling
+from decode import calibrate, engine, sampling
 from kernels.arena import move_weights
 from layers import Packed, Quantized, check_quantize, settle
 from model import GPT, build_model
@@ -42,12 +43,15 @@ class SampleConfig:
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
     tokenizer: str = ""  # data folder whose tokenizer to use, for checkpoints that name none; empty: theirs
-    overflow: str = "exact"  # past block_size: exact (recomputed per token) or slide (faster, not identical)
+    draws: str = "engine"  # what chooses ids: the decode engine's generator, or torch's, as nanoGPT does
+    overflow: str = "slide"  # past block_size: slide (keep half), or exact (recomputed per token: nanoGPT's)
     mlp_screen: int = 0  # any model with squared ReLU: bits of a copy that picks the units read: 4; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
+    threads: int = 0  # of a CPU's decode steps; 0: as many as decode this model fastest, timed at the start
+    show_program: bool = False  # afterwards list the ops of a decode step, what they read, what they took
     trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
     chat: bool = False  # answer lines as they are typed; the text so far begins with start
@@ -79,7 +83,13 @@ class SampleConfig:
             check_quantize(self.quantize)
         require(self.quantize or self.val is False, f"val={self.val} has no effect without quantize: type "
                 "--quantize=int8 too, or leave val out")
-        sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        require(0 <= self.threads <= engine.MANY,
+                f"threads={self.threads} must be in 0..{engine.MANY}; 0 times how many pay")
+        require(not (self.show_program and (self.trace or self.speculate)), "show_program lists the decode "
+                "engine's ops, which --trace and --speculate do not run: leave them out")
+        require(self.overflow in ("exact", "slide"), f"overflow='{self.overflow}' must be exact or slide")
+        sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+                                self.draws)
         for key in ("stop", "enter"):
             require(self.chat or getattr(self, key) == getattr(type(self), key),
                     f"{key}={getattr(self, key)!r} has no effect without chat: type --chat too")
@@ -186,28 +196,32 @@ def main(cfg):
     flags = dict(mlp_screen=cfg.mlp_screen, mlp_live=cfg.mlp_live) if cfg.mlp_screen else {}
     model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer, **flags)
     on = continual.switch_on(model, cfg.adapter)
-    print(f"{place}, {sparse_kernels.path_taken(place.device)}{on}", file=sys.stderr)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
-                               tokenizer.vocab_size)
+                               tokenizer.vocab_size, cfg.draws)
+    said = []
     if cfg.quantize:
-        print(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about), file=sys.stderr)
+        said.append(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about))
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
     if calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode):
-        print(with_thresholds(model.choose(predict=True), about), file=sys.stderr)
+        said.append(with_thresholds(model.choose(predict=True), about))
     if model.config.weights == "2:4" and not isinstance(model.lm_head, Quantized):
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
         settle(model, pack=pays)
-        print("2:4 weights packed, as the checkpoint has them" if came_packed else why, file=sys.stderr)
+        said.append("2:4 weights packed, as the checkpoint has them" if came_packed else why)
     if place.device.type == "cpu":
-        sys.stderr.write(move_weights(model))
+        said.append(move_weights(model))
     stream = streaming(model, cfg)
+    way = sparse_kernels.path_taken(place.device) + on, decoding(model, cfg, place.device)
+    print("\n".join(filter(None, (f"{place}, {', '.join(way)}", *said))), file=sys.stderr)
+    model.choose(watch=engine.Watch() if cfg.show_program else None)
     if place.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
     if cfg.chat:
         continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
-        return converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop,
-                             cfg.enter, cfg.special))
+        converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop, cfg.enter,
+                      cfg.special))
+        return show_program(model)
     ids = tokenizer.encode(prompt_of(cfg.start), cfg.special)
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)
@@ -228,8 +242,10 @@ def main(cfg):
     seconds = time.perf_counter() - clock
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s{depth_used(model, stream)}",
           file=sys.stderr)
+    show_program(model)
     if recorder:
-        about = {"run": cfg.out_dir, "dtype": place.dtype, "policy": cfg.sparse_decode}
+        about = {"run": cfg.out_dir, "dtype": place.dtype, "policy": cfg.sparse_decode,
+                 "overflow": cfg.overflow}
         tracing.write(cfg.trace, recorder, about)
         print(f"what each token cost: {cfg.trace}", file=sys.stderr)
 
@@ -259,14 +275,62 @@ def streaming(model, cfg):
         require(model.config.exits, f"exit_threshold={cfg.exit_threshold} needs a model with early exits: "
                 f"train one with --exits={max(1, model.config.n_layer // 2)}, for example")
         model.choose(leave_at=cfg.exit_threshold)
+    if cfg.trace:
+        model.choose(forward=tracing.FORWARD)
     if not cfg.speculate:
-        return partial(sampling.stream, model)
-    return sampling.Speculation(model, cfg.speculate).stream
+        return Told(partial(sampling.stream, model), model.config.block_size)
+    return Told(sampling.Speculation(model, cfg.speculate).stream, model.config.block_size)
+
+
+class Told:
+    """A stream that says once, on stderr, when a text has grown past block_size and the window slides."""
+
+    def __init__(self, stream, block_size):
+        self.stream, self.block_size, self.told = stream, block_size, False
+
+    def __call__(self, prompt, max_new_tokens, sampler, overflow):
+        tokens = self.stream(prompt, max_new_tokens, sampler, overflow=overflow)
+        if overflow != "slide":
+            return tokens
+        before = min(max_new_tokens, max(0, self.block_size + 1 - prompt.size(1)))
+        return itertools.chain(itertools.islice(tokens, before), self.slide(tokens, before < max_new_tokens))
+
+    def slide(self, tokens, slides):
+        if slides and not self.told:
+            self.told = True
+            print(f"\nnote: the text has passed block_size={self.block_size}, so each token sees the last "
+                  f"{max(1, self.block_size // 2)} to {self.block_size}; --overflow=exact shows all of them "
+                  "the last window anew, as nanoGPT does", file=sys.stderr)
+        yield from tokens
+
+
+def decoding(model, cfg, device):
+    """What decodes and on how many threads, in the words of the first line; chooses these."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if cfg.speculate:
+        return "forward decodes (--speculate drafts and verifies with the layers themselves, draws by torch)"
+    program = engine.trial(model, device, torch.get_num_threads())
+    if not program:
+        return f"forward decodes ({program})"
+    timed, threads = "", cfg.threads
+    if not threads:
+        took = engine.time_threads(program)
+        threads = engine.fewest(took)
+        timed = f" ({', '.join(f'{n}: {seconds * 1e6:,.0f}' for n, seconds in took.items())} us a step)"
+    model.choose(threads=threads)
+    return f"decode engine, {threads} thread{'s' * (threads != 1)}{timed}"
+
+
+def show_program(model):
+    """Where it was asked for, the table of ops."""
+    if model.choices.watch is not None:
+        print(model.choices.watch, file=sys.stderr)
 
 
 def depth_used(model, stream):
     """What the last line adds of a run that did not take every token through every layer by itself."""
-    speculation = getattr(stream, "__self__", None)
+    speculation = getattr(stream.stream, "__self__", None)
     if speculation:
         return (f", {speculation.accepted / max(1, speculation.proposed):.0%} of "
                 f"{speculation.proposed} drafted tokens accepted")

@@ -16,12 +16,15 @@ class Choices(NamedTuple):
 
     predict: are units predicted? leave_at: how sure an exit's probe must be for a token to leave; None: none
     leaves. adapters: the number of the adapter of all rows, or of each row's. forward: why the modules' own
-    forward decodes and not the engine; empty: nothing says so.
+    forward decodes and not the engine; empty: nothing says so. threads: of the engine; 0: as many as torch
+    has. watch: an engine.Watch that is shown the programs, or None.
     """
     predict: bool = False
     leave_at: float | None = None
     adapters: tuple = (0,)
     forward: str = ""
+    threads: int = 0
+    watch: object = None
 
     def of_rows(self, rows):
         """The same for some rows (n,) of the batch."""

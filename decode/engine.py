@@ -6,26 +6,35 @@ kernels/step.c runs it. Prompts run through `forward`, and leave keys and values
 read and write.
 """
 import ctypes
+import itertools
+import time
 from typing import NamedTuple
 
 import torch
 
 import sparse_kernels as kernels
+from decode.context import Cache
 from kernels.build import cpu_library
 from sparse_kernels import MatrixC
 
 ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of rows: as in step.c
+MANY = 64                                        # threads, as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
+KIND_NAMES = dict(enumerate(("float32", "bfloat16", "2:4 float32", "2:4 bfloat16", "int8", "int4")))
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
     "columns", "choose", "softcap", "best", "bounds", "screened", "above",
-    "mix", "experts", "branches", "attend_open", "rows_of"))}
+    "mix", "experts", "branches", "attend_open", "rows_of", "draw"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
 class NotWritten(Exception):
-    """A module that has no ops, or a call that ops are not written for: `forward` decodes it."""
+    """A module that has no ops, or a call that ops are not written for: `forward` decodes it. Where a Program
+    could stand it is false."""
+
+    def __bool__(self):
+        return False
 
 
 def ops_of(module):
@@ -49,7 +58,8 @@ class ProgramC(ctypes.Structure):
     _fields_ = [("ops", POINTER), ("count", LONG), ("rows", LONG), ("threads", LONG), ("rounds", LONG),
                 ("watched", LONG), ("shared", POINTER), ("own", POINTER), ("own_size", LONG),
                 ("scratch", POINTER), ("scratch_size", LONG), ("ids", POINTER * ROWS),
-                ("columns", LONG * ROWS), ("best", LONG * ROWS), ("cost", FLOAT * 2), ("spent", FLOAT)]
+                ("columns", LONG * ROWS), ("best", LONG * ROWS), ("cost", FLOAT * 2), ("spent", FLOAT),
+                ("steps", LONG)]
 
 
 class Value(NamedTuple):
@@ -78,14 +88,16 @@ class Listed(NamedTuple):
 class Program:
     """The ops of a model's decode step over a Cache, for `rows` rows at columns of their own."""
 
-    def __init__(self, model, cache, ids, wants, threads=None):
-        """ids: how many of the vocabulary's ids logits are computed for; wants: see Sampler.wants. NotWritten
-        where the model has a module that has no ops."""
+    def __init__(self, model, cache, ids, wants, threads=None, draws=None):
+        """ids: how many of the vocabulary's ids logits are computed for; wants: see Sampler.wants. draws: see
+        draws.settings; None: the largest logit's id is chosen. NotWritten where the model has a module that
+        has no ops."""
+        self.draws = draws
         self.cache, self.choices = cache, cache.choices
         self.rows, self.dtype = cache.layers[0].size(1), cache.layers[0].dtype
         self.ids, self.wants = ids, wants
         if self.rows > ROWS or self.dtype not in KINDS:
-            raise NotWritten(f"{self.rows} rows in {self.dtype}")
+            raise NotWritten(f"{self.rows} rows in {str(self.dtype).removeprefix('torch.')} have no ops")
         self.kept, self.ops, self.work, self.names = [], [], [], []
         self.shared = self.own = 0
         self.scratch = 1024
@@ -332,7 +344,7 @@ class Program:
         return Listed(self.value(most + 1, own=True), self.value(most, own=True), most)
 
     def logits(self, x, matrix, cap, copy=None):
-        """The head: logits of `ids` ids, bounded by cap (0: not); behind it the largest one's id. copy: the
+        """The head: logits of `ids` ids, bounded by cap (0: not); behind it the id that is chosen. copy: the
         head in 8 bits (kernels.copy_in_8_bits), of which a step looks at the rows that can win."""
         if copy is None:
             y = self.linear(x, matrix)
@@ -347,7 +359,11 @@ class Program:
                      ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
         if cap:
             self.add("softcap", (), (y,), 0, (self.ids,), (cap,), out=y)
-        self.add("best", (y,), (), 0, (self.ids,), **{"in": y})
+        if self.draws is None:
+            self.add("best", (y,), (), 0, (self.ids,), **{"in": y})
+        else:
+            self.add("draw", (y,), (), 17 * self.ids + 1024, (self.ids,), (), (ctypes.addressof(self.draws),),
+                     **{"in": y})
         self.answer = y
         return y
 
@@ -369,6 +385,7 @@ class Program:
         self.out = flat.view(self.rows, self.answer.size)[:, :self.ids]
         self.address = ctypes.addressof(self.c)
         self.run, self.write = cpu_library()[0].step, cpu_library()[0].follow
+        self.run_and_write = cpu_library()[0].step_and_follow
 
     def begin(self, history, firsts, ends):
         """The next step reads the ids at columns ends - 1 of history (B, N) int64, whose windows begin at
@@ -377,6 +394,8 @@ class Program:
         for row, (first, end) in enumerate(zip(firsts, ends)):
             self.c.ids[row] = start + row * length + 8 * first
             self.c.columns[row] = end - 1 - first
+            if self.draws is not None:
+                self.draws.firsts[row] = first
 
     def step(self):
         """Read the next id of every row -> logits (B, ids) in fp32, valid until the next step."""
@@ -386,9 +405,12 @@ class Program:
             self.count(kernels.tally)
         return self.out
 
-    def follow(self):
-        """Let the next step read the ids with the largest logits of this one, written behind those that were
-        read -> are they all finite?"""
+    def advance(self):
+        """A step; the ids that it chooses stand in the history behind those that it has read, for the next
+        step to read -> are all rows' largest logits finite?"""
+        if kernels.tally is None:
+            return self.run_and_write(self.address)
+        self.count(kernels.tally)
         return self.write(self.address)
 
     def count(self, tally):
@@ -409,13 +431,114 @@ def place(value):
     return 2 * value.place + value.own
 
 
-def program_of(model, cache, ids, wants, device):
-    """A model's Program over a cache, or None where `forward` decodes: another device, no C kernels, or a
-    module without ops."""
-    if (device.type != "cpu" or cpu_library()[0] is None or cache.choices.forward
-            or any(getattr(model.config, flag) for flag in WAITING)):
-        return None
+def program_of(model, cache, ids, wants, device, draws=None):
+    """A model's Program over a cache, or a NotWritten, which is false and says why `forward` decodes."""
     try:
-        return Program(model, cache, ids, wants)
-    except NotWritten:
-        return None
+        check(model, cache, device)
+        program = Program(model, cache, ids, wants, cache.choices.threads, draws)
+    except NotWritten as reason:
+        return reason.with_traceback(None)
+    if cache.choices.watch is not None:
+        cache.choices.watch.show(program)
+    return program
+
+
+def check(model, cache, device):
+    """NotWritten where `forward` decodes whatever a model's modules are."""
+    waits = [flag for flag in WAITING if getattr(model.config, flag)]
+    for reason in (cache.choices.forward, device.type != "cpu" and "the decode engine runs on a CPU",
+                   cpu_library()[0] is None and cpu_library()[1],
+                   waits and f"{waits[0]} has no ops yet"):
+        if reason:
+            raise NotWritten(reason)
+
+
+# ------------------------------------------------ how many threads, and what each op took
+
+COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64
+TRIAL = 0.05                                     # seconds for each number of threads
+
+
+def trial(model, device, threads):
+    """A Program of one row for trying out, on up to `threads` threads; or a NotWritten."""
+    choices = model.chosen(1)._replace(threads=threads, watch=None)
+    cache = Cache(model, 1, min(model.config.block_size, 64), choices)
+    return program_of(model, cache, model.config.vocab_size, 1, device)
+
+
+def time_threads(program):
+    """{number of threads: seconds of the fastest step}, for numbers up to the program's."""
+    room = program.cache.layers[0].size(3)
+    history = torch.zeros(1, room + 1, dtype=torch.long)
+    most, took = program.threads, {}
+    for threads in sorted({*(n for n in COUNTS if n < most), most}):
+        program.c.threads, began = threads, time.perf_counter()
+        while time.perf_counter() - began < TRIAL:
+            program.begin(history, [0], [1])
+            for _ in range(room):
+                at = time.perf_counter()
+                program.step()
+                now = time.perf_counter()
+                took[threads] = min(now - at, took.get(threads, now))
+                if now - began > TRIAL:
+                    break
+    program.c.threads = most
+    return took
+
+
+def fewest(took, slack=1.03):
+    """Of what time_threads gives, the smallest number that is as good as the best."""
+    return min(n for n, seconds in took.items() if seconds <= slack * min(took.values()))
+
+
+class Watch:
+    """What the ops of a run's programs did, which are all of one model and one way to sample."""
+
+    def __init__(self):
+        self.program, self.steps, self.ticks, self.read = None, 0, [], []
+
+    def show(self, program):
+        """From now on this program is watched; the one before is done."""
+        self.take()
+        program.c.watched, self.program = 1, program
+        self.names, self.work = program.names, program.work
+        self.ops = [(op.meets, op.act, MatrixC.from_buffer_copy(op.w)) for op in program.table]
+
+    def take(self):
+        """Add what the program has counted, which may go."""
+        if self.program is not None:
+            self.steps += self.program.c.steps
+            for kept, field in ((self.ticks, "ticks"), (self.read, "read")):
+                found = [getattr(op, field) for op in self.program.table]
+                kept[:] = [a + b for a, b in itertools.zip_longest(kept, found, fillvalue=0)]
+        self.program = None
+
+    def rows(self):
+        """Of each op of a mean step: (number, op, where, act, rows x width, weights, bytes, multiply-adds, do
+        threads meet before it, microseconds)."""
+        self.take()
+        for n, (name, work, (meets, act, w)) in enumerate(zip(self.names, self.work, self.ops)):
+            code, _, where = name.partition(" ")
+            each = self.read[n] / self.steps
+            macs, size = (each * work[1], each * work[2]) if work[0] == "read" else work
+            shape = f"{w.rows} x {w.width}" if w.rows else ""
+            kind = KIND_NAMES.get(w.kind, f"kind {w.kind}") if w.rows else ""
+            act = "" if act == ACTS["none"] else next(key for key, code in ACTS.items() if code == act)
+            yield (n, code, where, act, shape, kind, round(size), round(macs), "meet" if meets else "",
+                   self.ticks[n] / self.steps / 1000)
+
+    def __str__(self):
+        """A table; times are those of the first thread, its waiting for the others included."""
+        if not (self.program and self.program.c.steps) and not self.steps:
+            return "no decode program ran a step"
+        rows = list(self.rows())
+        size, macs, took = (sum(row[place] for row in rows) for place in (6, 7, 9))
+        heads = "", "op", "where", "act", "rows x width", "weights", "bytes", "multiply-adds", "threads", "us"
+        total = ("", "all", "", "", "", "", size, macs, f"{sum(row[8] == 'meet' for row in rows)} meet", took)
+        cells = [heads, *([*map(str, row[:6]), *(f"{count:,}" if count else "" for count in row[6:8]), row[8],
+                           f"{row[9]:,.1f}"] for row in (*rows, total))]
+        widths = [max(len(row[place]) for row in cells) for place in range(len(heads))]
+        right = 0, 6, 7, 9
+        lines = ["  ".join(cell.rjust(width) if n in right else cell.ljust(width)
+                           for n, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+        return "\n".join((*lines, f"{self.steps} steps, {size / max(took, 1e-9) / 1000:.2f} GB/s of weights"))

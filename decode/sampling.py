@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError, require
+from decode import draws as counted
 from decode import engine
 from decode.context import Cache, CachedContext, take_tokens
 
@@ -16,8 +17,9 @@ class Damaged(ConfigError):
     """A model whose logits are not numbers."""
 
 
-def check_sampling(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+def check_sampling(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0, draws="torch"):
     """ConfigError unless a Sampler can draw with these."""
+    require(draws in ("engine", "torch"), f"draws='{draws}' must be engine or torch")
     require(temperature == 0 or COLDEST <= temperature < math.inf,
             f"temperature={temperature} must be 0 (greedy) or a number from {COLDEST} on: type 0, or 0.8 for "
             "example")
@@ -38,23 +40,37 @@ class Sampler:
     the smallest set whose probability reaches top_p (1904.09751); min_p: at least min_p times the largest
     probability (2407.01082).
     vocab_size: ids from there on are never chosen (a padded vocabulary has rows that mean nothing).
+    draws: torch draws as nanoGPT does, from torch's generator; engine by a counter (decode/draws.py), which
+    costs the decode engine little.
     """
 
+    at = None                                    # (key, columns) of what is drawn next: a stream says it
+
     def __init__(self, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-                 vocab_size=None):
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+                 vocab_size=None, draws="torch"):
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, draws)
         require(vocab_size is None or vocab_size >= 1, f"vocab_size={vocab_size} must be at least 1 id")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repetition_penalty, self.vocab_size = repetition_penalty, vocab_size
+        self.repetition_penalty, self.vocab_size, self.draws = repetition_penalty, vocab_size, draws
 
     def wants(self):
         """How many of the largest logits decide what is drawn; None: all of them may."""
         return None if self.repetition_penalty != 1.0 else 1 if self.greedy else self.top_k
 
     @property
-    def follows(self):
-        """Is the next id the largest logit's, whatever the row holds? Then the decode engine finds it."""
-        return self.greedy and self.repetition_penalty == 1.0 and type(self) is Sampler
+    def looks_back(self):
+        """Does it ask which ids are in the row?"""
+        return self.repetition_penalty != 1.0 or type(self) is not Sampler
+
+    @property
+    def in_engine(self):
+        """Does the decode engine choose the next ids itself?"""
+        return (self.greedy or self.draws == "engine") and type(self) is Sampler
+
+    @property
+    def draws_in_engine(self):
+        """Is that more than the largest logit's id?"""
+        return self.in_engine and not (self.greedy and self.repetition_penalty == 1.0)
 
     @property
     def greedy(self):
@@ -66,6 +82,10 @@ class Sampler:
         row's largest logit is not finite."""
         if self.greedy:
             return finite(self.penalised(logits, seen)).argmax(-1, keepdim=True)
+        if self.draws == "engine":
+            (key, columns), self.at = self.at or (counted.new_key(), [0] * len(logits)), None
+            ids = counted.draw(self, key, columns, logits, seen)
+            return damaged() if ids is None else ids
         return torch.multinomial(self.probabilities(logits, seen), num_samples=1)
 
     def probabilities(self, logits, seen):
@@ -88,7 +108,7 @@ class Sampler:
             kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, [-1]]
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p < 1:
-            ordered, order = logits.softmax(-1).sort(descending=True)
+            ordered, order = logits.softmax(-1).sort(descending=True, stable=True)      # of equals the first
             beyond = ordered.cumsum(-1) - ordered >= self.top_p          # the token that reaches top_p stays
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
         if self.min_p > 0:
@@ -100,10 +120,12 @@ class Sampler:
 
 def finite(logits):
     """Logits (B, V) as they are; Damaged where a row's largest is NaN or infinite. Others may be -inf."""
-    if not logits.amax(-1).isfinite().all():
-        raise Damaged("the model's logits are not finite: its weights are damaged, or its training has "
-                      "diverged; take another checkpoint")
-    return logits
+    return logits if logits.amax(-1).isfinite().all() else damaged()
+
+
+def damaged():
+    raise Damaged("the model's logits are not finite: its weights are damaged, or its training has diverged; "
+                  "take another checkpoint")
 
 
 @torch.inference_mode()
@@ -130,10 +152,13 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens), choices)
     step = Step(model, cache, history) if replays(model, idx.device) else None
-    program = engine.program_of(model, cache, min(V, sampler.vocab_size or V), sampler.wants(), idx.device)
+    ids, made = min(V, sampler.vocab_size or V), 0
+    key = counted.new_key() if getattr(sampler, "draws", "torch") == "engine" else None
+    looks_back = getattr(sampler, "looks_back", True)
+    how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "draws_in_engine", False) else None
+    program = engine.program_of(model, cache, ids, sampler.wants(), idx.device, how)
     for module in model.modules() if step else ():         # a recorded step may not ask a GPU what it holds
         getattr(module, "sound", bool)()
-    ids, made = min(V, sampler.vocab_size or V), 0
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     while made < max_new_tokens:
         for row, (first, end) in enumerate(zip(firsts, ends)):
@@ -141,35 +166,41 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
                 firsts[row], cached = end - keep, False
         if program and cached:
             steps = min(max_new_tokens - made, *(first + block - end + 1 for first, end in zip(firsts, ends)))
-            yield from run(program, history, firsts, ends, steps, sampler, seen)
+            yield from run(program, history, firsts, ends, steps, sampler, seen, key)
             ends, made = [end + steps for end in ends], made + steps
             continue
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         cached, made = True, made + 1
+        if key is not None:
+            sampler.at = key, ends
         token = sampler(model.largest(states, sampler.wants(), ids, cache), seen[:, :ids])
         history[rows, column(ends, idx.device)] = token
-        seen.scatter_(1, token, True)
+        if looks_back:
+            seen.scatter_(1, token, True)
         ends = [end + 1 for end in ends]
         yield token
 
 
-def run(program, history, firsts, ends, steps, sampler, seen):
+def run(program, history, firsts, ends, steps, sampler, seen, key=None):
     """Yield the next `steps` ids (B, 1) by the decode engine, see stream; no row's window overflows."""
     program.begin(history, firsts, ends)
-    at, rows = torch.tensor(ends)[:, None], torch.arange(len(ends))[:, None]
-    alike, ids, first = len(set(ends)) == 1, program.ids, ends[0]
-    follows = getattr(sampler, "follows", False)           # what stands in a Sampler's place chooses itself
+    at, alike, first = torch.tensor(ends)[:, None], len(set(ends)) == 1, ends[0]
+    if getattr(sampler, "in_engine", False):
+        new = history[:, first:first + steps].split(1, dim=1)          # views: an id shows once it is written
+        for made in range(steps):
+            program.advance() or damaged()
+            yield new[made] if alike else history.gather(1, at + made)
+        return
+    rows, looks_back = torch.arange(len(ends))[:, None], getattr(sampler, "looks_back", True)
     for made in range(steps):
-        logits = program.step()
-        if follows:
-            program.follow() or finite(logits)
-            here = first + made
-            yield history[:, here:here + 1] if alike else history.gather(1, at + made)
-            continue
-        token = sampler(logits.clone(), seen[:, :ids])
+        logits = program.step().clone()
+        if key is not None:
+            sampler.at = key, [end + made for end in ends]
+        token = sampler(logits, seen[:, :program.ids])
         history[rows, at + made] = token
-        seen.scatter_(1, token, True)
+        if looks_back:
+            seen.scatter_(1, token, True)
         yield token
 
 

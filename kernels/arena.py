@@ -14,8 +14,8 @@ HUGE, LINE = 2 << 20, 64                         # bytes of a huge page, and of 
 
 def move_weights(model):
     """Move the parameters and buffers of a model on the CPU into an arena, in place: they become views of
-    it, with their shapes and strides -> the sentence that says how much of it lies on huge pages, a line;
-    nothing where there is no more than one of them, or not Linux."""
+    it, with their shapes and strides -> the sentence that says how much of it lies on huge pages;
+    empty where there is no more than one of them, or not Linux."""
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return ""                                # huge pages are asked for on Linux alone
     tensors = [t for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -34,7 +34,7 @@ def move_weights(model):
             tensor.data = view
             place += -(-tensor.nbytes // LINE) * LINE
     granted = min(1.0, granted_bytes(flat.data_ptr() + begin) / size)
-    return f"{size / 1e6:,.0f} MB of weights in one arena, {granted:.0%} of it on huge pages\n"
+    return f"{size / 1e6:,.0f} MB of weights in one arena, {granted:.0%} of it on huge pages"
 
 
 def like(flat, tensor):

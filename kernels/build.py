@@ -39,10 +39,12 @@ def cpu_library():
         return None, f"no C kernels: {compiler} did not build them ({type(error).__name__})"
     except OSError as error:
         return None, f"no C kernels: they could not be built or loaded ({error})"
-    for call in (library.step, library.follow):
+    for call in (library.step, library.follow, library.step_and_follow):
         call.argtypes = [ctypes.c_void_p]
     for call in (library.whole_products, library.whole_rows_sum):
         call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
+    library.draw.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
+    library.uniform.argtypes, library.uniform.restype = [ctypes.c_uint64] * 3, ctypes.c_double
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]

@@ -44,8 +44,9 @@ struct program {
     int64_t scratch_size;                        /* bytes of a thread */
     int64_t *ids[ROWS];                          /* row by row: ids that were read, and are to be read */
     int64_t columns[ROWS];                       /* of the token to be read, row by row */
-    int64_t best[ROWS];                          /* the largest logit's id; -1: it is not finite */
+    int64_t best[ROWS];                          /* the chosen id; -1: the largest logit is not finite */
     double cost[2], spent;                       /* seconds of a step alone and together, see step */
+    int64_t steps;                               /* that were run */
 };
 
 struct thread { struct program *program; long number, threads; float *own; char *scratch; };
@@ -1127,6 +1128,208 @@ static void op_best(const struct op *o, struct thread *me) {
     }
 }
 
+/* ---- choosing the next id: Sampler of decode/sampling.py, drawn by a counter (decode/draws.py) ---- */
+
+struct draws {
+    double temperature, top_p, min_p, penalty;   /* temperature 0: the largest */
+    int64_t top_k;
+    uint64_t key;
+    uint8_t *seen;                               /* (rows, seen_stride): ids that are in the row; or none */
+    int64_t seen_stride;
+    int64_t firsts[ROWS];                        /* the column of its history that a row's window begins at */
+};
+
+/* a number in [0, 1) of (key, column, row): 53 bits of Philox 4x32-10 (Salmon et al. 2011) */
+static double number_of(uint64_t key, uint64_t column, uint64_t row) {
+    uint32_t c[4] = { (uint32_t)column, (uint32_t)(column >> 32), (uint32_t)row, (uint32_t)(row >> 32) };
+    uint32_t k[2] = { (uint32_t)key, (uint32_t)(key >> 32) };
+    for (int i = 0; i < 10; i++) {
+        uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
+        c[0] = (uint32_t)(b >> 32) ^ c[1] ^ k[0];
+        c[2] = (uint32_t)(a >> 32) ^ c[3] ^ k[1];
+        c[1] = (uint32_t)b;
+        c[3] = (uint32_t)a;
+        k[0] += 0x9E3779B9;
+        k[1] += 0xBB67AE85;
+    }
+    return (double)((uint64_t)c[0] << 21 | c[1] >> 11) * 0x1p-53;
+}
+
+double uniform(uint64_t key, uint64_t column, uint64_t row) { return number_of(key, column, row); }
+
+/* Which of m masses e, in falling order of their keys, of equal ones the first, make up `wanted`: those whose
+   predecessors do not reach it. -> the key of the last, and how many of that key. A sort of a digit at a time,
+   of which only the digit's bin that reaches it is looked into further. */
+static uint32_t reach(const uint32_t *key, const float *e, long m, double wanted, long *ties) {
+    double before = 0, mass[4096];
+    uint32_t count[4096], found = 0;
+    const int shifts[3] = { 20, 10, 0 }, bits[3] = { 12, 10, 10 };
+    for (int level = 0; level < 3; level++) {
+        int shift = shifts[level], bins = 1 << bits[level];
+        memset(mass, 0, bins * sizeof(double));
+        memset(count, 0, bins * sizeof(uint32_t));
+        for (long j = 0; j < m; j++) {
+            if (level && key[j] >> shifts[level - 1] != found) continue;
+            mass[key[j] >> shift & (bins - 1)] += e[j];
+            count[key[j] >> shift & (bins - 1)]++;
+        }
+        long last = -1, b = bins - 1;                           /* sums round: the last bin may not reach it */
+        double above = before;
+        for (; b >= 0; b--) {
+            if (!count[b]) continue;
+            last = b;
+            above = before;
+            before += mass[b];
+            if (before >= wanted) break;
+        }
+        before = above;
+        found = found << bits[level] | (uint32_t)last;
+        *ties = count[last];
+    }
+    for (long j = 0; j < m; j++) {
+        if (key[j] != found) continue;
+        long all = *ties;
+        for (*ties = 0; *ties < all && before < wanted; ++*ties) before += e[j];
+        break;
+    }
+    return found;
+}
+
+#define CHUNK 64                                 /* logits or masses that are looked at together first */
+
+/* the sum of m masses, and of each CHUNK of them */
+static double sum_of(const float *e, long m, double *chunk) {
+    double all = 0;
+    for (long j = 0; j < m; j += CHUNK) {
+        long end = j + CHUNK < m ? j + CHUNK : m;
+        float sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (long i = j; i < end; i++) sum += e[i];
+        all += chunk[j / CHUNK] = sum;
+    }
+    return all;
+}
+
+/* The next id of a row of n logits x, by `u` in [0, 1); -1: its largest logit is not finite. With top_k only
+   those CHUNKs are looked into whose largest is among the k largest of such: no other can hold one. */
+static int64_t choose_id(const struct draws *d, const float *x, long n, const uint8_t *seen, double u, char *room) {
+    float *t = (float *)room, *e = t + n, most = -INFINITY, wrong = 0, r = d->penalty, bound = -INFINITY;
+    uint32_t *key = (uint32_t *)(e + n);
+    int32_t *id = (int32_t *)(key + n);
+    double *chunk = (double *)(room + (n * 16 + 63) / 64 * 64);
+    int greedy = d->temperature == 0 || d->top_k == 1;
+    float cold = greedy ? 1 : d->temperature;
+    long m = 0, k = d->top_k > 0 && d->top_k < n ? d->top_k : 0, chunks = (n + CHUNK - 1) / CHUNK;
+    if (seen && d->penalty != 1) {
+        for (long i = 0; i < n; i++) t[i] = seen[i] ? x[i] > 0 ? x[i] / r : x[i] * r : x[i];
+        x = t;
+    }
+    for (long c = 0; c < chunks; c++) {
+        long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
+        float high = -INFINITY;
+        #pragma omp simd reduction(max:high) reduction(+:wrong)
+        for (long i = c * CHUNK; i < end; i++) {
+            high = x[i] > high ? x[i] : high;
+            wrong += x[i] != x[i];
+        }
+        e[c] = high;
+        most = high > most ? high : most;
+    }
+    if (wrong != 0 || !(fabsf(most / cold) < INFINITY)) return -1;
+    if (greedy) {
+        long i = 0;
+        while (x[i] != most) i++;
+        return i;
+    }
+    most /= cold;
+    if (k && k < chunks) {
+        for (long c = 0; c < chunks; c++) key[c] = order(e[c]);
+        union { uint32_t u; float f; } v = { kth(key, chunks, k) };
+        v.u = v.u >> 31 ? v.u ^ 0x80000000u : ~v.u;
+        bound = v.f / cold;
+    }
+    if (bound == -INFINITY) {
+        for (long i = 0; i < n; i++) id[i] = i;
+        for (long i = 0; i < n; i++) t[i] = x[i] / cold;
+        m = n;
+    } else for (long c = 0; c < chunks; c++) {
+        long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
+        if (e[c] / cold < bound) continue;
+        for (long i = c * CHUNK; i < end; i++) {
+            float v = x[i] / cold;
+            t[m] = v;
+            id[m] = i;
+            m += v >= bound;
+        }
+    }
+    if (k && k < m) {
+        for (long j = 0; j < m; j++) key[j] = order(t[j]);
+        memcpy(e, key, m * sizeof(uint32_t));
+        uint32_t edge = kth((uint32_t *)e, m, k);
+        long kept = 0;
+        for (long j = 0; j < m; j++) {                          /* ties of the k-th stay */
+            t[kept] = t[j];
+            id[kept] = id[j];
+            kept += key[j] >= edge;
+        }
+        m = kept;
+    }
+    #pragma omp simd
+    for (long j = 0; j < m; j++) e[j] = t[j] - most < -87 ? 0 : exp_of(t[j] - most);
+    if (d->top_p < 1) {
+        for (long j = 0; j < m; j++) key[j] = order(t[j]);
+        long ties, kept = 0;
+        uint32_t edge = reach(key, e, m, d->top_p * sum_of(e, m, chunk), &ties);
+        for (long j = 0; j < m; j++) {
+            int stays = key[j] > edge || (key[j] == edge && ties-- > 0);
+            e[kept] = e[j];
+            id[kept] = id[j];
+            kept += stays;
+        }
+        m = kept;
+    }
+    float least = d->min_p;                                     /* the largest is 1 */
+    #pragma omp simd
+    for (long j = 0; j < m; j++) e[j] = e[j] < least ? 0 : e[j];
+    double want = u * sum_of(e, m, chunk), sum = 0;
+    long j = 0;
+    for (; j + CHUNK < m && sum + chunk[j / CHUNK] <= want; j += CHUNK) sum += chunk[j / CHUNK];
+    int64_t last = -1;
+    for (; j < m && sum <= want; j++) {
+        if (e[j] > 0) last = id[j];
+        sum += e[j];
+    }
+    for (long i = m - 1; last < 0 && i >= 0; i--) if (e[i] > 0) last = id[i];          /* sums that rounded */
+    return last;
+}
+
+/* Next ids of `rows` rows of n logits, `stride` floats apart, which go to columns[r] -> ids, 1; 0 where one's
+   largest logit is not finite. For what a program has not computed. */
+int draw(const struct draws *d, const float *x, int64_t stride, int64_t rows, int64_t n, const int64_t *columns,
+         int64_t *ids) {
+    char *room = heap(n * 17 + 1024);
+    int fine = 1;
+    for (long r = 0; r < rows; r++) {
+        const uint8_t *seen = d->seen ? d->seen + r * d->seen_stride : 0;
+        ids[r] = choose_id(d, x + r * stride, n, seen, number_of(d->key, columns[r], r), room);
+        fine &= ids[r] >= 0;
+    }
+    free(room);
+    return fine;
+}
+
+/* p[0]: draws. The next id of each row's n[0] logits -> program.best; noted in `seen`. */
+static void op_draw(const struct op *o, struct thread *me) {
+    struct program *p = me->program;
+    struct draws *d = (struct draws *)o->p[0];
+    for (long r = me->number; r < p->rows; r += me->threads) {
+        uint8_t *seen = d->seen ? d->seen + r * d->seen_stride : 0;
+        double u = number_of(d->key, d->firsts[r] + p->columns[r] + 1, r);
+        p->best[r] = choose_id(d, at(me, o->in) + r * o->n[0], o->n[0], seen, u, me->scratch);
+        if (seen && p->best[r] >= 0) seen[p->best[r]] = 1;
+    }
+}
+
 /* A head of which the n[0] largest outputs are wanted: p[0] (rows, width) int8 copy of w, p[1] its scales,
    p[2] its errors (see screened). in: x. The first op: by = low and high bounds of each row (2, rows). The
    second (n[1]): out = w . x where it can be among them, else -inf. */
@@ -1179,7 +1382,7 @@ static void op_screened(struct op *o, struct thread *me) {
 
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
        SOFTCAP, BEST, BOUNDS, SCREENED, ABOVE, MIX,
-       EXPERTS, BRANCHES, ATTEND_OPEN, ROWS_OF };
+       EXPERTS, BRANCHES, ATTEND_OPEN, ROWS_OF, DRAW };
 
 static int64_t now(void) {
     struct timespec t;
@@ -1215,18 +1418,20 @@ static void run_program(struct program *p, long number, long threads) {
         case BRANCHES: op_branches(o, &me); break;
         case ATTEND_OPEN: op_attend_open(o, &me); break;
         case ROWS_OF: op_rows_of(o, &me); break;
+        case DRAW: op_draw(o, &me); break;
         }
         if (began) o->ticks += now() - began;
     }
     meet(&me);
 }
 
-/* One token of every row: ids[r][columns[r]] is read, its logits and best ids are left in the program, and
+/* One token of every row: ids[r][columns[r]] is read, its logits and chosen ids are left in the program, and
    the next columns will be read. By all threads or by one alone, whichever has been faster of late: where
    other work holds a processor, each meeting waits for a thread that does not run. The other way is tried
-   again whenever it would cost no more than a part in TRIED. */
+   again whenever it would cost no more than a part in TRIED. What is exported is not called here: another
+   library, as the C library itself, may have a `step` too, and the loader would take that one. */
 #define TRIED 32
-void step(struct program *p) {
+static void one_step(struct program *p) {
     int many = p->threads > 1 && p->cost[1] <= p->cost[0];
     if (p->threads > 1 && p->spent >= TRIED * p->cost[!many]) {
         many = !many;
@@ -1239,15 +1444,24 @@ void step(struct program *p) {
     *cost = *cost == 0 ? took : *cost + more / (more < 0 ? 4 : 8);
     p->spent += took;
     for (long r = 0; r < p->rows; r++) p->columns[r]++;
+    p->steps++;
 }
+void step(struct program *p) { one_step(p); }
 
-/* Write the best ids where the next step reads them -> 1, or 0 where one is not finite */
-int follow(struct program *p) {
+/* Write the chosen ids where the next step reads them -> 1, or 0 where a row's largest logit is not finite */
+static int write_ids(struct program *p) {
     for (long r = 0; r < p->rows; r++) {
         if (p->best[r] < 0) return 0;
         p->ids[r][p->columns[r]] = p->best[r];
     }
     return 1;
+}
+int follow(struct program *p) { return write_ids(p); }
+
+/* Both in one call */
+int step_and_follow(struct program *p) {
+    one_step(p);
+    return write_ids(p);
 }
 
 /* y (count, rows of w) = w . x of floats (count, width), and y (count, width) = the sums of rows of w times a

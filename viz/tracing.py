@@ -17,6 +17,7 @@ from decode import sampling
 
 FORWARD = "a trace watches the modules' own steps"
 LIKELY = 5                                       # alternatives that the page names for each token
+FORWARD = "a trace watches the modules' own steps"
 PAGE = Path(__file__).with_suffix(".html")
 
 
@@ -154,7 +155,7 @@ def write(path, recorder, about):
     about = {"model": f"{config.n_layer} layers, {config.n_embd} wide", "flags": " ".join(flags) or "none",
              **about}
     longest = max(len(sample["tokens"]) for sample in recorder.samples)
-    if longest > config.block_size:
+    if longest > config.block_size and about.get("overflow", "exact") == "exact":
         about["note"] = f"past {config.block_size} tokens --overflow=exact reads the window anew every step"
     data = {"about": about, "layers": config.n_layer, "dense": dense_macs(config),
             "groups": config.columns or config.experts, "group": "column" if config.columns else "expert",

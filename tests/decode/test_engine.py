@@ -40,12 +40,16 @@ class Program(engine.Program):
     """A Program that counts its steps; `workers` of them run it, torch's own threads stay as they are."""
     steps, workers = 0, 1
 
-    def __init__(self, *arguments, threads=None):
-        super().__init__(*arguments, threads=threads or Program.workers)
+    def __init__(self, model, cache, ids, wants, threads=None, draws=None):
+        super().__init__(model, cache, ids, wants, threads or Program.workers, draws)
 
     def step(self):
         Program.steps += 1
         return super().step()
+
+    def advance(self):
+        Program.steps += 1
+        return super().advance()
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +271,7 @@ def test_python_threads_decode_at_once(threads):
 def by_steps_alone(model, idx):
     """Logits (rows, T, ids) of a program that reads idx from its first token on; None without a program."""
     program = engine.program_of(model, Cache(model, len(idx), idx.size(1)), 31, None, idx.device)
-    if program is None:
+    if not program:
         return None
     program.begin(idx, [0] * len(idx), [1] * len(idx))
     return torch.stack([program.step().clone() for _ in range(idx.size(1))], dim=1)
