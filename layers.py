@@ -53,6 +53,10 @@ class Linear(nn.Linear):
         """Append the product with x to a decode program (decode/engine.py) -> where the result lies."""
         return p.linear(x, p.matrix(self.matrix(), self.bias), **options)
 
+    def emit_some(self, p, x, rows):
+        """`some` of a decode program."""
+        return p.linear(x, p.matrix(self.matrix()[rows], None if self.bias is None else self.bias[rows]))
+
     def matrix(self):
         """What inputs are multiplied by, (n_out, n_in)."""
         return self.weight
@@ -163,6 +167,10 @@ class Packed(nn.Module):
         matrix = p.packed(self.values, self.meta, self.bias, self.width)
         return p.linear(x, matrix, act=act if self.act == "none" else self.act, **options)
 
+    def emit_some(self, p, x, rows):
+        bias = None if self.bias is None else self.bias[rows]
+        return p.linear(x, p.packed(self.values[rows], self.meta[rows], bias, self.width), act=self.act)
+
     def some(self, x, rows):
         values, bias = self.values[rows].to(x.dtype), cast(self.bias, x.dtype)
         return kernels.linear_24(x, values, self.meta[rows], bias if bias is None else bias[rows],
@@ -245,6 +253,10 @@ class LargestInputs(NeuronMajor):
 
     def emit(self, p, x, **options):
         return super().emit(p, p.largest(x, self.in_features, self.k), **options)
+
+    def emit_some(self, p, x, rows):
+        matrix = p.without_first(p.matrix(self.weight.t(), self.bias), rows.start)
+        return p.rows_sum(p.largest(x, self.in_features, self.k), matrix, all=not self.sound())
 
     def some(self, x, rows):
         return super().some(kernels.keep_largest(x, self.k), rows)
@@ -582,11 +594,15 @@ class Attention(nn.Module):
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
         return y.transpose(1, 2).flatten(2)
 
-    def emit_attention(self, p, qkv):
-        """Append what `attend` computes of queries, keys and values."""
+    def emit_attention(self, p, qkv, alone=False):
+        """Append what `attend` computes of queries, keys and values; alone: see Program.attend."""
         return p.attend(qkv, self.layer, self.heads, self.width, EPS if self.normalised else None,
                         p.rotation if self.rotate is rotate else None,
-                        getattr(self.query_gain, "weight", None))
+                        getattr(self.query_gain, "weight", None), alone)
+
+    def emit_kv(self, p, x):
+        """Append `write_kv` of x."""
+        self.emit_attention(p, self.c_attn.emit_some(p, x, slice(self.heads * self.width, None)), alone=True)
 
     def write_kv(self, x, ctx):
         """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""

@@ -260,6 +260,10 @@ class Block(nn.Module):
         x = self.mlp.emit(p, self.ln_2.emit(p, x), onto=x)
         return x if self.adapt is as_is else self.adapt.emit(p, x)
 
+    def emit_kv(self, p, x):
+        """Append `write_kv`."""
+        self.attn.emit_kv(p, self.ln_1.emit(p, x))
+
     def write_kv(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
         self.attn.write_kv(self.ln_1(x), ctx)
@@ -274,6 +278,9 @@ class PonderingBlock(Block):
 
     def forward(self, x, ctx):
         return self.halting(x, ctx, self.attn, super().forward)
+
+    def emit(self, p, x):
+        return self.halting.emit(p, x, self.attn.layer, super().emit)
 
 
 class RecomputedBlock(Block):

@@ -17,7 +17,8 @@ ROWS = 8                                         # of a batch, as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
-    "columns", "choose", "softcap", "best", "bounds", "screened"))}
+    "columns", "choose", "softcap", "best", "bounds", "screened", "enter", "leave", "owe", "halt", "group",
+    "spread", "join"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -34,7 +35,8 @@ class MatrixC(ctypes.Structure):
 class OpC(ctypes.Structure):
     _fields_ = [("code", LONG), ("meets", LONG), ("act", LONG), ("all", LONG), ("in", LONG), ("out", LONG),
                 ("onto", LONG), ("list", LONG), ("by", LONG), ("n", LONG * 8), ("f", FLOAT * 4),
-                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("ticks", LONG)]
+                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("ticks", LONG), ("runs", LONG),
+                ("lanes", LONG)]
 
 
 class ProgramC(ctypes.Structure):
@@ -65,6 +67,32 @@ class Listed(NamedTuple):
     size: int
 
 
+class Owed(NamedTuple):
+    """What tokens that leave early leave behind: their states (rows, length, C), and up to which column no
+    token owes keys and values to a layer, (rows, layers). counts: the address of the count of layers run."""
+    states: torch.Tensor
+    paid: torch.Tensor
+    counts: int
+
+    def begin(self, columns, cache):
+        """The tokens at `columns` are read next; what those before them owe is in the cache."""
+        self.paid.copy_(torch.tensor(columns)[:, None])
+        for layer, owed in cache.deferred_kv.items():
+            before = {column: x for column, x in owed.items() if column < columns[0]}
+            for column, x in before.items():
+                self.states[0, column] = x.flatten()
+            self.paid[0, layer] = min([columns[0], *before])
+        cache.deferred_kv.clear()
+
+
+class Skip(NamedTuple):
+    """An op that may go on further down, which n it says so in, and what had been written and looked at."""
+    op: OpC
+    n: int
+    written: set
+    looked_at: set
+
+
 class Program:
     """The ops of a model's decode step over a Cache, for `rows` rows at columns of their own."""
 
@@ -80,7 +108,8 @@ class Program:
         self.shared = self.own = 0
         self.scratch = 1024
         self.written, self.looked_at = set(), set()
-        self.every = 1
+        self.again = 0                           # which run of a block that is run several times
+        self.counters, self.begins = [], []      # of modules; what takes over from the cache
         self.module = ""
         self.threads = threads or torch.get_num_threads()
         self.c = ProgramC(rows=self.rows, threads=self.threads, rounds=self.dtype == torch.bfloat16)
@@ -131,6 +160,13 @@ class Program:
                     bias=self.vector(bias))
         return Matrix(c, values[0].nbytes + meta[0].nbytes, width // 2)
 
+    def without_first(self, matrix, columns):
+        """A matrix of one row for each unit, without its first columns."""
+        c, size = matrix.c, matrix.bytes // matrix.c.width
+        part = MatrixC(kind=c.kind, rows=c.rows, width=c.width - columns, stride=c.stride,
+                       data=c.data + columns * size, bias=c.bias and c.bias + 4 * columns)
+        return Matrix(part, part.width * size, part.width)
+
     # ------------------------------------------------ ops
 
     def add(self, code, reads=(), writes=(), scratch=0, n=(), f=(), p=(), matrix=None, counts=None, **fields):
@@ -150,7 +186,7 @@ class Program:
         if matrix is not None:
             op.w = matrix.c
         self.ops.append(op)
-        self.work.append(counts or (0, 0))
+        self.work.append((counts or (0, 0), self.rows))
         self.names.append(f"{code} {self.module}".strip())
         self.scratch = max(self.scratch, scratch)
 
@@ -228,14 +264,15 @@ class Program:
         self.add("swiglu", (x,), (y,), 0, (size,), **{"in": x, "out": y})
         return y
 
-    def attend(self, qkv, layer, heads, width, eps, rotation, gain):
+    def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):
         """Attention of queries, keys and values (3, heads, width) over the cache of a layer, to which it adds
         keys and values. eps: of the norm of queries and keys, or None; rotation: tables of cosines and sines,
-        or None; gain: of each head, or None."""
-        kept, y = self.cache.layers[layer], self.value(heads * width)
+        or None; gain: of each head, or None. alone: they are keys and values (2, heads, width), to be added
+        and no more."""
+        kept, y = self.kv(layer), None if alone else self.value(heads * width)
         size = kept.size(3)
         cos, sin = rotation or (None, None)
-        self.add("attend", (qkv,), (y,), 4 * (3 * width + size + 64), (heads, width, size, self.every,
+        self.add("attend", (qkv,), (y,), 4 * (3 * width + size + 64), (heads, width, size, alone,
                  self.dtype == torch.bfloat16), (-1.0 if eps is None else eps,),
                  (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
                  **{"in": qkv, "out": y})
@@ -254,6 +291,11 @@ class Program:
         chosen = Listed(self.value(k + 1, own=True), None, k)
         self.add("choose", (scores,), (), 8 * count, (count, k), list=chosen.list, **{"in": scores})
         return chosen
+
+    def kv(self, layer, run=None):
+        """The cache of a layer, or of a run of its block."""
+        run = self.again if run is None else run
+        return self.cache.layers[self.cache.depth + run - 1 if run else layer]
 
     def listed(self, most):
         """Room for a list of units and their factors."""
@@ -278,6 +320,95 @@ class Program:
         self.add("best", (y,), (), 0, (self.ids,), **{"in": y})
         self.answer = y
         return y
+
+    # ------------------------------------------------ ops that choose which lanes the next ones compute
+
+    def skip(self, n=1):
+        """The op that was appended last may go on where `land` will say, in its n[n]."""
+        return Skip(self.ops[-1], n, set(self.written), set(self.looked_at))
+
+    def land(self, *skips):
+        """These go on at the op that is appended next."""
+        for skip in skips:
+            skip.op.n[skip.n] = len(self.ops)
+            self.written |= skip.written
+            self.looked_at |= skip.looked_at
+
+    def counter(self, module, name):
+        """The address of a number that a step adds to an attribute of a module."""
+        self.counters.append((module, name, LONG()))
+        return ctypes.addressof(self.counters[-1][2])
+
+    def enter(self, counts, size=0):
+        """From here on lanes may drop out; counts: the address of how many have entered. With a size: zeros
+        of all lanes -> where they lie."""
+        y = self.value(size) if size else None
+        self.add("enter", (), (y,), 0, (size,), (), (counts,), out=y)
+        return y
+
+    def join(self, x=None, size=0, out=None, layers=0, owed=None):
+        """From here on all lanes that there were before `enter`; those that have not left write x to out."""
+        about = (owed.paid.data_ptr(), owed.counts) if owed else ()
+        self.add("join", (x,), (out,), 0, (size, -1, 0, layers, layers), (), about, **{"in": x, "out": out})
+        return out
+
+    def owed(self, layers, size, counts):
+        """Room for what tokens that leave early owe -> Owed."""
+        owed = Owed(torch.zeros(self.rows, self.cache.length, size),
+                    torch.zeros(self.rows, layers, dtype=torch.int64), counts)
+        self.kept += owed.states, owed.paid
+        self.begins.append(owed.begin)
+        return owed
+
+    def leave(self, x, size, probe, threshold, out, depth, owed):
+        """Lanes leave whose probe is sure, behind so many layers: with x as out -> Skip where none stays."""
+        states, paid = owed.states, owed.paid
+        self.add("leave", (x, probe), (), 0, (size, 0, states.size(1), depth, paid.size(1)), (threshold,),
+                 (paid.data_ptr(), owed.counts, states.data_ptr()), out=out, by=probe, **{"in": x})
+        return self.skip()
+
+    def pay(self, owed, layer, emit_kv):
+        """Before a layer is run: what its lanes' earlier tokens owe it, up to ROWS of them at a time."""
+        states, paid, size = owed.states, owed.paid, owed.states.size(2)
+        rows, self.rows = self.rows, ROWS
+        x, here = self.value(size, own=True), len(self.ops)
+        self.add("owe", (), (x,), 0, (size, 0, states.size(1), layer, paid.size(1), self.kv(layer).size(3)),
+                 (), (paid.data_ptr(), None, states.data_ptr()), out=x)
+        skip = self.skip()
+        emit_kv(self, x)
+        self.rows = rows
+        self.join()
+        self.ops[-1].n[1] = here
+        self.land(skip)
+
+    def halt(self, x, size, probe, total, layer, runs, epsilon, counts):
+        """Behind a run of a block: total gets its share of x, lanes halt -> Skip where none goes on."""
+        kept, run, last = self.kv(layer), self.again, self.again + 1 == runs
+        self.add("halt", (x, probe), (), 0, (size, kept.size(2), kept.size(4) * kept.element_size(),
+                 kept.size(3), runs - 1 - run, kept.nbytes, last), (epsilon,),
+                 (kept.data_ptr(), None if last else self.kv(layer, run + 1).data_ptr(), counts), out=total,
+                 by=probe, **{"in": x})
+        return self.skip(7)
+
+    def group(self, x, pool):
+        """The tokens of groups of len(pool), kept as they come; those of complete groups, pooled -> their
+        states twice (one is changed), and Skip where none is complete."""
+        s, size = pool.shape
+        states, g, same = torch.zeros(self.rows, s, size), self.value(size), self.value(size)
+        self.begins.append(lambda columns, cache: states.copy_(cache.states["group"]))
+        self.add("group", (x,), (g, same), 0, (size, 0, s), (), (self.keep(states), self.vector(pool)), out=g,
+                 onto=same, **{"in": x})
+        return g, same, self.skip()
+
+    def spread(self, g, before, x, factors):
+        """x plus what the last complete group of its row was given by the middle layers, g - before, times
+        the factors (s, C) of its phase."""
+        s, size = factors.shape
+        told = torch.zeros(self.rows, size)
+        self.begins.append(lambda columns, cache: told.copy_(cache.states["said"][:, 0]))
+        self.add("spread", (g, before, x), (x,), 0, (size, 0, s), (), (self.keep(told), self.vector(factors)),
+                 out=x, by=before, **{"in": g})
+        return x
 
     # ------------------------------------------------ running
 
@@ -305,6 +436,8 @@ class Program:
         for row, (first, end) in enumerate(zip(firsts, ends)):
             self.c.ids[row] = start + row * length + 8 * first
             self.c.columns[row] = end - 1 - first
+        for take_over in self.begins:
+            take_over([end - 1 - first for first, end in zip(firsts, ends)], self.cache)
 
     def step(self):
         """Read the next id of every row -> logits (B, ids) in fp32, valid until the next step."""
@@ -312,6 +445,9 @@ class Program:
             self.run(self.address)
         else:
             self.count(kernels.tally)
+        for module, name, number in self.counters:
+            setattr(module, name, getattr(module, name) + number.value)
+            number.value = 0
         return self.out
 
     def follow(self):
@@ -321,16 +457,18 @@ class Program:
 
     def count(self, tally):
         """Run a step and add what it has executed to a kernels.Tally."""
-        before = [op.read for op in self.table]
+        before = [(op.read, op.runs, op.lanes) for op in self.table]
         self.run(self.address)
-        for op, read, (macs, size, *more) in zip(self.table, before, self.work):
-            rows = op.read - read if macs == "read" else 1
-            macs, size = (size, *more) if macs == "read" else (macs, size)
-            tally.macs += rows * macs
-            tally.bytes += rows * size
+        for op, (read, runs, lanes), ((macs, *size), rows) in zip(self.table, before, self.work):
+            if macs == "read":
+                tally.macs += (op.read - read) * size[0]
+                tally.bytes += (op.read - read) * size[1]
+            else:
+                tally.macs += macs * (op.lanes - lanes) // rows
+                tally.bytes += size[0] * (op.runs - runs)
 
 
-WAITING = "compartments", "experts", "dendrites", "adapters", "hierarchy", "exits", "ponder"
+WAITING = "compartments", "experts", "dendrites", "adapters"
 
 
 def place(value):
