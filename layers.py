@@ -152,6 +152,7 @@ class Packed(nn.Module):
         super().__init__()
         values, meta = kernels.pack_24(kernels.prune_24(linear.weight.detach()))
         self.act, self.bias, self.width = "none", linear.bias, linear.in_features
+        self.in_features = linear.in_features
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
 
