@@ -910,6 +910,11 @@ def emit_layers(blocks, p, x):
     return x
 
 
+def emit_rms(p, x, size):
+    """Append `rms`."""
+    return p.norm(x, size, eps=EPS, by_root=True)
+
+
 class Hourglass(nn.Module):
     """A causal hourglass: the outer layers run on every token, those between them on groups of `hierarchy`
     tokens. A group's state is a weighted mean of its tokens'; what the middle layers add to it is added to
@@ -938,6 +943,15 @@ class Hourglass(nn.Module):
         x = all_layers(first, x, ctx)
         x = x + ctx.coarse(self, x, lambda groups, inner: all_layers(middle, groups, inner) - groups)
         return all_layers(last, x, ctx)
+
+    def emit(self, blocks, p, x):
+        """The same of a decode program."""
+        first, middle, last = blocks[:self.outer], blocks[self.outer:-self.outer], blocks[-self.outer:]
+        x = emit_layers(first, p, x)
+        groups, before, none_complete = p.group(x, self.pool)
+        groups = emit_layers(middle, p, groups)
+        p.land(none_complete)
+        return emit_layers(last, p, p.spread(groups, before, x, self.spread))
 
     def pool_groups(self, x):
         """(B, T, C) -> the states of its completed groups, (B, T // every, C)."""
@@ -1016,6 +1030,24 @@ class Exits(nn.Module):
         self.tokens_run += x[..., 0].numel()
         return (self.early_alone if ctx.alone(x) else self.early_together)(blocks, x, ctx)
 
+    def emit(self, blocks, p, x):
+        """Append all blocks to a decode program, or with the policy what tokens run of them."""
+        threshold, size, skips = p.choices.leave_at, self.probes[0].in_features, []
+        if threshold is None:
+            return emit_layers(blocks, p, x)
+        p.enter(p.counter(self, "tokens_run"))
+        owed, out = p.owed(len(blocks), size, p.counter(self, "layers_run")), p.value(size)
+        for layer, block in enumerate(blocks):
+            p.module = f"layer {layer}"
+            if layer >= self.after[0]:
+                p.pay(owed, layer, block.emit_kv)
+            x = block.emit(p, x)
+            if layer + 1 in self.after:
+                probe = self.probes[self.after.index(layer + 1)].emit(p, emit_rms(p, x, size), own=True)
+                skips.append(p.leave(x, size, probe, threshold, out, layer + 1, owed))
+        p.land(*skips)
+        return p.join(x, size, out, len(blocks), owed)
+
     def early_together(self, blocks, x, ctx):
         done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         run = some_rows if x.size(1) == 1 else some_tokens
@@ -1083,6 +1115,18 @@ class Halting(nn.Module):
     def forward(self, x, ctx, attn, run):
         """run(states, context) is the block, attn its attention; -> the weighted states (B, T, C)."""
         return ctx.ponder(self, x, attn, run)
+
+    def emit(self, p, x, layer, run):
+        """Append the runs of a block to a decode program; run(p, x) appends one."""
+        size, skips, counts = self.halt.in_features, [], p.counter(self, "steps_run")
+        total = p.enter(p.counter(self, "tokens_run"), size)
+        for p.again in range(self.most):
+            x = run(p, x)
+            probe = self.halt.emit(p, emit_rms(p, x, size), own=True)
+            skips.append(p.halt(x, size, probe, total, layer, self.most, self.EPSILON, counts))
+        p.again = 0
+        p.land(*skips)
+        return p.join(out=total)
 
     def weigh(self, y, left, step):
         """States (..., C) of run `step`, how much of 1 is left (...) -> their weights, and which halt."""

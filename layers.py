@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import require
 from decode.context import Cache
+from decode.engine import NotWritten
 
 
 def cast(tensor, dtype):
@@ -56,6 +57,10 @@ class Linear(nn.Linear):
     def emit_matrix(self, p, rows=slice(None)):
         """Its weights as ops read them, of the slice `rows` of its outputs -> a Matrix."""
         return p.matrix(self.matrix()[rows], self.bias if self.bias is None else self.bias[rows])
+
+    def emit_some(self, p, x, rows):
+        """`some` of a decode program."""
+        return p.linear(x, self.emit_matrix(p, rows))
 
     def matrix(self):
         """What inputs are multiplied by, (n_out, n_in)."""
@@ -151,7 +156,7 @@ class Packed(nn.Module):
     def __init__(self, linear):
         super().__init__()
         values, meta = kernels.pack_24(kernels.prune_24(linear.weight.detach()))
-        self.act, self.bias, self.in_features = "none", linear.bias, linear.in_features
+        self.act, self.bias = "none", linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
@@ -167,6 +172,10 @@ class Packed(nn.Module):
     def emit(self, p, x, act="none", **options):
         matrix = p.packed(self.values, self.meta, self.bias, self.in_features)
         return p.linear(x, matrix, act=act if self.act == "none" else self.act, **options)
+
+    def emit_some(self, p, x, rows):
+        bias = None if self.bias is None else self.bias[rows]
+        return p.linear(x, p.packed(self.values[rows], self.meta[rows], bias, self.in_features), act=self.act)
 
     def some(self, x, rows):
         values, bias = self.values[rows].to(x.dtype), cast(self.bias, x.dtype)
@@ -254,6 +263,10 @@ class LargestInputs(NeuronMajor):
     def emit(self, p, x, **options):
         return super().emit(p, p.largest(x, self.in_features, self.k), **options)
 
+    def emit_some(self, p, x, rows):
+        matrix = p.without_first(p.matrix(self.weight.t(), self.bias), rows.start)
+        return p.rows_sum(p.largest(x, self.in_features, self.k), matrix, all=not self.sound())
+
     def some(self, x, rows):
         return super().some(kernels.keep_largest(x, self.k), rows)
 
@@ -306,6 +319,9 @@ class Quantized(nn.Module):
         bias = self.bias if self.bias is None else self.bias[rows]
         return p.whole(self.codes[rows], self.scale[rows], self.in_features, bias)
 
+    def emit_some(self, p, x, rows):
+        return p.linear(x, self.emit_matrix(p, rows), act=self.act)
+
     def some(self, x, rows):
         bias = self.bias if self.bias is None else self.bias[rows]
         y = kernels.whole_product(x, self.codes[rows], self.scale[rows])
@@ -356,6 +372,9 @@ class QuantizedByUnit(Quantized):
 
     def emit_matrix(self, p):
         return p.whole(self.codes, self.scale, self.out_features, self.bias)
+
+    def emit_some(self, p, x, rows):
+        raise NotWritten("some outputs of whole numbers that lie by unit")
 
     def some(self, x, rows):
         return self(x)[..., rows]
@@ -746,11 +765,15 @@ class Attention(nn.Module):
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
         return y.transpose(1, 2).flatten(2)
 
-    def emit_attention(self, p, qkv):
-        """Append what `attend` computes of queries, keys and values."""
+    def emit_attention(self, p, qkv, alone=False):
+        """Append what `attend` computes of queries, keys and values; alone: see Program.attend."""
         return p.attend(qkv, self.layer, self.heads, self.width, EPS if self.normalised else None,
                         p.rotation if self.rotate is rotate else None,
-                        getattr(self.query_gain, "weight", None))
+                        getattr(self.query_gain, "weight", None), alone)
+
+    def emit_kv(self, p, x):
+        """Append `write_kv` of x."""
+        self.emit_attention(p, self.c_attn.emit_some(p, x, slice(self.heads * self.width, None)), alone=True)
 
     def write_kv(self, x, ctx):
         """The keys and values of x (B, T, C) alone -> what ctx.extend makes of them."""

@@ -264,6 +264,10 @@ class Block(nn.Module):
         x = ops(self.mlp)(p, ops(self.ln_2)(p, x), onto=x)
         return x if self.adapt is as_is else ops(self.adapt)(p, x)
 
+    def emit_kv(self, p, x):
+        """Append `write_kv`."""
+        self.attn.emit_kv(p, self.ln_1.emit(p, x))
+
     def write_kv(self, x, ctx):
         """Only what later tokens may look at: keys and values of x (B, T, C)."""
         self.attn.write_kv(self.ln_1(x), ctx)
@@ -278,6 +282,9 @@ class PonderingBlock(Block):
 
     def forward(self, x, ctx):
         return self.halting(x, ctx, self.attn, super().forward)
+
+    def emit(self, p, x):
+        return self.halting.emit(p, x, self.attn.layer, super().emit)
 
 
 class RecomputedBlock(Block):

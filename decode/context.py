@@ -152,7 +152,7 @@ class Cache:
     def __init__(self, model, batch_size, length, choices=None):
         Cache.made += 1
         c, weight = model.config, model.transformer.ln_f.weight                  # a head may be quantised
-        self.depth, self.runs = c.n_layer, max(1, c.ponder)
+        self.depth, self.runs, self.length = c.n_layer, max(1, c.ponder), length
         of_layers = [*range(c.n_layer), *[c.pondering_layer()] * (self.runs - 1)]
         windows, columns = [block.attn.window for block in model.transformer.h], c.columns_of_layers(length)
         self.windows = [windows[layer] for layer in of_layers]

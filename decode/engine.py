@@ -24,7 +24,8 @@ KIND_NAMES = dict(enumerate(("float32", "bfloat16", "2:4 float32", "2:4 bfloat16
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
     "columns", "choose", "softcap", "best", "bounds", "screened", "above",
-    "mix", "experts", "branches", "attend_open", "rows_of", "draw"))}
+    "mix", "experts", "branches", "attend_open", "rows_of", "draw",
+    "enter", "leave", "owe", "halt", "group", "spread", "join"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -51,7 +52,8 @@ def ops_of(module):
 class OpC(ctypes.Structure):
     _fields_ = [("code", LONG), ("meets", LONG), ("act", LONG), ("all", LONG), ("in", LONG), ("out", LONG),
                 ("onto", LONG), ("list", LONG), ("by", LONG), ("n", LONG * 8), ("f", FLOAT * 4),
-                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("ticks", LONG)]
+                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("ticks", LONG), ("runs", LONG),
+                ("lanes", LONG)]
 
 
 class ProgramC(ctypes.Structure):
@@ -85,6 +87,32 @@ class Listed(NamedTuple):
     apart: int = 0
 
 
+class Owed(NamedTuple):
+    """What tokens that leave early leave behind: their states (rows, length, C), and up to which column no
+    token owes keys and values to a layer, (rows, layers). counts: the address of the count of layers run."""
+    states: torch.Tensor
+    paid: torch.Tensor
+    counts: int
+
+    def begin(self, columns, cache):
+        """The tokens at `columns` are read next; what those before them owe is in the cache."""
+        self.paid.copy_(torch.tensor(columns)[:, None])
+        for layer, owed in cache.deferred_kv.items():
+            before = {column: x for column, x in owed.items() if column < columns[0]}
+            for column, x in before.items():
+                self.states[0, column] = x.flatten()
+            self.paid[0, layer] = min([columns[0], *before])
+        cache.deferred_kv.clear()
+
+
+class Skip(NamedTuple):
+    """An op that may go on further down, which n it says so in, and what had been written and looked at."""
+    op: OpC
+    n: int
+    written: set
+    looked_at: set
+
+
 class Program:
     """The ops of a model's decode step over a Cache, for `rows` rows at columns of their own."""
 
@@ -102,7 +130,8 @@ class Program:
         self.shared = self.own = 0
         self.scratch = 1024
         self.written, self.looked_at = set(), set()
-        self.every = 1
+        self.again = 0                           # which run of a block that is run several times
+        self.counters, self.begins = [], []      # of modules; what takes over from the cache
         self.module = ""
         self.threads = threads or torch.get_num_threads()
         self.c = ProgramC(rows=self.rows, threads=self.threads, rounds=self.dtype == torch.bfloat16)
@@ -160,6 +189,13 @@ class Program:
         c.bias = self.vector(bias)
         return Matrix(c, codes.size(1) + 8 * bool(len(scale)), width)
 
+    def without_first(self, matrix, columns):
+        """A matrix of one row for each unit, without its first columns."""
+        c, size = matrix.c, matrix.bytes // matrix.c.width
+        part = MatrixC(kind=c.kind, rows=c.rows, width=c.width - columns, stride=c.stride,
+                       data=c.data + columns * size, bias=c.bias and c.bias + 4 * columns)
+        return Matrix(part, part.width * size, part.width)
+
     # ------------------------------------------------ ops
 
     def add(self, code, reads=(), writes=(), scratch=0, n=(), f=(), p=(), matrix=None, counts=None, **fields):
@@ -179,7 +215,7 @@ class Program:
         if matrix is not None:
             op.w = matrix.c
         self.ops.append(op)
-        self.work.append(counts or (0, 0))
+        self.work.append((counts or (0, 0), self.rows))
         self.names.append(f"{code} {self.module}".strip())
         self.scratch = max(self.scratch, scratch)
 
@@ -260,14 +296,15 @@ class Program:
         self.add("swiglu", (x,), (y,), 0, (size,), **{"in": x, "out": y})
         return y
 
-    def attend(self, qkv, layer, heads, width, eps, rotation, gain):
+    def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):
         """Attention of queries, keys and values (3, heads, width) over the cache of a layer, to which it adds
         keys and values. eps: of the norm of queries and keys, or None; rotation: tables of cosines and sines,
-        or None; gain: of each head, or None."""
-        kept, y = self.cache.layers[layer], self.value(heads * width)
+        or None; gain: of each head, or None. alone: they are keys and values (2, heads, width), to be added
+        and no more."""
+        kept, y = self.kv(layer), None if alone else self.value(heads * width)
         size = kept.size(3)
         cos, sin = rotation or (None, None)
-        self.add("attend", (qkv,), (y,), 4 * (3 * width + size + 64), (heads, width, size, self.every,
+        self.add("attend", (qkv,), (y,), 4 * (3 * width + size + 64), (heads, width, size, alone,
                  self.dtype == torch.bfloat16), (-1.0 if eps is None else eps,),
                  (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
                  **{"in": qkv, "out": y})
@@ -302,11 +339,11 @@ class Program:
         """gelu of the attention of the queries q of Listed units alone, times their factors. kv: keys and
         values (2, heads, width) of all heads, which the cache gets. branch: units of one that is open or not.
         The rest: see attend."""
-        kept, y = self.cache.layers[layer], self.value(units.size)
+        kept, y = self.kv(layer), self.value(units.size)
         size = kept.size(3)
         cos, sin = rotation or (None, None)
         self.add("attend_open", (q, kv, units.list, units.by), (y,), 4 * (3 * width + size + 64),
-                 (heads, width, size, self.every, self.dtype == torch.bfloat16, branch, units.size),
+                 (heads, width, size, 0, self.dtype == torch.bfloat16, branch, units.size),
                  (-1.0 if eps is None else eps,),
                  (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
                  onto=kv, list=units.list, by=units.by, **{"in": q, "out": y})
@@ -339,6 +376,11 @@ class Program:
         self.add("above", (scores,), (), 0, (count,), (edge,), list=chosen.list, **{"in": scores})
         return chosen
 
+    def kv(self, layer, run=None):
+        """The cache of a layer, or of a run of its block."""
+        run = self.again if run is None else run
+        return self.cache.layers[self.cache.depth + run - 1 if run else layer]
+
     def listed(self, most):
         """Room for a list of units and their factors."""
         return Listed(self.value(most + 1, own=True), self.value(most, own=True), most)
@@ -366,6 +408,95 @@ class Program:
                      **{"in": y})
         self.answer = y
         return y
+
+    # ------------------------------------------------ ops that choose which lanes the next ones compute
+
+    def skip(self, n=1):
+        """The op that was appended last may go on where `land` will say, in its n[n]."""
+        return Skip(self.ops[-1], n, set(self.written), set(self.looked_at))
+
+    def land(self, *skips):
+        """These go on at the op that is appended next."""
+        for skip in skips:
+            skip.op.n[skip.n] = len(self.ops)
+            self.written |= skip.written
+            self.looked_at |= skip.looked_at
+
+    def counter(self, module, name):
+        """The address of a number that a step adds to an attribute of a module."""
+        self.counters.append((module, name, LONG()))
+        return ctypes.addressof(self.counters[-1][2])
+
+    def enter(self, counts, size=0):
+        """From here on lanes may drop out; counts: the address of how many have entered. With a size: zeros
+        of all lanes -> where they lie."""
+        y = self.value(size) if size else None
+        self.add("enter", (), (y,), 0, (size,), (), (counts,), out=y)
+        return y
+
+    def join(self, x=None, size=0, out=None, layers=0, owed=None):
+        """From here on all lanes that there were before `enter`; those that have not left write x to out."""
+        about = (owed.paid.data_ptr(), owed.counts) if owed else ()
+        self.add("join", (x,), (out,), 0, (size, -1, 0, layers, layers), (), about, **{"in": x, "out": out})
+        return out
+
+    def owed(self, layers, size, counts):
+        """Room for what tokens that leave early owe -> Owed."""
+        owed = Owed(torch.zeros(self.rows, self.cache.length, size),
+                    torch.zeros(self.rows, layers, dtype=torch.int64), counts)
+        self.kept += owed.states, owed.paid
+        self.begins.append(owed.begin)
+        return owed
+
+    def leave(self, x, size, probe, threshold, out, depth, owed):
+        """Lanes leave whose probe is sure, behind so many layers: with x as out -> Skip where none stays."""
+        states, paid = owed.states, owed.paid
+        self.add("leave", (x, probe), (), 0, (size, 0, states.size(1), depth, paid.size(1)), (threshold,),
+                 (paid.data_ptr(), owed.counts, states.data_ptr()), out=out, by=probe, **{"in": x})
+        return self.skip()
+
+    def pay(self, owed, layer, emit_kv):
+        """Before a layer is run: what its lanes' earlier tokens owe it, up to ROWS of them at a time."""
+        states, paid, size = owed.states, owed.paid, owed.states.size(2)
+        rows, self.rows = self.rows, ROWS
+        x, here = self.value(size, own=True), len(self.ops)
+        self.add("owe", (), (x,), 0, (size, 0, states.size(1), layer, paid.size(1), self.kv(layer).size(3)),
+                 (), (paid.data_ptr(), None, states.data_ptr()), out=x)
+        skip = self.skip()
+        emit_kv(self, x)
+        self.rows = rows
+        self.join()
+        self.ops[-1].n[1] = here
+        self.land(skip)
+
+    def halt(self, x, size, probe, total, layer, runs, epsilon, counts):
+        """Behind a run of a block: total gets its share of x, lanes halt -> Skip where none goes on."""
+        kept, run, last = self.kv(layer), self.again, self.again + 1 == runs
+        self.add("halt", (x, probe), (), 0, (size, kept.size(2), kept.size(4) * kept.element_size(),
+                 kept.size(3), runs - 1 - run, kept.nbytes, last), (epsilon,),
+                 (kept.data_ptr(), None if last else self.kv(layer, run + 1).data_ptr(), counts), out=total,
+                 by=probe, **{"in": x})
+        return self.skip(7)
+
+    def group(self, x, pool):
+        """The tokens of groups of len(pool), kept as they come; those of complete groups, pooled -> their
+        states twice (one is changed), and Skip where none is complete."""
+        s, size = pool.shape
+        states, g, same = torch.zeros(self.rows, s, size), self.value(size), self.value(size)
+        self.begins.append(lambda columns, cache: states.copy_(cache.states["group"]))
+        self.add("group", (x,), (g, same), 0, (size, 0, s), (), (self.keep(states), self.vector(pool)), out=g,
+                 onto=same, **{"in": x})
+        return g, same, self.skip()
+
+    def spread(self, g, before, x, factors):
+        """x plus what the last complete group of its row was given by the middle layers, g - before, times
+        the factors (s, C) of its phase."""
+        s, size = factors.shape
+        told = torch.zeros(self.rows, size)
+        self.begins.append(lambda columns, cache: told.copy_(cache.states["said"][:, 0]))
+        self.add("spread", (g, before, x), (x,), 0, (size, 0, s), (), (self.keep(told), self.vector(factors)),
+                 out=x, by=before, **{"in": g})
+        return x
 
     # ------------------------------------------------ running
 
@@ -396,6 +527,8 @@ class Program:
             self.c.columns[row] = end - 1 - first
             if self.draws is not None:
                 self.draws.firsts[row] = first
+        for take_over in self.begins:
+            take_over([end - 1 - first for first, end in zip(firsts, ends)], self.cache)
 
     def step(self):
         """Read the next id of every row -> logits (B, ids) in fp32, valid until the next step."""
@@ -403,28 +536,40 @@ class Program:
             self.run(self.address)
         else:
             self.count(kernels.tally)
+        self.tell()
         return self.out
+
+    def tell(self):
+        """Add what steps have counted to the modules that count it."""
+        for module, name, number in self.counters:
+            setattr(module, name, getattr(module, name) + number.value)
+            number.value = 0
 
     def advance(self):
         """A step; the ids that it chooses stand in the history behind those that it has read, for the next
         step to read -> are all rows' largest logits finite?"""
         if kernels.tally is None:
-            return self.run_and_write(self.address)
-        self.count(kernels.tally)
-        return self.write(self.address)
+            fine = self.run_and_write(self.address)
+        else:
+            self.count(kernels.tally)
+            fine = self.write(self.address)
+        self.tell()
+        return fine
 
     def count(self, tally):
         """Run a step and add what it has executed to a kernels.Tally."""
-        before = [op.read for op in self.table]
+        before = [(op.read, op.runs, op.lanes) for op in self.table]
         self.run(self.address)
-        for op, read, (macs, size, *more) in zip(self.table, before, self.work):
-            rows = op.read - read if macs == "read" else 1
-            macs, size = (size, *more) if macs == "read" else (macs, size)
-            tally.macs += rows * macs
-            tally.bytes += rows * size
+        for op, (read, runs, lanes), ((macs, *size), rows) in zip(self.table, before, self.work):
+            if macs == "read":
+                tally.macs += (op.read - read) * size[0]
+                tally.bytes += (op.read - read) * size[1]
+            else:
+                tally.macs += macs * (op.lanes - lanes) // rows
+                tally.bytes += size[0] * (op.runs - runs)
 
 
-WAITING = "hierarchy", "exits", "ponder"
+WAITING = ()                                     # flags whose modules have no ops
 
 
 def place(value):
@@ -495,7 +640,7 @@ class Watch:
     """What the ops of a run's programs did, which are all of one model and one way to sample."""
 
     def __init__(self):
-        self.program, self.steps, self.ticks, self.read = None, 0, [], []
+        self.program, self.steps, self.ticks, self.read, self.runs, self.lanes = None, 0, [], [], [], []
 
     def show(self, program):
         """From now on this program is watched; the one before is done."""
@@ -508,7 +653,8 @@ class Watch:
         """Add what the program has counted, which may go."""
         if self.program is not None:
             self.steps += self.program.c.steps
-            for kept, field in ((self.ticks, "ticks"), (self.read, "read")):
+            for kept, field in ((self.ticks, "ticks"), (self.read, "read"), (self.runs, "runs"),
+                                (self.lanes, "lanes")):
                 found = [getattr(op, field) for op in self.program.table]
                 kept[:] = [a + b for a, b in itertools.zip_longest(kept, found, fillvalue=0)]
         self.program = None
@@ -519,8 +665,11 @@ class Watch:
         self.take()
         for n, (name, work, (meets, act, w)) in enumerate(zip(self.names, self.work, self.ops)):
             code, _, where = name.partition(" ")
-            each = self.read[n] / self.steps
-            macs, size = (each * work[1], each * work[2]) if work[0] == "read" else work
+            (macs, *sizes), rows = work
+            if macs == "read":
+                macs, size = (self.read[n] / self.steps * each for each in sizes)
+            else:
+                macs, size = macs * self.lanes[n] / rows / self.steps, sizes[0] * self.runs[n] / self.steps
             shape = f"{w.rows} x {w.width}" if w.rows else ""
             kind = KIND_NAMES.get(w.kind, f"kind {w.kind}") if w.rows else ""
             act = "" if act == ACTS["none"] else next(key for key, code in ACTS.items() if code == act)

@@ -3,7 +3,10 @@
 
    Values are vectors of floats, (rows, n). A `shared` one exists once: the threads divide the work of the op
    that writes it. An `own` one exists once a thread: each computes all of it, because a small result costs
-   less twice than a meeting of threads. Threads meet where an op says so. */
+   less twice than a meeting of threads. Threads meet where an op says so.
+
+   An op computes lanes: at first a token of each row, behind an op that chooses among them (lanes, below) fewer
+   or others. Each thread knows the lanes by itself, and all of them choose the same. */
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
@@ -33,6 +36,7 @@ struct op {
     struct matrix w;
     int64_t read;                                /* rows of w that were read, all calls, where that varies */
     int64_t ticks;                               /* nanoseconds of all calls, where the program is watched */
+    int64_t runs, lanes;                         /* how often it ran, and on how many lanes together */
 };
 
 struct program {
@@ -49,7 +53,25 @@ struct program {
     int64_t steps;                               /* that were run */
 };
 
-struct thread { struct program *program; long number, threads; float *own; char *scratch; };
+struct lanes {
+    long rows;                                   /* how many there are */
+    int64_t columns[ROWS];                       /* where each stands in the cache */
+    long row[ROWS], outer[ROWS];                 /* its row of the batch; its lane among those around these */
+};
+
+/* program: as this thread sees it, `rows` and `columns` being those of its lanes; whole: that of all threads */
+struct thread {
+    struct program *program;
+    long number, threads;
+    float *own;
+    char *scratch;
+    struct program *whole;
+    const struct op *next;                       /* what runs behind this op */
+    struct lanes lanes[3];                       /* those in use are at `level`; below it those around them */
+    long level, paying;
+    int64_t owes[ROWS];                          /* lane by lane, the first column that owes a layer something */
+    float left[ROWS];                            /* lane by lane, how much of 1 a token that ponders has left */
+};
 
 static inline float *at(const struct thread *me, int64_t value) {
     return (value & 1 ? me->own : me->program->shared) + (value >> 1);
@@ -873,20 +895,21 @@ static void turned(const struct thread *me, const float *x, float *y, long D, fl
 }
 
 /* Attention of one token: in is queries, keys and values (3, H, D), out (H, D). Keys and values are written to
-   p[0] (2, rows, H, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size, and n[3] tokens
-   that make a column. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
+   p[0] (2, rows, H, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size; n[3]: in is keys
+   and values alone (2, H, D), and there is nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
    (columns, D); p[3]: gains (H). */
 static void op_attend(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long H = o->n[0], D = o->n[1], size = o->n[2], every = o->n[3], from, to, width = o->n[4] ? 2 : 4;
+    long H = o->n[0], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, width = o->n[4] ? 2 : 4;
     const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
-    part(me, o->out, p->rows * H, 1, &from, &to);
+    part(me, alone ? 0 : o->out, p->rows * H, 1, &from, &to);
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
     for (long j = from; j < to; j++) {
-        long r = j / H, h = j % H, column = (p->columns[r] + 1) / every - 1;
+        long r = j / H, h = j % H, column = p->columns[r], row = me->lanes[me->level].row[r];
         long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *x = at(me, o->in) + r * 3 * H * D;
-        char *keys = (char *)o->p[0] + j * size * D * width, *values = keys + p->rows * H * size * D * width;
+        const float *x = at(me, o->in) + (r * (3 - alone) - alone) * H * D;
+        char *keys = (char *)o->p[0] + (row * H + h) * size * D * width;
+        char *values = keys + me->whole->rows * H * size * D * width;
         const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
         turned(me, x + (H + h) * D, q, D, (float)o->f[0], c, s, 1);
         if (o->n[4]) for (long d = 0; d < D; d++) {
@@ -896,12 +919,241 @@ static void op_attend(const struct op *o, struct thread *me) {
             memcpy((float *)keys + place * D, q, D * sizeof(float));
             memcpy((float *)values + place * D, x + (2 * H + h) * D, D * sizeof(float));
         }
+        if (alone) continue;
         turned(me, x + h * D, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
         float *y = at(me, o->out) + j * D;
         if (o->n[4]) look_bf16(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
         else look_f32(q, (const float *)keys, (const float *)values, y, score, seen, D);
         round_all(me, y, D);
     }
+}
+
+/* ------------------------------------------------ lanes --------------------------------------------------
+   Ops that choose which tokens the ops behind them compute. Every thread decides from values of its own, or
+   from such that were written before threads met, so that all of them decide the same. Where no lane is left an
+   op goes on further down, at an op that is named in n. Streams are divided among threads by their elements:
+   what a thread has written of a stream here, it may read again here without a meeting. */
+
+static void use_lanes(struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    me->program->rows = here->rows;
+    memcpy(me->program->columns, here->columns, sizeof here->columns);
+}
+
+/* a lane for each row of the batch */
+static void all_rows(struct thread *me) {
+    struct lanes *here = me->lanes;
+    here->rows = me->whole->rows;
+    memcpy(here->columns, me->whole->columns, sizeof here->columns);
+    for (long r = 0; r < ROWS; r++) here->row[r] = here->outer[r] = r;
+}
+
+static void open_lanes(struct thread *me, const struct lanes *inner) {
+    me->lanes[++me->level] = *inner;
+    use_lanes(me);
+}
+
+static void close_lanes(struct thread *me) {
+    me->level--;
+    use_lanes(me);
+}
+
+/* Lanes that stay move to the front, and their parts of x (C) with them. Without any: go on at op `past`. */
+static void keep_lanes(struct thread *me, const int *stays, float *x, long C, int64_t past) {
+    struct lanes *here = me->lanes + me->level;
+    long kept = 0, from, to;
+    for (long i = 0; i < here->rows; i++) kept += stays[i];
+    if (kept == here->rows) return;
+    if (!kept) me->next = me->whole->ops + past;
+    else meet(me);                               /* others may still read x */
+    part(me, 0, C, 16, &from, &to);
+    for (long i = 0, j = 0; i < here->rows; i++) {
+        if (!stays[i]) continue;
+        memmove(x + j * C + from, x + i * C + from, (to - from) * sizeof(float));
+        here->columns[j] = here->columns[i];
+        here->row[j] = here->row[i];
+        here->outer[j++] = here->outer[i];
+    }
+    here->rows = kept;
+    if (kept) meet(me);
+    use_lanes(me);
+}
+
+/* a probability, as torch computes it: what follows from it is a yes or no */
+static inline float chance(float v) { return 1 / (1 + expf(-v)); }
+
+/* Open lanes in which all go on that are in use; *p[0] counts them. out (n[0]), if there is one: zeros. */
+static void op_enter(const struct op *o, struct thread *me) {
+    struct lanes inner = me->lanes[me->level];
+    long C = o->n[0], from, to;
+    part(me, 0, C, 16, &from, &to);
+    for (long i = 0; i < inner.rows; i++) {
+        inner.outer[i] = i;
+        me->left[i] = 1;
+        if (o->out >= 0) memset(at(me, o->out) + i * C + from, 0, (to - from) * sizeof(float));
+    }
+    if (!me->number) *(int64_t *)o->p[0] += inner.rows;
+    open_lanes(me, &inner);
+}
+
+/* Lane i has passed n[3] of n[4] layers, which it owes nothing any more: p[0] (rows, layers) says up to which
+   column. *p[1] counts layers. */
+static void passed(const struct op *o, struct thread *me, long i) {
+    const struct lanes *here = me->lanes + me->level;
+    if (me->number || !o->p[0]) return;
+    for (long l = 0; l < o->n[3]; l++) ((int64_t *)o->p[0])[here->row[i] * o->n[4] + l] = here->columns[i] + 1;
+    *(int64_t *)o->p[1] += o->n[3];
+}
+
+/* Lanes leave whose probe `by` (a number each) is sure by f[0]: their states in (n[0]) are written to out, in
+   the places that they had when lanes were opened, and to p[2] (rows, n[2] columns, n[0]) for the layers that
+   they have not passed. Without any left: on at n[1]. n[3], n[4], p[0], p[1]: see passed. */
+static void op_leave(const struct op *o, struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    long C = o->n[0], from, to;
+    float *x = at(me, o->in), *y = at(me, o->out), *states = (float *)o->p[2];
+    const float *probe = at(me, o->by);
+    int stays[ROWS];
+    part(me, 0, C, 16, &from, &to);
+    for (long i = 0; i < here->rows; i++) {
+        stays[i] = !(chance(probe[i]) > (float)o->f[0]);
+        if (stays[i]) continue;
+        size_t size = (to - from) * sizeof(float);
+        memcpy(y + here->outer[i] * C + from, x + i * C + from, size);
+        memcpy(states + (here->row[i] * o->n[2] + here->columns[i]) * C + from, x + i * C + from, size);
+        passed(o, me, i);
+    }
+    keep_lanes(me, stays, x, C, o->n[1]);
+}
+
+/* What tokens before those of the lanes owe layer n[3], as far as its n[5] columns still hold them: lanes are
+   opened for up to ROWS of them, out being the states (n[0]) that they left with. An op further down comes
+   back here, until nothing is owed: then on at n[1]. p[0], p[2], n[2], n[4]: as in leave. */
+static void op_owe(const struct op *o, struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    struct lanes owed = { 0 };
+    long C = o->n[0];
+    for (long i = 0; i < here->rows; i++) {
+        int64_t paid = ((const int64_t *)o->p[0])[here->row[i] * o->n[4] + o->n[3]];
+        int64_t seen = here->columns[i] - o->n[5] + 1;
+        if (!me->paying) me->owes[i] = paid > seen ? paid : seen;
+        for (; me->owes[i] < here->columns[i] && owed.rows < ROWS; me->owes[i]++) {
+            const float *states = (const float *)o->p[2];
+            memcpy(at(me, o->out) + owed.rows * C, states + (here->row[i] * o->n[2] + me->owes[i]) * C, C * sizeof(float));
+            owed.columns[owed.rows] = me->owes[i];
+            owed.row[owed.rows++] = here->row[i];
+        }
+    }
+    if (me->paying && owed.rows) meet(me);       /* others may still read what is written anew */
+    me->paying = owed.rows > 0;
+    if (owed.rows) open_lanes(me, &owed);
+    else me->next = me->whole->ops + o->n[1];
+}
+
+/* A run of a block has made in (n[0]) of every lane, and `by` says how likely it halts. It halts where no more
+   than f[0] would be left of 1, or always (n[6]). out, where lanes were opened, gets in times that chance, or
+   times all that is left. Lanes that halt leave the keys and values of this run (p[0], as in attend: n[1] heads
+   of n[2] bytes, n[3] columns) to n[4] later ones, at p[1] and every n[5] bytes behind it. Without any lane: on
+   at n[7]. *p[2] counts runs. */
+static void op_halt(const struct op *o, struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    long C = o->n[0], H = o->n[1], bytes = o->n[2], size = o->n[3], from, to, first, last;
+    float *y = at(me, o->in);
+    const float *probe = at(me, o->by);
+    int stays[ROWS];
+    part(me, 0, C, 16, &from, &to);
+    part(me, 0, 2 * H, 1, &first, &last);
+    if (!me->number) *(int64_t *)o->p[2] += here->rows;
+    for (long i = 0; i < here->rows; i++) {
+        float *left = me->left + here->outer[i], p = chance(probe[i]);
+        stays[i] = !(*left - p <= (float)o->f[0]) && !o->n[6];
+        float weight = stays[i] ? p : *left, *total = at(me, o->out) + here->outer[i] * C;
+        *left -= weight;
+        weight = me->program->rounds ? rounded(weight) : weight;
+        for (long c = from; c < to; c++) {
+            float more = weight * y[i * C + c];
+            total[c] += me->program->rounds ? rounded(more) : more;
+        }
+        round_all(me, total + from, to - from);
+        for (long j = first; j < last && !stays[i]; j++) {
+            long where = (((j / H * me->whole->rows + here->row[i]) * H + j % H) * size + here->columns[i] % size) * bytes;
+            for (long run = 0; run < o->n[4]; run++)
+                memcpy((char *)o->p[1] + run * o->n[5] + where, (const char *)o->p[0] + where, bytes);
+        }
+    }
+    keep_lanes(me, stays, y, C, o->n[7]);
+}
+
+/* Keep in (n[0]) of every lane in p[0] (rows, n[2], n[0]), the tokens of the groups that are under way. Lanes
+   are opened for groups that are complete: out and onto are the sums of their tokens, times p[1] (n[2], n[0])
+   element by element. Without any: on at n[1]. */
+static void op_group(const struct op *o, struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    struct lanes inner = { 0 };
+    long C = o->n[0], s = o->n[2], from, to;
+    const float *pool = o->p[1];
+    part(me, 0, C, 16, &from, &to);
+    for (long i = 0; i < here->rows; i++) {
+        float *group = (float *)o->p[0] + here->row[i] * s * C;
+        memcpy(group + here->columns[i] % s * C + from, at(me, o->in) + i * C + from, (to - from) * sizeof(float));
+        if ((here->columns[i] + 1) % s) continue;
+        float *sum = at(me, o->out) + inner.rows * C;
+        for (long c = from; c < to; c++) {
+            sum[c] = 0;
+            for (long t = 0; t < s; t++) {
+                float more = group[t * C + c] * pool[t * C + c];
+                sum[c] += me->program->rounds ? rounded(more) : more;
+            }
+        }
+        round_all(me, sum + from, to - from);
+        memcpy(at(me, o->onto) + inner.rows * C + from, sum + from, (to - from) * sizeof(float));
+        inner.columns[inner.rows] = (here->columns[i] + 1) / s - 1;
+        inner.row[inner.rows] = here->row[i];
+        inner.outer[inner.rows++] = i;
+    }
+    if (!inner.rows) me->next = me->whole->ops + o->n[1];
+    open_lanes(me, &inner);
+}
+
+/* What the middle layers have added to groups, in - by (n[0] a lane), is kept in p[0] (rows, n[0]); lanes of
+   tokens are opened again, and each adds what its row's last group was given, times p[1] (n[2], n[0]) of its
+   phase, to out. */
+static void op_spread(const struct op *o, struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    long C = o->n[0], s = o->n[2], from, to;
+    const float *x = at(me, o->in), *before = at(me, o->by);
+    part(me, 0, C, 16, &from, &to);
+    for (long i = 0; i < here->rows; i++) {
+        float *told = (float *)o->p[0] + here->row[i] * C;
+        for (long c = from; c < to; c++) told[c] = x[i * C + c] - before[i * C + c];
+        round_all(me, told + from, to - from);
+    }
+    close_lanes(me);
+    here = me->lanes + me->level;
+    for (long i = 0; i < here->rows; i++) {
+        const float *told = (const float *)o->p[0] + here->row[i] * C;
+        const float *by = (const float *)o->p[1] + (here->columns[i] + 1) % s * C;
+        float *y = at(me, o->out) + i * C;
+        for (long c = from; c < to; c++) {
+            float more = told[c] * by[c];
+            y[c] += me->program->rounds ? rounded(more) : more;
+        }
+        round_all(me, y + from, to - from);
+    }
+}
+
+/* Use the lanes again that are around these, which write in (n[0]), if there is one, to out in their places
+   there. n[1]: on at that op; -1: at the next. n[3], n[4], p[0], p[1]: see passed. */
+static void op_join(const struct op *o, struct thread *me) {
+    const struct lanes *here = me->lanes + me->level;
+    long C = o->n[0], from, to;
+    part(me, 0, C, 16, &from, &to);
+    for (long i = 0; i < here->rows && o->in >= 0; i++) {
+        memcpy(at(me, o->out) + here->outer[i] * C + from, at(me, o->in) + i * C + from, (to - from) * sizeof(float));
+        passed(o, me, i);
+    }
+    close_lanes(me);
+    if (o->n[1] >= 0) me->next = me->whole->ops + o->n[1];
 }
 
 /* Which of n[0] groups answer: in their scores s; t_c = s_c - sum_d p[0][c, d] relu(s_d); the n[1] largest of
@@ -1058,14 +1310,16 @@ static void op_branches(const struct op *o, struct thread *me) {
    those of op_attend. Threads take heads in turn, because the open ones lie together. */
 static void op_attend_open(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long H = o->n[0], D = o->n[1], size = o->n[2], every = o->n[3], width = o->n[4] ? 2 : 4, branch = o->n[5], most = o->n[6];
+    long H = o->n[0], D = o->n[1], size = o->n[2], width = o->n[4] ? 2 : 4, branch = o->n[5], most = o->n[6];
     const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
     for (long j = me->number; j < p->rows * H; j += me->threads) {
-        long r = j / H, h = j % H, column = (p->columns[r] + 1) / every - 1, found = 0;
+        long r = j / H, h = j % H, column = p->columns[r], found = 0;
         long place = column % size, seen = column + 1 < size ? column + 1 : size;
         const float *kv = at(me, o->onto) + r * 2 * H * D;
-        char *keys = (char *)o->p[0] + j * size * D * width, *values = keys + p->rows * H * size * D * width;
+        long row = me->lanes[me->level].row[r];
+        char *keys = (char *)o->p[0] + (row * H + h) * size * D * width;
+        char *values = keys + me->whole->rows * H * size * D * width;
         const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
         const int32_t *list = list_of(o, me, r, most);
         turned(me, kv + h * D, q, D, (float)o->f[0], c, s, 1);
@@ -1093,13 +1347,13 @@ static void op_attend_open(const struct op *o, struct thread *me) {
     }
 }
 
-/* list: for row r of the batch the n[0] rows of a matrix from p[0][r] on */
+/* list: for a lane of row r of the batch the n[0] rows of a matrix from p[0][r] on */
 static void op_rows_of(const struct op *o, struct thread *me) {
     const int64_t *first = o->p[0];
     for (long r = 0; r < me->program->rows; r++) {
         int32_t *list = (int32_t *)(at(me, o->list) + r * (o->n[0] + 1));
         list[0] = o->n[0];
-        for (long i = 0; i < o->n[0]; i++) list[i + 1] = first[r] + i;
+        for (long i = 0; i < o->n[0]; i++) list[i + 1] = first[me->lanes[me->level].row[r]] + i;
     }
 }
 
@@ -1113,7 +1367,7 @@ static void op_softcap(const struct op *o, struct thread *me) {
 
 /* The largest of n[0] of each row -> program.best, computed by the first thread */
 static void op_best(const struct op *o, struct thread *me) {
-    struct program *p = me->program;
+    struct program *p = me->whole;
     for (long r = me->number; r < p->rows; r += me->threads) {
         const float *x = at(me, o->in) + r * o->n[0];
         float most = -INFINITY, wrong = 0;
@@ -1320,7 +1574,7 @@ int draw(const struct draws *d, const float *x, int64_t stride, int64_t rows, in
 
 /* p[0]: draws. The next id of each row's n[0] logits -> program.best; noted in `seen`. */
 static void op_draw(const struct op *o, struct thread *me) {
-    struct program *p = me->program;
+    struct program *p = me->whole;
     struct draws *d = (struct draws *)o->p[0];
     for (long r = me->number; r < p->rows; r += me->threads) {
         uint8_t *seen = d->seen ? d->seen + r * d->seen_stride : 0;
@@ -1382,7 +1636,8 @@ static void op_screened(struct op *o, struct thread *me) {
 
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
        SOFTCAP, BEST, BOUNDS, SCREENED, ABOVE, MIX,
-       EXPERTS, BRANCHES, ATTEND_OPEN, ROWS_OF, DRAW };
+       EXPERTS, BRANCHES, ATTEND_OPEN, ROWS_OF, DRAW, ENTER, LEAVE,
+       OWE, HALT, GROUP, SPREAD, JOIN };
 
 static int64_t now(void) {
     struct timespec t;
@@ -1391,9 +1646,17 @@ static int64_t now(void) {
 }
 
 static void run_program(struct program *p, long number, long threads) {
-    struct thread me = { p, number, threads, p->own + number * p->own_size, p->scratch + number * p->scratch_size };
-    for (struct op *o = p->ops, *end = o + p->count; o < end; o++) {
+    struct program seen = *p;
+    struct thread me = { &seen, number, threads, p->own + number * p->own_size, p->scratch + number * p->scratch_size,
+                         .whole = p };
+    all_rows(&me);
+    for (struct op *o = p->ops, *end = o + p->count; o < end; o = (struct op *)me.next) {
         int64_t began = p->watched && !number ? now() : 0;
+        me.next = o + 1;
+        if (!number) {
+            o->runs++;
+            o->lanes += seen.rows;
+        }
         if (o->meets) meet(&me);
         switch (o->code) {
         case EMBED: op_embed(o, &me); break;
@@ -1419,6 +1682,13 @@ static void run_program(struct program *p, long number, long threads) {
         case ATTEND_OPEN: op_attend_open(o, &me); break;
         case ROWS_OF: op_rows_of(o, &me); break;
         case DRAW: op_draw(o, &me); break;
+        case ENTER: op_enter(o, &me); break;
+        case LEAVE: op_leave(o, &me); break;
+        case OWE: op_owe(o, &me); break;
+        case HALT: op_halt(o, &me); break;
+        case GROUP: op_group(o, &me); break;
+        case SPREAD: op_spread(o, &me); break;
+        case JOIN: op_join(o, &me); break;
         }
         if (began) o->ticks += now() - began;
     }
