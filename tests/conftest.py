@@ -16,7 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
-from score import case, pytest_addoption, pytest_runtest_call, pytest_terminal_summary  # noqa: F401
+from score import (  # noqa: F401
+    case,
+    pytest_addoption,
+    pytest_runtest_call,
+    pytest_runtest_logreport,
+    pytest_terminal_summary,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +30,9 @@ sys.path.insert(0, str(ROOT))
 # The same examples in every run; --hypothesis-profile=default draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+if "PYTEST_XDIST_WORKER" in os.environ:          # one of several workers: each has one core
+    torch.set_num_threads(1)
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2,
         "gradient_accumulation_steps": 2,

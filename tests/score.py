@@ -89,8 +89,7 @@ def row_of(name):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     row = row_of(item.originalname)
-    current["cases"], clock, before = 0, time.perf_counter(), rows.get(row, [0, 0, 0.0])
-    failed = True
+    current["cases"], clock, failed = 0, time.perf_counter(), True
     try:
         result = yield
         failed = False
@@ -101,7 +100,15 @@ def pytest_runtest_call(item):
     finally:
         if row:
             held = current["cases"] if failed else current["cases"] or 1
-            rows[row] = [before[0] + held, before[1] + failed, before[2] + time.perf_counter() - clock]
+            item.user_properties.append(("score", (row, held, failed, time.perf_counter() - clock)))
+
+
+def pytest_runtest_logreport(report):
+    """With several workers (-n) the one that runs a test is not the one that prints the table."""
+    for name, found in report.user_properties if report.when == "call" else ():
+        if name == "score":
+            row, *figures = found
+            rows[row] = [a + b for a, b in zip(rows.get(row, (0, 0, 0.0)), figures)]
 
 
 def pytest_addoption(parser):
