@@ -3,6 +3,7 @@ beside their twin."""
 import contextlib
 import copy
 import importlib.util
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,13 @@ from benchmarks import Timed
 from benchmarks.arms import BASE, SHAPED, twin_of
 from benchmarks.peers import CTranslate2, HuggingFace, LlamaCpp, peer_model
 from benchmarks.record import CT2, HF, LLAMA, OURS, OURS_FP32, PEER, TWIN
-from benchmarks.timing import interleave, measurement, milliseconds, show, times_better
+from benchmarks.timing import interleave, measurement, milliseconds, show, spread, times_better
 from benchmarks.work import ready, work
 from configurator import require
 from decode import engine
 from decode.context import Cache, CachedContext
 from decode.sampling import Step, replays
+from kernels.arena import move_weights, room
 from layers import check_quantize, quantize
 from model import GPT, GPTConfig
 from training import runtime
@@ -29,7 +31,9 @@ SHAPES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024, vocab_size=50304, bias=False),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024, vocab_size=50304, bias=False),
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False),
+    "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=256, bias=False),
 }
+READ = "a plain read"                            # of as many bytes as a step of ours
 
 # what a flag imports, and what pip calls it
 NEEDS = {"hf": {"transformers": "transformers"},
@@ -39,8 +43,9 @@ NEEDS = {"hf": {"transformers": "transformers"},
 
 @dataclass(frozen=True)
 class Decode(Timed):
-    """Tokens per second of generation at batch 1: ours against nanoGPT's, same weights, one process."""
-    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide), gpt2-large, gpt2-xl, or baby (6 layers, 384 wide)
+    """Tokens per second of generation: ours against nanoGPT's, same weights, one process."""
+    shape: str = "gpt2"  # gpt2 (12 layers, 768 wide), gpt2-large, gpt2-xl, baby (6 x 384) or small (4 x 128)
+    batch: int = 1  # prompts that every side continues at once; tokens/s are those of all together
     prompt: int = 128  # tokens of context before the first new one
     new: int = 128  # tokens that every side generates
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
@@ -58,6 +63,9 @@ class Decode(Timed):
         require(2 <= self.prompt <= block,
                 f"prompt={self.prompt} must be in 2..{block}, the block of --shape={self.shape}")
         require(self.new >= 1, f"new={self.new} must be at least 1")
+        one = [f"--{flag}" for flag in ("llamacpp", "ctranslate2") if getattr(self, flag)]
+        require(self.batch >= 1 and (self.batch == 1 or not one), f"batch={self.batch} must be at least 1, "
+                f"and 1 beside llama.cpp and ctranslate2: leave {' and '.join(one) or '--batch'} out")
         room = block - self.prompt
         for flag in filter(partial(getattr, self), NEEDS):
             require(self.new <= room, f"--{flag}: prompt={self.prompt} and new={self.new} must fit in the "
@@ -79,7 +87,8 @@ def decode(cfg):
     rivals = {name: model for name, model in models.items() if hasattr(model, "about")}
     parameters = sum(p.numel() for p in models[OURS].parameters())
     vocab_size = SHAPES[cfg.shape]["vocab_size"]
-    prompt = torch.randint(vocab_size, (1, cfg.prompt), generator=torch.Generator().manual_seed(1337))
+    drawn = torch.Generator().manual_seed(1337)
+    prompt = torch.randint(vocab_size, (cfg.batch, cfg.prompt), generator=drawn)
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
     blocks = blocks_and_twins() if cfg.blocks else {}
@@ -90,17 +99,21 @@ def decode(cfg):
     for kind in filter(None, cfg.quantize.split(",")):
         for name in (OURS, *blocks):             # beside its twin in the same numbers; a dense one: itself
             models[f"{name}, {kind}"] = quantize(copy.deepcopy(models[name]), kind)
+            move_weights(models[f"{name}, {kind}"])
             contexts[f"{name}, {kind}"] = contextlib.nullcontext()
             twins[f"{name}, {kind}"] = f"{twins[name]}, {kind}" if name in blocks and name in twins else name
     worked = work_of({name: model for name, model in models.items() if isinstance(model, GPT)}, prompt, twins)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold,
                          before=rest if rivals else None)
-    rates = {name: [cfg.new / s for s in values] for name, values in seconds.items()}
+    rates = {name: [cfg.batch * cfg.new / s for s in values] for name, values in seconds.items()}
     steps = {name: step_of(name, model, prompt, contexts[name]) for name, model in models.items()
              if not isinstance(model, CTranslate2)}
+    if place.device.type == "cpu":
+        steps[READ] = plain_read(int(worked[OURS]["weight_bytes"]))
     ms = milliseconds(interleave(steps, 4 * cfg.repeats, device=place.device, cold=cfg.cold,
                                  before=wake if rivals else None))
+    read = ms.pop(READ, None)
     results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
     sides = results["decode"]["sides"]
     results["decode"] |= {"twins": twins, "to_twin": {
@@ -114,11 +127,15 @@ def decode(cfg):
     acts = activations(models)
     if rivals:
         print("activations: " + ", ".join(f"{name} {act}" for name, act in acts.items()))
-    show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch 1", results["decode"])
+    show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch {cfg.batch}", results["decode"])
     for name, ratio in results["decode"]["to_twin"].items():
         print(f"  {name}: {ratio:.2f}x the tokens/s of {twins[name]} ({worked[name]['ceiling']:.2f}x is the "
               f"ceiling by {worked[name]['weight_bytes'] / 1e6:.0f} MB of weights a token), random weights")
     show(f"one token at a context of exactly {cfg.prompt}", results["step"])
+    if read:
+        tell_bandwidth(results["step"], read, worked[OURS]["weight_bytes"])
+    if blocks:
+        tell_correlation(results["step"], worked, blocks)
     tell_agreement(agreement)
     return {"measurements": results, "agreement": agreement, "parameters": parameters, "place": str(place),
             "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337],
@@ -128,6 +145,36 @@ def decode(cfg):
 
 TIMED = {"decode": "prompt and new tokens, from an empty cache",
          "step": "one token behind a prompt that is in the cache; ctranslate2 offers none"}
+
+
+def plain_read(size):
+    """-> a function that reads so many bytes from huge pages once, on torch's threads."""
+    numbers = (room(size) if sys.platform == "linux" else torch.empty(size, dtype=torch.uint8))
+    numbers = numbers[:size // 8 * 8].fill_(1).view(torch.float32)
+    return numbers.sum
+
+
+def tell_bandwidth(step, ms, size):
+    """Print, and keep in the record, how near a step of ours comes to a plain read of its bytes."""
+    step["plain_read"] = spread(ms)
+    share = step["plain_read"]["median"] / step["sides"][OURS]["median"]
+    print(f"  {OURS}: {share:.0%} of the speed of {READ} of its {size / 1e6:,.1f} MB, which takes "
+          f"{step['plain_read']['median']:.3f} ms, {size / step['plain_read']['median'] / 1e6:.1f} GB/s")
+
+
+def tell_correlation(step, worked, blocks):
+    """Print, and keep in the record, whether the models that read less take less time."""
+    ms = [step["sides"][name]["median"] for name in blocks]
+    size = [worked[name]["weight_bytes"] for name in blocks]
+    step["rank_correlation"] = rank_correlation(ms, size)
+    print(f"  a step's time and its bytes, of {len(blocks)} models: rank correlation "
+          f"{step['rank_correlation']:.2f}")
+
+
+def rank_correlation(a, b):
+    """Spearman's, of two lists of numbers: from -1 to 1."""
+    ranks = [torch.tensor(of).argsort().argsort().double() for of in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def check_place(cfg, place):
@@ -206,6 +253,8 @@ def decoders(cfg, place):
     if place.device.type == "cuda":
         contexts[PEER] = torch.amp.autocast("cuda", dtype=runtime.choose_dtype("auto", place.device)[0])
     models = {name: model.to(place.device) for name, model in models.items()}
+    for name in filter(models.get, (OURS, OURS_FP32)):
+        move_weights(models[name])
     if cfg.hf:
         models[HF] = HuggingFace(models[OURS])
     for flag, name, rival in (("llamacpp", LLAMA, LlamaCpp), ("ctranslate2", CT2, CTranslate2)):
@@ -245,7 +294,8 @@ def cached_step(model, prompt):
     """What ours computes for one token, over a cache of those before it -> a function that does it, and
     returns the logits."""
     past = prompt.size(1) - 1
-    cache = Cache(model, 1, prompt.size(1))
+    rows = len(prompt)
+    cache = Cache(model, rows, prompt.size(1))
     model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
     recorded = Step(model, cache, prompt) if replays(model, prompt.device) else None
     history = torch.nn.functional.pad(prompt, (0, 1))         # a program writes the next id behind the prompt
@@ -254,11 +304,10 @@ def cached_step(model, prompt):
     @torch.inference_mode()                     # as generation does
     def run():
         if program:
-            program.begin(history, [0], [past + 1])
-            logits = program.step()
-            program.follow()
-            return logits
-        states = (recorded([past + 1]) if recorded else
+            program.begin(history, rows * [0], rows * [past + 1])
+            program.advance()
+            return program.out
+        states = (recorded(rows * [past + 1]) if recorded else
                   model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt))[:, 0])
         return model.largest(states, 1, model.config.vocab_size, cache)
     return run
@@ -272,7 +321,7 @@ def agree(models, prompt, new):
     of = PEER if PEER in models else OURS_FP32 if OURS_FP32 in models else OURS
     greedy = {name: dict(top_k=1) if name == PEER else dict(temperature=0) for name in models}
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    ids = {name: model.generate(prompt, new, **greedy[name])[0, -new:] for name, model in models.items()}
+    ids = {name: model.generate(prompt[:1], new, **greedy[name])[0, -new:] for name, model in models.items()}
     torch.backends.cuda.matmul.allow_tf32 = tf32
     dtypes = {name: getattr(model, "stored", None) or str(model.lm_head.weight.dtype).removeprefix("torch.")
               for name, model in models.items()}

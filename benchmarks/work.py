@@ -4,14 +4,17 @@ import torch
 import layers
 import sparse_kernels as kernels
 from decode.context import Cache
+from kernels.arena import move_weights
 from layers import settle
 
 
 def ready(model, place):
     """A model as sample.py would decode with it: the device's dtype, 2:4 weights packed where that pays, its
-    shortcuts on."""
+    shortcuts on, its weights on huge pages."""
     model = model.eval().to(place.device, place.dtype)
-    return settle(model, pack=kernels.packing_pays(place.device)[0]).use_policy()
+    settle(model, pack=kernels.packing_pays(place.device)[0]).use_policy()
+    move_weights(model)
+    return model
 
 
 @torch.inference_mode()

@@ -23,18 +23,24 @@ def move_weights(model):
     size = sum(-(-t.nbytes // LINE) * LINE for t in tensors)
     if size < HUGE:
         return ""
-    memory = mmap.mmap(-1, size + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    begin = place = -flat.data_ptr() % HUGE
+    flat, place = room(size), 0
     with torch.no_grad():
         for tensor in tensors:
             view = like(flat[place:place + tensor.nbytes].view(tensor.dtype), tensor)
             view.copy_(tensor)
             tensor.data = view
             place += -(-tensor.nbytes // LINE) * LINE
-    granted = min(1.0, granted_bytes(flat.data_ptr() + begin) / size)
+    granted = min(1.0, granted_bytes(flat.data_ptr()) / size)
     return f"{size / 1e6:,.0f} MB of weights in one arena, {granted:.0%} of it on huge pages"
+
+
+def room(size):
+    """So many bytes (size,) uint8 from the start of a huge page on; zeros. On Linux."""
+    memory = mmap.mmap(-1, size + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -flat.data_ptr() % HUGE
+    return flat[begin:begin + size]
 
 
 def like(flat, tensor):

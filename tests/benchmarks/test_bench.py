@@ -378,6 +378,21 @@ def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
     read = {name: work["weight_bytes"] for name, work in record["work"].items()}
     assert read["window 128"] == pytest.approx(read[twin], rel=0.03) and read[twin] < 0.95 * read[OURS]
     assert record["work"]["window 128"]["ceiling"] == read[twin] / read["window 128"]
+    step = record["measurements"]["step"]
+    assert step["plain_read"]["median"] > 0 and -1 <= step["rank_correlation"] <= 1
+
+
+@pytest.mark.parametrize("ranks, expected", [([1, 2, 3, 4], 1), ([40, 30, 20, 10], -1), ([1, 2, 4, 3], 0.8)])
+def test_a_rank_correlation_is_spearmans(ranks, expected):
+    assert decode.rank_correlation([0.1, 0.2, 5.0, 100.0], ranks) == pytest.approx(expected)
+
+
+def test_a_batch_decodes_as_many_tokens_as_it_has_rows(tmp_path):
+    words = "decode", "--shape=small", "--prompt=4", "--new=3", "--repeats=1", "--dtype=float32"
+    one, three = (record_of(run(tmp_path, *words, *more)) for more in ((), ("--batch=3",)))
+    macs = [record["work"][OURS]["macs"] for record in (one, three)]
+    assert macs[1] == 3 * macs[0] and three["measurements"]["decode"]["sides"][OURS]["median"] > 0
+    one_sentence(run(tmp_path, *words, "--batch=0"), "bench.py", "batch=0", "leave --batch out")
 
 
 def test_decode_beside_hugging_face_gives_the_same_greedy_ids(tmp_path):
