@@ -27,6 +27,7 @@ CODES = {name: code for code, name in enumerate((
     "mix", "experts", "branches", "attend_open", "rows_of", "draw",
     "enter", "leave", "owe", "halt", "group", "spread", "join"))}
 ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
+NOTHING = torch.zeros(1, 1, 1)                   # what a cache holds of groups before its first token
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -483,7 +484,7 @@ class Program:
         states twice (one is changed), and Skip where none is complete."""
         s, size = pool.shape
         states, g, same = torch.zeros(self.rows, s, size), self.value(size), self.value(size)
-        self.begins.append(lambda columns, cache: states.copy_(cache.states["group"]))
+        self.begins.append(lambda columns, cache: states.copy_(cache.states.get("group", NOTHING)))
         self.add("group", (x,), (g, same), 0, (size, 0, s), (), (self.keep(states), self.vector(pool)), out=g,
                  onto=same, **{"in": x})
         return g, same, self.skip()
@@ -493,7 +494,7 @@ class Program:
         the factors (s, C) of its phase."""
         s, size = factors.shape
         told = torch.zeros(self.rows, size)
-        self.begins.append(lambda columns, cache: told.copy_(cache.states["said"][:, 0]))
+        self.begins.append(lambda columns, cache: told.copy_(cache.states.get("said", NOTHING)[:, 0]))
         self.add("spread", (g, before, x), (x,), 0, (size, 0, s), (), (self.keep(told), self.vector(factors)),
                  out=x, by=before, **{"in": g})
         return x

@@ -298,3 +298,9 @@ def test_a_damaged_decider_takes_every_layer_as_forward_does(name):
     found, by_program = decoded(model, tokens(2, 3), 9)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0, equal_nan=True)
     assert by_program == by_forward
+
+
+@every_depth
+def test_threads_are_timed_over_a_cache_that_has_read_nothing(arm):
+    program = engine.trial(varied(arm), torch.device("cpu"), 2)
+    assert program and engine.time_threads(program).keys() == {1, 2}
