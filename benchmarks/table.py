@@ -34,6 +34,7 @@ class Table(Recipe):
     config: str = "config/compare_pylib.py,config/longer_context.py"
     runs: str = "results/runs"  # folder of the records of finished training runs
     cache: str = "out-table"  # folder of their checkpoints
+    train_only: bool = False  # train what is missing and make no table; type the same without it for that
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,12 +53,15 @@ def table(cfg):
     data = datasets.prepare_if_missing(cfg.corpus).resolve()
     store, runs = open_store(cfg, data), runs_of(cfg)
     seconds = 60 * cfg.budget
-    timing = min(480.0, 0.3 * seconds)
+    timing = 0.0 if cfg.train_only else min(480.0, 0.3 * seconds)
     iters, costs = plan(store, runs, seconds - timing)
     tell_plan(cfg, runs, iters, costs, seconds, timing)
     found, missing = train_all(store, runs, iters, costs, started + seconds - timing)
     for run, why in missing.items():
         print(f"!!! seed {run.seed}, {run.name} is missing: {why}")
+    if cfg.train_only:
+        print(f"{len(found)} of {len(runs)} runs are trained")
+        return {"measurements": {}, "iterations": iters, "trained": len(found), "wanted": len(runs)}
     first = {run.arm: run for run in found if run.seed == 0 and run.share == 1}
     require(TWIN in first, f"the dense twin was not trained: {list(missing.values())[:1]}")
     timed = measured(store, first, iters, started + seconds)

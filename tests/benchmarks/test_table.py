@@ -625,3 +625,17 @@ def test_a_whole_table_is_made_and_made_again_from_what_is_kept(tmp_path):
     assert runs == {path: path.stat().st_mtime_ns for path in runs}
     assert [row["losses"] for row in again["rows"].values()] == [row["losses"]
                                                                  for row in record["rows"].values()]
+
+
+@pytest.mark.slow
+def test_a_queue_trains_and_makes_no_table(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    words = [sys.executable, str(ROOT / "bench.py"), "table", "--iters=20", "--seeds=1", "--budget=30",
+             "--arms=dense", "--train_only=True", f"--config={tmp_path / 'tiny.py'}", "--out=t.json"]
+    for _ in range(2):
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "t.json").read_text())
+        assert record["trained"] == record["wanted"] == 3 and "rows" not in record
+        assert "3 of 3 runs are trained" in done.stdout and not (tmp_path / "t.html").is_file()
+    assert len([*(tmp_path / "results" / "runs").glob("dense*")]) == 3
