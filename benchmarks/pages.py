@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ show of the records: which arms and rows belong to which mechanism,
 the main table in few columns, the opening sentences, in both languages."""
+import textwrap
 from dataclasses import dataclass, field
 
 from benchmarks import report
@@ -105,6 +106,8 @@ def own_rows(page, records):
 class Language:
     """The words of the generated parts of a README."""
     head: tuple
+    brief_head: tuple
+    brief: str
     rival: str
     no: str
     leaks: str
@@ -134,6 +137,47 @@ def main_table(words, records):
                     for name, first in record.get("same_as", {}).items())
     told += words.rounds if report.rounds_of(record) else words.no_rounds
     return "\n".join([*lines, "", told])
+
+
+MOST = 10                                        # rows of the README's own table
+
+
+def brief_table(words, records):
+    """At most MOST rows: the dense twin and the dense frontier's two nearest models, every arm that pays, the
+    presets, and the arm that loses most."""
+    if TABLE not in records:
+        return words.missing.format(COMMAND)
+    record = records[TABLE]
+    rows = {name: row for name, row in report.rows_once(record).items() if row["share"] == 1}
+    lines = report.lines_of(words.brief_head, [brief(words, name, rows[name], record)
+                                               for name in telling(rows, record["axes"])])
+    h = record["hardware"]
+    arms = [name for name, row in rows.items() if row["kind"] == "arm"]
+    paying = [name for name in arms if won(name, record["axes"])]
+    return "\n".join([*lines, "", wrapped(words.brief.format(
+        tokens=f"{record['tokens']:,}", seeds=len(record["seeds"]), place=h["gpu"] or h["cpu"],
+        arms=len(arms), paying=len(paying), losing=len(arms) - len(paying)))])
+
+
+def telling(rows, axes):
+    """The names of brief_table's rows."""
+    loss = {name: row["val_loss"]["mean"] for name, row in rows.items()}
+    on_line = report.frontier_names(rows, axes["decode time"]["costs"])
+    near = sorted(set(on_line) - {TWIN}, key=lambda name: abs(loss[name] - loss[TWIN]))[:2]
+    arms = [name for name, row in rows.items() if row["kind"] == "arm" and not row["sees_the_future"]]
+    pays = sorted((name for name in arms if won(name, axes)), key=loss.get)
+    presets = [name for name in ("efficient", "quality") if name in rows]
+    worst = sorted(set(arms) - set(pays), key=loss.get)[-1:]
+    named = list(dict.fromkeys([TWIN, *near, *presets, *worst, *pays]))[:MOST]
+    return sorted(named, key=lambda name: (name != TWIN, rows[name]["kind"] != "dense", loss[name]))
+
+
+def brief(words, name, row, record):
+    """A row's cells."""
+    delta = row["to_twin"]
+    return [named(name), f"{row['val_loss']['mean']:.3f}", f"{delta['mean']:+.3f}" if delta else "",
+            f"{row['speed']['decode, batch 1']['median']:,.0f}", f"{row['weight_bytes'] / 1e6:.2f} MB",
+            pays(words, name, row, record["axes"])]
 
 
 def short(words, name, row, record):
@@ -166,16 +210,21 @@ GPT2, RACE = "decode_gpt2_cpu.json", "race_shakespeare_cpu.json"
 
 
 def opening(words, records):
-    """What this is, in two sentences with measured numbers."""
+    """What it buys, in measured numbers."""
     for name in (GPT2, RACE):
         require(name in records, f"results/{name} is missing: the README's opening sentences quote it")
     times, race = (records[name]["measurements"][of]["ratio"]
                    for name, of in ((GPT2, "decode"), (RACE, "time")))
     best, where = max(times, key=times.get), records[GPT2]["hardware"]
-    return words.opening.format(
+    return wrapped(words.opening.format(
         threads=where["threads"], cpu=where["cpu"], decode=times[OURS], exact=times[OURS_FP32],
         best=words.best.format(best=times[best], name=best) if best != OURS else "",
-        race=race[OURS], verdict=verdict(words, records))
+        race=race[OURS], verdict=verdict(words, records)))
+
+
+def wrapped(text):
+    """Prose in lines as those of the pages."""
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def verdict(words, records):
@@ -194,6 +243,12 @@ LANGUAGES = {
     "": Language(
         head=("arm", "val loss", "to its dense twin", "decode speed", "training speed",
               "M multiply-adds a token", "pays in"),
+        brief_head=("model", "val loss", "to dense", "decode tokens/s", "weights read a token", "pays in"),
+        brief="Four layers, 128 wide, {tokens} tokens a run, {seeds} seeds, {place}; nats a byte. *Pays*: "
+              "its whole 95% interval lies beyond what dense models of any width and depth reach at that "
+              "cost. "
+              "{paying} of {arms} blocks and combinations pay somewhere, {losing} nowhere: "
+              "[all of them](docs/table.md).",
         rival="rival", no="no", leaks="no: it sees the future",
         axes={axis: axis for axis in report.SHOWN},
         told="{tokens} tokens a run, {seeds} seeds, {place}. Val loss: nats a byte, of the model as it "
@@ -204,16 +259,14 @@ LANGUAGES = {
              "depths. At this width a decode step is calls more than bytes; at GPT-2's shape see "
              "[docs/presets.md](docs/presets.md). All of it: [report](results/table_cpu.md), {link}.",
         missing="This table is not measured yet: {} makes it.",
-        opening="**nanoCortex is nanoGPT with every brain-inspired block behind a flag, each one trained, "
-                "timed and counted beside its dense twin, the losers shown too; with all flags off it is "
-                "nanoGPT's GPT-2, bit for bit.** On {threads} CPU cores ({cpu}) it decodes at GPT-2's "
-                "shape {decode:.1f} times as fast as nanoGPT's own `generate` in bf16 and {exact:.1f} "
-                "times in fp32{best}, and reaches the loss of nanoGPT's documented CPU run on Shakespeare "
-                "in {race:.1f} times less time{verdict}.",
-        best=" ({best:.1f} times with {name}: random weights and squared ReLU, so that is speed alone)",
-        verdict="; of {arms} bio arms trained at one small scale {paying} lie beyond what plain models of "
-                "any size reach in at least one cost ({sure} of them also after Holm's correction for "
-                "{tests} tests), {losing} do not",
+        opening="On {threads} CPU cores ({cpu}) GPT-2's shape decodes {decode:.0f} times as fast as "
+                "nanoGPT's `generate`, which has no KV cache and computes in fp32 there ({exact:.0f} times "
+                "in fp32{best}), and nanoGPT's documented CPU run on Shakespeare reaches its loss in {race:.0f} "
+                "times less time{verdict}.",
+        best="; {best:.0f} times with {name}, random weights, so that is speed alone",
+        verdict=". Of {arms} blocks and combinations trained at one small scale {paying} beat dense models "
+                "of every size in at least one cost ({sure} of them after Holm's correction for {tests} "
+                "tests), {losing} in none",
         same=" {name} is the same model as {first}, flag by flag, and counts once.",
         rounds=" Intervals in time hold seeds and rounds of timing together.",
         no_rounds=" This record keeps no rounds of timing: its intervals in time hold the seeds alone and "
@@ -221,6 +274,12 @@ LANGUAGES = {
     " in Korean": Language(
         head=("블록", "검증 손실", "밀집 쌍둥이와의 차", "디코드 속도", "학습 속도", "토큰당 곱셈-덧셈(백만)",
               "이득이 있는 곳"),
+        brief_head=("모델", "검증 손실", "dense와의 차", "디코드 tokens/s", "토큰당 읽는 가중치",
+                    "이득이 있는 곳"),
+        brief="4층, 폭 128, 실행마다 {tokens}토큰, 시드 {seeds}개, {place}. 손실은 바이트당 nat. *이득*은 "
+              "95% 구간 전체가 폭과 깊이를 바꾼 dense 모델들의 경계선을 그 비용에서 넘을 때만 인정합니다. "
+              "블록과 조합 {arms}개 가운데 {paying}개는 어딘가에서 이득이고 {losing}개는 어디에서도 이득이 "
+              "없습니다: [전체 표](docs/table.md).",
         rival="경쟁 상대", no="없음", leaks="없음: 미래를 본다",
         axes={"decode time": "디코드 시간", "decode bytes": "디코드 바이트", "training time": "학습 시간"},
         told="실행마다 {tokens}토큰, 시드 {seeds}개, {place}. 검증 손실: 지름길을 켜고 실제로 디코드하는 "
@@ -231,16 +290,14 @@ LANGUAGES = {
              "단계는 바이트보다 호출이 좌우하니, GPT-2 크기는 [docs/presets.md](docs/presets.md)를 "
              "보세요. 전체: [보고서](results/table_cpu.md), {link}.",
         missing="이 표는 아직 측정되지 않았습니다. {} 명령이 만듭니다.",
-        opening="**nanoCortex는 뇌에서 착안한 블록을 모두 플래그 뒤에 둔 nanoGPT로, 블록마다 밀집(dense) "
-                "쌍둥이와 나란히 학습시켜 시간을 재고 연산을 세며 진 것까지 그대로 보여 주고, 플래그를 "
-                "모두 끄면 nanoGPT의 GPT-2와 비트까지 같습니다.** CPU {threads}코어({cpu})에서 GPT-2 크기를 "
-                "nanoGPT의 `generate`보다 bf16으로 {decode:.1f}배, fp32로 {exact:.1f}배 빠르게 "
-                "디코드하고{best}, nanoGPT 문서에 나오는 셰익스피어 CPU 실행의 손실에 {race:.1f}배 적은 "
-                "시간으로 도달합니다{verdict}.",
-        best="({name}: {best:.1f}배, 무작위 가중치와 제곱 ReLU이므로 속도만의 비교)",
-        verdict=". 작은 규모 하나에서 학습한 뇌 모방 구성 {arms}개 가운데 {paying}개는 적어도 한 가지 "
-                "비용에서 모든 크기의 평범한 모델이 닿는 선을 넘었고(검정 {tests}개에 대한 Holm 보정 "
-                "뒤에도 넘는 것은 {sure}개), {losing}개는 넘지 못했습니다",
+        opening="CPU {threads}코어({cpu})에서 GPT-2 크기의 모델을 nanoGPT의 `generate`보다 {decode:.0f}배 "
+                "빠르게 디코드합니다. nanoGPT는 KV 캐시 없이 fp32로 계산하며, 우리도 fp32로 하면 "
+                "{exact:.0f}배입니다{best}. nanoGPT 문서에 나오는 셰익스피어 CPU 실행의 손실에는 {race:.0f}배 적은 시간으로 "
+                "도달합니다{verdict}.",
+        best="({name}은 {best:.0f}배, 무작위 가중치라 속도만의 비교)",
+        verdict=". 작은 규모 하나에서 학습한 블록과 조합 {arms}개 가운데 {paying}개가 적어도 한 가지 "
+                "비용에서 모든 크기의 dense 모델을 이겼고(검정 {tests}개에 대한 Holm 보정 뒤에는 {sure}개), "
+                "{losing}개는 어느 것에서도 이기지 못했습니다",
         same=" {name}는 플래그까지 {first}와 같은 모델이라 한 번만 셉니다.",
         rounds=" 시간의 구간은 시드와 측정 회차를 함께 담습니다.",
         no_rounds=" 이 기록은 회차별 시간을 남기지 않아 시간의 구간이 시드만 담고 있어 너무 좁습니다. 다음 "

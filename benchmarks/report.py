@@ -250,25 +250,43 @@ def markdown(result):
 # -------------------------------------------------- plots --------------------------------------------------
 
 def draw_axis(path, result, axis):
-    """Loss against a cost: every model a point, the dense frontier a line; what sees the future is left out.
-    """
+    """Loss against a cost: every model a point, the dense frontier a line; those on it and beyond it have
+    names; what sees the future is left out."""
     scale, costs, rows = SCALES[axis], result["axes"][axis]["costs"], result["rows"]
     points = {name: (costs[name] * scale, rows[name]["val_loss"]["mean"]) for name in costs
               if name in rows_once(result) and not rows[name]["sees_the_future"]}
     with drawing(path, size=(8, 5)) as axes:
-        dense = [xy for name, xy in points.items() if rows[name]["kind"] == "dense"]
-        axes.plot(*zip(*frontier(dense)), "-", color="black", lw=1, label="dense frontier")
+        line = frontier([xy for name, xy in points.items() if rows[name]["kind"] == "dense"])
+        axes.plot(*zip(*line), "-", color="black", lw=1, label="the frontier of dense models")
         for name, (x, y) in points.items():
-            found = result["axes"][axis]["to_frontier"].get(name)
-            colour = "black" if found is None else "tab:green" if found["pays"] else "tab:red"
+            pays = result["axes"][axis]["to_frontier"].get(name, {}).get("pays", False)
+            dense, named = rows[name]["kind"] == "dense", pays or (x, y) in line
+            colour = "tab:green" if pays else "black" if dense and named else "tab:gray"
             interval = rows[name]["val_loss"]["interval"]
-            axes.plot([x], [y], "o" if found is None else "s", color=colour, ms=4)
-            axes.annotate(name, (x, y), fontsize=6.5, xytext=(3, 3), textcoords="offset points")
+            axes.plot([x], [y], "o" if dense else "s", color=colour, ms=5 if named else 3)
+            if named:
+                axes.annotate(name, (x, y), fontsize=9, xytext=(5, 4), textcoords="offset points")
             if interval:
                 axes.vlines(x, *interval, color=colour, lw=0.5, alpha=0.5)
-        axes.set(xscale="log", xlabel=UNITS[axis], ylabel="validation loss, nats",
-                 title="green lies beyond the dense frontier, red does not; bars: 95%")
+        axes.plot([], [], "s", color="tab:green", ms=5, label="a block, all of its 95% interval beyond it")
+        axes.plot([], [], "s", color="tab:gray", ms=3, label="a block that is not; circles: dense models")
+        axes.set(xscale="log", xlabel=UNITS[axis], ylabel="validation loss, nats")
+        plain_ticks(axes.xaxis)
         axes.legend(frameon=False, fontsize=8)
+
+
+def frontier_names(rows, costs):
+    """The names of the dense models on the frontier."""
+    points = {name: (costs[name], row["val_loss"]["mean"]) for name, row in rows.items()
+              if row["kind"] == "dense" and name in costs}
+    line = frontier(list(points.values()))
+    return [name for name, point in points.items() if point in line]
+
+
+def plain_ticks(axis):
+    """Numbers as people write them on a logarithmic axis."""
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(lambda x, place: f"{x:g}" if f"{x:.0e}"[0] in "1235" else "")
 
 
 def draw_sparsity(path, result):

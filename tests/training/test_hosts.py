@@ -53,7 +53,7 @@ class TwoHosts:
             os.kill(int(pid), signal.SIGKILL)
 
     def torchrun(self, number, *argv, ranks=1, restarts=3, **env):
-        """Type the README's line on one host -> Popen; its output is in host-N.txt."""
+        """Type the line of docs/scaling.md on one host -> Popen; its output is in host-N.txt."""
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={ranks}",
                    "--rdzv_backend=c10d", "--rdzv_endpoint=host-1:29500", "--rdzv_id=run1",
                    f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "train.py"),
