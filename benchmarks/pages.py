@@ -261,8 +261,8 @@ LANGUAGES = {
         missing="This table is not measured yet: {} makes it.",
         opening="On {threads} CPU cores ({cpu}) GPT-2's shape decodes {decode:.0f} times as fast as "
                 "nanoGPT's `generate`, which has no KV cache and computes in fp32 there ({exact:.0f} times "
-                "in fp32{best}), and nanoGPT's documented CPU run on Shakespeare reaches its loss in {race:.0f} "
-                "times less time{verdict}.",
+                "in fp32{best}), and nanoGPT's documented CPU run on Shakespeare reaches its loss in "
+                "{race:.0f} times less time{verdict}.",
         best="; {best:.0f} times with {name}, random weights, so that is speed alone",
         verdict=". Of {arms} blocks and combinations trained at one small scale {paying} beat dense models "
                 "of every size in at least one cost ({sure} of them after Holm's correction for {tests} "
@@ -292,8 +292,8 @@ LANGUAGES = {
         missing="이 표는 아직 측정되지 않았습니다. {} 명령이 만듭니다.",
         opening="CPU {threads}코어({cpu})에서 GPT-2 크기의 모델을 nanoGPT의 `generate`보다 {decode:.0f}배 "
                 "빠르게 디코드합니다. nanoGPT는 KV 캐시 없이 fp32로 계산하며, 우리도 fp32로 하면 "
-                "{exact:.0f}배입니다{best}. nanoGPT 문서에 나오는 셰익스피어 CPU 실행의 손실에는 {race:.0f}배 적은 시간으로 "
-                "도달합니다{verdict}.",
+                "{exact:.0f}배입니다{best}. nanoGPT 문서에 나오는 셰익스피어 CPU 실행의 손실에는 "
+                "{race:.0f}배 적은 시간으로 도달합니다{verdict}.",
         best="({name}은 {best:.0f}배, 무작위 가중치라 속도만의 비교)",
         verdict=". 작은 규모 하나에서 학습한 블록과 조합 {arms}개 가운데 {paying}개가 적어도 한 가지 "
                 "비용에서 모든 크기의 dense 모델을 이겼고(검정 {tests}개에 대한 Holm 보정 뒤에는 {sure}개), "
