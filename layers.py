@@ -585,7 +585,8 @@ def project(x, weight, bias):
     kernels.note(x.numel() // x.size(-1), weight)
     if kernels.takes_matvec(x, weight):
         return kernels.matvec(x, weight, bias)
-    return F.linear(x, weight, bias)
+    few = x.numel() <= kernels.FEW * x.size(-1)
+    return F.linear(x, weight, bias) if few else kernels.in_fp32(F.linear, x, weight, bias)
 
 
 def rotate(x, ctx):
@@ -661,8 +662,10 @@ def attend_short(q, k, v, dropout):
     B, H, T, D = q.shape
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(-1)
-    return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v).view(B, H, T, D)
+    weights = kernels.in_fp32(partial(torch.baddbmm, alpha=D ** -0.5), future, q, k.transpose(1, 2))
+    weights = weights.softmax(-1)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return kernels.in_fp32(torch.bmm, weights, v).view(B, H, T, D)
 
 
 def attention(window):
@@ -693,11 +696,11 @@ def attend_blocks(q, k, v, window, dropout):
     columns = torch.arange(size + window, device=q.device)
     age = columns[:size, None] + window - columns
     unseen = torch.zeros_like(age, dtype=q.dtype).masked_fill_((age < 0) | (age >= window), -math.inf)
-    scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=D ** -0.5)
+    scores = kernels.in_fp32(partial(torch.baddbmm, alpha=D ** -0.5), unseen, q, k.transpose(1, 2))
     for i in range(min(blocks, window // size)):                               # no keys before the first
         scores.view(B * H, blocks, size, -1)[:, i, :, :window - i * size] = -math.inf
     weights = scores.softmax(-1)
-    y = torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
+    y = kernels.in_fp32(torch.bmm, F.dropout(weights, dropout) if dropout else weights, v)
     return y.view(B, H, blocks * size, D)[:, :, :T]
 
 

@@ -7,6 +7,8 @@ import torch
 from arms import TINY, build, tokens
 from torch import nn
 
+import layers
+import sparse_kernels
 from bio_modules import Oscillating
 from configurator import ConfigError
 from decode.context import Context
@@ -276,3 +278,17 @@ def test_lean_optimizers_make_torchs_update(name):
         results.append(weights)
     for ours, theirs in zip(*results):
         assert torch.allclose(ours, theirs, atol=2e-3), "bf16 products, batched or not"
+
+
+def test_bf16_products_of_many_rows_are_those_of_fp32_rounded_once(monkeypatch):
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((33, 40), (24, 40), (24,)))
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).bfloat16()
+    for native in (False, True):
+        monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda native=native: native)
+        found = layers.project(x, weight, bias)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=2 ** -7, atol=2 ** -7)
+    monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda: False)
+    x.requires_grad_()
+    layers.project(x, weight, None).float().square().sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() and x.grad.abs().sum() > 0
