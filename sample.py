@@ -200,7 +200,8 @@ def main(cfg):
                                tokenizer.vocab_size, cfg.draws)
     said = []
     if cfg.quantize:
-        said.append(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about))
+        said.append(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about,
+                                     cfg.tokenizer))
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
     if calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode):
         said.append(with_thresholds(model.choose(predict=True), about))
@@ -256,8 +257,9 @@ def with_thresholds(model, about):
     c, source = model.config, "as the checkpoint has them"
     if calibrate.needs_thresholds(model):
         try:
-            ids, folder = datasets.training_text(about.get("config"), calibrate.TOKENS, c.block_size,
-                                                 c.vocab_size)
+            folder = trained_on(about.get("config"))
+            rows = max(1, calibrate.TOKENS // c.block_size)
+            ids, _ = datasets.TokenStream(folder, "train", c.block_size, rows, 0, c.vocab_size).batch(0)
             source = f"from {ids.numel():,} tokens of {folder}"
         except ConfigError:                      # no data, or no longer the ones of the checkpoint
             ids = calibrate.own_text(model)

@@ -703,14 +703,14 @@ def held_out(val, settings, tokenizer, block_size, vocab_size):
     return open_stream(sources, "val", block_size, 8, seed=0, vocab_size=vocab_size)
 
 
-def training_text(settings, count, block_size, vocab_size):
-    """Rows of ids (B, block_size) from the training data that a run's `settings` name, about `count` ids, and
-    the data's folder. A ConfigError where the data are not here, or another's."""
+def training_text(settings, folder, count, block_size, vocab_size):
+    """Rows of ids (B, block_size) of the training data that `folder` or else a run's `settings` name, about
+    `count` ids, and where they are. A ConfigError where the data are not here, or another model's."""
     name = settings.get("dataset") if isinstance(settings, dict) else None
-    require(isinstance(name, str) and name, "the checkpoint names no data")
-    folder = find(named(name)[0][0])
-    stream = TokenStream(folder, "train", block_size, max(1, count // block_size), 0, vocab_size)
-    return stream.batch(0)[0], folder
+    require(folder or (isinstance(name, str) and name), "the checkpoint names no data")
+    place = find(folder or named(name)[0][0])
+    stream = TokenStream(place, "train", block_size, max(1, count // block_size), 0, vocab_size)
+    return stream.batch(0)[0], place
 
 
 def random_bits(key, index, count):

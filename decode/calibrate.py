@@ -28,11 +28,22 @@ def calibrate(model, ids, live):
     quantile of the copy's scores that leaves the share; with live=0 the score that one in a thousand firing
     units is below.
     """
-    mlps, seen = screened(model), {}
+    mlps, seen, before = screened(model), {}, model.choices
     require(mlps, "calibrate: no layer of this model screens its units: build it with mlp_screen=4")
     every = max(1, ids.numel() // KEPT)
+    counted = [(module, name, getattr(module, name)) for module in model.modules()
+               for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
     handles = [mlp.register_forward_pre_hook(lambda mlp, args: look(mlp, *args, every, seen)) for mlp in mlps]
-    run_with(model, ids.split(8), handles)
+    try:
+        model.choose(predict=False)
+        for row in ids.split(8):
+            model(row)
+    finally:
+        model.choices = before
+        for handle in handles:
+            handle.remove()
+        for counter in counted:                  # what the model's own tokens have cost
+            setattr(*counter)
     natural = [sum(fired) / len(fired) for fired, _, _ in (seen[mlp] for mlp in mlps)]
     mean = sum(natural) / len(natural)
     for mlp, share in zip(mlps, natural):
@@ -45,16 +56,29 @@ def calibrate(model, ids, live):
     return natural
 
 
-def run_with(model, batches, handles, targets=False):
-    """Run a model over batches (B, T) of ids with all its units, and take its hooks off again. targets: the
-    head reads all tokens, not only the last of each row."""
+def look(mlp, x, ctx, every, seen):
+    """Note what a layer's units do with tokens x (B, T, C): the share that fires, and of one token in `every`
+    the copy's scores of all units, and of those that fire."""
+    fired, scores, firing = seen.setdefault(mlp, ([], [], []))
+    v = mlp.c_fc(x)
+    fired.append((v > 0).float().mean().item())
+    some = x.flatten(0, 1)[::every]
+    own = v.flatten(0, 1)[::every].float()
+    found = own if mlp.own_copy() else mlp.scores(some, ctx).float()
+    scores.append(found.flatten())
+    firing.append(found[own > 0])
+
+
+def run_with(model, batches, handles):
+    """Run a model over batches (B, T) of ids with all its units, the head over all tokens, and take its hooks
+    off again."""
     before = model.choices
     counted = [(module, name, getattr(module, name)) for module in model.modules()
                for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
     try:
         model.choose(predict=False)
         for row in batches:
-            model(row, row if targets else None)
+            model(row, row)
     finally:
         model.choices = before
         for handle in handles:
@@ -76,21 +100,8 @@ def input_moments(model, ids):
         counts[name] = counts.get(name, 0) + len(rows)
     handles = [getattr(module, name).register_forward_pre_hook(lambda _, args, path=path: add(path, args[0]))
                for _, module, name, path in whole_parts(model)]
-    run_with(model, ids.split(1), handles, targets=True)      # a row at a time: all its logits are large
+    run_with(model, ids.split(1), handles)      # a row at a time: all its logits are large
     return {name: sums[name] / counts[name] for name in sums}
-
-
-def look(mlp, x, ctx, every, seen):
-    """Note what a layer's units do with tokens x (B, T, C): the share that fires, and of one token in `every`
-    the copy's scores of all units, and of those that fire."""
-    fired, scores, firing = seen.setdefault(mlp, ([], [], []))
-    v = mlp.c_fc(x)
-    fired.append((v > 0).float().mean().item())
-    some = x.flatten(0, 1)[::every]
-    own = v.flatten(0, 1)[::every].float()
-    found = own if mlp.own_copy() else mlp.scores(some, ctx).float()
-    scores.append(found.flatten())
-    firing.append(found[own > 0])
 
 
 def quantile(values, share):

@@ -66,9 +66,10 @@ def whole_numbers(cfg, loaded, path):
     return lambda folder: ckpt.save(whole, folder / "ckpt.pt")
 
 
-def quantized(model, kind, val, about):
+def quantized(model, kind, val, about, folder=""):
     """Quantise a model in eval mode in place -> the sentence that says what it holds now and, where `val` is
-    True or a folder of data, its validation losses. about: its checkpoint's `config` and `tokenizer`."""
+    True or a folder of data, its validation losses. about: its checkpoint's `config` and `tokenizer`; folder:
+    its own data, where the checkpoint names none."""
     stream, before = None, None
     if val:
         settings = about.get("config") if isinstance(about.get("config"), dict) else {}
@@ -76,7 +77,7 @@ def quantized(model, kind, val, about):
                                    model.config.vocab_size)
         before = estimate.validation_loss(model, stream)
     held, forms = held_bytes(model), forms_of(kind)
-    moments, scales = moments_of(model, about) if 4 in forms else (None, "")
+    moments, scales = moments_of(model, about, folder) if 4 in forms else (None, "")
     quantize(model, kind, moments=moments)
     said = f"weights quantised to {kind}: {held_bytes(model) / 2**20:.1f} MiB of {held / 2**20:.1f}{scales}"
     if {*forms} & {*GGML}:
@@ -89,16 +90,16 @@ def quantized(model, kind, val, about):
     return said
 
 
-def moments_of(model, about):
+def moments_of(model, about, folder=""):
     """The mean squares of a model's inputs, from the text that it was trained on -> (them, what to print);
     None where that text is not here."""
     try:
-        ids, folder = datasets.training_text(about.get("config"), calibrate.TOKENS, model.config.block_size,
-                                             model.config.vocab_size)
+        ids, place = datasets.training_text(about.get("config"), folder, calibrate.TOKENS,
+                                            model.config.block_size, model.config.vocab_size)
     except ConfigError:
         return None, "; scales by plain least squares: the training data are not here"
     moments = calibrate.input_moments(model, ids.to(next(model.parameters()).device))
-    return moments, f"; scales weighted by the inputs of {ids.numel():,} tokens of {folder}"
+    return moments, f"; scales weighted by the inputs of {ids.numel():,} tokens of {place}"
 
 
 def safetensors(cfg, loaded, path):
