@@ -273,7 +273,10 @@ class LargestInputs(NeuronMajor):
 
 # ------------------------------------------------ weights of whole numbers
 
-BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of attention, MLP, head
+PARTS = "attn", "mlp", "head"
+BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of PARTS
+GGML = {"q4_0": kernels.q4_0, "q8_0": kernels.q8_0}     # rounding of llama.cpp's files, for the loss alone
+FORMS = {"4": 4, "8": 8, "16": 16} | {name: name for name in GGML}      # of a part; 16: as it is
 
 
 class Quantized(nn.Module):
@@ -281,19 +284,19 @@ class Quantized(nn.Module):
     its inputs to 8 bits a token, as a decode step does: the loss of this model is the loss of what decodes.
     2:4 weights are stored dense: their zeros cost as much as other numbers."""
 
-    def __init__(self, linear, bits, empty=False):
-        """linear: a Linear or a Packed. empty: a state dict is loaded next."""
+    def __init__(self, linear, bits, empty=False, moments=None):
+        """linear: a Linear or a Packed. empty: a state dict is loaded next. moments: see quantize."""
         super().__init__()
         weight = dense_weight(linear)
         self.out_features, self.in_features = weight.shape
         self.bits, self.bias, self.act = bits, linear.bias, getattr(linear, "act", "none")
-        self.fill(weight, empty)
+        self.fill(weight, empty, moments)
         # the dtype of the stream, which .to(dtype) moves with the rest of the model
         self.register_buffer("like", weight.new_empty(0), persistent=False)
 
-    def fill(self, rows, empty):
+    def fill(self, rows, empty, moments=None):
         some = rows[:1] if empty else rows       # shapes are those of one row
-        codes, scale = kernels.quantize(some.detach(), self.bits)
+        codes, scale = kernels.quantize(some.detach(), self.bits, moments)
         if empty:
             codes, scale = (t.new_zeros(t.size(0) * len(rows), t.size(1)) for t in (codes, scale))
         self.register_buffer("codes", codes)
@@ -349,12 +352,12 @@ class QuantizedByUnit(Quantized):
     """A NeuronMajor's weights as whole numbers, the row of an input unit with scales of its own; inputs are
     not rounded: each is a factor of a row. k: inputs that are read, the largest |x|; None: all."""
 
-    def __init__(self, linear, bits, empty=False):
-        super().__init__(linear, bits, empty)
+    def __init__(self, linear, bits, empty=False, moments=None):
+        super().__init__(linear, bits, empty, moments)
         self.k = getattr(linear, "k", None)
 
-    def fill(self, weight, empty):
-        super().fill(weight.t(), empty)
+    def fill(self, weight, empty, moments=None):
+        super().fill(weight.t(), empty)          # a group meets one input, whatever its size
 
     @property
     def weight(self):
@@ -395,32 +398,87 @@ def dense_weight(linear):
     return linear.matrix().detach()
 
 
-def check_quantize(kind):
-    require(kind in BITS, f"quantize='{kind}' must be {', '.join(BITS)}")
+def forms_of(kind):
+    """What --quantize says -> the form of the matrices of each of PARTS: 4 or 8 bits, 16 (they stay), or one
+    of GGML. A ConfigError where it says nothing that is known."""
+    if kind in (*BITS, *GGML):
+        return BITS.get(kind, (kind,) * 3)
+    pairs = [word.partition("=") for word in str(kind).split(",")]
+    given = {part: form for part, _, form in pairs}
+    require(len(given) == len(pairs) and given.keys() <= {*PARTS} and {*given.values()} <= FORMS.keys(),
+            f"quantize='{kind}' must be {', '.join((*BITS, *GGML))}, or bits by part, such as "
+            f"mlp=4,attn=8,head=8: {', '.join(PARTS)}, each once at most, each {', '.join(FORMS)}")
+    forms = tuple(FORMS[given.get(part, "16")] for part in PARTS)
+    require({*forms} != {16}, f"quantize='{kind}' leaves all weights as they are: give a part 4 or 8 bits, "
+            "or leave quantize out")
+    return forms
+
+
+def check_quantize(kind, smaller=False):
+    """A ConfigError where --quantize says nothing that is known, or with `smaller` what saves no byte."""
+    rounds = {*forms_of(kind)} & {*GGML}
+    require(not (smaller and rounds), f"quantize='{kind}': {' and '.join(GGML)} round as ggml does, to tell "
+            f"its loss (sample.py --quantize={kind} --val=True), and save nothing: type {' or '.join(BITS)}")
+
+
+def kinds_in(text):
+    """The kinds that a list by commas names; neighbours with = are parts of one kind."""
+    kinds, open_ = [], False
+    for word in filter(None, text.split(",")):
+        if "=" in word and open_:
+            kinds[-1] += "," + word
+        else:
+            kinds.append(word)
+        open_ = "=" in word
+    return kinds
+
+
+def whole_parts(model):
+    """(part's place in PARTS, module, name of its matrix, name in the model) of all that quantize takes."""
+    for n, block in enumerate(model.transformer.h):
+        for place, part in enumerate(PARTS[:2]):
+            for name in ("c_attn", "c_fc", "c_proj"):
+                if getattr(getattr(block, part), name, None) is not None:
+                    yield place, getattr(block, part), name, f"transformer.h.{n}.{part}.{name}"
+    yield 2, model, "lm_head", "lm_head"
 
 
 @torch.no_grad()
-def quantize(model, kind, empty=False):
-    """For inference: exchange the matrices of attention, MLP and head for whole numbers of the BITS of `kind`
-    -> the model. Norms, routers, gates, probes, adapters, biases and positions stay. A tied embedding reads
-    the head's rows. empty: a state dict is loaded next."""
-    check_quantize(kind)
-    require(not isinstance(model.lm_head, Quantized), f"quantize='{kind}': the weights are whole numbers "
-            "already; leave quantize out")
-    attention, mlp, head = BITS[kind]
-    for block in model.transformer.h:
-        for part, bits in ((block.attn, attention), (block.mlp, mlp)):
-            for name in ("c_attn", "c_fc", "c_proj"):
-                child = getattr(part, name, None)
-                if child is not None:
-                    of = QuantizedByUnit if isinstance(child, NeuronMajor) else Quantized
-                    setattr(part, name, of(child, bits, empty))
-            part.quantized = True
-    model.lm_head = Quantized(model.lm_head, head, empty)
-    if model.config.tie_weights:
+def quantize(model, kind, empty=False, moments=None):
+    """For inference: exchange the matrices of attention, MLP and head for whole numbers, or round them, as
+    forms_of(kind) says -> the model. Norms, routers, gates, probes, adapters, biases and positions stay. A
+    tied embedding reads the head's rows. empty: a state dict is loaded next. moments: of matrices, by name,
+    the mean square of each input (calibrate.input_moments), by which scales of 4 bits are chosen; without
+    them all inputs count the same."""
+    forms = forms_of(kind)
+    require(not is_quantized(model), f"quantize='{kind}': the weights are whole numbers already; leave "
+            "quantize out")
+    for place, module, name, path in [*whole_parts(model)]:
+        form, child = forms[place], getattr(module, name)
+        if form in GGML:
+            rewrite(child, GGML[form](dense_weight(child)))
+        elif form != 16:
+            of = QuantizedByUnit if isinstance(child, NeuronMajor) else Quantized
+            setattr(module, name, of(child, form, empty, (moments or {}).get(path)))
+            module.quantized = True
+    if model.config.tie_weights and isinstance(model.lm_head, Quantized):
         wte = model.transformer.wte
         wte.weight, wte.tied = None, (model.lm_head,)
     return model
+
+
+def is_quantized(model):
+    return any(isinstance(module, Quantized) for module in model.modules())
+
+
+def rewrite(linear, weight):
+    """Put other weights (n_out, n_in) into a Linear, or into a Packed: zeros stay where they were."""
+    if isinstance(linear, Packed):
+        for old, new in zip((linear.values, linear.meta), kernels.pack_24(weight)):
+            old.copy_(new)
+        kernels.forget_24(linear.values)
+    else:
+        linear.weight.copy_(weight)
 
 
 def held_bytes(model):

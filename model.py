@@ -550,7 +550,8 @@ def build_model(checkpoint, path, learns=False, **overrides):
                                      "checkpoint that was packed")
     try:
         model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
-        model = settle(model) if packed else quantize(model, kind, empty=True) if kind else model
+        model = settle(model) if packed else model
+        model = quantize(model, kind, empty=True) if kind else model
         model.load_state_dict(checkpoint["model"])
         require(kind or not model.config.tie_weights or is_tied(checkpoint["model"]),
                 "tie_weights=True, but its head is not its embedding")

@@ -19,7 +19,7 @@ from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import calibrate, engine, sampling
 from kernels.arena import move_weights
-from layers import Packed, Quantized, check_quantize, settle
+from layers import Packed, TwoOfFour, check_quantize, settle
 from model import GPT, build_model
 from training import checkpoint as ckpt
 from training import continual, export, pretrained, runtime
@@ -57,7 +57,7 @@ class SampleConfig:
     chat: bool = False  # answer lines as they are typed; the text so far begins with start
     stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
     enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
-    quantize: str = ""  # weights of whole numbers: int8, int4 (the MLP's; others int8), q4_all; empty: none
+    quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
     val: bool | str = False  # with quantize, print the validation loss before and behind it; or of a FOLDER
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
@@ -200,11 +200,12 @@ def main(cfg):
                                tokenizer.vocab_size, cfg.draws)
     said = []
     if cfg.quantize:
-        said.append(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about))
+        said.append(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about,
+                                     cfg.tokenizer))
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
     if calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode):
         said.append(with_thresholds(model.choose(predict=True), about))
-    if model.config.weights == "2:4" and not isinstance(model.lm_head, Quantized):
+    if any(isinstance(module, TwoOfFour | Packed) for module in model.modules()):
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
         settle(model, pack=pays)

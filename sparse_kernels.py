@@ -373,16 +373,17 @@ def osc_kernel(name, dtype):
 GROUP = 32
 
 
-def quantize(weight, bits):
+def quantize(weight, bits, moments=None):
     """weight (N, K) -> codes, scale. 8 bits: the largest |w| of a row is 127. 4 bits: each group tries eleven
     grids, on which its largest |w| lies at -7 to -9, with the scale of least squares, and takes the nearest.
-    A row or group with a weight that is not finite becomes NaN."""
-    parts = [quantize_rows(part.float(), bits) for part in weight.split(1024)]
+    moments (K,): the mean square of each input; what the products lose on average counts then. A row or
+    group with a weight that is not finite becomes NaN."""
+    parts = [quantize_rows(part.float(), bits, moments) for part in weight.split(1024)]
     codes, scale = (torch.cat(some) for some in zip(*parts))
     return codes, scale
 
 
-def quantize_rows(wide, bits):
+def quantize_rows(wide, bits, moments=None):
     N, K = wide.shape
     if bits == 8:
         scale = wide.abs().amax(dim=1).clamp(min=1e-30) / 127
@@ -390,8 +391,9 @@ def quantize_rows(wide, bits):
         bits_of = torch.where(scale.isfinite(), scale, torch.nan).view(torch.int32)
         return (F.pad(q, (0, -K % 64)).view(torch.uint8),
                 torch.stack((bits_of, q.sum(dim=1, dtype=torch.int32)), dim=1))
-    groups = F.pad(wide, (0, -K % 64)).unflatten(1, (-1, GROUP))
-    q, scale = least_squares(groups, 2 ** (bits - 1) - 1)
+    groups = in_groups(wide, 64)
+    q, scale = least_squares(groups, 2 ** (bits - 1) - 1, 1 if moments is None else in_groups(
+        (moments.float() / moments.mean()).nan_to_num(1).clamp(1e-4, 1e4)[None], 64))
     low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)              # (N, K / 64, 32) each
     codes = torch.cat(((low | high << 4).flatten(1), scale.contiguous().view(torch.uint8)), dim=1)
     return F.pad(codes, (0, -codes.size(1) % 64)), torch.empty(0, 2, dtype=torch.int32, device=wide.device)
@@ -402,24 +404,59 @@ def whole(wide, scale, least, most):
     return (wide / scale).round().clamp(-least, most).nan_to_num(0).to(torch.int8)
 
 
-def least_squares(groups, most=7):
-    """groups (N, G, 32) fp32 -> numbers in -most - 1..most (int8) and their scales (N, G) bf16."""
+def in_groups(rows, of):
+    """(N, K) -> (N, G, 32), zeros behind each row up to a multiple of `of`."""
+    return F.pad(rows, (0, -rows.size(1) % of)).unflatten(1, (-1, GROUP))
+
+
+def least_squares(groups, most=7, by=1):
+    """groups (N, G, 32) fp32 -> numbers in -most - 1..most (int8) and their scales (N, G) bf16. by: how much
+    the square of each error counts, (1, G, 32)."""
     places = groups.abs().argmax(dim=-1, keepdim=True)
     largest = groups.gather(-1, places)                                              # with its sign
     kept = None
     for step in range(11):
         scale = -largest / (most + 0.2 * step)
         q = whole(groups, torch.where(scale == 0, 1, scale), most + 1, most).float()
-        scale = (groups * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True).clamp(min=1)
+        scale = (by * groups * q).sum(-1, keepdim=True) / (by * q * q).sum(-1, keepdim=True).clamp(min=1e-30)
         scale = scale.bfloat16().float()
         q = whole(groups, torch.where(scale == 0, 1, scale), most + 1, most)
-        error = (groups - scale * q).square().sum(-1, keepdim=True)
+        error = (by * (groups - scale * q).square()).sum(-1, keepdim=True)
         if kept is None:
             kept = q, scale, error
         better = error < kept[2]
         kept = tuple(torch.where(better, new, old) for new, old in zip((q, scale, error), kept))
     finite = groups.isfinite().all(dim=-1)
     return kept[0], torch.where(finite, kept[1][..., 0], torch.nan).bfloat16()
+
+
+def q4_0(weight):
+    """weight (N, K) -> what ggml's Q4_0 makes of it, fp32: blocks of 32 in a row (zeros behind the last one)
+    are numbers in -8..7 times an fp16 scale, which puts the largest |w| at -8."""
+    blocks = in_groups(weight.float(), GROUP)
+    largest = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))           # with its sign
+    scale = largest / -8
+    return from_blocks((blocks * reciprocal(scale) + 8.5).trunc().clamp(0, 15) - 8, scale, weight)
+
+
+def q8_0(weight):
+    """The same for ggml's Q8_0: numbers in -127..127, a half is rounded away from zero."""
+    blocks = in_groups(weight.float(), GROUP)
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    wide = blocks * reciprocal(scale)
+    whole_part = wide.abs().floor()
+    q = whole_part + (2 * (wide.abs() - whole_part)).floor()
+    return from_blocks(wide.sign() * q, scale, weight)
+
+
+def reciprocal(scale):
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def from_blocks(q, scale, like):
+    """Numbers (N, G, 32) times scales (N, G, 1) that are stored in fp16 -> (N, K) as `like`, in fp32."""
+    kept = scale.half().float()
+    return torch.where(kept == 0, 0, q * kept).flatten(1)[:, :like.size(1)]
 
 
 def dequantize(codes, scale, K):

@@ -22,7 +22,7 @@ from decode import engine
 from decode.context import Cache, CachedContext
 from decode.sampling import Step, replays
 from kernels.arena import move_weights, room
-from layers import check_quantize, quantize
+from layers import check_quantize, kinds_in, quantize
 from model import GPT, GPTConfig
 from training import runtime
 
@@ -54,7 +54,7 @@ class Decode(Timed):
     hf: bool = False  # also Hugging Face's generate with the same weights, in the dtype of ours
     llamacpp: bool = False  # also llama.cpp with the same weights, as f32, bf16, q8_0 and q4_0 files; on CPUs
     ctranslate2: bool = False  # also ctranslate2 with the same weights, as float32 and int8; on CPUs
-    quantize: str = ""  # also ours, and the blocks, in whole numbers: int8, int4 or q4_all, several by commas
+    quantize: str = ""  # also ours, and the blocks, in whole numbers: int8,int4,q4_all, or mlp=4,attn=8
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,8 +74,8 @@ class Decode(Timed):
             lacks = [name for name in NEEDS[flag] if not importlib.util.find_spec(name)]
             require(not lacks, f"--{flag} needs {' and '.join(lacks)}: "
                                f"pip install {' '.join(NEEDS[flag][name] for name in lacks)}")
-        for kind in filter(None, self.quantize.split(",")):
-            check_quantize(kind)
+        for kind in kinds_in(self.quantize):
+            check_quantize(kind, smaller=True)
 
 
 def decode(cfg):
@@ -96,7 +96,7 @@ def decode(cfg):
     for name, flags in blocks.items():
         models[name] = ready(GPT(GPTConfig(**SHAPES[cfg.shape] | flags), seed=1337), place)
         contexts[name] = contextlib.nullcontext()
-    for kind in filter(None, cfg.quantize.split(",")):
+    for kind in kinds_in(cfg.quantize):
         for name in (OURS, *blocks):             # beside its twin in the same numbers; a dense one: itself
             models[f"{name}, {kind}"] = quantize(copy.deepcopy(models[name]), kind)
             move_weights(models[f"{name}, {kind}"])

@@ -64,6 +64,7 @@ MECHANISMS = {
     "attn_topk": Page(("attn_topk",), {TWO_OF_FOUR: "dense|attn_topk"}
                       | at_gpt2s_shape(r"columns \+ a quarter of attention")),
     "screen": Page((), at_gpt2s_shape("screened head")),
+    "quantize": Page((), {"quantize_63m_cpu.json": ".*"}),
     "continual": Page((), {"continual_cpu.json": ".*"}),
     "energy_budget": Page((), {"energy_cpu.json": ".*"}),
     "presets": Page(("efficient", "quality"),

@@ -249,6 +249,15 @@ def energy_rows(record):
                f"| {len(found)}")
 
 
+def quantized_rows(record):
+    """Losses of one model with its weights in other forms."""
+    dense = record["losses"]["dense"]["loss"]
+    for name, found in record["losses"].items():
+        size = f"{found['bytes'] / 2**20:.0f} MiB" if found["bytes"] else ""
+        loss = found["loss"]
+        yield f"{name} | {loss:.4f} | {loss - dense:+.4f} | {loss / dense - 1:+.2%} | {size}"
+
+
 def fault_rows(record):
     """Faults: how many of what was injected held."""
     for row, found in sorted(record["faults"].items(), key=lambda item: int(item[0][1:])):
@@ -310,6 +319,7 @@ TABLES = (
      kernel_rows),
     ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
      fertility_rows),
+    ("weights of 63 M | val loss | nats to dense | % | bytes", ("quantize",), quantized_rows),
     ("injected | held | seconds", ("faults",), fault_rows),
     ("the suite on | passed | skipped | failed | minutes", ("suite",), suite_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),

@@ -703,6 +703,16 @@ def held_out(val, settings, tokenizer, block_size, vocab_size):
     return open_stream(sources, "val", block_size, 8, seed=0, vocab_size=vocab_size)
 
 
+def training_text(settings, folder, count, block_size, vocab_size):
+    """Rows of ids (B, block_size) of the training data that `folder` or else a run's `settings` name, about
+    `count` ids, and where they are. A ConfigError where the data are not here, or another model's."""
+    name = settings.get("dataset") if isinstance(settings, dict) else None
+    require(folder or (isinstance(name, str) and name), "the checkpoint names no data")
+    place = find(folder or named(name)[0][0])
+    stream = TokenStream(place, "train", block_size, max(1, count // block_size), 0, vocab_size)
+    return stream.batch(0)[0], place
+
+
 def random_bits(key, index, count):
     """(count,) uint64 that (key, index) decide; no two indices share any."""
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64)).random_raw(count)

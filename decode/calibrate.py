@@ -1,9 +1,10 @@
 """What a few thousand tokens of training text tell a model that decodes with shortcuts: the thresholds of
-screened units."""
+screened units, and how large the inputs of matrices are whose weights are quantised."""
 import torch
 
 from configurator import require
 from decode import sampling
+from layers import whole_parts
 
 TOKENS, KEPT = 8192, 1024                        # that are read, and whose scores are kept, a layer
 
@@ -66,6 +67,41 @@ def look(mlp, x, ctx, every, seen):
     found = own if mlp.own_copy() else mlp.scores(some, ctx).float()
     scores.append(found.flatten())
     firing.append(found[own > 0])
+
+
+def run_with(model, batches, handles):
+    """Run a model over batches (B, T) of ids with all its units, the head over all tokens, and take its hooks
+    off again."""
+    before = model.choices
+    counted = [(module, name, getattr(module, name)) for module in model.modules()
+               for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
+    try:
+        model.choose(predict=False)
+        for row in batches:
+            model(row, row)
+    finally:
+        model.choices = before
+        for handle in handles:
+            handle.remove()
+        for counter in counted:                  # what the model's own tokens have cost
+            setattr(*counter)
+
+
+@torch.no_grad()
+def input_moments(model, ids):
+    """The mean square of each input of the matrices that layers.quantize takes, over text ids (B, T) int64,
+    for a model in eval mode -> {name of the matrix: (n_in,) fp32}. A matrix that its module reads by code of
+    its own is left out."""
+    sums, counts = {}, {}
+
+    def add(name, x):
+        rows = x.detach().float().flatten(0, -2)
+        sums[name] = sums.get(name, 0) + rows.square().sum(dim=0)
+        counts[name] = counts.get(name, 0) + len(rows)
+    handles = [getattr(module, name).register_forward_pre_hook(lambda _, args, path=path: add(path, args[0]))
+               for _, module, name, path in whole_parts(model)]
+    run_with(model, ids.split(1), handles)      # a row at a time: all its logits are large
+    return {name: sums[name] / counts[name] for name in sums}
 
 
 def quantile(values, share):

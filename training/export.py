@@ -12,10 +12,11 @@ from pathlib import Path
 
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from configurator import configure, require, run_script
+from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
+from decode import calibrate
 from kernels.build import cpu_library
-from layers import check_quantize, held_bytes, quantize, settle
+from layers import GGML, check_quantize, forms_of, held_bytes, quantize, settle
 from model import build_model
 from training import checkpoint as ckpt
 from training import estimate, pretrained, rundir
@@ -29,14 +30,14 @@ class ExportConfig:
     export_dir: str = ""  # the folder that is written; default: out_dir and the form's name
     to: str = "packed"  # packed (2:4, quantised), safetensors (any model), hf (dense, for transformers)
     dtype: str = "bfloat16"  # of the weights that are written: float32, bfloat16, float16
-    quantize: str = ""  # with packed, whole numbers: int8, int4 (the MLP's; others int8), q4_all; empty: none
+    quantize: str = ""  # with packed, whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
     val: bool | str = False  # with quantize, print the validation loss before and behind it; or of a FOLDER
 
     def __post_init__(self):
         require(self.to in FORMS, f"to='{self.to}' must be {', '.join(FORMS)}")
         require(self.dtype in DTYPES, f"dtype='{self.dtype}' must be {', '.join(DTYPES)}")
         if self.quantize:
-            check_quantize(self.quantize)
+            check_quantize(self.quantize, smaller=True)
         require(not self.quantize or self.to == "packed",
                 f"quantize={self.quantize} and to={self.to}: whole numbers are written by --to=packed")
         require(self.quantize or self.val is False, f"val={self.val} has no effect without quantize: type "
@@ -59,30 +60,46 @@ def whole_numbers(cfg, loaded, path):
     """-> a function that writes a checkpoint without optimizer whose weights are whole numbers."""
     model = build_model(loaded, path).eval()
     print(quantized(model, cfg.quantize, cfg.val, loaded))
-    model.to(DTYPES[cfg.dtype])
+    settle(model).to(DTYPES[cfg.dtype])          # parts in 2:4 that keep their bits are packed
     kept = {key: loaded[key] for key in ("model_args", "config", "tokenizer") if key in loaded}
     whole = {"model": model.state_dict(), "quantize": cfg.quantize, **kept}
     return lambda folder: ckpt.save(whole, folder / "ckpt.pt")
 
 
-def quantized(model, kind, val, about):
+def quantized(model, kind, val, about, folder=""):
     """Quantise a model in eval mode in place -> the sentence that says what it holds now and, where `val` is
-    True or a folder of data, its validation losses. about: its checkpoint's `config` and `tokenizer`."""
+    True or a folder of data, its validation losses. about: its checkpoint's `config` and `tokenizer`; folder:
+    its own data, where the checkpoint names none."""
     stream, before = None, None
     if val:
         settings = about.get("config") if isinstance(about.get("config"), dict) else {}
         stream = datasets.held_out(val, settings, about.get("tokenizer"), model.config.block_size,
                                    model.config.vocab_size)
         before = estimate.validation_loss(model, stream)
-    held = held_bytes(model)
-    quantize(model, kind)
-    said = f"weights quantised to {kind}: {held_bytes(model) / 2**20:.1f} MiB of {held / 2**20:.1f}"
-    if model.lm_head.codes.is_cpu and cpu_library()[0] is None:
+    held, forms = held_bytes(model), forms_of(kind)
+    moments, scales = moments_of(model, about, folder) if 4 in forms else (None, "")
+    quantize(model, kind, moments=moments)
+    said = f"weights quantised to {kind}: {held_bytes(model) / 2**20:.1f} MiB of {held / 2**20:.1f}{scales}"
+    if {*forms} & {*GGML}:
+        said += "; ggml's blocks are stored as what they stand for, to tell their loss: a step saves nothing"
+    if {*forms} & {4, 8} and next(model.buffers()).is_cpu and cpu_library()[0] is None:
         said += "; without C kernels they are multiplied as what they stand for"
     if stream:
         said += "\n" + estimate.beside(before, estimate.validation_loss(model, stream), kind,
                                        settings.get("dataset") if val is True else val)
     return said
+
+
+def moments_of(model, about, folder=""):
+    """The mean squares of a model's inputs, from the text that it was trained on -> (them, what to print);
+    None where that text is not here."""
+    try:
+        ids, place = datasets.training_text(about.get("config"), folder, calibrate.TOKENS,
+                                            model.config.block_size, model.config.vocab_size)
+    except ConfigError:
+        return None, "; scales by plain least squares: the training data are not here"
+    moments = calibrate.input_moments(model, ids.to(next(model.parameters()).device))
+    return moments, f"; scales weighted by the inputs of {ids.numel():,} tokens of {place}"
 
 
 def safetensors(cfg, loaded, path):

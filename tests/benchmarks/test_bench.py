@@ -58,6 +58,8 @@ def alone(tmp_path_factory):
     (["decode", "--shape=gpt3"], ["shape='gpt3'", "gpt2-xl or baby"]),
     (["decode", "--prompt=1025"], ["prompt=1025", "1024"]),
     (["decode", "--quantize=int8,int3"], ["quantize='int3'", "int8, int4, q4_all"]),
+    (["decode", "--quantize=mlp=4,attn=5,int8"], ["quantize='mlp=4,attn=5'", "mlp=4,attn=8,head=8"]),
+    (["decode", "--quantize=int8,q4_0"], ["quantize='q4_0'", "--val=True"]),
     (["decode", "--repeats=0"], ["repeats=0", "--repeats=5"]),
     (["decode", "--out=no/such/file.json"], ["no/such", "does not exist"]),
     *((["decode", "--shape=baby", "--prompt=200", flag],
@@ -123,10 +125,10 @@ def test_the_last_line_is_the_record_and_out_holds_the_same(alone):
 
 
 def test_decoding_in_whole_numbers_is_measured_beside_the_same_model(tmp_path):
-    words = *SHORT, "--new=2", "--repeats=1", "--dtype=float32", "--quantize=int8,q4_all"
+    words = *SHORT, "--new=2", "--repeats=1", "--dtype=float32", "--quantize=int8,mlp=4,attn=8,q4_all"
     record = record_of(run(tmp_path, *words))
     found, work = record["measurements"], record["work"]
-    sides = {f"{OURS}, int8", f"{OURS}, q4_all"}
+    sides = {f"{OURS}, int8", f"{OURS}, mlp=4,attn=8", f"{OURS}, q4_all"}
     assert found["decode"]["sides"].keys() == found["step"]["sides"].keys() == {OURS, *sides}
     assert found["decode"]["twins"] == dict.fromkeys(sides, OURS)
     if cpu_library()[0]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from arms import build, tokens
@@ -704,6 +705,39 @@ def test_whole_numbers_are_near_what_they_stand_for(bits, dtype):
             lost, before = (found - wide).square().sum(), (plain.flatten(1)[:, :K] - wide).square().sum()
             assert lost <= before + 1e-9
             assert K < 64 or lost < 0.95 * before
+
+
+def test_scales_by_the_inputs_mean_squares_lose_less_of_the_products():
+    for N, K in itertools.product((1, 40), (5, 32, 70, 300)):
+        weight = normal(N, K, seed=N + K)
+        moments = normal(K, seed=K).abs().double().pow(3).float() + 0.01
+        found = [kernels.dequantize(*kernels.quantize(weight, 4, given), K) for given in (None, moments)]
+        lost = [((wide - weight).square() * moments).sum() for wide in found]
+        assert lost[1] <= lost[0] and (N * K < 1000 or lost[1] < 0.9 * lost[0])
+        plain = kernels.quantize(weight, 4)[0]
+        for same in (torch.full((K,), 3.0), torch.zeros(K), torch.full((K,), math.nan)):
+            assert torch.equal(kernels.quantize(weight, 4, same)[0], plain)
+        assert torch.equal(kernels.quantize(weight, 8, moments)[0], kernels.quantize(weight, 8)[0])
+        one = torch.zeros(K)
+        one[3] = math.inf                        # of an input that overflowed
+        assert kernels.dequantize(*kernels.quantize(weight, 4, one), K).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+def test_ggmls_blocks_are_bit_for_bit_those_of_its_own_package(name):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    kind, ours = gguf.GGMLQuantizationType[name], getattr(kernels, name.lower())
+    wide = normal(50, 96)
+    ties = torch.randint(-3, 4, (64, 64), generator=torch.Generator().manual_seed(1)) * 0.5
+    for weight in (wide, wide.bfloat16().float(), ties, -ties, torch.zeros(3, 32), wide * 1e-7, wide * 1e-30,
+                   torch.full((2, 64), 1e-40), wide * 1e5, normal(7, 70)):
+        padded = F.pad(weight, (0, -weight.size(1) % 32))
+        with numpy.errstate(all="ignore"):
+            expected = torch.from_numpy(gguf.dequantize(gguf.quantize(padded.numpy(), kind), kind))
+        assert torch.equal(ours(weight), expected[:, :weight.size(1)])
+    assert (ours(wide) != wide).float().mean() > 0.9 and torch.equal(ours(ours(ties)), ours(ties))
+    wide[3, 40] = math.nan
+    assert ours(wide).isnan().any(1).tolist() == [row == 3 for row in range(50)]
 
 
 def test_four_bits_lie_where_the_layout_says():

@@ -1,4 +1,5 @@
 """Export: what is written for others gives the same logits when it is read back."""
+import itertools
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import Job, one_sentence, words
 
 from configurator import ConfigError
 from data.tokenizer import ByteTokenizer
-from layers import BITS, quantize
+from layers import BITS, TwoOfFour, quantize
 from model import build_model
 from training import checkpoint, export
 from training.pretrained import GPT2_SIZES
@@ -201,11 +202,51 @@ def test_whole_numbers_come_back_with_equal_logits(tmp_path, name):
                 export.main(export.ExportConfig(out_dir=str(folder), to=to, export_dir=str(tmp_path / "x")))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "untied", "relu2", "columns", "mlp_screen", "two_of_four", "swiglu",
+                                  "attn_topk", "screen"])
+def test_bits_by_part_come_back_with_equal_logits(tmp_path, name):
+    """From weights as they were trained and, where they are 2:4, from packed ones."""
+    run_of(tmp_path, ARMS[name], n_embd=36)
+    runs = [tmp_path, exported(tmp_path, "packed")] if name == "two_of_four" else [tmp_path]
+    idx = tokens(2, 16)
+    for run, kind in itertools.product(runs, ("mlp=4", "attn=8,head=4", "head=8", "mlp=8,attn=4")):
+        folder = tmp_path / "whole"
+        export.main(export.ExportConfig(out_dir=str(run), dtype="float32", quantize=kind,
+                                        export_dir=str(folder)))
+        loaded, path = checkpoint.read(folder)
+        again, expected = build_model(loaded, path).eval(), quantize(build_model(*checkpoint.read(run)), kind)
+        assert loaded["quantize"] == kind
+        assert name != "two_of_four" or not any(isinstance(part, TwoOfFour) for part in again.modules())
+        with torch.no_grad():
+            torch.testing.assert_close(again(idx, idx)[0], expected.eval()(idx, idx)[0], atol=1e-5, rtol=0)
+        with pytest.raises(ConfigError, match="whole numbers already"):
+            quantize(again, "int8")
+
+
+def test_scales_are_weighted_where_the_training_text_is_here(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build({}, std=0.2, vocab_size=256)
+    for dataset, said in ((str(data), f"weighted by the inputs of 8,192 tokens of {data}"),
+                          ("gone/", "the training data are not here")):
+        run = tmp_path / dataset.strip("/").replace("/", "-")
+        run.mkdir()
+        checkpoint.save({"model": model.state_dict(), "model_args": model.config.model_args(), "iter_num": 7,
+                         "config": {"dataset": dataset}}, run / "ckpt.pt")
+        states = [checkpoint.read(exported(run, "packed", quantize=kind))[0]["model"]
+                  for kind in ("mlp=4", "int8")]
+        printed = capsys.readouterr().out.splitlines()
+        assert sum(said in line for line in printed) == 1 and "least squares" not in printed[-2]
+        plain = quantize(build({}, std=0.2, vocab_size=256), "mlp=4").state_dict()
+        same = [torch.equal(states[0][key], plain[key]) for key in plain if key.endswith("mlp.c_fc.codes")]
+        assert same == [dataset == "gone/"] * 2
+
+
 def test_a_damaged_file_of_whole_numbers_is_one_sentence(tmp_path):
     run_of(tmp_path, {})
     loaded, path = checkpoint.read(exported(tmp_path, "packed", quantize="int4"))
     key = "transformer.h.0.mlp.c_fc.codes"
-    for change in ({"quantize": "int3"}, {"quantize": 8}, {"quantize": "int8"},
+    kinds = "int3", "mlp=5", "attn=4", ["mlp=4"], "q4_0"
+    for change in (*({"quantize": kind} for kind in kinds), {"quantize": 8}, {"quantize": "int8"},
                    {"model": loaded["model"] | {key: loaded["model"][key][:-1]}}):
         with pytest.raises(ConfigError, match="model_args and weights do not fit this version"):
             build_model(loaded | change, path)
@@ -229,6 +270,13 @@ def test_a_quantised_run_samples_and_says_its_losses(train, data):
     off = Job("sample.py", words(**draw, out_dir=out, quantize="int8"), train.folder,
               {"NANOCORTEX_KERNELS": "off"}).wait()
     assert off.out == loaded.out and "without C kernels" in off.err
+    parts, ggml = (Job("sample.py", words(**draw, out_dir=out, quantize=kind, val=True), train.folder).wait()
+                   for kind in ("mlp=4,attn=8", "q4_0"))
+    assert "quantised to mlp=4,attn=8: " in parts.err and f"inputs of 8,192 tokens of {data}" in parts.err
+    assert "ggml's blocks" in ggml.err and "decode engine" in ggml.err and len(ggml.out) > 9
+    for kind, said in (("mlp=5", "mlp=4,attn=8,head=8"), ("mlp=16", "leaves all weights")):
+        bad = Job("sample.py", words(out_dir=out, quantize=kind), train.folder).wait()
+        one_sentence(bad, "sample.py", f"quantize='{kind}'", said)
     again = Job("sample.py", words(out_dir=folder, quantize="int8"), train.folder).wait()
     one_sentence(again, "sample.py", "whole numbers already", "leave quantize out")
     learns = Job("train.py", words(init_from=folder, dataset=data, out_dir=train.folder / "x"),
@@ -239,6 +287,7 @@ def test_a_quantised_run_samples_and_says_its_losses(train, data):
 @pytest.mark.parametrize("script", ["sample.py", "training/export.py"])
 @pytest.mark.parametrize("keys, parts", [
     (dict(quantize="int3"), ["quantize='int3' must be int8, int4, q4_all"]),
+    (dict(quantize="mlp=4,atn=8"), ["quantize='mlp=4,atn=8' must be int8", "attn, mlp, head"]),
     (dict(val=True), ["val=True has no effect without quantize"]),
     (dict(quantize="int8", val=True), ["dataset='gone/', are not here", "type --val=FOLDER"]),
     (dict(quantize="int8", val="gone/"), ["data set 'gone/' is no folder"]),
@@ -257,3 +306,6 @@ def test_bad_words_about_whole_numbers_say_what_to_type(tmp_path, script, keys, 
 def test_whole_numbers_in_another_form_are_refused():
     with pytest.raises(ConfigError, match="quantize=int8 and to=hf"):
         export.ExportConfig(to="hf", quantize="int8")
+    for kind in ("q4_0", "q8_0", "attn=8,mlp=q4_0"):
+        with pytest.raises(ConfigError, match=f"quantize='{kind}': .*sample.py --quantize={kind} --val=True"):
+            export.ExportConfig(quantize=kind)
