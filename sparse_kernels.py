@@ -359,7 +359,7 @@ def quantize(weight, bits):
     """weight (N, K) -> codes, scale. 8 bits: the largest |w| of a row is 127. 4 bits: each group tries eleven
     grids, on which its largest |w| lies at -7 to -9, with the scale of least squares, and takes the nearest.
     A row or group with a weight that is not finite becomes NaN."""
-    parts = [quantize_rows(part.float(), bits) for part in weight.split(1024)]
+    parts = [quantize_rows(part.float(), bits) for part in weight.split(256)]        # what caches hold
     codes, scale = (torch.cat(some) for some in zip(*parts))
     return codes, scale
 

@@ -1,4 +1,5 @@
 """Screened units: what a copy in a few bits picks, what decodes by it, and where thresholds come from."""
+import copy
 import math
 
 import pytest
@@ -140,3 +141,26 @@ def test_a_decode_step_reads_the_copy_and_the_rows_that_it_picks():
     assert 0 < picked < 2 * 64
     copies = sum(mlp.copy_of(program.cache)[0].nbytes for mlp in calibrate.screened(model))
     assert work[True][0] < work[False][0] + copies
+
+
+def test_the_copy_is_made_once_and_again_when_a_weight_changes(monkeypatch):
+    import sparse_kernels
+    made, really = [], sparse_kernels.quantize
+    monkeypatch.setattr(sparse_kernels, "quantize", lambda *args: made.append(1) or really(*args))
+    model, idx = build(ARM, std=0.2), tokens(1, 4)
+    layers = len(calibrate.screened(model))
+    model.use_policy()
+    for _ in range(2):
+        list(sampling.stream(model, idx, 3, sampling.Sampler(0)))
+        with torch.no_grad():
+            model(idx)
+    assert len(made) == layers
+    first = calibrate.screened(model)[0]
+    before = first.copy_of(None)[0].clone()
+    with torch.no_grad():
+        first.c_fc.weight.mul_(-1)
+    assert not torch.equal(first.copy_of(None)[0], before) and len(made) == layers + 1
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        calibrate.screened(again)[0].c_fc.weight.zero_()
+    assert not torch.equal(calibrate.screened(again)[0].copy_of(None)[0], first.copy_of(None)[0])
