@@ -758,8 +758,8 @@ class ScreenedUnits(MLP):
         return getattr(self.c_fc, "bits", 16) <= 4
 
     def copy_of(self, cache):
-        """Codes and scales of the copy. Making it takes a second for 60 M weights, so it outlives a call, until
-        a weight is written to or takes another place."""
+        """Codes and scales of the copy. Making it takes a second for 60 M weights, so it outlives a call,
+        until a weight is written to or takes another place."""
         at = [(t.data_ptr(), t.is_inference() or t._version)
               for t in (*self.c_fc.parameters(), *self.c_fc.buffers())]
         if self.kept_copy is None or self.kept_copy[0] != at:

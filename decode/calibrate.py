@@ -17,7 +17,6 @@ def needs_thresholds(model):
     return any(bool(mlp.edge.isnan()) for mlp in screened(model))
 
 
-@torch.no_grad()
 def calibrate(model, ids, live):
     """Set the thresholds of a model in eval mode, from text -> the share of units that fire, layer by layer.
 
@@ -27,6 +26,13 @@ def calibrate(model, ids, live):
     quantile of the copy's scores that leaves the share; with live=0 the score that one in a thousand firing
     units is below.
     """
+    seen = survey(model, ids)
+    return set_thresholds(seen, live)
+
+
+@torch.no_grad()
+def survey(model, ids):
+    """Run text through a model -> {MLP: what `look` notes}, from which thresholds of any share follow."""
     mlps, seen, before = screened(model), {}, model.choices
     require(mlps, "calibrate: no layer of this model screens its units: build it with mlp_screen=4")
     every = max(1, ids.numel() // KEPT)
@@ -43,10 +49,14 @@ def calibrate(model, ids, live):
             handle.remove()
         for counter in counted:                  # what the model's own tokens have cost
             setattr(*counter)
-    natural = [sum(fired) / len(fired) for fired, _, _ in (seen[mlp] for mlp in mlps)]
+    return {mlp: seen[mlp] for mlp in mlps}
+
+
+def set_thresholds(seen, live):
+    """Set those of the MLPs of a survey -> the share of units that fire, layer by layer."""
+    natural = [sum(fired) / len(fired) for fired, _, _ in seen.values()]
     mean = sum(natural) / len(natural)
-    for mlp, share in zip(mlps, natural):
-        _, scores, firing = seen[mlp]
+    for (mlp, (_, scores, firing)), share in zip(seen.items(), natural):
         if live:
             keep = min(1.0, live * share / mean) if mean and live < 1 else live
             mlp.edge.fill_(quantile(torch.cat(scores), 1 - keep))
