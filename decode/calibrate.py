@@ -1,11 +1,17 @@
 """What a few thousand tokens of training text tell a model that decodes with shortcuts: the thresholds of
-screened units."""
+screened units, and what these save."""
+import statistics
+import time
+
 import torch
 
+import sparse_kernels as kernels
 from configurator import require
-from decode import sampling
+from decode import engine, sampling
 
 TOKENS, KEPT = 8192, 1024                        # that are read, and whose scores are kept, a layer
+AT_LOAD = 2048                                   # that are read, or written, where somebody waits for them
+COUNTED, TRIAL = 16, 0.3                         # steps whose bytes are counted; seconds for two programs
 
 
 def screened(model):
@@ -84,17 +90,55 @@ def quantile(values, share):
     return -torch.inf if count < 1 else values.kthvalue(min(count, len(values))).values.item()
 
 
-def own_text(model, seed=0):
-    """TOKENS tokens that the model itself writes, for models whose training text is not here."""
-    c = model.config
-    rows = max(1, TOKENS // c.block_size)
-    ids = torch.randint(c.vocab_size, (rows, 1), generator=torch.Generator().manual_seed(seed))
+def own_text(model, count=AT_LOAD, seed=0):
+    """About `count` tokens that the model itself writes, in rows of a block (512 at most), for models whose
+    training text is not here."""
+    c, length = model.config, min(model.config.block_size, 512, count)
+    ids = torch.randint(c.vocab_size, (max(1, count // length), 1),
+                        generator=torch.Generator().manual_seed(seed))
     sampler = sampling.Sampler(temperature=1.0)
     before, _ = model.choices, torch.manual_seed(seed)
     try:
         model.choose(predict=False, leave_at=None)
-        new = [torch.cat(list(sampling.stream(model, some, c.block_size - 1, sampler)), dim=1)
+        new = [torch.cat(list(sampling.stream(model, some, length - 1, sampler)) or [some[:, :0]], dim=1)
                for some in ids.split(8)]
     finally:
         model.choices = before
     return torch.cat((ids, torch.cat(new)), dim=1)
+
+
+def beside_dense(model, text, threads):
+    """Decode steps with screened units beside the same model's without, both by the engine, over the first of
+    the ids text (1, T), in turns -> {"bytes": of weights a step, with over without, "speed": times as fast};
+    or the NotWritten that says why `forward` decodes."""
+    before, programs = model.choices, []
+    for on in (True, False):
+        programs.append(engine.trial(model.choose(predict=on), text.device, threads))
+    model.choices = before
+    if not all(programs):
+        return programs[0]
+    room = programs[0].cache.length
+    text = text.repeat(1, -(-(room + 1) // text.size(1)))
+    steps, sizes, took = min(COUNTED, room), [], ([], [])
+    for program in programs:
+        with kernels.counting() as tally:
+            read(program, text, 0, steps)
+        sizes.append(tally.bytes)
+    began, first = time.perf_counter(), 0
+    while time.perf_counter() - began < TRIAL:
+        for program, seconds in zip(programs, took):
+            seconds += read(program, text, first, steps)
+        first = (first + steps) % (room - steps + 1)
+    fast, slow = map(statistics.median, took)
+    return {"bytes": sizes[0] / sizes[1], "speed": slow / fast}
+
+
+def read(program, text, first, steps):
+    """Read so many ids of text (1, T) from column `first` on -> seconds of each step."""
+    program.begin(text, [0], [first + 1])
+    took = []
+    for _ in range(steps):
+        at = time.perf_counter()
+        program.step()
+        took.append(time.perf_counter() - at)
+    return took
