@@ -67,7 +67,8 @@ def set_thresholds(seen, live):
             keep = min(1.0, live * share / mean) if mean and live < 1 else live
             mlp.edge.fill_(quantile(torch.cat(scores), 1 - keep))
         else:
-            mlp.edge.fill_(quantile(torch.cat(firing), 0.001))
+            some = torch.cat(firing)
+            mlp.edge.fill_(quantile(some, 0.001) if len(some) else torch.inf)      # none fires, none is read
     return natural
 
 
