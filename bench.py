@@ -9,6 +9,7 @@ ours alone is measured and no ratio is printed. Absolute times mean little on an
 """
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "ablate": "Ablate",
     "reach": "Reach",
     "mlp": "Mlp",
+    "screen": "Screen",
     "window": "Window",
     "quality": "Quality",
     "steps": "Steps",
@@ -77,7 +79,9 @@ def main(words):
         from viz import plots
         return plots.main(words[1:])
     kind, function = load(name)
-    cfg = configure(kind, words[1:], files=True)
+    run = "out_dir" in kind.__dataclass_fields__       # a folder among the words is that
+    given = [f"--out_dir={word}" if run and os.path.isdir(word) else word for word in words[1:]]
+    cfg = configure(kind, given, files=True)
     if not issubclass(kind, Bench):             # it reads records and makes none
         return function(cfg)
     record.measure(function, cfg, words)

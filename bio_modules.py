@@ -722,7 +722,7 @@ class ScreenedUnits(MLP):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.bits = config.mlp_screen
+        self.bits, self.kept_copy = config.mlp_screen, None
         self.register_buffer("edge", torch.tensor(math.nan))       # of a model that is not calibrated
 
     def _load_from_state_dict(self, state, prefix, *args):
@@ -733,11 +733,13 @@ class ScreenedUnits(MLP):
         edge = self.edge
         super()._apply(fn, *args, **keys)
         self._buffers["edge"] = edge.to(self.edge.device)          # a float whatever the dtype of the weights
+        self.kept_copy = None
         return self
 
     def regularise(self):
         """A step of training: thresholds of weights that have changed are none."""
         self.edge.fill_(math.nan)
+        self.kept_copy = None
 
     def forward(self, x, ctx):
         return self.ways[ctx.choices.predict](self, x, ctx)
@@ -756,7 +758,13 @@ class ScreenedUnits(MLP):
         return getattr(self.c_fc, "bits", 16) <= 4
 
     def copy_of(self, cache):
-        return cache.copy_of(self, lambda: kernels.quantize(dense_weight(self.c_fc), self.bits))
+        """Codes and scales of the copy. Making it takes a second for 60 M weights, so it outlives a call,
+        until a weight is written to or takes another place."""
+        at = [(t.data_ptr(), t.is_inference() or t._version)
+              for t in (*self.c_fc.parameters(), *self.c_fc.buffers())]
+        if self.kept_copy is None or self.kept_copy[0] != at:
+            self.kept_copy = at, kernels.quantize(dense_weight(self.c_fc), self.bits)
+        return self.kept_copy[1]
 
     def scores(self, x, ctx):
         """What the copy says of the units' inputs, (..., units) in x's dtype."""

@@ -422,15 +422,16 @@ def check_quantize(kind, smaller=False):
 
 
 def kinds_in(text):
-    """The kinds that a list by commas names; neighbours with = are parts of one kind."""
-    kinds, open_ = [], False
+    """The kinds that a list by commas names. Parts of one kind (mlp=4,attn=8) have commas too: a part that
+    comes again begins the next kind."""
+    found = []
     for word in filter(None, text.split(",")):
-        if "=" in word and open_:
-            kinds[-1] += "," + word
+        part, equals, _ = word.partition("=")
+        if equals and found and "=" in found[-1] and f",{part}=" not in f",{found[-1]}":
+            found[-1] += f",{word}"
         else:
-            kinds.append(word)
-        open_ = "=" in word
-    return kinds
+            found.append(word)
+    return found
 
 
 def whole_parts(model):

@@ -22,7 +22,7 @@ from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, settle
 from model import GPT, build_model
 from training import checkpoint as ckpt
-from training import continual, export, pretrained, runtime
+from training import continual, estimate, export, pretrained, runtime
 from training.pretrained import is_gpt2
 from viz import tracing
 from viz.chat import Chat, converse, show
@@ -42,11 +42,12 @@ class SampleConfig:
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
-    tokenizer: str = ""  # data folder whose tokenizer to use, for checkpoints that name none; empty: theirs
+    tokenizer: str = ""  # data folder of the model, if its checkpoint names none or it has moved
     draws: str = "engine"  # what chooses ids: the decode engine's generator, or torch's, as nanoGPT does
     overflow: str = "slide"  # past block_size: slide (keep half), or exact (recomputed per token: nanoGPT's)
     mlp_screen: int = 0  # any model with squared ReLU: bits of a copy that picks the units read: 4; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
+    measure: bool = True  # with screened units, first measure and print what they save; False: begin at once
     sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
@@ -58,7 +59,7 @@ class SampleConfig:
     stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
     enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
     quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
-    val: bool | str = False  # with quantize, print the validation loss before and behind it; or of a FOLDER
+    val: bool | str = False  # with quantize or mlp_screen, the validation loss without and with; of a FOLDER
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -81,8 +82,8 @@ class SampleConfig:
                 f"mlp_live={self.mlp_live} has no effect without mlp_screen: type --mlp_screen=4 too")
         if self.quantize:
             check_quantize(self.quantize)
-        require(self.quantize or self.val is False, f"val={self.val} has no effect without quantize: type "
-                "--quantize=int8 too, or leave val out")
+        require(self.quantize or self.mlp_screen or self.val is False, f"val={self.val} has no effect "
+                "without quantize or mlp_screen: type --quantize=int8 too, or leave val out")
         require(0 <= self.threads <= engine.MANY,
                 f"threads={self.threads} must be in 0..{engine.MANY}; 0 times how many pay")
         require(not (self.show_program and (self.trace or self.speculate)), "show_program lists the decode "
@@ -198,13 +199,13 @@ def main(cfg):
     on = continual.switch_on(model, cfg.adapter)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size, cfg.draws)
-    said = []
+    said, data = [], (cfg.val is True and cfg.tokenizer) or cfg.val
     if cfg.quantize:
-        said.append(export.quantized(model.to(device=place.device), cfg.quantize, cfg.val, about,
-                                     cfg.tokenizer))
+        said.append(export.quantized(model.to(device=place.device), cfg.quantize, data, about, cfg.tokenizer))
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
-    if calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode):
-        said.append(with_thresholds(model.choose(predict=True), about))
+    screens = calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode)
+    if screens:
+        said.append(with_thresholds(model.choose(predict=True), about, cfg.tokenizer))
     if any(isinstance(module, TwoOfFour | Packed) for module in model.modules()):
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
@@ -214,6 +215,8 @@ def main(cfg):
         said.append(move_weights(model))
     stream = streaming(model, cfg)
     way = sparse_kernels.path_taken(place.device) + on, decoding(model, cfg, place.device)
+    if screens and cfg.measure:
+        said.append(saved(model, about, data, cfg.tokenizer, cfg.threads))
     print("\n".join(filter(None, (f"{place}, {', '.join(way)}", *said))), file=sys.stderr)
     model.choose(watch=engine.Watch() if cfg.show_program else None)
     if place.compile:
@@ -251,22 +254,61 @@ def main(cfg):
         print(f"what each token cost: {cfg.trace}", file=sys.stderr)
 
 
-def with_thresholds(model, about):
-    """Find the thresholds of a model's screened units, where it has none, in the text that it was trained on,
-    or else in what it writes itself -> what to print."""
+def with_thresholds(model, about, folder=""):
+    """Find the thresholds of a model's screened units, where it has none, in the text that it was trained on
+    (the data `folder`, or what its checkpoint names), or else in what it writes itself -> what to print."""
     c, source = model.config, "as the checkpoint has them"
     if calibrate.needs_thresholds(model):
         try:
-            folder = trained_on(about.get("config"))
-            rows = max(1, calibrate.TOKENS // c.block_size)
-            ids, _ = datasets.TokenStream(folder, "train", c.block_size, rows, 0, c.vocab_size).batch(0)
-            source = f"from {ids.numel():,} tokens of {folder}"
+            ids, place = datasets.training_text(about.get("config"), folder, calibrate.AT_LOAD, c.block_size,
+                                                c.vocab_size)
+            source = f"from {ids.numel():,} tokens of {place}"
         except ConfigError:                      # no data, or no longer the ones of the checkpoint
             ids = calibrate.own_text(model)
-            source = f"from {ids.numel():,} tokens that the model writes: its training data are not here"
+            source = (f"from {ids.numel():,} tokens that the model writes: its training data are not here "
+                      "(--tokenizer=FOLDER names them)")
         calibrate.calibrate(model, ids.to(model.lm_head.weight.device), c.mlp_live)
     share = f"{c.mlp_live:.0%} of the MLP's units" if c.mlp_live else "the units that fire"
     return f"screened units: a copy in {c.mlp_screen} bits picks {share}; thresholds {source}"
+
+
+AT_ONCE = 10**11                                 # FLOPs of a loss that is measured unasked: about a second
+WORTH = 2048                                     # tokens: fewer say little
+
+
+def saved(model, about, val, folder, threads):
+    """What screened units save and lose, measured beside the same weights without them -> what to print.
+
+    val: True or a data set: the loss on estimate.VAL_TOKENS tokens of it; False: on as many of the model's
+    own data as AT_ONCE allows, if these are worth it. folder: its own data, if its checkpoint names none.
+    """
+    c, settings = model.config, about.get("config")
+    try:
+        stream = datasets.held_out(val or folder or True, settings if isinstance(settings, dict) else {},
+                                   about.get("tokenizer"), c.block_size, c.vocab_size)
+    except ConfigError:
+        if val:
+            raise
+        stream = None
+    device = model.lm_head.weight.device
+    text = stream.batch(0)[0][:1] if stream else calibrate.own_text(model, 64)
+    threads = threads or model.choices.threads or torch.get_num_threads()
+    beside = calibrate.beside_dense(model, text.to(device), threads)
+    parts = ([f"reads {beside['bytes']:.0%} of the dense model's bytes",
+              f"{beside['speed']:.1f}x its tokens/s"] if beside
+             else [f"nothing is saved: forward decodes ({beside})"])
+    afford = AT_ONCE // (4 * sum(t.numel() for t in (*model.parameters(), *model.buffers())))
+    tokens = estimate.VAL_TOKENS if val else min(estimate.VAL_TOKENS, afford)
+    if stream is None:
+        parts.append("loss not measured: there is no held-out text here (--tokenizer=FOLDER names it)")
+    elif tokens < WORTH:
+        parts.append("loss not measured: it takes a while for this model, --val=True does it")
+    else:
+        (with_, count), (without, _) = (estimate.validation_loss(model.choose(predict=on), stream, tokens)
+                                        for on in (True, False))
+        model.choose(predict=True)
+        parts.append(f"loss {with_ - without:+.4f} on {count:,} held-out tokens")
+    return "screened units: " + "; ".join(parts)
 
 
 def streaming(model, cfg):

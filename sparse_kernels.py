@@ -378,7 +378,7 @@ def quantize(weight, bits, moments=None):
     grids, on which its largest |w| lies at -7 to -9, with the scale of least squares, and takes the nearest.
     moments (K,): the mean square of each input; what the products lose on average counts then. A row or
     group with a weight that is not finite becomes NaN."""
-    parts = [quantize_rows(part.float(), bits, moments) for part in weight.split(1024)]
+    parts = [quantize_rows(part.float(), bits, moments) for part in weight.split(256)]   # what caches hold
     codes, scale = (torch.cat(some) for some in zip(*parts))
     return codes, scale
 

@@ -41,6 +41,13 @@ NEEDS = {"hf": {"transformers": "transformers"},
          "ctranslate2": {"ctranslate2": "ctranslate2", "transformers": "transformers"}}
 
 
+def require_installed(flag):
+    """ConfigError where what a flag imports is not here."""
+    lacks = [name for name in NEEDS[flag] if not importlib.util.find_spec(name)]
+    require(not lacks, f"--{flag} needs {' and '.join(lacks)}: "
+                       f"pip install {' '.join(NEEDS[flag][name] for name in lacks)}")
+
+
 @dataclass(frozen=True)
 class Decode(Timed):
     """Tokens per second of generation: ours against nanoGPT's, same weights, one process."""
@@ -71,9 +78,7 @@ class Decode(Timed):
             require(self.new <= room, f"--{flag}: prompt={self.prompt} and new={self.new} must fit in the "
                     f"block of {block}, where its positions end: type "
                     + (f"--new={room}" if room else f"--prompt={block // 2} --new={block // 2}"))
-            lacks = [name for name in NEEDS[flag] if not importlib.util.find_spec(name)]
-            require(not lacks, f"--{flag} needs {' and '.join(lacks)}: "
-                               f"pip install {' '.join(NEEDS[flag][name] for name in lacks)}")
+            require_installed(flag)
         for kind in kinds_in(self.quantize):
             check_quantize(kind, smaller=True)
 

@@ -170,6 +170,17 @@ def mlp_rows(record):
                    f"| {result['against'][DENSE_FP32][side]:.2f}x | {mib}")
 
 
+def screen_rows(record):
+    """Every point of a run: its weights and what is screened."""
+    rates = record["measurements"].get("decode", {}).get("sides", {})
+    for name, p in record["points"].items():
+        if "loss" in p:
+            low, high = p["nats"]["interval"]
+            change = f"{p['nats']['mean']:+.4f} ({low:+.4f} to {high:+.4f}) | {p['percent']:+.2f}%"
+            rate = figure(rates[name]) if name in rates else ""
+            yield f"{name} | {p['loss']:.4f} | {change} | {p['bytes'] / 1e6:.1f} | {rate}"
+
+
 def step_rows(record):
     for arm, s in record["measurements"]["training step"]["sides"].items():
         yield f"{arm} | {figure(s)} ({s['min']:.4g} to {s['max']:.4g}) | {s['to_twin']:.2f}x"
@@ -301,6 +312,8 @@ TABLES = (
     ("block | val loss | seeds | to its dense twin | parameters | zeros into W_down", ("quality",),
      quality_rows),
     ("a training step with the block | ms | its dense twin's time", ("steps",), step_rows),
+    ("a trained run's weights, and a copy that picks a share of the units | held-out loss | to the run's own "
+     "weights, nats (95%, paired) | % | MB a token | tokens/s", ("screen",), screen_rows),
     (f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read", ("mlp",),
      mlp_rows),
     (f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache", ("window",),

@@ -1,12 +1,18 @@
 """What a few thousand tokens of training text tell a model that decodes with shortcuts: the thresholds of
-screened units, and how large the inputs of matrices are whose weights are quantised."""
+screened units and what these save, and how large the inputs of matrices are whose weights are quantised."""
+import statistics
+import time
+
 import torch
 
+import sparse_kernels as kernels
 from configurator import require
-from decode import sampling
+from decode import engine, sampling
 from layers import whole_parts
 
 TOKENS, KEPT = 8192, 1024                        # that are read, and whose scores are kept, a layer
+AT_LOAD = 2048                                   # that are read, or written, where somebody waits for them
+COUNTED, TRIAL = 16, 0.3                         # steps whose bytes are counted; seconds for two programs
 
 
 def screened(model):
@@ -18,7 +24,6 @@ def needs_thresholds(model):
     return any(bool(mlp.edge.isnan()) for mlp in screened(model))
 
 
-@torch.no_grad()
 def calibrate(model, ids, live):
     """Set the thresholds of a model in eval mode, from text -> the share of units that fire, layer by layer.
 
@@ -28,31 +33,32 @@ def calibrate(model, ids, live):
     quantile of the copy's scores that leaves the share; with live=0 the score that one in a thousand firing
     units is below.
     """
-    mlps, seen, before = screened(model), {}, model.choices
+    seen = survey(model, ids)
+    return set_thresholds(seen, live)
+
+
+@torch.no_grad()
+def survey(model, ids):
+    """Run text through a model -> {MLP: what `look` notes}, from which thresholds of any share follow."""
+    mlps, seen = screened(model), {}
     require(mlps, "calibrate: no layer of this model screens its units: build it with mlp_screen=4")
     every = max(1, ids.numel() // KEPT)
-    counted = [(module, name, getattr(module, name)) for module in model.modules()
-               for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
     handles = [mlp.register_forward_pre_hook(lambda mlp, args: look(mlp, *args, every, seen)) for mlp in mlps]
-    try:
-        model.choose(predict=False)
-        for row in ids.split(8):
-            model(row)
-    finally:
-        model.choices = before
-        for handle in handles:
-            handle.remove()
-        for counter in counted:                  # what the model's own tokens have cost
-            setattr(*counter)
-    natural = [sum(fired) / len(fired) for fired, _, _ in (seen[mlp] for mlp in mlps)]
+    run_with(model, ids.split(8), handles)
+    return {mlp: seen[mlp] for mlp in mlps}
+
+
+def set_thresholds(seen, live):
+    """Set those of the MLPs of a survey -> the share of units that fire, layer by layer."""
+    natural = [sum(fired) / len(fired) for fired, _, _ in seen.values()]
     mean = sum(natural) / len(natural)
-    for mlp, share in zip(mlps, natural):
-        _, scores, firing = seen[mlp]
+    for (mlp, (_, scores, firing)), share in zip(seen.items(), natural):
         if live:
             keep = min(1.0, live * share / mean) if mean and live < 1 else live
             mlp.edge.fill_(quantile(torch.cat(scores), 1 - keep))
         else:
-            mlp.edge.fill_(quantile(torch.cat(firing), 0.001))
+            some = torch.cat(firing)
+            mlp.edge.fill_(quantile(some, 0.001) if len(some) else torch.inf)      # none fires, none is read
     return natural
 
 
@@ -69,16 +75,16 @@ def look(mlp, x, ctx, every, seen):
     firing.append(found[own > 0])
 
 
-def run_with(model, batches, handles):
-    """Run a model over batches (B, T) of ids with all its units, the head over all tokens, and take its hooks
-    off again."""
+def run_with(model, batches, handles, head=False):
+    """Run a model over batches (B, T) of ids with all its units, with the head over all tokens or their last,
+    and take its hooks off again."""
     before = model.choices
     counted = [(module, name, getattr(module, name)) for module in model.modules()
                for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
     try:
         model.choose(predict=False)
         for row in batches:
-            model(row, row)
+            model(row, row if head else None)
     finally:
         model.choices = before
         for handle in handles:
@@ -100,7 +106,7 @@ def input_moments(model, ids):
         counts[name] = counts.get(name, 0) + len(rows)
     handles = [getattr(module, name).register_forward_pre_hook(lambda _, args, path=path: add(path, args[0]))
                for _, module, name, path in whole_parts(model)]
-    run_with(model, ids.split(1), handles)      # a row at a time: all its logits are large
+    run_with(model, ids.split(1), handles, head=True)     # a row at a time: all its logits are large
     return {name: sums[name] / counts[name] for name in sums}
 
 
@@ -110,17 +116,55 @@ def quantile(values, share):
     return -torch.inf if count < 1 else values.kthvalue(min(count, len(values))).values.item()
 
 
-def own_text(model, seed=0):
-    """TOKENS tokens that the model itself writes, for models whose training text is not here."""
-    c = model.config
-    rows = max(1, TOKENS // c.block_size)
-    ids = torch.randint(c.vocab_size, (rows, 1), generator=torch.Generator().manual_seed(seed))
+def own_text(model, count=AT_LOAD, seed=0):
+    """About `count` tokens that the model itself writes, in rows of a block (512 at most), for models whose
+    training text is not here."""
+    c, length = model.config, min(model.config.block_size, 512, count)
+    ids = torch.randint(c.vocab_size, (max(1, count // length), 1),
+                        generator=torch.Generator().manual_seed(seed))
     sampler = sampling.Sampler(temperature=1.0)
     before, _ = model.choices, torch.manual_seed(seed)
     try:
         model.choose(predict=False, leave_at=None)
-        new = [torch.cat(list(sampling.stream(model, some, c.block_size - 1, sampler)), dim=1)
+        new = [torch.cat(list(sampling.stream(model, some, length - 1, sampler)) or [some[:, :0]], dim=1)
                for some in ids.split(8)]
     finally:
         model.choices = before
     return torch.cat((ids, torch.cat(new)), dim=1)
+
+
+def beside_dense(model, text, threads):
+    """Decode steps with screened units beside the same model's without, both by the engine, over the first of
+    the ids text (1, T), in turns -> {"bytes": of weights a step, with over without, "speed": times as fast};
+    or the NotWritten that says why `forward` decodes."""
+    before, programs = model.choices, []
+    for on in (True, False):
+        programs.append(engine.trial(model.choose(predict=on), text.device, threads))
+    model.choices = before
+    if not all(programs):
+        return programs[0]
+    room = programs[0].cache.length
+    text = text.repeat(1, -(-(room + 1) // text.size(1)))
+    steps, sizes, took = min(COUNTED, room), [], ([], [])
+    for program in programs:
+        with kernels.counting() as tally:
+            read(program, text, 0, steps)
+        sizes.append(tally.bytes)
+    began, first = time.perf_counter(), 0
+    while time.perf_counter() - began < TRIAL:
+        for program, seconds in zip(programs, took):
+            seconds += read(program, text, first, steps)
+        first = (first + steps) % (room - steps + 1)
+    fast, slow = map(statistics.median, took)
+    return {"bytes": sizes[0] / sizes[1], "speed": slow / fast}
+
+
+def read(program, text, first, steps):
+    """Read so many ids of text (1, T) from column `first` on -> seconds of each step."""
+    program.begin(text, [0], [first + 1])
+    took = []
+    for _ in range(steps):
+        at = time.perf_counter()
+        program.step()
+        took.append(time.perf_counter() - at)
+    return took

@@ -77,10 +77,11 @@ VAL_TOKENS = 16_384                              # or a few more, of a loss that
 
 
 @torch.no_grad()
-def validation_loss(model, stream):
-    """A model in eval mode over a stream's first batches -> (mean loss in nats, of how many tokens)."""
+def validation_loss(model, stream, tokens=VAL_TOKENS):
+    """A model in eval mode over a stream's first batches -> (mean loss in nats, of how many tokens): `tokens`
+    or a few more."""
     device, total, count, index = next(model.parameters()).device, 0.0, 0, 0
-    while count < VAL_TOKENS:
+    while count < tokens:
         x, y = (t.to(device) for t in stream.batch(index))
         total, count, index = total + model(x, y)[1].item() * x.numel(), count + x.numel(), index + 1
     return total / count, count

@@ -17,6 +17,7 @@ import torch
 from conftest import TEXT, Job, one_sentence
 
 import bench
+import layers
 import sparse_kernels
 from benchmarks import CLONE, decode, peers, quality, race, readme, timing, train, work
 from benchmarks import record as records
@@ -741,3 +742,73 @@ def test_a_stale_page_is_named_and_written(tmp_path, monkeypatch, capsys):
     assert "not measured yet" in written and "old" not in written
     assert written.startswith("a ") and written.endswith(" b")
     readme.readme(readme.Readme(check=True))
+
+
+# ------------------------------------------------ screened units -----------------------------------------
+
+@pytest.mark.skipif(cpu_library()[0] is None, reason="no C kernels here")
+def test_a_run_is_screened_in_parts_that_go_together(train, data):
+    train(max_iters=8, act="relu2", block_size=32)
+    small = (f"--dataset={data}", "--shares=15,100", "--bits=4", "--quantize=int8,int4", "--windows=4",
+             "--prompt=4", "--new=16", "--threads=1", "--dtype=float32")
+    words = ("screen", str(train.folder / "out"), *small)
+    part = record_of(run(train.folder, *words, "--loss_only", "--out=losses.json"))
+    points = part["points"]
+    assert points.keys() == {"float32", "int8", "int4", *(
+        f"{first} copy, {share}%" for first in ("float32, 4-bit", "int8, 4-bit", "int4, its own")
+        for share in (15, 100))}
+    assert not part["measurements"] and all("loss" in p and p["bytes"] > 0 for p in points.values())
+    assert points["float32, 4-bit copy, 100%"]["percent"] == pytest.approx(0, abs=1e-3)
+    assert points["float32, 4-bit copy, 100%"]["edges"] == [None] * len(points["float32"]["live"])
+    assert points["float32, 4-bit copy, 15%"]["bytes"] < points["float32, 4-bit copy, 100%"]["bytes"]
+    assert max(points["float32, 4-bit copy, 15%"]["live"]) < min(points["float32"]["live"])
+    assert points["float32"]["nats"]["mean"] == 0 and points["int8"]["nats"]["n"] == 4
+    whole = record_of(run(train.folder, *words, "--losses=losses.json", "--repeats=2"))
+    sides = whole["measurements"]["decode"]["sides"]
+    assert sides.keys() == whole["points"].keys() == points.keys()
+    for name, p in points.items():
+        again = whole["points"][name]
+        assert again["tokens_per_second"] == sides[name]["median"] > 0
+        assert [again.get(key) for key in ("loss", "edges", "bytes", "nats")] == [
+            p.get(key) for key in ("loss", "edges", "bytes", "nats")]
+    other = run(train.folder, *words, "--losses=losses.json", "--windows=3")
+    one_sentence(other, "bench.py", "losses='losses.json'", "--windows=3")
+    one_sentence(run(train.folder, *words, "--dataset=gone/"), "bench.py", "gone/")
+    one_sentence(run(train.folder, *words, "--prompt=40"), "bench.py", "prompt=40", "block_size")
+
+
+@pytest.mark.skipif(cpu_library()[0] is None, reason="no C kernels here")
+@torch.inference_mode()
+def test_the_loss_of_a_point_is_that_of_the_tokens_that_its_program_reads(train, data):
+    from benchmarks import screen
+    train(max_iters=8, act="relu2", block_size=32)
+    cfg = screen.Screen(out_dir=str(train.folder / "out"), dataset=str(data), shares="15", bits="4",
+                        quantize="", windows=2, prompt=4, new=16, threads=1, dtype="float32", loss_only=True)
+    point_run = screen.Run(cfg)
+    points, _ = screen.measure_all(cfg, point_run)
+    _, decodes = point_run.models("", 4)
+    screen.set_edges(decodes.use_policy(), points["float32, 4-bit copy, 15%"]["edges"])
+    block, losses = point_run.x.size(1), []
+    for x, y in zip(point_run.x.split(1), point_run.y.split(1)):
+        cache = decode.Cache(decodes, 1, block)
+        program = decode.engine.program_of(decodes, cache, decodes.config.vocab_size, None, x.device)
+        program.begin(x, [0], [1])
+        logits = torch.cat([program.step().clone() for _ in range(block)])
+        losses.append(torch.nn.functional.cross_entropy(logits, y[0]).item())
+    assert sum(losses) / 2 == pytest.approx(points["float32, 4-bit copy, 15%"]["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize("text, found", [
+    ("", []), ("int8", ["int8"]), ("int8,int4,q4_all", ["int8", "int4", "q4_all"]),
+    ("int8,mlp=4,attn=8,head=8,int4", ["int8", "mlp=4,attn=8,head=8", "int4"]),
+    ("mlp=4,attn=8,mlp=3", ["mlp=4,attn=8", "mlp=3"])])
+def test_kinds_of_whole_numbers_are_listed_by_commas_though_their_parts_have_commas_too(text, found):
+    assert layers.kinds_in(text) == found
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--shares=0.15"], ["shares='0.15'", "--shares=10,15,20"]), (["--bits=5"], ["bits='5'", "--bits=4"]),
+    (["--quantize=int3"], ["quantize='int3'"]), (["--loss_only", "--time_only"], ["loss_only", "time_only"]),
+    (["--losses=gone.json"], ["losses='gone.json'", "--out=FILE"]), (["--windows=1"], ["windows=1"])])
+def test_bad_keys_of_screen_say_what_to_type(tmp_path, words, parts):
+    one_sentence(run(tmp_path, "screen", *words), "bench.py", *parts)

@@ -1,9 +1,12 @@
 """Screened units: what a copy in a few bits picks, what decodes by it, and where thresholds come from."""
+import copy
 import math
+import re
 
 import pytest
 import torch
 from arms import ARMS, build, tokens
+from conftest import Job, words
 
 from configurator import ConfigError
 from decode import calibrate, engine, sampling
@@ -11,6 +14,7 @@ from decode.context import Cache
 from kernels.build import cpu_library
 from layers import quantize
 from sample import with_thresholds
+from training import checkpoint
 
 ARM = ARMS["mlp_screen"]
 built = pytest.mark.skipif(cpu_library()[0] is None, reason="no C kernels here")
@@ -140,3 +144,114 @@ def test_a_decode_step_reads_the_copy_and_the_rows_that_it_picks():
     assert 0 < picked < 2 * 64
     copies = sum(mlp.copy_of(program.cache)[0].nbytes for mlp in calibrate.screened(model))
     assert work[True][0] < work[False][0] + copies
+
+
+def test_the_copy_is_made_once_and_again_when_a_weight_changes(monkeypatch):
+    import sparse_kernels
+    made, really = [], sparse_kernels.quantize
+    monkeypatch.setattr(sparse_kernels, "quantize", lambda *args: made.append(1) or really(*args))
+    model, idx = build(ARM, std=0.2), tokens(1, 4)
+    layers = len(calibrate.screened(model))
+    model.use_policy()
+    for _ in range(2):
+        list(sampling.stream(model, idx, 3, sampling.Sampler(0)))
+        with torch.no_grad():
+            model(idx)
+    assert len(made) == layers
+    first = calibrate.screened(model)[0]
+    before = first.copy_of(None)[0].clone()
+    with torch.no_grad():
+        first.c_fc.weight.mul_(-1)
+    assert not torch.equal(first.copy_of(None)[0], before) and len(made) == layers + 1
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        calibrate.screened(again)[0].c_fc.weight.zero_()
+    assert not torch.equal(calibrate.screened(again)[0].copy_of(None)[0], first.copy_of(None)[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("live", [0, 0.25, 1])
+def test_a_layer_none_of_whose_units_fires_reads_none_and_the_others_keep_their_share(live):
+    model, idx = build(ARM, std=0.2), tokens(32, 16, seed=5)
+    silent, *others = calibrate.screened(model)
+    silent.c_fc.weight.zero_()
+    silent.c_fc.bias.fill_(-1)
+    exact = model.use_policy(False)(idx)[0]
+    natural = calibrate.calibrate(model, idx, live)
+    assert natural[0] == 0 < min(natural[1:])
+    found = shares(model, idx)
+    assert found[0] == (live == 1) and all(0 < share <= 1 for share in found[1:])
+    if live != 0.25:
+        assert (model.use_policy()(idx)[0] - exact).abs().max() < 0.05
+    new = torch.cat(list(sampling.stream(model.use_policy(), idx[:1], 3, sampling.Sampler(0))), dim=1)
+    assert new.shape == (1, 3)
+
+
+@torch.inference_mode()
+def test_a_model_no_unit_of_which_fires_is_calibrated_and_decodes():
+    model, idx = build(ARM, std=0.2), tokens(2, 8)
+    for mlp in calibrate.screened(model):
+        mlp.c_fc.weight.zero_()
+        mlp.c_fc.bias.fill_(-1)
+    for live in (0, 0.25, 1):
+        assert set(calibrate.calibrate(model, idx, live)) == {0.0} and not calibrate.needs_thresholds(model)
+        exact = model.use_policy(False)(idx)[0]
+        torch.testing.assert_close(model.use_policy()(idx)[0], exact, atol=1e-6, rtol=0)
+        assert len(list(sampling.stream(model, idx[:1], 3, sampling.Sampler(0)))) == 3
+
+
+@built
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["", "int8", "int4"])
+@pytest.mark.parametrize("shape", [dict(n_embd=36, n_head=3, mlp_units=77),
+                                   dict(n_embd=20, n_head=1, mlp_units=1)])
+def test_odd_widths_decode_what_forward_computes(shape, kind):
+    model, idx = build(ARM | shape, std=0.2), tokens(2, 6)
+    model = quantize(model, kind) if kind else model
+    calibrate.calibrate(model, tokens(8, 16, seed=3), 0.4)
+    program = engine.program_of(model.use_policy(), Cache(model, 2, 6), 31, None, idx.device)
+    program.begin(idx, [0] * 2, [1] * 2)
+    for column in range(6):
+        found = program.step()
+        torch.testing.assert_close(found, model(idx[:, :column + 1])[0][:, 0], atol=2e-2, rtol=0)
+
+
+@built
+@pytest.mark.parametrize("rows", [1, 70])
+def test_what_is_saved_is_measured_beside_the_same_model_without(rows, monkeypatch):
+    monkeypatch.setattr(calibrate, "TRIAL", 0.01)
+    model = build(ARM, std=0.2).use_policy()
+    text, before = tokens(1, rows), model.choices
+    half = calibrate.beside_dense(model, text, 1)
+    for mlp in calibrate.screened(model):
+        mlp.edge.fill_(-math.inf)
+    whole = calibrate.beside_dense(model, text, 1)
+    assert 0 < half["bytes"] < whole["bytes"] and whole["bytes"] > 1 and half["speed"] > 0
+    assert model.choices == before
+    assert not calibrate.beside_dense(model.choose(forward="a reason"), text, 1)
+
+
+@built
+def test_sampling_says_first_what_is_saved_and_lost(train, data):
+    train(max_iters=4, act="relu2", block_size=32)
+    out = train.folder / "out"
+
+    def sampled(**keys):
+        keys = dict(out_dir=out, mlp_screen=4, num_samples=1, max_new_tokens=5, threads=1) | keys
+        done = Job("sample.py", words(**keys), train.folder).wait()
+        assert done.status == 0, done.err
+        return done.err
+    said = sampled()
+    assert re.search(r"screened units: reads \d+% of the dense model's bytes; [\d.]+x its tokens/s; "
+                     r"loss [+-]0\.\d{4} on [\d,]+ held-out tokens", said), said
+    assert "held-out" not in sampled(measure=False)
+    whole = sampled(quantize="int8", val=True)
+    assert "quantised to int8" in whole and "on 16,384 held-out tokens" in whole
+    loaded = torch.load(out / "ckpt.pt", weights_only=True)
+    loaded["config"]["dataset"] = "gone/"
+    (train.folder / "moved").mkdir()
+    checkpoint.save(loaded, train.folder / "moved" / "ckpt.pt")
+    lost = sampled(out_dir=train.folder / "moved")
+    assert "that the model writes" in lost and "no held-out text here" in lost
+    found = sampled(out_dir=train.folder / "moved", tokenizer=data)
+    assert f"tokens of {data}" in found and "held-out tokens" in found
