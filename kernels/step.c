@@ -90,15 +90,16 @@ static inline void part(const struct thread *me, int64_t out, long n, long unit,
    Workers of one process, which spin for some microseconds for the next step and then sleep: on a machine with
    other work a step loses its share and no more. One step at a time has them; another, beside it, runs alone. */
 #define SPINS 4000
+#define TURN 128                                 /* more than MANY */
 
 static struct pool {
     pthread_mutex_t lock;
     pthread_t worker[MANY];
-    long started, threads;                       /* workers; threads of the step that runs */
+    long started;                                /* workers */
     struct program *job;
     void (*run)(struct program *, long, long);
-    uint32_t turn, gate, arrived, asleep, since[MANY];          /* since: the turn that a worker began behind */
-    pid_t process;
+    uint32_t turn, gate, arrived, asleep;        /* turn: TURN a step, plus the threads that run it */
+    uint32_t since[MANY];                        /* the turn that a worker began behind */
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
 static inline void idle(void) {
@@ -123,8 +124,8 @@ static void await(uint32_t *word, uint32_t old) {
     __atomic_fetch_sub(&pool.asleep, 1, __ATOMIC_SEQ_CST);
 }
 
-static void announce(uint32_t *word) {
-    __atomic_fetch_add(word, 1, __ATOMIC_SEQ_CST);
+static void announce(uint32_t *word, uint32_t more) {
+    __atomic_fetch_add(word, more, __ATOMIC_SEQ_CST);
 #ifdef __linux__
     if (__atomic_load_n(&pool.asleep, __ATOMIC_SEQ_CST)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, MANY, 0, 0, 0);
 #endif
@@ -135,7 +136,7 @@ static void meet(const struct thread *me) {
     uint32_t gate = __atomic_load_n(&pool.gate, __ATOMIC_ACQUIRE);
     if (__atomic_fetch_add(&pool.arrived, 1, __ATOMIC_ACQ_REL) == (uint32_t)me->threads - 1) {
         __atomic_store_n(&pool.arrived, 0, __ATOMIC_RELAXED);
-        announce(&pool.gate);
+        announce(&pool.gate, 1);
     } else await(&pool.gate, gate);
 }
 
@@ -145,19 +146,19 @@ static void *work(void *number) {
     for (;;) {
         await(&pool.turn, turn);
         turn = __atomic_load_n(&pool.turn, __ATOMIC_ACQUIRE);
-        if (t < pool.threads) pool.run(pool.job, t, pool.threads);
+        long threads = turn % TURN;              /* one that is not of this turn may come late: the next */
+        if (t < threads) pool.run(pool.job, t, threads);        /* job is being written, which is not its own */
     }
     return 0;
 }
 
-/* run(job, t, threads) on every thread t; alone where the workers are busy or cannot be started. A process
-   that was forked has no workers yet. */
+/* A process that was forked has no workers yet, whatever its parent's were at. */
+static void no_workers(void) { pool = (struct pool) { .lock = PTHREAD_MUTEX_INITIALIZER }; }
+__attribute__((constructor)) static void mind_forks(void) { pthread_atfork(0, 0, no_workers); }
+
+/* run(job, t, threads) on every thread t; alone where the workers are busy or cannot be started */
 static void together(struct program *job, void (*run)(struct program *, long, long), long threads) {
     threads = threads < MANY ? threads : MANY;
-    if (threads > 1 && pool.process != getpid()) {
-        if (pool.process) pool = (struct pool) { .lock = PTHREAD_MUTEX_INITIALIZER };
-        pool.process = getpid();
-    }
     if (threads <= 1 || pthread_mutex_trylock(&pool.lock)) {
         run(job, 0, 1);
         return;
@@ -169,8 +170,7 @@ static void together(struct program *job, void (*run)(struct program *, long, lo
     threads = threads < pool.started + 1 ? threads : pool.started + 1;
     pool.job = job;
     pool.run = run;
-    pool.threads = threads;
-    announce(&pool.turn);
+    announce(&pool.turn, TURN - pool.turn % TURN + threads);
     run(job, 0, threads);
     pthread_mutex_unlock(&pool.lock);
 }
