@@ -401,7 +401,8 @@ class Program:
                      (self.keep(q), self.keep(scale), self.keep(error)), matrix,
                      (self.rows * self.ids * K, self.ids * K), by=bounds, **{"in": x})
             self.add("screened", (x, bounds), (y,), self.rows * (4 * K + 192) + 4 * self.ids,
-                     (self.wants,), (), (), matrix, ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
+                     (self.wants,), (), (), matrix,
+                     ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
         if cap:
             self.add("softcap", (), (y,), 0, (self.ids,), (cap,), out=y)
         if self.draws is None:

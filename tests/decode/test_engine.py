@@ -441,13 +441,14 @@ def counts_of_steps(model, idx):
 @pytest.mark.parametrize("policy", [False, True])
 @pytest.mark.parametrize("arm", ONE_BY_ONE.values(), ids=ONE_BY_ONE.keys())
 def test_a_batch_reads_a_row_of_weights_once(arm, policy):
-    """Equal rows: the bytes of one, the multiply-adds of all. Others: no less than the most that one reads."""
+    """Equal rows: the bytes of one, the multiply-adds of all. Others: as many as the most of one, or more."""
     if "screen" in arm:
         pytest.skip("a batch reads the whole head")
     model = build(arm, std=0.2).use_policy(policy)
     one, many = tokens(1, 6), tokens(4, 6, seed=1)
     alone = counts_of_steps(model, one)
-    assert counts_of_steps(model, one.expand(4, -1).contiguous()) == [(4 * macs, size) for macs, size in alone]
+    together = counts_of_steps(model, one.expand(4, -1).contiguous())
+    assert together == [(4 * macs, size) for macs, size in alone]
     each = list(zip(*(counts_of_steps(model, row[None]) for row in many)))
     for (macs, size), single in zip(counts_of_steps(model, many), each):
         assert macs == sum(count for count, _ in single)
@@ -475,7 +476,8 @@ def test_listed_units_of_several_rows_are_read_together(H, C, edge, rows, thread
         def emit(self, p):
             x = p.embed(p.matrix(table))
             units = p.above(p.linear(x, p.matrix(scores), own=True), H, edge)
-            p.answer = p.rows_sum(p.linear(x, p.matrix(up), "relu2", units=units), p.matrix(down), units=units)
+            a = p.linear(x, p.matrix(up), "relu2", units=units)
+            p.answer = p.rows_sum(a, p.matrix(down), units=units)
 
     generator = torch.Generator().manual_seed(H)
     table, scores, up, down = (torch.randn(*size, generator=generator) / size[1] ** 0.5
