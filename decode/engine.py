@@ -53,8 +53,8 @@ def ops_of(module):
 class OpC(ctypes.Structure):
     _fields_ = [("code", LONG), ("meets", LONG), ("act", LONG), ("all", LONG), ("in", LONG), ("out", LONG),
                 ("onto", LONG), ("list", LONG), ("by", LONG), ("n", LONG * 8), ("f", FLOAT * 4),
-                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("ticks", LONG), ("runs", LONG),
-                ("lanes", LONG)]
+                ("p", POINTER * 10), ("w", MatrixC), ("read", LONG), ("used", LONG), ("ticks", LONG),
+                ("runs", LONG), ("lanes", LONG)]
 
 
 class ProgramC(ctypes.Structure):
@@ -202,7 +202,8 @@ class Program:
     def add(self, code, reads=(), writes=(), scratch=0, n=(), f=(), p=(), matrix=None, counts=None, **fields):
         """Append an op. reads, writes: values. Threads meet before it where it reads what another has
         written since they met, or writes what another may still read. counts: (multiply-adds, bytes) of a
-        step, or of each row of the matrix that it turns out to read (a string says so)."""
+        step, or of each row of the matrix that it turns out to read (a string says so): once for all lanes
+        that want it."""
         reads, writes = ({v for v in some if v is not None and not v.own} for some in (reads, writes))
         meets = bool(reads & self.written or writes & (self.written | self.looked_at))
         if meets:
@@ -252,6 +253,7 @@ class Program:
         counts = ("read", *each) if units else (self.rows * matrix.c.rows * matrix.macs,
                                                 matrix.c.rows * matrix.bytes)
         scratch = rows * (4 * wide + 192 * (wide // K) + 4 * most) + 64      # room_of in step.c
+        scratch += 36 * min(matrix.c.rows, rows * most) if units else 0
         self.add("linear", (x, onto, units and units.list, by), (y,), scratch,
                  (most, blocks, wide if blocks else 0, stored), (), params, matrix, counts, act=ACTS[act],
                  list=units and units.list, by=by, onto=onto, **{"in": x, "out": y})
@@ -264,7 +266,8 @@ class Program:
         most, apart = units.size if units else matrix.c.rows, units.apart if units else 0
         parts = max(SUMS, most // apart) if apart else SUMS
         self.add("rows_sum", (a, onto, units and units.list), (y,),
-                 16 * most + 8 * matrix.c.width + 256, (most, apart, parts), (), (), matrix,
+                 (self.rows + 1) * 16 * (most + 8) + matrix.c.rows + 8 * matrix.c.width + 256,
+                 (most, apart, parts), (), (), matrix,
                  ("read", matrix.macs, matrix.bytes), all=all, list=units and units.list, onto=onto,
                  by=self.value(parts * matrix.c.width),
                  **{"in": a, "out": y})
@@ -397,8 +400,9 @@ class Program:
             K = matrix.c.width
             self.add("bounds", (x,), (bounds,), 0, (), (kernels.ROUND[self.dtype],),
                      (self.keep(q), self.keep(scale), self.keep(error)), matrix,
-                     (self.rows * self.ids * K, self.rows * self.ids * K), by=bounds, **{"in": x})
-            self.add("screened", (x, bounds), (y,), 4 * K + 64 + 4 * self.ids, (self.wants,), (), (), matrix,
+                     (self.rows * self.ids * K, self.ids * K), by=bounds, **{"in": x})
+            self.add("screened", (x, bounds), (y,), self.rows * (4 * K + 192) + 4 * self.ids,
+                     (self.wants,), (), (), matrix,
                      ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
         if cap:
             self.add("softcap", (), (y,), 0, (self.ids,), (cap,), out=y)
@@ -559,11 +563,11 @@ class Program:
 
     def count(self, tally):
         """Run a step and add what it has executed to a kernels.Tally."""
-        before = [(op.read, op.runs, op.lanes) for op in self.table]
+        before = [(op.read, op.used, op.runs, op.lanes) for op in self.table]
         self.run(self.address)
-        for op, (read, runs, lanes), ((macs, *size), rows) in zip(self.table, before, self.work):
+        for op, (read, used, runs, lanes), ((macs, *size), rows) in zip(self.table, before, self.work):
             if macs == "read":
-                tally.macs += (op.read - read) * size[0]
+                tally.macs += (op.used - used) * size[0]
                 tally.bytes += (op.read - read) * size[1]
             else:
                 tally.macs += macs * (op.lanes - lanes) // rows
@@ -641,7 +645,8 @@ class Watch:
     """What the ops of a run's programs did, which are all of one model and one way to sample."""
 
     def __init__(self):
-        self.program, self.steps, self.ticks, self.read, self.runs, self.lanes = None, 0, [], [], [], []
+        self.program, self.steps, self.ticks, self.read = None, 0, [], []
+        self.used, self.runs, self.lanes = [], [], []
 
     def show(self, program):
         """From now on this program is watched; the one before is done."""
@@ -654,8 +659,8 @@ class Watch:
         """Add what the program has counted, which may go."""
         if self.program is not None:
             self.steps += self.program.c.steps
-            for kept, field in ((self.ticks, "ticks"), (self.read, "read"), (self.runs, "runs"),
-                                (self.lanes, "lanes")):
+            for kept, field in ((self.ticks, "ticks"), (self.read, "read"), (self.used, "used"),
+                                (self.runs, "runs"), (self.lanes, "lanes")):
                 found = [getattr(op, field) for op in self.program.table]
                 kept[:] = [a + b for a, b in itertools.zip_longest(kept, found, fillvalue=0)]
         self.program = None
@@ -668,7 +673,7 @@ class Watch:
             code, _, where = name.partition(" ")
             (macs, *sizes), rows = work
             if macs == "read":
-                macs, size = (self.read[n] / self.steps * each for each in sizes)
+                macs, size = self.used[n] / self.steps * sizes[0], self.read[n] / self.steps * sizes[1]
             else:
                 macs, size = macs * self.lanes[n] / rows / self.steps, sizes[0] * self.runs[n] / self.steps
             shape = f"{w.rows} x {w.width}" if w.rows else ""

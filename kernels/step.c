@@ -34,7 +34,8 @@ struct op {
     double f[4];
     const void *p[10];
     struct matrix w;
-    int64_t read;                                /* rows of w that were read, all calls, where that varies */
+    int64_t read, used;                          /* rows of w that were read, all calls, where that varies; and
+                                                    how often lanes used them: a row is read once for all lanes */
     int64_t ticks;                               /* nanoseconds of all calls, where the program is watched */
     int64_t runs, lanes;                         /* how often it ran, and on how many lanes together */
 };
@@ -89,15 +90,16 @@ static inline void part(const struct thread *me, int64_t out, long n, long unit,
    Workers of one process, which spin for some microseconds for the next step and then sleep: on a machine with
    other work a step loses its share and no more. One step at a time has them; another, beside it, runs alone. */
 #define SPINS 4000
+#define TURN 128                                 /* more than MANY */
 
 static struct pool {
     pthread_mutex_t lock;
     pthread_t worker[MANY];
-    long started, threads;                       /* workers; threads of the step that runs */
+    long started;                                /* workers */
     struct program *job;
     void (*run)(struct program *, long, long);
-    uint32_t turn, gate, arrived, asleep, since[MANY];          /* since: the turn that a worker began behind */
-    pid_t process;
+    uint32_t turn, gate, arrived, asleep;        /* turn: TURN a step, plus the threads that run it */
+    uint32_t since[MANY];                        /* the turn that a worker began behind */
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
 static inline void idle(void) {
@@ -122,8 +124,8 @@ static void await(uint32_t *word, uint32_t old) {
     __atomic_fetch_sub(&pool.asleep, 1, __ATOMIC_SEQ_CST);
 }
 
-static void announce(uint32_t *word) {
-    __atomic_fetch_add(word, 1, __ATOMIC_SEQ_CST);
+static void announce(uint32_t *word, uint32_t more) {
+    __atomic_fetch_add(word, more, __ATOMIC_SEQ_CST);
 #ifdef __linux__
     if (__atomic_load_n(&pool.asleep, __ATOMIC_SEQ_CST)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, MANY, 0, 0, 0);
 #endif
@@ -134,7 +136,7 @@ static void meet(const struct thread *me) {
     uint32_t gate = __atomic_load_n(&pool.gate, __ATOMIC_ACQUIRE);
     if (__atomic_fetch_add(&pool.arrived, 1, __ATOMIC_ACQ_REL) == (uint32_t)me->threads - 1) {
         __atomic_store_n(&pool.arrived, 0, __ATOMIC_RELAXED);
-        announce(&pool.gate);
+        announce(&pool.gate, 1);
     } else await(&pool.gate, gate);
 }
 
@@ -144,19 +146,19 @@ static void *work(void *number) {
     for (;;) {
         await(&pool.turn, turn);
         turn = __atomic_load_n(&pool.turn, __ATOMIC_ACQUIRE);
-        if (t < pool.threads) pool.run(pool.job, t, pool.threads);
+        long threads = turn % TURN;              /* one that is not of this turn may come late: the next */
+        if (t < threads) pool.run(pool.job, t, threads);        /* job is being written, which is not its own */
     }
     return 0;
 }
 
-/* run(job, t, threads) on every thread t; alone where the workers are busy or cannot be started. A process
-   that was forked has no workers yet. */
+/* A process that was forked has no workers yet, whatever its parent's were at. */
+static void no_workers(void) { pool = (struct pool) { .lock = PTHREAD_MUTEX_INITIALIZER }; }
+__attribute__((constructor)) static void mind_forks(void) { pthread_atfork(0, 0, no_workers); }
+
+/* run(job, t, threads) on every thread t; alone where the workers are busy or cannot be started */
 static void together(struct program *job, void (*run)(struct program *, long, long), long threads) {
     threads = threads < MANY ? threads : MANY;
-    if (threads > 1 && pool.process != getpid()) {
-        if (pool.process) pool = (struct pool) { .lock = PTHREAD_MUTEX_INITIALIZER };
-        pool.process = getpid();
-    }
     if (threads <= 1 || pthread_mutex_trylock(&pool.lock)) {
         run(job, 0, 1);
         return;
@@ -168,8 +170,7 @@ static void together(struct program *job, void (*run)(struct program *, long, lo
     threads = threads < pool.started + 1 ? threads : pool.started + 1;
     pool.job = job;
     pool.run = run;
-    pool.threads = threads;
-    announce(&pool.turn);
+    announce(&pool.turn, TURN - pool.turn % TURN + threads);
     run(job, 0, threads);
     pthread_mutex_unlock(&pool.lock);
 }
@@ -658,75 +659,117 @@ static inline float epilogue(const struct op *o, const struct thread *me, float 
     return v + (o->w.bias ? o->w.bias[unit] : 0);
 }
 
+/* The units that lanes' lists (rising) name together, each once -> how many; place: where each stands in the
+   list of every lane, or -1 */
+static long unite(const struct op *o, const struct thread *me, long most, int32_t *units, int32_t (*place)[ROWS]) {
+    long rows = me->program->rows, count = 0, at[ROWS] = { 0 };
+    for (;; count++) {
+        int32_t least = INT32_MAX;
+        for (long r = 0; r < rows; r++) {
+            const int32_t *list = list_of(o, me, r, most);
+            if (at[r] < list[0] && list[1 + at[r]] < least) least = list[1 + at[r]];
+        }
+        if (least == INT32_MAX) return count;
+        units[count] = least;
+        for (long r = 0; r < rows; r++) {
+            const int32_t *list = list_of(o, me, r, most);
+            place[count][r] = at[r] < list[0] && list[1 + at[r]] == least ? at[r]++ : -1;
+        }
+    }
+}
+
+/* how many units of lane r's list (n) stand before number i of the `count` units of all lanes */
+static long ahead(const int32_t (*place)[ROWS], long i, long count, long r, long n) {
+    while (i < count && place[i][r] < 0) i++;
+    return i < count ? place[i][r] : n;
+}
+
 /* y = act(w . x + bias) (* by) (+ onto): all rows of w, or those of a list. n[0]: the most that a list holds;
-   n[1], n[2]: rows of w in blocks of n[1] read a part of x each, n[2] wide (0: all of x). */
+   n[1], n[2]: rows of w in blocks of n[1] read a part of x each, n[2] wide (0: all of x). A row of w that
+   several lanes want is read for all of them. */
 static void op_linear(struct op *o, struct thread *me) {
     const struct program *p = me->program;
     const struct matrix *w = &o->w;
     long K = w->width, wide = o->n[2] ? o->n[2] : K, size = room_of(K), most = o->list < 0 ? w->rows : o->n[0];
-    long parts = o->n[1] ? wide / K : 1;
+    long parts = o->n[1] ? wide / K : 1, n = w->rows, from, to;
     float *room = (float *)(me->scratch + p->rows * parts * size);      /* onto is where the sum goes */
+    int32_t (*place)[ROWS] = 0, *list = 0;
     for (long r = 0; r < p->rows; r++)
         for (long b = 0; b < parts; b++)
             prepare(w->kind, at(me, o->in) + r * wide + b * K, K, me->scratch + (r * parts + b) * size);
-    for (long first = 0; first < (o->list < 0 ? 1 : p->rows); first++) {
-        const int32_t *list = o->list < 0 ? 0 : list_of(o, me, first, most);
-        long n = list ? *list++ : w->rows, from, to, rows = list ? first + 1 : p->rows;
-        part(me, o->out, n, 4, &from, &to);
-        /* four rows at a time: where memory streams, a quarter of the part apart, so that each of the four
-           goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The last few repeat. */
-        long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
-        if (o->n[1]) steps = (to - from + 3) / 4;               /* neighbours, which meet the same part of x */
-        for (long i = 0; i < steps; i++) {
-            long unit[4], row[4], soon[4];
+    if (o->list >= 0 && p->rows == 1) {
+        list = (int32_t *)list_of(o, me, 0, most);
+        n = *list++;
+    } else if (o->list >= 0) {
+        place = (int32_t (*)[ROWS])(room + p->rows * most);
+        list = (int32_t *)(place + (p->rows * most < w->rows ? p->rows * most : w->rows));
+        n = unite(o, me, most, list, place);
+    }
+    part(me, o->out, n, 4, &from, &to);
+    /* four rows at a time: where memory streams, a quarter of the part apart, so that each of the four
+       goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The last few repeat. */
+    long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
+    if (o->n[1]) steps = (to - from + 3) / 4;                   /* neighbours, which meet the same part of x */
+    for (long i = 0; i < steps; i++) {
+        long unit[4], row[4], soon[4];
+        for (int l = 0; l < 4; l++) {
+            unit[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
+            if (o->n[1]) unit[l] = from + 4 * i + l < to ? from + 4 * i + l : to - 1;
+            row[l] = list ? list[unit[l]] : unit[l];
+            if (list) soon[l] = list[unit[l] + 2 < n ? unit[l] + 2 : n - 1];
+        }
+        const char *x = me->scratch;
+        for (long r = 0; r < p->rows; r++) {
+            float s[4], *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
+            if (place && place[unit[0]][r] < 0 && place[unit[1]][r] < 0 && place[unit[2]][r] < 0
+                && place[unit[3]][r] < 0) continue;
+            if (!o->n[1]) quad(w, row, list ? soon : 0, x + r * size, s);
+            else if (row[0] / o->n[1] == row[3] / o->n[1])
+                quad(w, row, 0, x + (r * parts + row[0] / o->n[1]) * size, s);
+            else for (int l = 0; l < 4; l++) {
+                long one[4] = { row[l], row[l], row[l], row[l] };
+                float t[4];
+                quad(w, one, 0, x + (r * parts + row[l] / o->n[1]) * size, t);
+                s[l] = t[0];
+            }
             for (int l = 0; l < 4; l++) {
-                unit[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
-                if (o->n[1]) unit[l] = from + 4 * i + l < to ? from + 4 * i + l : to - 1;
-                row[l] = list ? list[unit[l]] : unit[l];
-                if (list) soon[l] = list[unit[l] + 2 < n ? unit[l] + 2 : n - 1];
-            }
-            const char *x = me->scratch;
-            for (long r = first; r < rows; r++) {
-                float s[4], *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
-                if (!o->n[1]) quad(w, row, list ? soon : 0, x + r * size, s);
-                else if (row[0] / o->n[1] == row[3] / o->n[1])
-                    quad(w, row, 0, x + (r * parts + row[0] / o->n[1]) * size, s);
-                else for (int l = 0; l < 4; l++) {
-                    long one[4] = { row[l], row[l], row[l], row[l] };
-                    float t[4];
-                    quad(w, one, 0, x + (r * parts + row[l] / o->n[1]) * size, t);
-                    s[l] = t[0];
-                }
-                for (int l = 0; l < 4; l++) y[unit[l]] = epilogue(o, me, s[l], row[l]);
+                long to = place ? place[unit[l]][r] : unit[l];
+                if (to >= 0) y[to] = epilogue(o, me, s[l], row[l]);
             }
         }
-        for (long r = first; r < rows; r++) {
-            float *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
-            if (o->act == OSC && list) {
-                const float *W = o->p[0], *phi = o->p[1], *b = o->p[2];
-                round_all(me, y + from, to - from);
-                for (long i = from; i < to; i++) {
-                    float z = W[list[i]] * y[i] + phi[list[i]];
-                    y[i] = (fabsf(z) < FAR ? sine(z) : sinf(z)) * tanh_of(y[i]) + b[list[i]];
-                }
-            } else if (o->act != NONE) {
-                round_all(me, y + from, to - from);
-                act_all(o, y, from, to);
-            }
+    }
+    if (list && me->number == 0) o->read += n;
+    for (long r = 0, first = from, last = to; r < p->rows; r++) {
+        float *y = (o->onto < 0 ? at(me, o->out) : room) + r * most;
+        const int32_t *mine = o->list < 0 ? 0 : list_of(o, me, r, most) + 1;
+        if (mine && me->number == 0) o->used += mine[-1];
+        if (place) {
+            from = ahead((const int32_t (*)[ROWS])place, first, n, r, mine[-1]);
+            to = ahead((const int32_t (*)[ROWS])place, last, n, r, mine[-1]);
+        }
+        if (o->act == OSC && mine) {
+            const float *W = o->p[0], *phi = o->p[1], *b = o->p[2];
             round_all(me, y + from, to - from);
-            if (o->by >= 0) {
-                const float *by = at(me, o->by) + r * o->n[0];
-                for (long i = from; i < to; i++) y[i] = by[i] == 0 ? 0 : y[i] * by[i];
-                round_all(me, y + from, to - from);
+            for (long i = from; i < to; i++) {
+                float z = W[mine[i]] * y[i] + phi[mine[i]];
+                y[i] = (fabsf(z) < FAR ? sine(z) : sinf(z)) * tanh_of(y[i]) + b[mine[i]];
             }
-            if (o->onto >= 0) {
-                const float *onto = at(me, o->onto) + r * most;
-                float *sum = at(me, o->out) + r * most;
-                for (long i = from; i < to; i++) sum[i] = y[i] + onto[i];
-                round_all(me, sum + from, to - from);
-            }
+        } else if (o->act != NONE) {
+            round_all(me, y + from, to - from);
+            act_all(o, y, from, to);
         }
-        if (list && me->number == 0) o->read += n;
+        round_all(me, y + from, to - from);
+        if (o->by >= 0) {
+            const float *by = at(me, o->by) + r * o->n[0];
+            for (long i = from; i < to; i++) y[i] = by[i] == 0 ? 0 : y[i] * by[i];
+            round_all(me, y + from, to - from);
+        }
+        if (o->onto >= 0) {
+            const float *onto = at(me, o->onto) + r * most;
+            float *sum = at(me, o->out) + r * most;
+            for (long i = from; i < to; i++) sum[i] = y[i] + onto[i];
+            round_all(me, sum + from, to - from);
+        }
     }
 }
 
@@ -735,7 +778,8 @@ static void op_linear(struct op *o, struct thread *me) {
    place of `by`, whatever the threads are, so that a result does not depend on them; then they meet, and each
    adds up some columns of all parts. Four rows at a time, a quarter of the part apart, as in op_linear.
    n[1]: so many units of a list in turn are a product of their own, which a prompt stores before it adds them
-   up and then adds the bias; 0: all are one. n[2]: the most parts. */
+   up and then adds the bias; 0: all are one. n[2]: the most parts. Lanes take the same part one behind the
+   other: a row that several want comes from memory once, and each lane adds in the order of its own units. */
 #define SUMS 16
 static inline long sums_of(long rows) { return rows < 16 * SUMS ? (rows + 15) / 16 : SUMS; }
 static void add_rows(const struct matrix *w, float *sums, const float *by, const long *rows, const int *live,
@@ -750,37 +794,55 @@ static void op_rows_sum(struct op *o, struct thread *me) {
     const struct program *p = me->program;
     const struct matrix *w = &o->w;
     long C = w->width, from, to, most = o->list < 0 ? w->rows : o->n[0];
-    long counts[ROWS], apart = o->n[1] && p->rounds;
-    int *live = (int *)me->scratch, *order = live + most;
-    long *rows = (long *)(me->scratch + (2 * most * sizeof(int) + 63) / 64 * 64);
+    long apart = o->n[1] && p->rounds, room = (most + 7) / 8 * 8, last = 0, q = INT32_MAX;
+    long lives[ROWS], counts[ROWS], begin[ROWS], end[ROWS];
+    long *rows = (long *)me->scratch;                           /* of each lane; then its live units */
+    int *live = (int *)(rows + p->rows * room), *order = live + p->rows * room;
     for (long r = 0; r < p->rows; r++) {
         const int32_t *list = o->list < 0 ? 0 : list_of(o, me, r, most);
         long n = list ? *list++ : w->rows, count = 0;
         const float *x = at(me, o->in) + r * most;
         for (long i = 0; i < n; i++) {
-            live[count] = i;
+            live[r * room + count] = i;
             count += x[i] != 0 || o->all;
         }
-        if (list) for (long i = 0; i < n; i++) rows[i] = list[i];
-        long parts = apart ? n / o->n[1] : sums_of(count), first, last;
-        part(me, o->out, parts, 1, &first, &last);
-        for (long q = first; q < last; q++) {
-            long start = count * q / parts, mine = count * (q + 1) / parts - start;
+        if (list) for (long i = 0; i < n; i++) rows[r * room + i] = list[i];
+        lives[r] = count;
+        counts[r] = apart ? n / o->n[1] : sums_of(count);
+        part(me, o->out, counts[r], 1, &begin[r], &end[r]);
+        q = begin[r] < q ? begin[r] : q;
+        last = end[r] > last ? end[r] : last;
+    }
+    for (; q < last; q++)
+        for (long r = 0; r < p->rows; r++) {
+            if (q < begin[r] || q >= end[r]) continue;
+            const int *mine = live + r * room;
+            long count = lives[r], start = count * q / counts[r], n = count * (q + 1) / counts[r] - start;
             if (apart) {
-                for (start = 0; start < count && live[start] < q * o->n[1];) start++;
-                for (mine = 0; start + mine < count && live[start + mine] < (q + 1) * o->n[1];) mine++;
+                for (start = 0; start < count && mine[start] < q * o->n[1];) start++;
+                for (n = 0; start + n < count && mine[start + n] < (q + 1) * o->n[1];) n++;
             }
-            long quarter = mine / 4;
+            long quarter = n / 4;
             float *sums = at(me, o->by) + (r * o->n[2] + q) * C;
             for (long i = 0; i < quarter; i++)
-                for (long l = 0; l < 4; l++) order[4 * i + l] = live[start + l * quarter + i];
-            for (long i = 4 * quarter; i < mine; i++) order[i] = live[start + i];
+                for (long l = 0; l < 4; l++) order[4 * i + l] = mine[start + l * quarter + i];
+            for (long i = 4 * quarter; i < n; i++) order[i] = mine[start + i];
             memset(sums, 0, C * sizeof(float));
-            add_rows(w, sums, x, list ? rows : 0, order, mine);
+            add_rows(w, sums, at(me, o->in) + r * most, o->list < 0 ? 0 : rows + r * room, order, n);
             if (apart) round_all(me, sums, C);
         }
-        counts[r] = parts;
-        if (me->number == 0) o->read += count;
+    if (me->number == 0) {
+        char *seen = (char *)(order + room);
+        if (p->rows > 1) memset(seen, 0, w->rows);
+        for (long r = 0; r < p->rows; r++) {
+            o->used += lives[r];
+            if (p->rows == 1) o->read += lives[r];
+            else for (long i = 0; i < lives[r]; i++) {
+                long j = live[r * room + i], unit = o->list < 0 ? j : rows[r * room + j];
+                o->read += !seen[unit];
+                seen[unit] = 1;
+            }
+        }
     }
     meet(me);
     part(me, o->out, C, 16, &from, &to);
@@ -1592,46 +1654,53 @@ static void op_bounds(const struct op *o, struct thread *me) {
     const int8_t *q = o->p[0];
     const float *scale = o->p[1], *error = o->p[2], round = o->f[0];
     part(me, o->by, N, 16, &from, &to);
+    float size[ROWS];
     for (long r = 0; r < me->program->rows; r++) {
         const float *x = at(me, o->in) + r * K;
-        float *low = at(me, o->by) + r * 2 * N, *high = low + N, size = 0;
-        #pragma omp simd reduction(+:size)
-        for (long k = 0; k < K; k++) size += x[k] * x[k];
-        size = sqrtf(size);
-        for (long n = from; n < to; n++) {
-            float about = scale[n] * dot_i8(q + n * K, x, K), off = error[n] * size;
+        float square = 0;
+        #pragma omp simd reduction(+:square)
+        for (long k = 0; k < K; k++) square += x[k] * x[k];
+        size[r] = sqrtf(square);
+    }
+    for (long n = from; n < to; n++)
+        for (long r = 0; r < me->program->rows; r++) {
+            float *low = at(me, o->by) + r * 2 * N, *high = low + N;
+            float about = scale[n] * dot_i8(q + n * K, at(me, o->in) + r * K, K), off = error[n] * size[r];
             off += round * (fabsf(about) + off);
             low[n] = about - off;
             high[n] = about + off;
         }
-    }
 }
 static void op_screened(struct op *o, struct thread *me) {
-    long K = o->w.width, N = o->w.rows, k = o->n[0], from, to, size = (K * 4 + 63) / 64 * 64;
+    long K = o->w.width, N = o->w.rows, k = o->n[0], from, to, size = room_of(K), rows = me->program->rows;
+    long read = 0, used = 0;
+    uint32_t edge[ROWS] = { 0 }, *keys = (uint32_t *)(me->scratch + rows * size);
     part(me, o->out, N, 16, &from, &to);
-    for (long r = 0; r < me->program->rows; r++) {
-        const float *low = at(me, o->by) + r * 2 * N, *high = low + N;
-        uint32_t edge = 0, *keys = (uint32_t *)(me->scratch + size);
-        if (k == 1) for (long n = 0; n < N; n++) edge = order(low[n]) > edge ? order(low[n]) : edge;
+    for (long r = 0; r < rows; r++) {
+        const float *low = at(me, o->by) + r * 2 * N;
+        if (k == 1) for (long n = 0; n < N; n++) edge[r] = order(low[n]) > edge[r] ? order(low[n]) : edge[r];
         else {
             for (long n = 0; n < N; n++) keys[n] = order(low[n]);
-            edge = kth(keys, N, k < N ? k : N);
+            edge[r] = kth(keys, N, k < N ? k : N);
         }
-        prepare(o->w.kind, at(me, o->in) + r * K, K, me->scratch);
-        float *y = at(me, o->out) + r * N;
-        long count = 0;
-        for (long n = from; n < to; n++) {
-            long one[4] = { n, n, n, n };
-            float s[4] = { -INFINITY };
-            if (order(high[n]) >= edge) {                       /* NaN is read too */
-                quad(&o->w, one, 0, me->scratch, s);
-                s[0] = me->program->rounds ? rounded(s[0]) : s[0];
-                count++;
-            }
-            y[n] = s[0];
-        }
-        __atomic_fetch_add(&o->read, count, __ATOMIC_RELAXED);
+        prepare(o->w.kind, at(me, o->in) + r * K, K, me->scratch + r * size);
     }
+    for (long n = from; n < to; n++) {
+        long one[4] = { n, n, n, n }, wanted = 0;
+        for (long r = 0; r < rows; r++) {
+            float s[4] = { -INFINITY }, high = at(me, o->by)[(r * 2 + 1) * N + n];
+            if (order(high) >= edge[r]) {                       /* NaN is read too */
+                quad(&o->w, one, 0, me->scratch + r * size, s);
+                s[0] = me->program->rounds ? rounded(s[0]) : s[0];
+                wanted++;
+            }
+            at(me, o->out)[r * N + n] = s[0];
+        }
+        read += wanted > 0;
+        used += wanted;
+    }
+    __atomic_fetch_add(&o->read, read, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&o->used, used, __ATOMIC_RELAXED);
 }
 
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,

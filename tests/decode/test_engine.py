@@ -245,6 +245,72 @@ def test_a_process_that_was_forked_behind_a_step_decodes_too(name, threads):
     assert torch.equal(decoded(model, tokens(3, 7), 9)[0], right)
 
 
+def steps_at_once(counts, tries):
+    """Programs of so many threads each, stepped from Python threads of their own at once: rounds that differ
+    from what one thread alone computes, or that do not end."""
+    model, idx = build({}, std=0.2), tokens(1, 12)
+    programs = [engine.Program(model, Cache(model, 1, 12), 31, None, threads=count) for count in (1, *counts)]
+
+    @torch.inference_mode()
+    def run(program):
+        program.begin(idx, [0], [1])
+        found = []
+        for _ in range(12):
+            program.c.cost[0], program.c.cost[1], program.c.spent = 1, 0, 0     # never alone
+            found.append(program.step().clone())
+        return torch.stack(found)
+
+    expected, wrong, start = run(programs[0]), list(range(len(counts))), threading.Barrier(len(counts))
+
+    def work(number):
+        start.wait(30)
+        if all(torch.equal(run(programs[1 + number]), expected) for _ in range(tries)):
+            wrong.remove(number)
+
+    workers = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(len(counts))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    return wrong
+
+
+def test_programs_of_several_numbers_of_threads_step_at_once():
+    """A worker that a step leaves out may wake up when the next step, of more threads, is being written."""
+    assert not steps_at_once([4, 2, 3, 1], 12) and not steps_at_once([4, 2], 12)
+
+
+def at_once_in_a_fork(pipe):
+    pipe.send(steps_at_once([2, 3], 2))
+
+
+def test_threads_of_a_forked_process_take_their_first_step_at_once():
+    """While the parent steps too: whatever its workers were at, the child has none and starts its own."""
+    stop, parent = threading.Event(), []
+
+    def keep_stepping():
+        while not stop.is_set():
+            parent.extend(steps_at_once([2], 1))
+
+    stepping = threading.Thread(target=keep_stepping, daemon=True)
+    stepping.start()
+    try:
+        for _ in range(4):
+            ours, theirs = multiprocessing.Pipe()
+            child = multiprocessing.get_context("fork").Process(target=at_once_in_a_fork, args=(theirs,))
+            child.start()
+            try:
+                assert ours.poll(60) and ours.recv() == []
+                child.join(60)
+                assert child.exitcode == 0
+            finally:
+                child.kill()
+    finally:
+        stop.set()
+        stepping.join(60)
+    assert not parent and not stepping.is_alive()
+
+
 def test_python_threads_decode_at_once(threads):
     """One step has the workers; others beside it run alone."""
     threads(2)
@@ -267,10 +333,16 @@ def test_python_threads_decode_at_once(threads):
     assert not wrong and not any(worker.is_alive() for worker in workers)
 
 
+def empty_cache(model, rows, length):
+    cache = Cache(model, rows, length)
+    cache.states.update(group=torch.zeros(()), said=torch.zeros(1, 1, 1))      # of a hierarchy
+    return cache
+
+
 @torch.inference_mode()
 def by_steps_alone(model, idx):
     """Logits (rows, T, ids) of a program that reads idx from its first token on; None without a program."""
-    program = engine.program_of(model, Cache(model, len(idx), idx.size(1)), 31, None, idx.device)
+    program = engine.program_of(model, empty_cache(model, *idx.shape), 31, None, idx.device)
     if not program:
         return None
     program.begin(idx, [0] * len(idx), [1] * len(idx))
@@ -335,7 +407,7 @@ COUNTED = {name: WRITTEN[name] for name in (
 @pytest.mark.parametrize("policy", [False, True])
 @pytest.mark.parametrize("arm", COUNTED.values(), ids=COUNTED.keys())
 def test_a_program_counts_what_a_step_by_modules_counts(arm, policy, monkeypatch):
-    """Multiply-adds and bytes of one row. Of several rows a program reads each one's units alone, where
+    """Multiply-adds and bytes of one row. Of several rows a program computes each one's units alone, where
     modules compute those of all rows for each: no more multiply-adds."""
     model = build(arm, std=0.2).use_policy(policy)
 
@@ -352,6 +424,76 @@ def test_a_program_counts_what_a_step_by_modules_counts(arm, policy, monkeypatch
     monkeypatch.setattr(engine, "program_of", lambda *_: None)
     assert ours == counted(1) and min(macs for macs, _ in ours) > 0
     assert all(a <= b for (a, _), (b, _) in zip(many, counted(3)))
+
+
+def counts_of_steps(model, idx):
+    """(multiply-adds, bytes) of every step of a program that reads idx from its first token on."""
+    program, found = engine.program_of(model, empty_cache(model, *idx.shape), 31, 1, idx.device), []
+    program.begin(idx, [0] * len(idx), [1] * len(idx))
+    for _ in range(idx.size(1)):
+        with kernels.counting() as tally:
+            program.step()
+        found.append((tally.macs, tally.bytes))
+    return found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", [False, True])
+@pytest.mark.parametrize("arm", ONE_BY_ONE.values(), ids=ONE_BY_ONE.keys())
+def test_a_batch_reads_a_row_of_weights_once(arm, policy):
+    """Equal rows: the bytes of one, the multiply-adds of all. Others: as many as the most of one, or more."""
+    if "screen" in arm:
+        pytest.skip("a batch reads the whole head")
+    model = build(arm, std=0.2).use_policy(policy)
+    one, many = tokens(1, 6), tokens(4, 6, seed=1)
+    alone = counts_of_steps(model, one)
+    together = counts_of_steps(model, one.expand(4, -1).contiguous())
+    assert together == [(4 * macs, size) for macs, size in alone]
+    each = list(zip(*(counts_of_steps(model, row[None]) for row in many)))
+    for (macs, size), single in zip(counts_of_steps(model, many), each):
+        assert macs == sum(count for count, _ in single)
+        assert max(count for _, count in single) <= size <= sum(count for _, count in single)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_single
+def test_a_row_of_a_batch_is_bit_by_bit_what_it_is_alone(arm, dtype, threads):
+    """Whatever its neighbours want, and which of them have dropped out."""
+    threads(2)
+    model, idx = build(arm, std=0.2).use_policy().to(dtype), tokens(5, 9)
+    alone = [by_steps_alone(model, row[None]) for row in idx]
+    assert torch.equal(by_steps_alone(model, idx), torch.cat(alone))
+    assert torch.equal(by_steps_alone(model, idx[[3, 3, 0]]), torch.cat([alone[3], alone[3], alone[0]]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("edge", [-9.0, 0.0, 1.0, 9.0])
+@pytest.mark.parametrize("H,C", [(50, 12), (7, 33), (300, 64)])
+def test_listed_units_of_several_rows_are_read_together(H, C, edge, rows, threads):
+    """All units, about half, few, none: what is read is the union, what is computed is each row's own."""
+    class Listed(torch.nn.Module):
+        def emit(self, p):
+            x = p.embed(p.matrix(table))
+            units = p.above(p.linear(x, p.matrix(scores), own=True), H, edge)
+            a = p.linear(x, p.matrix(up), "relu2", units=units)
+            p.answer = p.rows_sum(a, p.matrix(down), units=units)
+
+    generator = torch.Generator().manual_seed(H)
+    table, scores, up, down = (torch.randn(*size, generator=generator) / size[1] ** 0.5
+                               for size in ((9, C), (H, C), (H, C), (H, C)))
+    history = torch.arange(2 * rows).view(rows, 2) % 9
+    x = table[history[:, 0]]
+    wanted = x @ scores.t() > edge
+    a = (x @ up.t()).relu() ** 2 * wanted
+    for count in (1, 2):
+        program = engine.Program(Listed(), Cache(build({}), rows, 2), C, None, threads=count)
+        program.begin(history, [0] * rows, [1] * rows)
+        torch.testing.assert_close(program.step(), a @ down, atol=1e-5, rtol=1e-5)
+        linear, sums = (next(op for op in program.table[2:] if op.code == engine.CODES[code])
+                        for code in ("linear", "rows_sum"))
+        assert (linear.used, linear.read) == (wanted.sum(), wanted.any(0).sum())
+        assert (sums.used, sums.read) == ((a != 0).sum(), (a != 0).any(0).sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
