@@ -63,9 +63,6 @@ def cpu_library():
         screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
-        for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
-            one = getattr(library, f"{kernel}_one_{name}")
-            one.argtypes, one.restype = [pointer] * pointers + [number] * numbers + [ctypes.c_int] * 2, number
     return library, "C kernels for decode steps" + anew
 
 

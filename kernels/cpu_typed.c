@@ -364,50 +364,6 @@ void OF(rows_sum)(const TYPE *a, const TYPE *w, const TYPE *bias, const long *ro
     }
 }
 
-/* A whole MLP for one token: of n units, rows[i] or all of them in order, a = act(up . x + up_bias) * scale;
-   where keep < n all but the keep largest |a| are zero; y = sum of the live units' rows of down + down_bias.
-   a is what a prompt would store, rounded to TYPE at each step: of many |a| that are equal there the same are
-   kept here. Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
-long OF(mlp_one)(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias,
-                  const long *rows, const TYPE *scale, TYPE *y, long n, long C, long keep, int act,
-                  int threads) {
-    BUFFER(float, a, n);
-    BUFFER(int, live, n);
-    BUFFER(uint32_t, size, keep < n ? n : 0);
-    long count = 0, chunk = OF(share)(C, threads);
-    #pragma omp parallel num_threads(threads)
-    {
-        #pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) {
-            long r = rows ? rows[i] : i;
-            const TYPE *row = up + r * C, *soon = row + AHEAD;
-            float v = OF(dot)(row, x, C, rows ? OF(row)(up, rows, i + SOON, n, C) : soon)
-                    + (up_bias ? OF(up)(up_bias[r]) : 0.0f);
-            float by = scale ? OF(up)(scale[i]) : 1.0f;
-            a[i] = OF(up)(OF(down)((sizeof(TYPE) == 2 ? stored_bf16(v, act) : activate(v, act)) * by));
-            if (keep < n) size[i] = order(fabsf(a[i]));
-        }
-        #pragma omp single
-        {
-            if (keep < n) keep_floats(a, size, n, keep);
-            for (long i = 0; i < n; i++) { live[count] = i; count += a[i] != 0; }
-        }
-        #pragma omp for schedule(static)
-        for (long from = 0; from < C; from += chunk) {
-            long width = C - from < chunk ? C - from : chunk;
-            BUFFER(float, sums, width);
-            for (long c = 0; c < width; c++) sums[c] = down_bias ? OF(up)(down_bias[from + c]) : 0.0f;
-            OF(add_rows)(sums, a, down, rows, live, count, C, from, width);
-            for (long c = 0; c < width; c++) y[from + c] = OF(down)(sums[c]);
-            RELEASE(sums);
-        }
-    }
-    RELEASE(a);
-    RELEASE(live);
-    RELEASE(size);
-    return count;
-}
-
 /* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept. won, where
    it is given: 1 at the places of those, 0 elsewhere */
 void OF(keep_largest)(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, long k, int threads) {
@@ -428,71 +384,5 @@ void OF(keep_largest)(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, l
         RELEASE(size);
         RELEASE(part);
     }
-}
-
-/* The same through k winning columns of `width` units, of N under lateral inhibition: s = router . x, t_c
-   = s_c - sum_d by[c, d] relu(s_d); the k largest of t + balance win, of equal ones the first, and sigmoid(t)
-   scales their units. */
-long OF(columns_one)(const TYPE *x, const TYPE *router, const float *by, const float *balance,
-                      const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
-                      long N, long C, long k, long width, long keep, int act, int threads) {
-    BUFFER(float, s, N);
-    BUFFER(float, t, N);
-    BUFFER(uint32_t, key, N);
-    BUFFER(long, rows, k * width);
-    BUFFER(TYPE, gates, k * width);
-    long put = 0;
-    for (long c = 0; c < N; c++)
-        s[c] = OF(up)(OF(down)(OF(dot)(router + c * C, x, C, router + c * C + AHEAD)));
-    for (long c = 0; c < N; c++) {
-        float inhibited = 0;
-        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * (s[d] < 0 ? 0 : s[d]);
-        t[c] = s[c] - inhibited;
-        key[c] = order(t[c] + balance[c]);
-    }
-    for (long c = 0; c < N && put < k * width; c++) {
-        long before = 0;
-        for (long d = 0; d < N; d++) before += key[d] > key[c] || (key[d] == key[c] && d < c);
-        TYPE gate = OF(down)(1 / (1 + expf(-t[c])));
-        for (long i = 0; i < width && before < k; i++, put++) {
-            rows[put] = c * width + i;
-            gates[put] = gate;
-        }
-    }
-    long live = OF(mlp_one)(x, up, up_bias, down, down_bias, rows, gates, y, put, C, keep, act, threads);
-    RELEASE(s);
-    RELEASE(t);
-    RELEASE(key);
-    RELEASE(rows);
-    RELEASE(gates);
-    return live;
-}
-
-/* The same through the k of H units where guess . (sense . x) + bias is largest; of equal ones the first. */
-long OF(predicted_one)(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias,
-                        const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
-                        long H, long R, long C, long k, long keep, int act, int threads) {
-    BUFFER(TYPE, felt, R);
-    BUFFER(uint32_t, score, H);
-    BUFFER(uint32_t, part, H);
-    BUFFER(long, rows, k);
-    long put = 0, ties = k;
-    for (long r = 0; r < R; r++)
-        felt[r] = OF(down)(OF(dot)(sense + r * C, x, C, sense + r * C + AHEAD));
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < H; i++) {
-        float v = OF(dot)(guess + i * R, felt, R, guess + i * R + AHEAD) + OF(up)(bias[i]);
-        part[i] = score[i] = order(OF(up)(OF(down)(v)));
-    }
-    uint32_t edge = kth(part, H, k);
-    for (long i = 0; i < H; i++) ties -= score[i] > edge;
-    for (long i = 0; i < H && put < k; i++)
-        if (score[i] > edge || (score[i] == edge && ties-- > 0)) rows[put++] = i;
-    long live = OF(mlp_one)(x, up, up_bias, down, down_bias, rows, 0, y, put, C, keep, act, threads);
-    RELEASE(felt);
-    RELEASE(score);
-    RELEASE(part);
-    RELEASE(rows);
-    return live;
 }
 #undef AHEAD
