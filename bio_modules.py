@@ -1200,10 +1200,6 @@ class Thoughts:
         for run in runs:
             self.ctx.again(run).extend(layer, *self.kept)
 
-    def slot(self, layer):
-        """See Context: there are many tokens."""
-        return None
-
     def extend(self, layer, k, v):
         """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
         if self.kept is not None:

@@ -50,8 +50,6 @@ def cpu_library():
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"attend_{name}").argtypes = ([pointer] * 5 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
-        getattr(library, f"attention_one_{name}").argtypes = ([pointer] * 6 + [number] * 5
-                                                              + [ctypes.c_float, ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"osc_{name}").argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_int]

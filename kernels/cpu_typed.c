@@ -255,40 +255,6 @@ void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long
     }
 }
 
-/* x (D) as attention sees it: normalised by its root mean square (eps >= 0), turned by cos and sin, times
-   gain; rounded to TYPE where each of these would be stored */
-static void OF(turn)(const TYPE *x, TYPE *y, long D, float eps, const TYPE *cos, const TYPE *sin,
-                      float gain) {
-    float square = 0;
-    BUFFER(float, t, D);
-    for (long d = 0; d < D; d++) { t[d] = OF(up)(x[d]); square += t[d] * t[d]; }
-    float by = eps < 0 ? 1.0f : 1.0f / sqrtf(square / D + eps);
-    for (long d = 0; d < D; d++) t[d] = OF(up)(OF(down)(t[d] * by));
-    for (long d = 0; d < D; d++) {
-        float v = t[d];
-        if (cos) v = OF(up)(OF(down)(OF(up)(OF(down)(v * OF(up)(cos[d])))
-                                       + t[d < D / 2 ? d + D / 2 : d - D / 2] * OF(up)(sin[d])));
-        y[d] = OF(down)(v * gain);
-    }
-    RELEASE(t);
-}
-
-/* A layer's attention for one new token, between its two projections: qkv (3, H, D) -> y (H, D). Keys and
-   values are written at `place` of kept (2, H, size, D), the first `seen` columns of which are looked at. */
-void OF(attention_one)(const TYPE *qkv, TYPE *kept, const TYPE *cos, const TYPE *sin, const TYPE *gain,
-                        TYPE *y, long H, long D, long size, long place, long seen, float eps, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long h = 0; h < H; h++) {
-        BUFFER(TYPE, q, D);
-        TYPE *k = kept + h * size * D, *v = k + H * size * D;
-        OF(turn)(qkv + h * D, q, D, eps, cos, sin, gain ? OF(up)(gain[h]) : 1.0f);
-        OF(turn)(qkv + (H + h) * D, k + place * D, D, eps, cos, sin, 1.0f);
-        memcpy(v + place * D, qkv + (2 * H + h) * D, D * sizeof(TYPE));
-        OF(query)(q, k, v, y + h * D, seen, D, D, D);
-        RELEASE(q);
-    }
-}
-
 static inline const TYPE *OF(row)(const TYPE *w, const long *rows, long i, long n, long K) {
     i = i < n ? i : n - 1;
     return w + (rows ? rows[i] : i) * K;

@@ -13,7 +13,7 @@ from arms import build, tokens
 from torch.nn import functional as F
 
 import sparse_kernels as kernels
-from layers import EPS, project
+from layers import project
 
 ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(kernels.cpu_library()[0] is None, reason=kernels.cpu_library()[1])
@@ -177,7 +177,7 @@ def test_only_few_rows_in_inference_on_matching_dense_tensors_are_taken():
 
 @built
 def test_a_decode_step_runs_on_the_kernels(monkeypatch):
-    counts = {"matvec": 0, "attention_one": 0}
+    counts = {"matvec": 0, "attend_one": 0}
     for name in counts:
         plain = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, n=name, f=plain:
@@ -185,7 +185,7 @@ def test_a_decode_step_runs_on_the_kernels(monkeypatch):
     model = build({}, std=0.2)
     model.choose(forward="the kernels that modules call").generate(tokens(1, 4), 6, temperature=0)
     # 4 a block and the head, of the prompt's few tokens too
-    assert counts == {"matvec": 6 * 9, "attention_one": 5 * 2}
+    assert counts == {"matvec": 6 * 9, "attend_one": 5 * 2}
 
 
 GREEDY = """
@@ -254,32 +254,6 @@ def test_references_have_the_gradients_of_their_values(reference, case):
         case()
 
 
-@built
-@dtypes
-def test_a_token_through_attention_equals_the_reference_over_96_settings(dtype, case):
-    """Between the projections: normalised or not, turned or not, with a gain or without; what is kept too."""
-    for H, D, S in ((1, 2, 1), (3, 8, 5), (2, 64, 70), (12, 64, 33)):
-        for place, seen in ((0, 1), (S // 2, S // 2 + 1), (S - 1, S)):
-            for normalised, turned, sharp in itertools.product((None, EPS), (False, True), (False, True)):
-                flat = normal(1, 1, 3 * H * D, dtype=dtype, seed=H)
-                kept = normal(2, 1, H, S, D, dtype=dtype, seed=S)
-                angle = normal(1, 1, D // 2, seed=D)
-                rotation = tuple(torch.cat(halves, dim=-1).to(dtype) for halves in (
-                    (angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))) if turned else None
-                gain = normal(H, dtype=dtype, seed=9) if sharp else None
-                exact_kept, found_kept = kept.float(), kept.clone()
-                wide = (tuple(t.float() for t in rotation) if turned else None, normalised,
-                        gain.float() if sharp else None)
-                exact = kernels.attention_one_reference(flat.float(), exact_kept, place, seen, *wide)
-                found = kernels.attention_one(flat, found_kept, place, seen, rotation, normalised, gain)
-                for mine, right in ((found, exact), (found_kept, exact_kept)):
-                    torch.testing.assert_close(mine.float(), right, atol=2 * TOLERANCE[dtype],
-                                               rtol=2 * TOLERANCE[dtype])
-                others = torch.arange(S) != place
-                assert torch.equal(found_kept[:, :, :, others], kept[:, :, :, others])
-                case()
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_oscillating_units_equal_their_reference_forward_and_backward(dtype, case):
     for shape in ((1, 1, 1), (2, 3, 7), (1, 40, 512), (5, 33)):
@@ -325,13 +299,6 @@ def osc_and_its_gradients(run, *inputs):
     return torch.cat([y.detach().flatten().float(), *(t.grad.flatten().float() for t in leaves)])
 
 
-def attention_and_what_is_kept(run, flat, kept, cos, sin, gain, place=3, eps=EPS):
-    """The answer behind the keys and values that were written."""
-    kept = kept.clone()
-    y = run(flat, kept, place, 5, (cos, sin), eps, gain)
-    return torch.cat((y.flatten(), kept.flatten()))
-
-
 def packed(weight):
     return kernels.pack_24(kernels.prune_24(weight))
 
@@ -344,7 +311,6 @@ def operations(dtype):
     bias, out_bias, rows = n(H, seed=3), n(C, seed=4), torch.tensor([0, 2, 5, 8])
     a = F.relu(n(1, 1, H, seed=8))
     q, k, v = n(1, 2, 1, 8), n(1, 2, 6, 8, seed=1), n(1, 2, 6, 8, seed=2)
-    flat, kept, cos, sin, gain = n(1, 1, 48), n(2, 1, 2, 6, 8), n(1, 1, 8), n(1, 1, 8, seed=1), n(2)
     values, meta = packed(n(H, C, seed=1))
 
     def both(name):
@@ -360,8 +326,6 @@ def operations(dtype):
         "rows_sum of some": ((a[..., :4].contiguous(), down, out_bias), *with_(both("rows_sum"), rows)),
         "keep_largest": ((n(1, 1, C),), *with_(both("keep_largest"), 7)),
         "attend_one": ((q, k, v), *both("attend_one")),
-        "attention_one": ((flat, kept, cos, sin, gain), *(functools.partial(attention_and_what_is_kept, run)
-                                                          for run in both("attention_one"))),
         "osc": ((n(3, 5), normal(5), normal(5, seed=1), normal(5, seed=2)),
                 *(functools.partial(osc_and_its_gradients, run) for run in both("osc"))),
     }
@@ -472,9 +436,6 @@ with torch.inference_mode():
     assert kernels.attend_one(*(torch.ones(1, 1, s, WIDE) for s in (1, 2, 2))).eq(1).all()
     q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, WIDE, 2), torch.ones(1, 1, WIDE, 2)
     assert (kernels.attend_one(q, k, v) - 1).abs().max() < 1e-2
-    turned = torch.ones(1, 1, WIDE), torch.zeros(1, 1, WIDE)
-    y = kernels.attention_one(torch.ones(1, 1, 3 * WIDE), torch.zeros(2, 1, 1, 2, WIDE), 0, 1, turned, 1e-6)
-    assert y.eq(1).all()
     weight = torch.ones(3, WIDE)
     assert kernels.screened(x, weight, kernels.copy_in_8_bits(weight), 1).isfinite().any()
     assert kernels.rows_sum(torch.ones(1, 2), torch.ones(2, WIDE), None).eq(2).all()
