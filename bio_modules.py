@@ -839,11 +839,7 @@ class DendriticAttention(Stepwise, Attention):
         q = self.to_heads(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
         q = self.query_gain(q, heads)
         k, v, mask = self.write_kv(x, ctx)
-        if kernels.takes_attend_one(q, k, v, mask):
-            y = kernels.attend_one(q, k, v, heads)
-        else:
-            y = self.attention(q, k[:, heads], v[:, heads], mask, 0.0)
-        y = self.gated(y, gates)
+        y = self.gated(self.attention(q, k[:, heads], v[:, heads], mask, 0.0), gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
 

@@ -883,15 +883,13 @@ grouped_product_op.register_autograd(
 
 # ------------------------------------------------ attention of one query ----------------------------------
 
-def attend_one_reference(q, k, v, heads=None):
-    """q (B, H, 1, D), k, v (B, H or more, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v; query h looks at
-    keys and values of head heads[h], (H,) int64, or h. Not torch's operator, whose answer on a CPU to scores
-    that are all NaN is 0."""
-    k, v = (t if heads is None else t[:, heads] for t in (k, v))
+def attend_one_reference(q, k, v):
+    """q (B, H, 1, D), k, v (B, H, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v. Not torch's operator,
+    whose answer on a CPU to scores that are all NaN is 0."""
     return (q * q.size(-1) ** -0.5 @ k.mT).softmax(-1) @ v
 
 
-def attend_one(q, k, v, heads=None):
+def attend_one(q, k, v):
     """As the reference, reading each key and value once: 2*B*H*S*D elements. Scores and sums are in fp32.
 
     CPU tensors of fp32 or bf16, any strides but a dense last axis; the caller has checked `takes_attend_one`.
@@ -902,7 +900,7 @@ def attend_one(q, k, v, heads=None):
     strides = [(ctypes.c_long * 3)(*t.stride()[:3]) for t in (q, k, v)]
     kernel = getattr(library, "attend_" + NAMES[q.dtype])
     pointers = (t.data_ptr() for t in (q, k, v, y))
-    kernel(*pointers, pointer(heads), B, H, S, D, *strides, torch.get_num_threads())
+    kernel(*pointers, B, H, S, D, *strides, torch.get_num_threads())
     return y.transpose(1, 2)
 
 

@@ -48,7 +48,7 @@ def cpu_library():
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
-        getattr(library, f"attend_{name}").argtypes = ([pointer] * 5 + [number] * 4 + [pointer] * 3
+        getattr(library, f"attend_{name}").argtypes = ([pointer] * 4 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]

@@ -243,14 +243,13 @@ static void OF(look)(const float *restrict q, const TYPE *restrict K, const TYPE
     for (long d = 0; d < D; d++) y[d] /= total;
 }
 
-/* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
-   of head heads[h], or h */
-void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long *heads, long B, long H,
-                 long S, long D, const long *qs, const long *ks, const long *vs, int threads) {
+/* one query per head: q, y (B, H, D), k, v (B, H, S, D), last axis dense */
+void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, long H, long S, long D,
+                 const long *qs, const long *ks, const long *vs, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long bh = 0; bh < B * H; bh++) {
-        long b = bh / H, h = bh % H, kh = heads ? heads[h] : h;
-        OF(query)(q + b * qs[0] + h * qs[1], k + b * ks[0] + kh * ks[1], v + b * vs[0] + kh * vs[1],
+        long b = bh / H, h = bh % H;
+        OF(query)(q + b * qs[0] + h * qs[1], k + b * ks[0] + h * ks[1], v + b * vs[0] + h * vs[1],
                    y + bh * D, S, D, ks[2], vs[2]);
     }
 }

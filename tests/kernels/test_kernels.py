@@ -51,14 +51,11 @@ def test_attention_of_one_query_equals_its_reference_over_120_shapes(dtype, case
                 # q as a block cuts it, k and v as the cache holds them
                 q = normal(B, 1, 3 * H * D, dtype=dtype)[:, :, :H * D].view(B, 1, H, D).transpose(1, 2)
                 k, v = normal(2, B, H, S + 4, D, dtype=dtype, seed=1)[:, :, :, :S]
-                for heads in (None, torch.arange(H).flip(0), torch.tensor([H - 1])):
-                    some = q if heads is None else q[:, :len(heads)]
-                    exact = kernels.attend_one_reference(*(t.float() for t in (some, k, v)), heads)
-                    found = kernels.attend_one(some, k, v, heads)
-                    assert found.shape == exact.shape and found.dtype == dtype
-                    torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype],
-                                               rtol=TOLERANCE[dtype])
-                    case()
+                exact = kernels.attend_one_reference(*(t.float() for t in (q, k, v)))
+                found = kernels.attend_one(q, k, v)
+                assert found.shape == exact.shape and found.dtype == dtype
+                torch.testing.assert_close(found.float(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+                case()
 
 
 @built
