@@ -991,6 +991,10 @@ class Exits(nn.Module):
             agrees = (early.detach().argmax(-1, keepdim=True) == final).float()
             yield F.binary_cross_entropy_with_logits(probe(rms(x.detach())).float(), agrees)
 
+    def early(self, blocks, x, ctx):
+        self.tokens_run += x[..., 0].numel()
+        return (self.early_alone if ctx.alone(x) else self.early_together)(blocks, x, ctx)
+
     def emit(self, blocks, p, x):
         """Append all blocks to a decode program, or with the policy what tokens run of them."""
         threshold, size, skips = p.choices.leave_at, self.probes[0].in_features, []
@@ -1009,15 +1013,27 @@ class Exits(nn.Module):
         p.land(*skips)
         return p.join(x, size, out, len(blocks), owed)
 
-    def early(self, blocks, x, ctx):
-        self.tokens_run += x[..., 0].numel()
+    def early_together(self, blocks, x, ctx):
         done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         run = some_rows if x.size(1) == 1 else some_tokens
         for depth, block in enumerate(blocks, 1):
+            ctx.compute_deferred_kv(depth - 1, block)
             going = ~done
             self.layers_run += int(going.sum())
             x = run(block, x, ctx, going)
             done = done | self.sure(depth, x, ctx)
+        return x
+
+    def early_alone(self, blocks, x, ctx):
+        """One token of one row: the keys and values of the layers that it does not reach are computed for
+        several such tokens at once, when a later one gets there."""
+        for layer, block in enumerate(blocks):
+            ctx.compute_deferred_kv(layer, block)
+            self.layers_run += 1
+            x = block(x, ctx)
+            if self.sure(layer + 1, x, ctx):
+                ctx.defer_kv(range(layer + 1, len(blocks)), x)
+                return x
         return x
 
     def sure(self, depth, x, ctx):

@@ -95,8 +95,14 @@ class Owed(NamedTuple):
     counts: int
 
     def begin(self, columns, cache):
-        """The tokens at `columns` are read next; those before them owe nothing."""
+        """The tokens at `columns` are read next; what those before them owe is in the cache."""
         self.paid.copy_(torch.tensor(columns)[:, None])
+        for layer, owed in cache.deferred_kv.items():
+            before = {column: x for column, x in owed.items() if column < columns[0]}
+            for column, x in before.items():
+                self.states[0, column] = x.flatten()
+            self.paid[0, layer] = min([columns[0], *before])
+        cache.deferred_kv.clear()
 
 
 class Skip(NamedTuple):
