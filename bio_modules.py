@@ -225,9 +225,10 @@ def selector(config, units):
 
 
 class Stepwise(nn.Module):
-    """A module with three ways: `many` for training and prompts, `few` for the few tokens of a decode step on
-    a CPU, which reads the rows of live units alone, `on_card` for the same on a GPU, where nothing may depend
-    on the host. Weights that are not finite are all read, or a damaged model would hide among them."""
+    """A module with three ways: `many` for training and prompts, `few` for the few tokens of a step on a CPU
+    that the decode engine does not run (a trace, which counts what executes): only rows of live units are
+    read; `on_card` for the same on a GPU, where nothing may depend on the host. Weights that are not finite
+    are all read, or a damaged model would hide among them."""
 
     quantized = False                            # are its weights whole numbers? `many` reads them alone
 
