@@ -225,9 +225,10 @@ def selector(config, units):
 
 
 class Stepwise(nn.Module):
-    """A module with three ways: `many` for training and prompts, `few` for the few tokens of a decode step on
-    a CPU, which reads the rows of live units alone, `on_card` for the same on a GPU, where nothing may depend
-    on the host. Weights that are not finite are all read, or a damaged model would hide among them."""
+    """A module with three ways: `many` for training and prompts, `few` for the few tokens of a step on a CPU
+    that the decode engine does not run (a trace, which counts what executes): only rows of live units are
+    read; `on_card` for the same on a GPU, where nothing may depend on the host. Weights that are not finite
+    are all read, or a damaged model would hide among them."""
 
     quantized = False                            # are its weights whole numbers? `many` reads them alone
 
@@ -242,6 +243,9 @@ class Stepwise(nn.Module):
     def sound(self):
         """Are the weights finite that `many` reads and the other ways may not?"""
         return True
+
+    def few(self, x, ctx):
+        return self.many(x, ctx)
 
     def on_card(self, x, ctx):
         return self.many(x, ctx)
@@ -274,7 +278,6 @@ class MLP(Stepwise):
         self.dropout = dropout(config)
         simple = isinstance(self.select, TopK) or self.select is as_is
         self.plain = config.act if simple and config.act in kernels.ACTS else None
-        self.one_call = self.plain if by_unit and up is Linear else None
 
     gathers = False                              # does a decode step choose units before it computes them?
 
@@ -312,25 +315,10 @@ class MLP(Stepwise):
         a = p.linear(x, up, units=units, stored=units.apart > 0, **self.activation(p))
         return p.rows_sum(self.emit_select(p, a, units.size, units), down, onto, units)
 
-    def few(self, x, ctx):
-        """One token through one kernel, where that is written; more through the union of their units."""
-        if not self.one_call:
-            return self.union(x, ctx)
-        up, up_bias, down, down_bias = weights = self.stored_by_unit()
-        if kernels.takes_mlp(x, up, down):
-            return self.dropout(self.one(x, ctx, weights, getattr(self.select, "k", None)))
-        return self.union(x, ctx)
-
     def stored_by_unit(self):
         """W_up, its bias, W_down^T, its bias."""
         up, down = (self._modules[name]._parameters for name in ("c_fc", "c_proj"))     # a third of the time
         return up["weight"], up["bias"], down["weight"].t(), down["bias"]
-
-    def one(self, x, ctx, weights, keep):
-        return kernels.mlp_one(x, *weights, self.one_call, keep)
-
-    def union(self, x, ctx):
-        return self.many(x, ctx)
 
     def fuse(self):
         """Packed weights end with the activation, where a kernel knows it."""
@@ -414,11 +402,6 @@ class ColumnGate(Narrowing):
         scores = self.router.emit(p, x, own=True)
         return p.columns(scores, self.total, self.k, width, self.inhibits(), self.balance)
 
-    def one(self, ctx):
-        """What a kernel chooses one token's columns by: router, S, balance. A decode step does not compute
-        N * N softplus again."""
-        return self.router.weight, *ctx.copy_of(self, lambda: (self.inhibits(), self.balance.float()))
-
 
 def opened(gates, width):
     """Gates (..., N) of groups of `width` units -> the units of the groups that any token opens (n,), and
@@ -457,7 +440,8 @@ class Gathered(MLP):
         super().__init__(config, layer, groups * width)
         self.groups, self.width = groups, width
 
-    def union(self, x, ctx):
+    def few(self, x, ctx):
+        """The groups that any of the tokens opens."""
         return self.live(x, ctx, *opened(self.gate(x, ctx), self.width))
 
     def on_card(self, x, ctx):
@@ -479,9 +463,6 @@ class Columns(Gathered):
 
     def emit(self, p, x, onto):
         return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
-
-    def one(self, x, ctx, weights, keep):
-        return kernels.columns_one(x, *self.gate.one(ctx), *weights, self.one_call, self.gate.k, keep)
 
     def many(self, x, ctx):
         a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1))
@@ -554,7 +535,6 @@ class Experts(Gathered):
     def __init__(self, config, layer):
         super().__init__(config, layer, config.experts,
                          config.expert_width or config.units() // config.experts)
-        self.one_call = None
         self.gate = ExpertGate(config)
 
     def emit(self, p, x, onto):
@@ -595,7 +575,6 @@ class Dendritic(MLP):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.one_call = None
         K, units = config.compartments, config.units()
         self.c_fc = Linear(config.n_embd // K, units, config.bias)           # unit u: branch u // (units/K)
         self.mix = nn.Parameter(torch.empty(K, K))
@@ -671,18 +650,9 @@ class Predictive(MLP):
         return self.emit_units(p, x, onto, p.choose(scores, self.guess.out_features, self.active))
 
     def few(self, x, ctx):
+        """The units that the predictor picks for any of the tokens."""
         if not ctx.choices.predict:
-            return super().few(x, ctx)
-        weights = self.stored_by_unit()
-        if not (self.one_call and kernels.takes_mlp(x, weights[0], weights[2])):
-            return self.union(x, ctx)
-        sense, guess = self.sense.weight, self.guess
-        return self.dropout(kernels.predicted_one(x, sense, guess.weight, guess.bias, *weights, self.one_call,
-                                                  self.active, getattr(self.select, "k", None)))
-
-    def union(self, x, ctx):
-        if not ctx.choices.predict:
-            return super().union(x, ctx)
+            return self.many(x, ctx)
         chosen = self.chosen(self.guess(self.sense(x)))
         rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
         return self.live(x, ctx, rows, chosen[..., rows])
@@ -878,11 +848,7 @@ class DendriticAttention(Stepwise, Attention):
         q = self.to_heads(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
         q = self.query_gain(q, heads)
         k, v, mask = self.write_kv(x, ctx)
-        if kernels.takes_attend_one(q, k, v, mask):
-            y = kernels.attend_one(q, k, v, heads)
-        else:
-            y = self.attention(q, k[:, heads], v[:, heads], mask, 0.0)
-        y = self.gated(y, gates)
+        y = self.gated(self.attention(q, k[:, heads], v[:, heads], mask, 0.0), gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
 
@@ -1238,10 +1204,6 @@ class Thoughts:
         """Later runs would write what the last one has written."""
         for run in runs:
             self.ctx.again(run).extend(layer, *self.kept)
-
-    def slot(self, layer):
-        """See Context: there are many tokens."""
-        return None
 
     def extend(self, layer, k, v):
         """As Context.extend: keys and values of all tokens, after as many runs as each has had."""

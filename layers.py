@@ -808,19 +808,6 @@ class Attention(nn.Module):
 
     def attend(self, flat, ctx):
         """Queries, keys and values (B, T, 3 C) -> what each token attends to, (B, T, C)."""
-        slot = ctx.slot(self.layer)
-        return self.attend_all(flat, ctx) if slot is None else self.attend_one_token(flat, ctx, *slot)
-
-    def attend_one_token(self, flat, ctx, kept, place, seen):
-        """The same of a token that a slot of the cache waits for: in one call, where a kernel does it."""
-        rotation = ctx.rotation if self.rotate is rotate else None
-        gain = getattr(self.query_gain, "weight", None)
-        if not kernels.takes_attention(flat, kept, (*(rotation or ()), gain)):
-            return self.attend_all(flat, ctx)
-        eps = EPS if self.normalised else None
-        return kernels.attention_one(flat, kept, place, seen, rotation, eps, gain)
-
-    def attend_all(self, flat, ctx):
         qk, v = self.by_head(flat).split((2 * self.heads, self.heads), dim=2)
         q, k = self.to_heads(qk, ctx).chunk(2, dim=1)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))

@@ -936,104 +936,15 @@ grouped_product_op.register_autograd(
     grouped_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
-# ------------------------------------------------ a token through an MLP --------------------------------
-
-
-
-def takes_mlp(x, up, down):
-    """Is this, of `takes_rows`, one token through an MLP's up, down (H, C) that the kernels below read: one
-    dtype, all contiguous, C kernels built?"""
-    return (x.numel() == x.size(-1) and x.dtype == up.dtype == down.dtype and x.dtype in NAMES
-            and x.is_contiguous() and up.is_contiguous() and down.is_contiguous()
-            and cpu_library()[0] is not None)
-
-
-def mlp_one_reference(x, up, up_bias, down, down_bias, act, keep=None, rows=None, scale=None):
-    """One token x (..., C) through an MLP whose up, down (H, C) are stored by unit -> (..., C).
-
-    a = act(up x + up_bias), of the units `rows` (n,) alone and times scale (n,) where they are given; all but
-    the `keep` largest |a| at zero; a's rows of down, summed, + down_bias. act: one of ACTS.
-    """
-    rows = torch.arange(len(up)) if rows is None else rows
-    a = ACTS[act](rows_dot_reference(x, up, up_bias, rows)) * (1 if scale is None else scale)
-    a = a if keep is None else keep_largest_reference(a, min(keep, len(rows)))
-    return rows_sum_reference(a, down, down_bias, rows)
-
-
-def mlp_one(x, up, up_bias, down, down_bias, act, keep=None, rows=None, scale=None):
-    """As the reference, in one call: of down only the live units' rows are read. What is between
-    the two is rounded as the reference's."""
-    n = len(up) if rows is None else len(rows)
-    return run_mlp("mlp", x, (up, up_bias, down, down_bias), (rows, scale), n, (n, x.size(-1)), act, keep)
-
-
-def columns_one_reference(x, router, by, balance, up, up_bias, down, down_bias, act, k, keep=None):
-    """One token x (..., C) through an MLP of N columns of units: router (N, C), by (N, N) fp32 (what column
-    d's activity takes from c), balance (N,) fp32. The units of the k winners, scaled by their gates."""
-    s = F.linear(x.flatten(), router).float()
-    s = s - by @ F.relu(s)
-    columns = first_largest(s + balance, k).sort().values
-    width = len(up) // len(router)
-    rows = (columns[:, None] * width + torch.arange(width)).flatten()
-    scale = s[columns].sigmoid().to(x.dtype).repeat_interleave(width)
-    return mlp_one_reference(x, up, up_bias, down, down_bias, act, keep, rows, scale)
-
-
-def columns_one(x, router, by, balance, up, up_bias, down, down_bias, act, k, keep=None):
-    """As the reference, in one call: only the winners' rows of up and down are read."""
-    N, C = router.shape
-    width = len(up) // N
-    if tally is not None:
-        tally.add(1, N, C, router)
-        tally.add(1, N, N, by)
-    return run_mlp("columns", x, (router, by, balance, up, up_bias, down, down_bias), (), k * width,
-                   (N, C, k, width), act, keep)
-
-
-def predicted_one_reference(x, sense, guess, bias, up, up_bias, down, down_bias, act, k, keep=None):
-    """One token x (..., C) through the k units of an MLP where guess (sense x) + bias, (H,), is largest;
-    sense (R, C), guess (H, R)."""
-    scores = F.linear(F.linear(x.flatten(), sense), guess, bias)
-    rows = first_largest(scores, k).sort().values
-    return mlp_one_reference(x, up, up_bias, down, down_bias, act, keep, rows)
-
-
-def predicted_one(x, sense, guess, bias, up, up_bias, down, down_bias, act, k, keep=None):
-    """As the reference, in one call."""
-    if tally is not None:
-        tally.add(1, *sense.shape, sense)
-        tally.add(1, *guess.shape, guess)
-    return run_mlp("predicted", x, (sense, guess, bias, up, up_bias, down, down_bias), (), k,
-                   (len(guess), *sense.shape, k), act, keep)
-
-
-@functools.cache
-def mlp_kernel(kernel, dtype):
-    return getattr(cpu_library()[0], f"{kernel}_one_{NAMES[dtype]}")
-
-
-def run_mlp(kernel, x, weights, units, n, sizes, act, keep):
-    """Call the C kernel `kernel`_one on `n` units of an MLP and count its work -> (..., C)."""
-    y = torch.empty_like(x)
-    live = mlp_kernel(kernel, x.dtype)(
-        x.data_ptr(), *map(pointer, weights), *map(pointer, units), y.data_ptr(), *sizes,
-        n if keep is None else min(keep, n), ACT_NUMBERS[act], torch.get_num_threads())
-    if tally is not None:
-        tally.add(1, n + live, x.size(-1), x)
-    return y
-
-
 # ------------------------------------------------ attention of one query ----------------------------------
 
-def attend_one_reference(q, k, v, heads=None):
-    """q (B, H, 1, D), k, v (B, H or more, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v; query h looks at
-    keys and values of head heads[h], (H,) int64, or h. Not torch's operator, whose answer on a CPU to scores
-    that are all NaN is 0."""
-    k, v = (t if heads is None else t[:, heads] for t in (k, v))
+def attend_one_reference(q, k, v):
+    """q (B, H, 1, D), k, v (B, H, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v. Not torch's operator,
+    whose answer on a CPU to scores that are all NaN is 0."""
     return (q * q.size(-1) ** -0.5 @ k.mT).softmax(-1) @ v
 
 
-def attend_one(q, k, v, heads=None):
+def attend_one(q, k, v):
     """As the reference, reading each key and value once: 2*B*H*S*D elements. Scores and sums are in fp32.
 
     CPU tensors of fp32 or bf16, any strides but a dense last axis; the caller has checked `takes_attend_one`.
@@ -1044,7 +955,7 @@ def attend_one(q, k, v, heads=None):
     strides = [(ctypes.c_long * 3)(*t.stride()[:3]) for t in (q, k, v)]
     kernel = getattr(library, "attend_" + NAMES[q.dtype])
     pointers = (t.data_ptr() for t in (q, k, v, y))
-    kernel(*pointers, pointer(heads), B, H, S, D, *strides, torch.get_num_threads())
+    kernel(*pointers, B, H, S, D, *strides, torch.get_num_threads())
     return y.transpose(1, 2)
 
 
@@ -1053,45 +964,3 @@ def takes_attend_one(q, k, v, mask):
     return (inferring() and q.size(2) == 1 and mask is None and q.device.type == "cpu"
             and q.dtype == k.dtype and q.dtype in NAMES and q.stride(3) == k.stride(3) == v.stride(3) == 1
             and cpu_library()[0] is not None)
-
-
-def attention_one_reference(flat, kept, place, seen, rotation=None, eps=None, gain=None):
-    """One new token between attention's two projections: flat (1, 1, 3 H D), queries, keys and
-    values -> (1, 1, H D). Writes the token's keys and values at `place` of kept (2, 1, H, S, D), of which it
-    sees the first `seen` columns. eps: queries and keys are normalised by their root mean square; rotation:
-    cosines and signed sines, (1, 1, D), that turn them; gain (H,): of the queries.
-    """
-    q, k, v = flat.view(3, 1, kept.size(2), 1, -1)
-    q, k = (t if eps is None else F.rms_norm(t, t.shape[-1:], eps=eps) for t in (q, k))
-    if rotation is not None:
-        cos, sin = rotation
-        q, k = (torch.addcmul(t * cos, t.roll(t.size(-1) // 2, -1), sin) for t in (q, k))
-    q = q if gain is None else q * gain.view(-1, 1, 1)
-    kept[:, :, :, place:place + 1] = torch.stack((k, v))
-    return attend_one_reference(q, *kept[:, :, :, :seen]).view(1, 1, -1)
-
-
-def attention_one(flat, kept, place, seen, rotation=None, eps=None, gain=None):
-    """As the reference, in one call; reads 2 * seen * H * D elements. The caller has checked
-    `takes_attention`."""
-    _, _, H, size, D = kept.shape
-    cos, sin = rotation or (None, None)
-    y = flat.new_empty(1, 1, H * D)
-    attention_kernel(flat.dtype)(
-        flat.data_ptr(), kept.data_ptr(), pointer(cos), pointer(sin), pointer(gain), y.data_ptr(), H, D, size,
-        place, seen, -1.0 if eps is None else eps, torch.get_num_threads())
-    return y
-
-
-@functools.cache
-def attention_kernel(dtype):
-    return getattr(cpu_library()[0], f"attention_one_{NAMES[dtype]}")
-
-
-def takes_attention(flat, kept, others):
-    """May `attention_one` compute this: one token on a CPU in inference mode, all of one dtype, dense?"""
-    dtype = flat.dtype
-    return (inferring() and kept.device.type == "cpu" and dtype in NAMES and kept.dtype == dtype
-            and flat.numel() == 3 * kept.size(2) * kept.size(4) and flat.is_contiguous()
-            and kept.is_contiguous() and cpu_library()[0] is not None
-            and all(t.dtype == dtype and t.is_contiguous() for t in others if t is not None))

@@ -92,11 +92,6 @@ class Context:
         """Is this one token of a decode step? Here is no cache, so it is not."""
         return False
 
-    def slot(self, layer):
-        """Where the cache waits for a layer's one new token of one row: (keys and values, place, how many
-        columns it sees). None here: there is no cache."""
-        return None
-
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
         mask that they need, (B or 1, 1, T, S) bool; None: each sees up to itself."""
@@ -225,14 +220,6 @@ class CachedContext:
     def alone(self, x):
         """Is x (B, T, C) one token of one row?"""
         return self.even and x.size(0) == x.size(1) == 1
-
-    def slot(self, layer):
-        """See Context; None where several tokens or rows come at once."""
-        kept = self.cache.layers[self.place(layer)]
-        if not self.even or self.T != 1 or kept.size(1) != 1:
-            return None
-        size = kept.size(3)
-        return kept, self.start % size, min(self.start + 1, size)
 
     def defer_kv(self, layers, x):
         """Put off the keys and values of a state (1, 1, C) in layers that its token does not reach."""
@@ -386,9 +373,6 @@ class SomeRows(CachedContext):
         super().__init__(ctx.cache, of_rows(ctx.start), ctx.T, ends=of_rows(ctx.ends))
         self.rows, self.run, self.rotation = rows, ctx.run, ctx.rotation_of(self.positions)
         self.choices = ctx.choices.of_rows(rows)
-
-    def slot(self, layer):
-        return None
 
     def extend(self, layer, k, v):
         kept = self.cache.layers[self.place(layer)]

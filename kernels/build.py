@@ -48,10 +48,8 @@ def cpu_library():
     for name in NAMES.values():
         pointer, number = ctypes.c_void_p, ctypes.c_long
         getattr(library, f"matvec_{name}").argtypes = [pointer] * 4 + [number] * 3 + [ctypes.c_int]
-        getattr(library, f"attend_{name}").argtypes = ([pointer] * 5 + [number] * 4 + [pointer] * 3
+        getattr(library, f"attend_{name}").argtypes = ([pointer] * 4 + [number] * 4 + [pointer] * 3
                                                        + [ctypes.c_int])
-        getattr(library, f"attention_one_{name}").argtypes = ([pointer] * 6 + [number] * 5
-                                                              + [ctypes.c_float, ctypes.c_int])
         for kernel in ("rows_dot", "rows_sum"):
             getattr(library, f"{kernel}_{name}").argtypes = [pointer] * 5 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"osc_{name}").argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_int]
@@ -63,9 +61,6 @@ def cpu_library():
         screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
-        for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):
-            one = getattr(library, f"{kernel}_one_{name}")
-            one.argtypes, one.restype = [pointer] * pointers + [number] * numbers + [ctypes.c_int] * 2, number
     return library, "C kernels for decode steps" + anew
 
 

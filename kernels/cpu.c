@@ -89,16 +89,6 @@ static inline float activate(float v, int act) {
     return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v < 0 ? 0 : v * v;
 }
 
-/* what activate gives where TYPE would be stored before and behind it; GELU of bf16 from a table */
-static uint16_t gelu_bf16[65536];
-__attribute__((constructor)) static void fill_table(void) {
-    for (long i = 0; i < 65536; i++) gelu_bf16[i] = down_bf16(activate(up_bf16(i), 1));
-}
-static inline float stored_bf16(float v, int act) {
-    v = up_bf16(down_bf16(v));
-    return up_bf16(act == 1 ? gelu_bf16[down_bf16(v)] : down_bf16(activate(v, act)));
-}
-
 /* sine, cosine and tanh without a branch, so that a compiler makes vectors of them; errors below 1e-6 where
    |z| < FAR. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
 #define FAR 1e4f

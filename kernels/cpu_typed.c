@@ -243,49 +243,14 @@ static void OF(look)(const float *restrict q, const TYPE *restrict K, const TYPE
     for (long d = 0; d < D; d++) y[d] /= total;
 }
 
-/* one query per head: q, y (B, H, D), k, v (B, H or more, S, D), last axis dense; query h looks at the keys
-   of head heads[h], or h */
-void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, const long *heads, long B, long H,
-                 long S, long D, const long *qs, const long *ks, const long *vs, int threads) {
+/* one query per head: q, y (B, H, D), k, v (B, H, S, D), last axis dense */
+void OF(attend)(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *y, long B, long H, long S, long D,
+                 const long *qs, const long *ks, const long *vs, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long bh = 0; bh < B * H; bh++) {
-        long b = bh / H, h = bh % H, kh = heads ? heads[h] : h;
-        OF(query)(q + b * qs[0] + h * qs[1], k + b * ks[0] + kh * ks[1], v + b * vs[0] + kh * vs[1],
+        long b = bh / H, h = bh % H;
+        OF(query)(q + b * qs[0] + h * qs[1], k + b * ks[0] + h * ks[1], v + b * vs[0] + h * vs[1],
                    y + bh * D, S, D, ks[2], vs[2]);
-    }
-}
-
-/* x (D) as attention sees it: normalised by its root mean square (eps >= 0), turned by cos and sin, times
-   gain; rounded to TYPE where each of these would be stored */
-static void OF(turn)(const TYPE *x, TYPE *y, long D, float eps, const TYPE *cos, const TYPE *sin,
-                      float gain) {
-    float square = 0;
-    BUFFER(float, t, D);
-    for (long d = 0; d < D; d++) { t[d] = OF(up)(x[d]); square += t[d] * t[d]; }
-    float by = eps < 0 ? 1.0f : 1.0f / sqrtf(square / D + eps);
-    for (long d = 0; d < D; d++) t[d] = OF(up)(OF(down)(t[d] * by));
-    for (long d = 0; d < D; d++) {
-        float v = t[d];
-        if (cos) v = OF(up)(OF(down)(OF(up)(OF(down)(v * OF(up)(cos[d])))
-                                       + t[d < D / 2 ? d + D / 2 : d - D / 2] * OF(up)(sin[d])));
-        y[d] = OF(down)(v * gain);
-    }
-    RELEASE(t);
-}
-
-/* A layer's attention for one new token, between its two projections: qkv (3, H, D) -> y (H, D). Keys and
-   values are written at `place` of kept (2, H, size, D), the first `seen` columns of which are looked at. */
-void OF(attention_one)(const TYPE *qkv, TYPE *kept, const TYPE *cos, const TYPE *sin, const TYPE *gain,
-                        TYPE *y, long H, long D, long size, long place, long seen, float eps, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long h = 0; h < H; h++) {
-        BUFFER(TYPE, q, D);
-        TYPE *k = kept + h * size * D, *v = k + H * size * D;
-        OF(turn)(qkv + h * D, q, D, eps, cos, sin, gain ? OF(up)(gain[h]) : 1.0f);
-        OF(turn)(qkv + (H + h) * D, k + place * D, D, eps, cos, sin, 1.0f);
-        memcpy(v + place * D, qkv + (2 * H + h) * D, D * sizeof(TYPE));
-        OF(query)(q, k, v, y + h * D, seen, D, D, D);
-        RELEASE(q);
     }
 }
 
@@ -364,50 +329,6 @@ void OF(rows_sum)(const TYPE *a, const TYPE *w, const TYPE *bias, const long *ro
     }
 }
 
-/* A whole MLP for one token: of n units, rows[i] or all of them in order, a = act(up . x + up_bias) * scale;
-   where keep < n all but the keep largest |a| are zero; y = sum of the live units' rows of down + down_bias.
-   a is what a prompt would store, rounded to TYPE at each step: of many |a| that are equal there the same are
-   kept here. Returns how many units were live. act: 0 squared ReLU, 1 GELU. */
-long OF(mlp_one)(const TYPE *x, const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias,
-                  const long *rows, const TYPE *scale, TYPE *y, long n, long C, long keep, int act,
-                  int threads) {
-    BUFFER(float, a, n);
-    BUFFER(int, live, n);
-    BUFFER(uint32_t, size, keep < n ? n : 0);
-    long count = 0, chunk = OF(share)(C, threads);
-    #pragma omp parallel num_threads(threads)
-    {
-        #pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) {
-            long r = rows ? rows[i] : i;
-            const TYPE *row = up + r * C, *soon = row + AHEAD;
-            float v = OF(dot)(row, x, C, rows ? OF(row)(up, rows, i + SOON, n, C) : soon)
-                    + (up_bias ? OF(up)(up_bias[r]) : 0.0f);
-            float by = scale ? OF(up)(scale[i]) : 1.0f;
-            a[i] = OF(up)(OF(down)((sizeof(TYPE) == 2 ? stored_bf16(v, act) : activate(v, act)) * by));
-            if (keep < n) size[i] = order(fabsf(a[i]));
-        }
-        #pragma omp single
-        {
-            if (keep < n) keep_floats(a, size, n, keep);
-            for (long i = 0; i < n; i++) { live[count] = i; count += a[i] != 0; }
-        }
-        #pragma omp for schedule(static)
-        for (long from = 0; from < C; from += chunk) {
-            long width = C - from < chunk ? C - from : chunk;
-            BUFFER(float, sums, width);
-            for (long c = 0; c < width; c++) sums[c] = down_bias ? OF(up)(down_bias[from + c]) : 0.0f;
-            OF(add_rows)(sums, a, down, rows, live, count, C, from, width);
-            for (long c = 0; c < width; c++) y[from + c] = OF(down)(sums[c]);
-            RELEASE(sums);
-        }
-    }
-    RELEASE(a);
-    RELEASE(live);
-    RELEASE(size);
-    return count;
-}
-
 /* kept = a with all but the k largest |a| of each token at zero; of equal ones the first are kept. won, where
    it is given: 1 at the places of those, 0 elsewhere */
 void OF(keep_largest)(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, long k, int threads) {
@@ -428,71 +349,5 @@ void OF(keep_largest)(const TYPE *a, TYPE *kept, uint8_t *won, long M, long n, l
         RELEASE(size);
         RELEASE(part);
     }
-}
-
-/* The same through k winning columns of `width` units, of N under lateral inhibition: s = router . x, t_c
-   = s_c - sum_d by[c, d] relu(s_d); the k largest of t + balance win, of equal ones the first, and sigmoid(t)
-   scales their units. */
-long OF(columns_one)(const TYPE *x, const TYPE *router, const float *by, const float *balance,
-                      const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
-                      long N, long C, long k, long width, long keep, int act, int threads) {
-    BUFFER(float, s, N);
-    BUFFER(float, t, N);
-    BUFFER(uint32_t, key, N);
-    BUFFER(long, rows, k * width);
-    BUFFER(TYPE, gates, k * width);
-    long put = 0;
-    for (long c = 0; c < N; c++)
-        s[c] = OF(up)(OF(down)(OF(dot)(router + c * C, x, C, router + c * C + AHEAD)));
-    for (long c = 0; c < N; c++) {
-        float inhibited = 0;
-        for (long d = 0; d < N; d++) inhibited += by[c * N + d] * (s[d] < 0 ? 0 : s[d]);
-        t[c] = s[c] - inhibited;
-        key[c] = order(t[c] + balance[c]);
-    }
-    for (long c = 0; c < N && put < k * width; c++) {
-        long before = 0;
-        for (long d = 0; d < N; d++) before += key[d] > key[c] || (key[d] == key[c] && d < c);
-        TYPE gate = OF(down)(1 / (1 + expf(-t[c])));
-        for (long i = 0; i < width && before < k; i++, put++) {
-            rows[put] = c * width + i;
-            gates[put] = gate;
-        }
-    }
-    long live = OF(mlp_one)(x, up, up_bias, down, down_bias, rows, gates, y, put, C, keep, act, threads);
-    RELEASE(s);
-    RELEASE(t);
-    RELEASE(key);
-    RELEASE(rows);
-    RELEASE(gates);
-    return live;
-}
-
-/* The same through the k of H units where guess . (sense . x) + bias is largest; of equal ones the first. */
-long OF(predicted_one)(const TYPE *x, const TYPE *sense, const TYPE *guess, const TYPE *bias,
-                        const TYPE *up, const TYPE *up_bias, const TYPE *down, const TYPE *down_bias, TYPE *y,
-                        long H, long R, long C, long k, long keep, int act, int threads) {
-    BUFFER(TYPE, felt, R);
-    BUFFER(uint32_t, score, H);
-    BUFFER(uint32_t, part, H);
-    BUFFER(long, rows, k);
-    long put = 0, ties = k;
-    for (long r = 0; r < R; r++)
-        felt[r] = OF(down)(OF(dot)(sense + r * C, x, C, sense + r * C + AHEAD));
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < H; i++) {
-        float v = OF(dot)(guess + i * R, felt, R, guess + i * R + AHEAD) + OF(up)(bias[i]);
-        part[i] = score[i] = order(OF(up)(OF(down)(v)));
-    }
-    uint32_t edge = kth(part, H, k);
-    for (long i = 0; i < H; i++) ties -= score[i] > edge;
-    for (long i = 0; i < H && put < k; i++)
-        if (score[i] > edge || (score[i] == edge && ties-- > 0)) rows[put++] = i;
-    long live = OF(mlp_one)(x, up, up_bias, down, down_bias, rows, 0, y, put, C, keep, act, threads);
-    RELEASE(felt);
-    RELEASE(score);
-    RELEASE(part);
-    RELEASE(rows);
-    return live;
 }
 #undef AHEAD
