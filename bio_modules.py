@@ -76,7 +76,8 @@ ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Osc
         "gelu_tanh": lambda units: TanhGELU()}
 
 # ------------------------------------------------------------------------------------------------------------
-# selectors: (..., units) -> the same with the losers at exactly zero
+# selectors: (..., units) -> the same with the losers at exactly zero; act: the activation before it, none or
+# relu2, which a kernel computes in the same pass
 
 
 class Narrowing(nn.Module):
@@ -112,8 +113,8 @@ class TopK(Narrowing):
     def __init__(self, config, units):
         super().__init__(units, max(1, round(config.mlp_topk * units)))
 
-    def forward(self, a, ctx, rows=EVERY):
-        return kernels.keep_largest(a, min(self.k, a.size(-1)))
+    def forward(self, a, ctx, rows=EVERY, act="none"):
+        return kernels.keep_largest(a, min(self.k, a.size(-1)), act)
 
     def emit(self, p, a, size, units=None):
         return p.largest(a, size, min(self.k, size))
@@ -138,20 +139,12 @@ class GroupWinners(nn.Module):
         super().__init__()
         self.group = config.mlp_topk_group
         self.k = round(config.mlp_topk * self.group)
-        self.keep = self.largest_two_of_four if (self.group, self.k) == (4, 2) else self.largest
 
-    def forward(self, a, ctx, rows=EVERY):
-        return self.keep(a)
+    def forward(self, a, ctx, rows=EVERY, act="none"):
+        return kernels.group_winners(a, self.group, self.k, act)
 
     def emit(self, p, a, size, units=None):
         return p.group_winners(a, size, self.group, self.k)
-
-    def largest(self, a):
-        return kernels.keep_largest_reference(a.unflatten(-1, (-1, self.group)), self.k).flatten(-2)
-
-    @staticmethod
-    def largest_two_of_four(a):
-        return torch.where(kernels.two_of_four(a.detach().abs()), a, 0)
 
 
 def fours(select):
@@ -187,7 +180,8 @@ class EventGate(nn.Module):
         normal_(self.threshold, 0.02)
         self.threshold.sub_(0.4)                 # theta about 0.02
 
-    def forward(self, a, ctx, rows=EVERY):
+    def forward(self, a, ctx, rows=EVERY, act="none"):
+        a = kernels.ACTS[act](a)
         gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
         self.target(ctx, gate, gate)
         return a * gate.to(a.dtype)
@@ -275,6 +269,7 @@ class MLP(Stepwise):
         simple = isinstance(self.select, TopK) or self.select is as_is
         self.plain = config.act if simple and config.act in kernels.ACTS else None
         self.one_call = self.plain if by_unit and up is Linear else None
+        self.at_once = config.act == "relu2" and self.select is not as_is
 
     gathers = False                              # does a decode step choose units before it computes them?
 
@@ -282,7 +277,11 @@ class MLP(Stepwise):
         return not isinstance(self.c_proj, (NeuronMajor, QuantizedByUnit)) or self.c_proj.sound()
 
     def many(self, x, ctx):
-        return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
+        return self.dropout(self.c_proj(self.fire(self.c_fc(x), ctx)))
+
+    def fire(self, v, ctx):
+        """The activation of v and what the selector leaves of it: one pass where both are written so."""
+        return self.select(v, ctx, act="relu2") if self.at_once else self.select(self.act(v), ctx)
 
     def emit(self, p, x, onto):
         """Append the MLP of x to a decode program -> `onto`, to which it is added."""
@@ -335,7 +334,7 @@ class MLP(Stepwise):
     def fuse(self):
         """Packed weights end with the activation, where a kernel knows it."""
         if isinstance(self.c_fc, Packed) and self.plain:
-            self.c_fc.act, self.act = self.plain, nn.Identity()
+            self.c_fc.act, self.act, self.at_once = self.plain, nn.Identity(), False
 
     def chosen_groups(self, x, ctx, groups, scale, width):
         """Tokens (B, 1, C) through their own groups (B, k) of `width` units, scaled by (B, k) or not at all,
@@ -651,7 +650,7 @@ class Predictive(MLP):
         return self.ways[ctx.choices.predict](self, x, ctx)
 
     def exact(self, x, ctx):
-        a = self.select(self.act(self.c_fc(x)), ctx)
+        a = self.fire(self.c_fc(x), ctx)
         ctx.add_loss(lambda: [ctx.total(self.miss(x.detach(), (a.detach() != 0).float()))], as_is)
         return self.dropout(self.c_proj(a))
 

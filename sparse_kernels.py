@@ -11,6 +11,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.build import NAMES, cpu_library, triton_kernels
@@ -268,35 +269,156 @@ def keep_largest_reference(a, k):
     return torch.where(among_largest(a.detach().abs(), k), a, 0)
 
 
-def keep_largest(a, k):
-    """As the reference; on a CPU in one pass, forward and backward; on a GPU in one kernel when decoding."""
+def keep_largest(a, k, act="none"):
+    """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward; on a GPU in
+    one kernel when decoding."""
+    if takes_passes(a) and not takes_rows(a):
+        return fire(a, a.size(-1), k, act)[0]
+    a = ACTS[act](a)
+    if takes_rows(a) and a.numel() and has_kernel(a):
+        return run_keep_largest(a, k)
     if takes_largest(a, k):
         return triton_kernels().largest(a, k, keep=True)
-    if not a.is_cpu or torch.compiler.is_compiling() or a.numel() == 0 or not has_kernel(a):
-        return keep_largest_reference(a, k)
-    return run_keep_largest(a, k) if takes_rows(a) else KeepLargest.apply(a, k)
+    return keep_largest_reference(a, k)
 
 
-def run_keep_largest(a, k, won=None):
-    """Call the C kernel; won: bool of a's shape to be filled, or None."""
+def run_keep_largest(a, k):
+    """Call the C kernel of decode steps."""
     kept, n = torch.empty_like(a), a.size(-1)
     kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), kept.data_ptr(), pointer(won), a.numel() // n, n, k, torch.get_num_threads())
+    kernel(a.data_ptr(), kept.data_ptr(), 0, a.numel() // n, n, k, torch.get_num_threads())
     return kept
 
 
-class KeepLargest(torch.autograd.Function):
-    """keep_largest by the C kernel; its gradient is that of the places that won."""
+def group_winners_reference(a, group, k):
+    """a (..., n) -> the same with all but the k largest |a| of every `group` neighbours at zero."""
+    if (group, k) == (4, 2):
+        return torch.where(two_of_four(a.detach().abs()), a, 0)
+    return keep_largest_reference(a.unflatten(-1, (-1, group)), k).flatten(-2)
+
+
+def group_winners(a, group, k, act="none"):
+    """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward."""
+    return fire(a, group, k, act)[0] if takes_passes(a) else group_winners_reference(ACTS[act](a), group, k)
+
+
+# ------------------------------------------------ passes of training -------------------------------------
+#
+# What lies between the two products of an MLP is bound by memory: as single operators of torch a squared ReLU
+# and a mask are 4 passes over (tokens, units) forward and 5 backward. Here each op is one pass forward and
+# one backward (kernels/train_typed.c), its activation included. Threads divide the tokens; no sum depends on
+# how many threads there are.
+
+
+class Pass:
+    """A forward and a backward kernel as one differentiable function: an autograd.Function, or where a
+    compiler is tracing two custom ops of its name, which cost an eager call more than a small kernel.
+
+    forward(*inputs) -> a tuple of new tensors. back(*gradients of those that are floats, *kept, *options) ->
+    a tuple of gradients for the first inputs. kept: places in (*inputs, *outputs); options: places in inputs.
+    fake, fake_back: the same without values.
+    """
+
+    def __init__(self, forward, fake, back, fake_back, kept, options=()):
+        self.forward, self.back, self.kept, self.options = forward, back, kept, options
+        names = (f"nanocortex::{function.__name__}" for function in (forward, back))
+        self.op, self.back_op = (torch.library.custom_op(name, function, mutates_args=())
+                                 for name, function in zip(names, (forward, back)))
+        self.op.register_fake(fake)
+        self.back_op.register_fake(fake_back)
+        self.op.register_autograd(lambda ctx, *grads: self.slopes(self.back_op, ctx, grads),
+                                  setup_context=self.save)
+
+    def __call__(self, *inputs):
+        return self.op(*inputs) if torch.compiler.is_compiling() else OnePass.apply(self, *inputs)
+
+    def save(self, ctx, inputs, output):
+        ctx.set_materialize_grads(False)         # no zeros for what has no gradient
+        every = *inputs, *output
+        ctx.save_for_backward(*(every[i] for i in self.kept))
+        ctx.options = [inputs[i] for i in self.options]
+        ctx.others, ctx.floats = len(inputs), [i for i, t in enumerate(output) if t.is_floating_point()]
+
+    def slopes(self, back, ctx, grads):
+        found = back(*(grads[i] for i in ctx.floats), *ctx.saved_tensors, *ctx.options)
+        found = (found,) if isinstance(found, Tensor) else found
+        return *found, *[None] * (ctx.others - len(found))
+
+
+class OnePass(torch.autograd.Function):
+    """A Pass outside of a compiler."""
 
     @staticmethod
-    def forward(ctx, a, k):
-        won = torch.empty_like(a, dtype=torch.bool)
-        ctx.save_for_backward(won)
-        return run_keep_largest(a, k, won)
+    def forward(ctx, one, *inputs):
+        outputs, ctx.one = one.forward(*inputs), one
+        one.save(ctx, inputs, outputs)
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
+        return outputs
 
     @staticmethod
-    def backward(ctx, grad):
-        return torch.where(*ctx.saved_tensors, grad, 0), None
+    @once_differentiable
+    def backward(ctx, *grads):
+        return None, *ctx.one.slopes(ctx.one.back, ctx, grads)
+
+
+def takes_passes(x):
+    """Is this a tensor of hidden units for the C passes of training? A compiler cannot look for the kernels:
+    there an op that has been traced computes the reference where they are missing."""
+    if not (x.is_cpu and x.dtype in NAMES and x.numel()):
+        return False
+    return torch.compiler.is_compiling() or cpu_library()[0] is not None
+
+
+def run_pass(name, tensors, *numbers):
+    """Call a C kernel of training; tensors: inputs first, then outputs, or None."""
+    kernel = getattr(cpu_library()[0], f"{name}_{NAMES[tensors[0].dtype]}")
+    kernel(*map(pointer, tensors), *numbers, torch.get_num_threads())
+
+
+def in_c():
+    return cpu_library()[0] is not None
+
+
+def without_gaps(*tensors):
+    return [t.contiguous() for t in tensors]
+
+
+def as_new(x, dtype=None):
+    """An empty tensor of x's shape, without gaps."""
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def fire_shapes(v, group, k, act):
+    return as_new(v), as_new(v, torch.bool)
+
+
+def fire_reference(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Tensor]:
+    """v (..., n) -> a = ACTS[act](v) with all but the k largest |a| of every `group` neighbours at zero, and
+    which those are, bool (..., n)."""
+    a = ACTS[act](v)
+    won = among_largest(a.abs().unflatten(-1, (-1, group)), k).flatten(-2)
+    return torch.where(won, a, 0), won
+
+
+def fire_forward(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Tensor]:
+    if not in_c():
+        return fire_reference(v, group, k, act)
+    kept, won = fire_shapes(v, group, k, act)
+    n = v.size(-1)
+    run_pass("fire", (v.contiguous(), kept, won), v.numel() // n, n, group, k, ACT_NUMBERS[act])
+    return kept, won
+
+
+def fire_back(grad: Tensor, v: Tensor, won: Tensor, act: str) -> Tensor:
+    if not in_c():
+        return SLOPES[act](torch.where(won, grad, 0), v).contiguous()
+    dv, n = as_new(v), v.size(-1)
+    run_pass("fire_back", (*without_gaps(grad, v, won), dv), v.numel() // n, n, ACT_NUMBERS[act])
+    return dv
+
+
+fire = Pass(fire_forward, fire_shapes, fire_back, lambda grad, v, won, act: as_new(v), kept=(0, 5),
+            options=(3,))
 
 
 # ------------------------------------------------ oscillating units ---------------------------------------

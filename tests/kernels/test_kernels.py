@@ -715,3 +715,79 @@ def test_four_bits_lie_where_the_layout_says():
     numbers = torch.cat((first & 15, first >> 4)).int() - 8
     scales = codes[0, 64:72].view(torch.bfloat16).float()
     assert torch.equal(numbers * scales[:2].repeat_interleave(32), weight[0, :64])
+
+
+# ------------------------------------------------ passes of training
+
+def hard(*shape, dtype, seed=0):
+    """Normal numbers with ties, zeros, NaN and infinities among them."""
+    x = normal(*shape, seed=seed).mul(4).round().div(4)
+    if x.numel() > 8:
+        x.view(-1)[seed % 5::11] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[seed % 4]
+    return x.to(dtype)
+
+
+def both_ways(function, reference, *inputs):
+    """Outputs and gradients of a pass and of its reference, with one random gradient for both."""
+    found = []
+    for of in (function, reference):
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+        outputs = of(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [normal(*y.shape, dtype=y.dtype, seed=7) for y in outputs]
+        torch.autograd.backward(outputs, grads)
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    return zip(*found, strict=True)
+
+
+WINNERS = ((1, 1, 1), (7, 7, 1), (7, 7, 7), (64, 64, 6), (513, 513, 51), (1030, 1030, 1029), (8, 4, 2),
+           (36, 4, 2), (48, 8, 3), (20, 5, 1))
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("act", ["none", "relu2"])
+@pytest.mark.parametrize("n, group, k", WINNERS)
+def test_winners_and_their_gradient_are_the_references_bit_for_bit(n, group, k, act, dtype):
+    for seed, tokens_ in enumerate((1, 3, 17)):
+        plain = hard(tokens_, n, dtype=dtype, seed=seed)
+        apart = torch.stack((plain, plain), dim=-1)[..., 0]                  # of stride 2
+        for v in (plain, apart, plain.t().contiguous().t()):
+            pairs = both_ways(lambda v: kernels.group_winners(v, group, k, act),
+                              lambda v: kernels.group_winners_reference(kernels.ACTS[act](v), group, k), v)
+            for found, right in pairs:
+                assert found.dtype == dtype and torch.equal(found.nan_to_num(7.0), right.nan_to_num(7.0))
+
+
+@built
+def test_passes_take_no_tokens_and_any_number_of_threads():
+    empty = torch.empty(0, 8, requires_grad=True)
+    kernels.keep_largest(empty, 2, "relu2").sum().backward()
+    assert empty.grad.shape == empty.shape
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([t for pair in both_ways(lambda v: kernels.keep_largest(v, 9, "relu2"),
+                                                  lambda v: v, normal(37, 100)) for t in pair[:1]])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("act", ["none", "relu2"])
+def test_a_compiler_sees_the_passes_as_ops(act):
+    v = normal(3, 8).requires_grad_()
+    torch.library.opcheck(kernels.fire.op, (v, 4, 2, act))
+    torch.library.opcheck(kernels.fire.op, (v.detach(), 8, 3, act))
+
+
+def test_passes_without_a_compiler_are_their_references(monkeypatch):
+    v = hard(5, 12, dtype=torch.float32)
+    grad, right = normal(5, 12, seed=3), None
+    for library in (kernels.cpu_library, lambda: (None, "off")):
+        monkeypatch.setattr(kernels, "cpu_library", library)
+        kept, won = kernels.fire_forward(v, 4, 1, "none")
+        found = [kept.nan_to_num(7.0), won, kernels.fire_back(grad, v, won, "none")]
+        assert right is None or all(map(torch.equal, found, right))
+        right = found
