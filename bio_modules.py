@@ -181,28 +181,13 @@ class EventGate(nn.Module):
         self.threshold.sub_(0.4)                 # theta about 0.02
 
     def forward(self, a, ctx, rows=EVERY, act="none"):
-        a = kernels.ACTS[act](a)
-        gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
-        self.target(ctx, gate, gate)
-        return a * gate.to(a.dtype)
+        kept, count = kernels.event(a, self.GAIN * self.threshold[rows], act)
+        share = count / a.size(-1)
+        self.target(ctx, share, share, each=a.size(-1))
+        return kept
 
     def emit(self, p, a, size, units=None):
         return p.event(a, size, (self.GAIN * self.threshold.float()).exp(), units)
-
-
-class Opened(torch.autograd.Function):
-    """1 where size > exp(edge), else 0; for the slope with respect to edge the step counts as a sigmoid."""
-
-    @staticmethod
-    def forward(ctx, size, edge):
-        ctx.save_for_backward(size, edge)
-        return (size > edge.exp()).float()
-
-    @staticmethod
-    def backward(ctx, grad):
-        size, edge = ctx.saved_tensors
-        soft = torch.sigmoid(size.log() - edge)
-        return None, -(grad * soft * (1 - soft)).sum_to_size(edge.shape)
 
 
 SELECTORS = {"mlp_topk_group": GroupWinners, "event_gate": EventGate, "mlp_topk": TopK}
@@ -350,13 +335,9 @@ class MLP(Stepwise):
         """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
         or W_down is read."""
         up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
-        a = self.select(scaled(self.act(kernels.rows_dot(x, up, up_bias, rows), rows), scale), ctx, rows)
+        a = self.act(kernels.rows_dot(x, up, up_bias, rows), rows)
+        a = self.select(kernels.scaled_reference(a, scale), ctx, rows)
         return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
-
-
-def scaled(a, gates):
-    """a * gates, and 0 where a gate is shut, whatever a is there: no decode step has computed it."""
-    return torch.where(gates == 0, 0, a * gates)
 
 
 class ColumnGate(Narrowing):
@@ -475,6 +456,7 @@ class Columns(Gathered):
     def __init__(self, config, layer):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
         self.gate = ColumnGate(config)
+        self.relu2 = config.act == "relu2"       # the gates' pass computes it
 
     def emit(self, p, x, onto):
         return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
@@ -483,8 +465,8 @@ class Columns(Gathered):
         return kernels.columns_one(x, *self.gate.one(ctx), *weights, self.one_call, self.gate.k, keep)
 
     def many(self, x, ctx):
-        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1))
-        a = scaled(a, self.gate(x, ctx).unsqueeze(-1))
+        v, act = (self.c_fc(x), "relu2") if self.relu2 else (self.act(self.c_fc(x)), "none")
+        a = kernels.scaled(v.unflatten(-1, (self.groups, -1)), self.gate(x, ctx), act)
         return self.dropout(self.c_proj(self.select(a.flatten(-2), ctx)))
 
 
@@ -651,14 +633,15 @@ class Predictive(MLP):
 
     def exact(self, x, ctx):
         a = self.fire(self.c_fc(x), ctx)
-        ctx.add_loss(lambda: [ctx.total(self.miss(x.detach(), (a.detach() != 0).float()))], as_is)
+        ctx.add_loss(lambda: [ctx.total(self.miss(x.detach(), a.detach()))], as_is)
         return self.dropout(self.c_proj(a))
 
-    def miss(self, x, won):
-        return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won, reduction="none")
+    def miss(self, x, a):
+        """The mean cross-entropy of each token's guesses which of its units a are not zero, (..., 1)."""
+        return kernels.missed(self.guess(self.sense(x)), a) / a.size(-1)
 
     def predicted(self, x, ctx):
-        a = scaled(self.act(self.c_fc(x)), self.chosen(self.guess(self.sense(x))))
+        a = kernels.scaled_reference(self.act(self.c_fc(x)), self.chosen(self.guess(self.sense(x))))
         return self.dropout(self.c_proj(self.select(a, ctx)))
 
     ways = {False: exact, True: predicted}

@@ -64,10 +64,9 @@ def cpu_library():
         screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
-        for kernel, pointers, numbers, flags in (("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("relu2", 2, 2, 1),
-                                                 ("event", 4, 2, 2), ("event_back", 6, 2, 2),
-                                                 ("scale", 3, 3, 2), ("scale_back", 5, 3, 2),
-                                                 ("miss", 3, 2, 1), ("miss_back", 4, 2, 1)):
+        for kernel, pointers, numbers, flags in (
+                ("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("event", 4, 2, 2), ("event_back", 6, 2, 2),
+                ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1)):
             getattr(library, f"{kernel}_{name}").argtypes = ([pointer] * pointers + [number] * numbers
                                                              + [ctypes.c_int] * flags)
         for kernel, pointers, numbers in (("mlp", 8, 3), ("columns", 9, 5), ("predicted", 9, 5)):

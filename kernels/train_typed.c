@@ -67,7 +67,7 @@ void OF(fire)(const TYPE *v, TYPE *kept, uint8_t *won, long M, long n, long grou
     }
 }
 
-/* Its gradient from g: that of the places that won, behind act's. n numbers; won: 0, all have won */
+/* Its gradient from g: that of the places that won, behind act's */
 void OF(fire_back)(const TYPE *restrict g, const TYPE *restrict v, const uint8_t *restrict won,
                     TYPE *restrict dv, long M, long n, int act, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
@@ -78,31 +78,14 @@ void OF(fire_back)(const TYPE *restrict g, const TYPE *restrict v, const uint8_t
         if (act == 2) {
             #pragma omp simd
             for (long i = 0; i < n; i++) D[i] = W[i] ? G[i] : 0;
-        } else if (won) {
+        } else {
             #pragma omp simd
             for (long i = 0; i < n; i++) {
                 float x = OF(up)(V[i]), up = W[i] ? OF(up)(G[i]) : 0;
                 D[i] = x <= 0 ? 0 : OF(down)(up * (2 * x));
             }
-        } else {
-            #pragma omp simd
-            for (long i = 0; i < n; i++) {
-                float x = OF(up)(V[i]);
-                D[i] = x <= 0 ? 0 : OF(down)(OF(up)(G[i]) * (2 * x));
-            }
         }
     }
-}
-
-/* a = v <= 0 ? 0 : v * v of (M, n) */
-void OF(relu2)(const TYPE *restrict v, TYPE *restrict a, long M, long n, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long m = 0; m < M; m++)
-        #pragma omp simd
-        for (long i = m * n; i < (m + 1) * n; i++) {
-            float x = OF(up)(v[i]);
-            a[i] = x <= 0 ? 0 : OF(down)(x * x);
-        }
 }
 
 /* kept = a * gate, gate 1 where |a| > theta (n), a = act(v), v (M, n); open (M): how many gates are */
@@ -143,7 +126,8 @@ void OF(event_back)(const TYPE *restrict g, const float *restrict of_open, const
                 float s = size > FLT_MAX ? FLT_MAX : size;
                 edge = edge > FLT_MAX ? FLT_MAX : edge < FLT_MIN ? FLT_MIN : edge;
                 float by = 1 / (0.5f * s + 0.5f * edge);
-                dlog[i] -= (OF(rounded)(up * a) + more) * (0.5f * s * by) * (0.5f * edge * by);
+                float rest = size > FLT_MAX ? 0 : 0.5f * edge * by;
+                dlog[i] -= (OF(rounded)(up * a) + more) * (0.5f * s * by) * rest;
                 D[i] = act == 2 ? OF(down)(da) : x <= 0 ? 0 : OF(down)(OF(rounded)(da) * (2 * x));
             }
         }
@@ -151,8 +135,8 @@ void OF(event_back)(const TYPE *restrict g, const float *restrict of_open, const
 }
 
 /* y = act(v) times its column's gate, and 0 where that is 0: v (M, N, width), gates (M, N) */
-void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restrict y, long M, long N, long width,
-                int act, int threads) {
+void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restrict y, long M, long N,
+                long width, int act, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++)
         for (long c = m * N; c < (m + 1) * N; c++) {
