@@ -76,7 +76,8 @@ ACTS = {"gelu": lambda units: GELU(), "relu2": lambda units: ReLU2(), "osc": Osc
         "gelu_tanh": lambda units: TanhGELU()}
 
 # ------------------------------------------------------------------------------------------------------------
-# selectors: (..., units) -> the same with the losers at exactly zero
+# selectors: (..., units) -> the same with the losers at exactly zero; act: the activation before it, none or
+# relu2, which a kernel computes in the same pass
 
 
 class Narrowing(nn.Module):
@@ -103,6 +104,7 @@ class Narrowing(nn.Module):
 
 class TopK(Narrowing):
     """Of each token's units the share mlp_topk with the largest |a| keep firing (1312.5663); no rescaling."""
+    squares = True                               # its pass takes squared ReLU in
 
     @staticmethod
     def check(c):
@@ -112,8 +114,8 @@ class TopK(Narrowing):
     def __init__(self, config, units):
         super().__init__(units, max(1, round(config.mlp_topk * units)))
 
-    def forward(self, a, ctx, rows=EVERY):
-        return kernels.keep_largest(a, min(self.k, a.size(-1)))
+    def forward(self, a, ctx, rows=EVERY, act="none"):
+        return kernels.keep_largest(a, min(self.k, a.size(-1)), act)
 
     def emit(self, p, a, size, units=None):
         return p.largest(a, size, min(self.k, size))
@@ -122,6 +124,7 @@ class TopK(Narrowing):
 class GroupWinners(nn.Module):
     """Lateral inhibition in small columns: of every mlp_topk_group neighbours the share mlp_topk with the
     largest |a| fire. 4 and 0.5 make 2:4 activations (2408.14690 for the general idea)."""
+    squares = True                               # its pass takes squared ReLU in
 
     @staticmethod
     def check(c):
@@ -138,20 +141,12 @@ class GroupWinners(nn.Module):
         super().__init__()
         self.group = config.mlp_topk_group
         self.k = round(config.mlp_topk * self.group)
-        self.keep = self.largest_two_of_four if (self.group, self.k) == (4, 2) else self.largest
 
-    def forward(self, a, ctx, rows=EVERY):
-        return self.keep(a)
+    def forward(self, a, ctx, rows=EVERY, act="none"):
+        return kernels.group_winners(a, self.group, self.k, act)
 
     def emit(self, p, a, size, units=None):
         return p.group_winners(a, size, self.group, self.k)
-
-    def largest(self, a):
-        return kernels.keep_largest_reference(a.unflatten(-1, (-1, self.group)), self.k).flatten(-2)
-
-    @staticmethod
-    def largest_two_of_four(a):
-        return torch.where(kernels.two_of_four(a.detach().abs()), a, 0)
 
 
 def fours(select):
@@ -167,6 +162,7 @@ class EventGate(nn.Module):
     that start far too open or too shut without a gradient for ever. The loss holds event_cost times how far
     the share of open gates is from event_rate.
     """
+    squares = True
     GAIN = 10.0                                  # Adam moves a parameter p by its rate: log theta = GAIN * p
 
     @staticmethod
@@ -187,28 +183,14 @@ class EventGate(nn.Module):
         normal_(self.threshold, 0.02)
         self.threshold.sub_(0.4)                 # theta about 0.02
 
-    def forward(self, a, ctx, rows=EVERY):
-        gate = Opened.apply(a.detach().abs().float(), self.GAIN * self.threshold[rows])
-        self.target(ctx, gate, gate)
-        return a * gate.to(a.dtype)
+    def forward(self, a, ctx, rows=EVERY, act="none"):
+        kept, count = kernels.event(a, self.GAIN * self.threshold[rows], act)
+        share = count / a.size(-1)
+        self.target(ctx, share, share, each=a.size(-1))
+        return kept
 
     def emit(self, p, a, size, units=None):
         return p.event(a, size, (self.GAIN * self.threshold.float()).exp(), units)
-
-
-class Opened(torch.autograd.Function):
-    """1 where size > exp(edge), else 0; for the slope with respect to edge the step counts as a sigmoid."""
-
-    @staticmethod
-    def forward(ctx, size, edge):
-        ctx.save_for_backward(size, edge)
-        return (size > edge.exp()).float()
-
-    @staticmethod
-    def backward(ctx, grad):
-        size, edge = ctx.saved_tensors
-        soft = torch.sigmoid(size.log() - edge)
-        return None, -(grad * soft * (1 - soft)).sum_to_size(edge.shape)
 
 
 SELECTORS = {"mlp_topk_group": GroupWinners, "event_gate": EventGate, "mlp_topk": TopK}
@@ -278,6 +260,7 @@ class MLP(Stepwise):
         self.dropout = dropout(config)
         simple = isinstance(self.select, TopK) or self.select is as_is
         self.plain = config.act if simple and config.act in kernels.ACTS else None
+        self.at_once = config.act == "relu2" and getattr(self.select, "squares", False)
 
     gathers = False                              # does a decode step choose units before it computes them?
 
@@ -285,7 +268,11 @@ class MLP(Stepwise):
         return not isinstance(self.c_proj, (NeuronMajor, QuantizedByUnit)) or self.c_proj.sound()
 
     def many(self, x, ctx):
-        return self.dropout(self.c_proj(self.select(self.act(self.c_fc(x)), ctx)))
+        return self.dropout(self.c_proj(self.fire(self.c_fc(x), ctx)))
+
+    def fire(self, v, ctx):
+        """The activation of v and what the selector leaves of it: one pass where both are written so."""
+        return self.select(v, ctx, act="relu2") if self.at_once else self.select(self.act(v), ctx)
 
     def emit(self, p, x, onto):
         """Append the MLP of x to a decode program -> `onto`, to which it is added."""
@@ -323,7 +310,7 @@ class MLP(Stepwise):
     def fuse(self):
         """Packed weights end with the activation, where a kernel knows it."""
         if isinstance(self.c_fc, Packed) and self.plain:
-            self.c_fc.act, self.act = self.plain, nn.Identity()
+            self.c_fc.act, self.act, self.at_once = self.plain, nn.Identity(), False
 
     def chosen_groups(self, x, ctx, groups, scale, width):
         """Tokens (B, 1, C) through their own groups (B, k) of `width` units, scaled by (B, k) or not at all,
@@ -339,13 +326,9 @@ class MLP(Stepwise):
         """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
         or W_down is read."""
         up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
-        a = self.select(scaled(self.act(kernels.rows_dot(x, up, up_bias, rows), rows), scale), ctx, rows)
+        a = self.act(kernels.rows_dot(x, up, up_bias, rows), rows)
+        a = self.select(kernels.scaled_reference(a, scale), ctx, rows)
         return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
-
-
-def scaled(a, gates):
-    """a * gates, and 0 where a gate is shut, whatever a is there: no decode step has computed it."""
-    return torch.where(gates == 0, 0, a * gates)
 
 
 class ColumnGate(Narrowing):
@@ -460,13 +443,14 @@ class Columns(Gathered):
     def __init__(self, config, layer):
         super().__init__(config, layer, config.columns, config.units() // config.columns)
         self.gate = ColumnGate(config)
+        self.relu2 = config.act == "relu2"       # the gates' pass computes it
 
     def emit(self, p, x, onto):
         return self.emit_units(p, x, onto, self.gate.emit(p, x, self.width))
 
     def many(self, x, ctx):
-        a = self.act(self.c_fc(x)).unflatten(-1, (self.groups, -1))
-        a = scaled(a, self.gate(x, ctx).unsqueeze(-1))
+        v, act = (self.c_fc(x), "relu2") if self.relu2 else (self.act(self.c_fc(x)), "none")
+        a = kernels.scaled(v.unflatten(-1, (self.groups, -1)), self.gate(x, ctx), act)
         return self.dropout(self.c_proj(self.select(a.flatten(-2), ctx)))
 
 
@@ -630,15 +614,16 @@ class Predictive(MLP):
         return self.ways[ctx.choices.predict](self, x, ctx)
 
     def exact(self, x, ctx):
-        a = self.select(self.act(self.c_fc(x)), ctx)
-        ctx.add_loss(lambda: [ctx.total(self.miss(x.detach(), (a.detach() != 0).float()))], as_is)
+        a = self.fire(self.c_fc(x), ctx)
+        ctx.add_loss(lambda: [ctx.total(self.miss(x.detach(), a.detach()))], as_is)
         return self.dropout(self.c_proj(a))
 
-    def miss(self, x, won):
-        return F.binary_cross_entropy_with_logits(self.guess(self.sense(x)).float(), won, reduction="none")
+    def miss(self, x, a):
+        """The mean cross-entropy of each token's guesses which of its units a are not zero, (..., 1)."""
+        return kernels.missed(self.guess(self.sense(x)), a) / a.size(-1)
 
     def predicted(self, x, ctx):
-        a = scaled(self.act(self.c_fc(x)), self.chosen(self.guess(self.sense(x))))
+        a = kernels.scaled_reference(self.act(self.c_fc(x)), self.chosen(self.guess(self.sense(x))))
         return self.dropout(self.c_proj(self.select(a, ctx)))
 
     ways = {False: exact, True: predicted}

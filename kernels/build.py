@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu_typed.c", "step.c")]
+SOURCES = [Path(__file__).with_name(name)
+           for name in ("cpu.c", "cpu_typed.c", "train_typed.c", "step.c")]
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -61,14 +62,20 @@ def cpu_library():
         screened.restype = number
         getattr(library, f"matvec24_{name}").argtypes = [pointer] * 6 + [number] * 4 + [ctypes.c_int] * 2
         getattr(library, f"keep_largest_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
+        for kernel, pointers, numbers, flags in (
+                ("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("event", 4, 2, 2), ("event_back", 6, 2, 2),
+                ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1)):
+            getattr(library, f"{kernel}_{name}").argtypes = ([pointer] * pointers + [number] * numbers
+                                                             + [ctypes.c_int] * flags)
     return library, "C kernels for decode steps" + anew
 
 
 def compiled(compiler):
     """-> (the library in the user's cache, keyed by source, compiler and processor; ""). Where that folder
     cannot be used: (the one in a temporary folder, the words that say so)."""
-    flags = ["-O3", "-march=native", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-Wall", "-Wextra",
-             *shlex.split(os.environ.get("NANOCORTEX_CFLAGS", ""))]
+    # no-trapping-math: nobody reads the flags of exceptions, and a choice between two sums becomes a vector
+    flags = ["-O3", "-march=native", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-trapping-math",
+             "-Wall", "-Wextra", *shlex.split(os.environ.get("NANOCORTEX_CFLAGS", ""))]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line for line in lines if line.lower().startswith(("flags", "features")))

@@ -1,5 +1,6 @@
 /* The kernels of decode steps on a CPU. sparse_kernels.py says what each computes and holds its reference;
    build.py compiles this file, which includes cpu_typed.c once for every type of weight. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -71,6 +72,38 @@ static uint32_t kth(uint32_t *part, long n, long k) {
     return part[k - 1];
 }
 
+/* rises with f as a signed number: -0 is 0, NaN of either sign is above everything */
+static inline int32_t rank_of(float f) {
+    union { float f; int32_t i; } c = { f + 0.0f };
+    return f != f ? INT32_MAX : c.i ^ (c.i >> 31 & INT32_MAX);
+}
+
+/* How the k largest of n ranks are told: those above what is returned, and the first `ties` that equal it.
+   By halves: a pass counts as many numbers as a register holds at once, and some ten passes find a gap. */
+static int32_t edge_of(const int32_t *rank, long n, long k, long *ties) {
+    int32_t least = INT32_MAX, most = INT32_MIN;
+    long below = 0;
+    #pragma omp simd reduction(min:least) reduction(max:most)
+    for (long i = 0; i < n; i++) {
+        least = rank[i] < least ? rank[i] : least;
+        most = rank[i] > most ? rank[i] : most;
+    }
+    *ties = 0;
+    if (k >= n) return INT32_MIN;                               /* no rank is that low */
+    if (k <= 0) return most;
+    int64_t low = (int64_t)least - 1, high = most;              /* more than k are above low, fewer above high */
+    while (high - low > 1) {
+        int32_t mid = (int32_t)((low + high) >> 1), above = 0;
+        #pragma omp simd reduction(+:above)
+        for (long i = 0; i < n; i++) above += rank[i] > mid;
+        if (above == k) return mid;
+        if (above > k) low = mid;
+        else { high = mid; below = above; }
+    }
+    *ties = k - below;
+    return (int32_t)high;
+}
+
 /* all of a but those of the k largest sizes become zero; of equal ones the first stay */
 static void keep_floats(float *a, const uint32_t *size, long n, long k) {
     if (k >= n) return;
@@ -123,6 +156,13 @@ static inline float exp_of(float x) {
               + r * 1.3888889e-3f)))));
     two.u = (t.u + 127) << 23;
     return e * two.f;
+}
+
+/* log(1 + e) for e in 0..1, by twice the series of atanh(e / (2 + e)) */
+static inline float log1p_of(float e) {
+    float u = e / (2 + e), q = u * u;
+    return 2 * u * (1 + q * (3.33333333e-1f + q * (2.0e-1f + q * (1.42857143e-1f + q * (1.11111111e-1f
+           + q * (9.09090909e-2f + q * 7.69230769e-2f))))));
 }
 
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
@@ -268,9 +308,11 @@ int picks(void) {
 #define TYPE float
 #define NAME f32
 #include "cpu_typed.c"
+#include "train_typed.c"
 #undef TYPE
 #undef NAME
 #define TYPE uint16_t                            /* the bits of a bf16 */
 #define NAME bf16
 #include "cpu_typed.c"
+#include "train_typed.c"
 #include "step.c"

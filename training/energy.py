@@ -17,19 +17,20 @@ def target(config, share, cost, macs):
     """What draws a gate towards fewer open parts: a share of its own, or with energy_budget what the whole
     model executes -> a function (ctx, soft, hard) of its gates, as they learn and as they are.
 
-    macs: multiply-adds of a token behind each gate."""
+    macs: multiply-adds of a token behind each gate. Where gates are shares of `each` gates, as many times
+    that."""
     return partial(count, macs) if config.energy_budget else partial(own_target, share, cost)
 
 
-def own_target(target, cost, ctx, soft, hard):
+def own_target(target, cost, ctx, soft, hard, each=1):
     ctx.add_loss(lambda: [ctx.total(soft)], lambda share: cost * off_target(share, target))
 
 
-def count(macs, ctx, soft, hard):
+def count(macs, ctx, soft, hard, each=1):
     """Counts what is open and learns as if it were the soft gates."""
     def of_tokens():
         opened, possible = ctx.total(hard.detach() + soft - soft.detach())
-        return macs * opened, macs * possible
+        return macs * each * opened, macs * each * possible
     ctx.add_executed(of_tokens)
 
 

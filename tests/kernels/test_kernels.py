@@ -602,3 +602,135 @@ def test_four_bits_lie_where_the_layout_says():
     numbers = torch.cat((first & 15, first >> 4)).int() - 8
     scales = codes[0, 64:72].view(torch.bfloat16).float()
     assert torch.equal(numbers * scales[:2].repeat_interleave(32), weight[0, :64])
+
+
+# ------------------------------------------------ passes of training
+
+def hard(*shape, dtype, seed=0):
+    """Normal numbers with ties, zeros, NaN and infinities among them."""
+    x = normal(*shape, seed=seed).mul(4).round().div(4)
+    if x.numel() > 8:
+        x.view(-1)[seed % 5::11] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[seed % 4]
+    return x.to(dtype)
+
+
+def both_ways(function, reference, *inputs):
+    """Outputs and gradients of a pass and of its reference, with one random gradient for both."""
+    found = []
+    for of in (function, reference):
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+        outputs = of(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [normal(*y.shape, dtype=y.dtype, seed=7) for y in outputs]
+        torch.autograd.backward(outputs, grads)
+        found.append([*outputs, *(leaf.grad for leaf in leaves)])
+    return zip(*found, strict=True)
+
+
+WINNERS = ((1, 1, 1), (7, 7, 1), (7, 7, 7), (64, 64, 6), (513, 513, 51), (1030, 1030, 1029), (8, 4, 2),
+           (36, 4, 2), (48, 8, 3), (20, 5, 1))
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("act", ["none", "relu2"])
+@pytest.mark.parametrize("n, group, k", WINNERS)
+def test_winners_and_their_gradient_are_the_references_bit_for_bit(n, group, k, act, dtype):
+    for seed, tokens_ in enumerate((1, 3, 17)):
+        plain = hard(tokens_, n, dtype=dtype, seed=seed)
+        apart = torch.stack((plain, plain), dim=-1)[..., 0]                  # of stride 2
+        for v in (plain, apart, plain.t().contiguous().t()):
+            pairs = both_ways(lambda v: kernels.group_winners(v, group, k, act),
+                              lambda v: kernels.group_winners_reference(kernels.ACTS[act](v), group, k), v)
+            for found, right in pairs:
+                assert found.dtype == dtype and torch.equal(found.nan_to_num(7.0), right.nan_to_num(7.0))
+
+
+PASSES = {
+    "event": (kernels.event, kernels.event_reference, lambda M, n: (n,)),
+    "columns": (lambda v, g, act: kernels.scaled(v.unflatten(-1, (g.size(-1), -1)), g, act),
+                lambda v, g, act: kernels.scaled_reference(
+                    kernels.ACTS[act](v).unflatten(-1, (g.size(-1), -1)), g.unsqueeze(-1)),
+                lambda M, n: (M, n // 4)),
+}
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("act", ["none", "relu2"])
+@pytest.mark.parametrize("name", PASSES)
+def test_gates_of_units_and_columns_equal_their_references(name, act, dtype):
+    """Values exactly, and what sums over tokens or units as near as its dtype."""
+    function, reference, of = PASSES[name]
+    for seed, (M, n) in enumerate(((1, 4), (3, 12), (17, 64), (40, 516))):
+        for bad in (False, True):
+            v = (hard if bad else normal)(M, n, dtype=dtype, seed=seed)
+            apart = torch.stack((v, v), dim=-1)[..., 0]
+            gates = normal(*of(M, n), seed=seed + 1)
+            gates = gates - 0.5 if name == "event" else F.relu(gates).to(dtype)
+            for given in (v, apart):
+                pairs = list(both_ways(lambda v, g: function(v, g, act), lambda v, g: reference(v, g, act),
+                                       given, gates))
+                for found, right in pairs[:-1]:
+                    assert found.dtype == right.dtype
+                    assert torch.equal(found.nan_to_num(7.0), right.nan_to_num(7.0)), (M, n)
+                found, right = pairs[-1]
+                torch.testing.assert_close(found, right, rtol=TOLERANCE[dtype], equal_nan=True,
+                                           atol=TOLERANCE[dtype] * max(1, M if name == "event" else 1))
+
+
+@built
+@dtypes
+def test_the_cross_entropy_of_guesses_equals_its_reference(dtype):
+    for seed, (M, n) in enumerate(((1, 1), (3, 7), (17, 64), (5, 516))):
+        z, a = normal(M, n, dtype=dtype, seed=seed) * 5, F.relu(normal(M, n, dtype=dtype, seed=seed + 1))
+        z.view(-1)[:1], a.view(-1)[-1:] = 200.0, torch.nan
+        for given in (z, torch.stack((z, z), dim=-1)[..., 0]):
+            (found, right), (slope, exact) = both_ways(lambda z: kernels.missed(z, a),
+                                                       lambda z: kernels.missed_reference(z, a), given)
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(slope, exact, rtol=TOLERANCE[dtype], atol=1e-6)
+    z = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0], [torch.inf, 1.0]]).to(dtype)
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).to(dtype)
+    torch.testing.assert_close(kernels.missed(z, a), kernels.missed_reference(z, a), equal_nan=True)
+
+
+@built
+def test_passes_take_no_tokens_and_any_number_of_threads():
+    empty = torch.empty(0, 8, requires_grad=True)
+    kernels.keep_largest(empty, 2, "relu2").sum().backward()
+    assert empty.grad.shape == empty.shape
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in range(3):
+            torch.set_num_threads(count + 1)
+            found.append([])
+            v, edge, gates = normal(37, 100), normal(100, seed=1), F.relu(normal(37, 25, seed=2))
+            for of, *inputs in ((lambda v: kernels.keep_largest(v, 9, "relu2"), v), (kernels.event, v, edge),
+                                (PASSES["columns"][0], v, gates)):
+                of = functools.partial(of, act="relu2") if len(inputs) > 1 else of
+                found[count:] = [[*found[count], *(pair[0] for pair in both_ways(of, of, *inputs))]]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("act", ["none", "relu2"])
+def test_a_compiler_sees_the_passes_as_ops(act):
+    v = normal(3, 8).requires_grad_()
+    torch.library.opcheck(kernels.fire.op, (v, 4, 2, act))
+    torch.library.opcheck(kernels.fire.op, (v.detach(), 8, 3, act))
+    torch.library.opcheck(kernels.event_pass.op, (v, normal(8, seed=1).requires_grad_(), act))
+    torch.library.opcheck(kernels.scaled_pass.op, (normal(3, 2, 4).requires_grad_(), normal(3, 2), act))
+    torch.library.opcheck(kernels.missed_pass.op, (v, normal(3, 8, seed=1)))
+
+
+def test_passes_without_a_compiler_are_their_references(monkeypatch):
+    v = hard(5, 12, dtype=torch.float32)
+    grad, right = normal(5, 12, seed=3), None
+    for library in (kernels.cpu_library, lambda: (None, "off")):
+        monkeypatch.setattr(kernels, "cpu_library", library)
+        kept, won = kernels.fire_forward(v, 4, 1, "none")
+        found = [kept.nan_to_num(7.0), won, kernels.fire_back(grad, v, won, "none")]
+        assert right is None or all(map(torch.equal, found, right))
+        right = found

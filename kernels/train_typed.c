@@ -1,0 +1,201 @@
+/* What training does between two products of an MLP, forward and backward in one pass each: included by cpu.c
+   for each TYPE, as cpu_typed.c is. Tokens are rows; sums over them run in one order for any number of
+   threads. act: 0 squared ReLU of what is given, 2 none. Values are rounded where torch would store them. */
+
+static inline float OF(rounded)(float f) { return OF(up)(OF(down)(f)); }
+static inline float OF(act2)(float v) { return v <= 0 ? 0 : OF(rounded)(v * v); }
+
+/* a = act(v), n of them, and what they are compared by */
+static void OF(sizes)(const TYPE *restrict v, TYPE *restrict a, int32_t *restrict rank, long n, int act) {
+    if (act == 2) {
+        #pragma omp simd
+        for (long i = 0; i < n; i++) { a[i] = v[i]; rank[i] = rank_of(fabsf(OF(up)(v[i]))); }
+    } else {
+        #pragma omp simd
+        for (long i = 0; i < n; i++) {
+            float s = OF(act2)(OF(up)(v[i]));
+            a[i] = OF(down)(s);
+            rank[i] = rank_of(s);
+        }
+    }
+}
+
+/* all of a but those of the k largest ranks become zero; of equal ones the first stay. won: 1 for these */
+static void OF(leave)(TYPE *restrict a, uint8_t *restrict won, const int32_t *restrict rank, long n, long k) {
+    long ties;
+    int32_t edge = edge_of(rank, n, k, &ties);
+    if (!ties) {
+        #pragma omp simd
+        for (long i = 0; i < n; i++) {
+            a[i] = rank[i] > edge ? a[i] : 0;
+            won[i] = rank[i] > edge;
+        }
+    } else
+        for (long i = 0; i < n; i++) {
+            won[i] = rank[i] > edge || (rank[i] == edge && ties-- > 0);
+            if (!won[i]) a[i] = 0;
+        }
+}
+
+/* the same of every four, of which two stay */
+static void OF(leave_two)(TYPE *restrict a, uint8_t *restrict won, const int32_t *restrict rank, long n) {
+    for (long i = 0; i < n; i += 4) {
+        int32_t p = rank[i], q = rank[i + 1], r = rank[i + 2], s = rank[i + 3];
+        int pq = p >= q, pr = p >= r, ps = p >= s, qr = q >= r, qs = q >= s, rs = r >= s;
+        int w = pq + pr + ps >= 2, x = !pq + qr + qs >= 2, y = !pr + !qr + rs >= 2, z = !ps + !qs + !rs >= 2;
+        won[i] = w; won[i + 1] = x; won[i + 2] = y; won[i + 3] = z;
+        a[i] = w ? a[i] : 0;
+        a[i + 1] = x ? a[i + 1] : 0;
+        a[i + 2] = y ? a[i + 2] : 0;
+        a[i + 3] = z ? a[i + 3] : 0;
+    }
+}
+
+/* kept = act(v) with all but the k largest |act(v)| of every `group` neighbours of a token at zero; won: 1 at
+   the places of those, 0 elsewhere. v (M, n) */
+void OF(fire)(const TYPE *v, TYPE *kept, uint8_t *won, long M, long n, long group, long k, int act,
+               int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        BUFFER(int32_t, rank, n);
+        OF(sizes)(v + m * n, kept + m * n, rank, n, act);
+        if (group == 4 && k == 2) OF(leave_two)(kept + m * n, won + m * n, rank, n);
+        else
+            for (long i = m * n; i < (m + 1) * n; i += group)
+                OF(leave)(kept + i, won + i, rank + i - m * n, group, k);
+        RELEASE(rank);
+    }
+}
+
+/* Its gradient from g: that of the places that won, behind act's */
+void OF(fire_back)(const TYPE *restrict g, const TYPE *restrict v, const uint8_t *restrict won,
+                    TYPE *restrict dv, long M, long n, int act, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        const TYPE *G = g + m * n, *V = v + m * n;
+        const uint8_t *W = won + m * n;
+        TYPE *D = dv + m * n;
+        if (act == 2) {
+            #pragma omp simd
+            for (long i = 0; i < n; i++) D[i] = W[i] ? G[i] : 0;
+        } else {
+            #pragma omp simd
+            for (long i = 0; i < n; i++) {
+                float x = OF(up)(V[i]), up = W[i] ? OF(up)(G[i]) : 0;
+                D[i] = x <= 0 ? 0 : OF(down)(up * (2 * x));
+            }
+        }
+    }
+}
+
+/* kept = a * gate, gate 1 where |a| > theta (n), a = act(v), v (M, n); open (M): how many gates are */
+void OF(event)(const TYPE *restrict v, const float *restrict theta, TYPE *restrict kept, float *restrict open,
+                long M, long n, int act, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        int count = 0;
+        #pragma omp simd reduction(+:count)
+        for (long i = 0; i < n; i++) {
+            float x = OF(up)(v[m * n + i]), a = act == 2 ? x : OF(act2)(x);
+            int gate = fabsf(a) > theta[i];
+            kept[m * n + i] = OF(down)(a * (float)gate);
+            count += gate;
+        }
+        open[m] = count;
+    }
+}
+
+/* Its gradients from g (M, n), or 0, and of open (M): dv (M, n), and dlog (n) for log theta, by a step that
+   counts as a sigmoid of log |a| - log theta, whose slope is |a| theta / (|a| + theta)^2 */
+void OF(event_back)(const TYPE *restrict g, const float *restrict of_open, const TYPE *restrict v,
+                     const float *restrict theta, TYPE *restrict dv, float *restrict dlog, long M, long n,
+                     int act, int threads) {
+    long chunk = OF(share)(n, threads);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < n; from += chunk) {
+        long to = n - from < chunk ? n : from + chunk;
+        for (long i = from; i < to; i++) dlog[i] = 0;
+        for (long m = 0; m < M; m++) {
+            const TYPE *G = g + m * n, *V = v + m * n;
+            TYPE *D = dv + m * n;
+            float more = of_open[m];
+            #pragma omp simd
+            for (long i = from; i < to; i++) {
+                float x = OF(up)(V[i]), up = OF(up)(G[i]), a = act == 2 ? x : OF(act2)(x), size = fabsf(a);
+                float edge = theta[i], da = up * (float)(size > edge);
+                float s = size > FLT_MAX ? FLT_MAX : size;
+                edge = edge > FLT_MAX ? FLT_MAX : edge < FLT_MIN ? FLT_MIN : edge;
+                float by = 1 / (0.5f * s + 0.5f * edge);
+                float rest = size > FLT_MAX ? 0 : 0.5f * edge * by;
+                dlog[i] -= (OF(rounded)(up * a) + more) * (0.5f * s * by) * rest;
+                D[i] = act == 2 ? OF(down)(da) : x <= 0 ? 0 : OF(down)(OF(rounded)(da) * (2 * x));
+            }
+        }
+    }
+}
+
+/* y = act(v) times its column's gate, and 0 where that is 0: v (M, N, width), gates (M, N) */
+void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restrict y, long M, long N,
+                long width, int act, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++)
+        for (long c = m * N; c < (m + 1) * N; c++) {
+            float gate = OF(up)(gates[c]);
+            const TYPE *V = v + c * width;
+            TYPE *Y = y + c * width;
+            if (gate == 0) memset(Y, 0, width * sizeof(TYPE));
+            else
+                #pragma omp simd
+                for (long i = 0; i < width; i++) {
+                    float x = OF(up)(V[i]);
+                    Y[i] = OF(down)((act == 2 ? x : OF(act2)(x)) * gate);
+                }
+        }
+}
+
+/* Its gradients from g: dv (M, N, width), dgates (M, N) */
+void OF(scale_back)(const TYPE *restrict g, const TYPE *restrict v, const TYPE *restrict gates,
+                     TYPE *restrict dv, TYPE *restrict dgates, long M, long N, long width, int act,
+                     int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++)
+        for (long c = m * N; c < (m + 1) * N; c++) {
+            float gate = OF(up)(gates[c]), sum = 0;
+            const TYPE *G = g + c * width, *V = v + c * width;
+            TYPE *D = dv + c * width;
+            #pragma omp simd reduction(+:sum)
+            for (long i = 0; i < width; i++) {
+                float x = OF(up)(V[i]), up = gate == 0 ? 0 : OF(up)(G[i]), da = OF(rounded)(up * gate);
+                sum += OF(rounded)(up * (act == 2 ? x : OF(act2)(x)));
+                D[i] = act == 2 ? OF(down)(da) : x <= 0 ? 0 : OF(down)(da * (2 * x));
+            }
+            dgates[c] = OF(down)(sum);
+        }
+}
+
+/* The cross-entropy of guesses z (M, n) that a unit of a (M, n) is not zero, summed: loss (M) */
+void OF(miss)(const TYPE *restrict z, const TYPE *restrict a, float *restrict loss, long M, long n,
+               int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        float sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (long i = 0; i < n; i++) {
+            float x = OF(up)(z[m * n + i]), lost = OF(up)(a[m * n + i]) == 0;
+            sum += lost * x + ((x < 0 ? -x : 0) + log1p_of(exp_of(-fabsf(x))));
+        }
+        loss[m] = sum;
+    }
+}
+
+/* Its gradient for z from that of the losses, g (M) */
+void OF(miss_back)(const float *restrict g, const TYPE *restrict z, const TYPE *restrict a, TYPE *restrict dz,
+                    long M, long n, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++)
+        #pragma omp simd
+        for (long i = m * n; i < (m + 1) * n; i++) {
+            float x = OF(up)(z[i]), won = OF(up)(a[i]) != 0, e = exp_of(-fabsf(x)), one = x < 0 ? e : 1;
+            dz[i] = OF(down)(g[m] * (one / (1 + e) - won));
+        }
+}
