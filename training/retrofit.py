@@ -108,14 +108,19 @@ def retrofit(dense, config, ids, seed):
     theirs = dict(dense.named_modules())
     for name, module in starts:
         module.start_from_dense(theirs[name], seen[name])
-    pruned = [name for name, module in model.named_modules() if isinstance(module, TwoOfFour)]
-    if pruned and dense.config.weights == "dense":
-        for name, x in inputs_of(model, pruned, ids).items():
-            model.get_submodule(name).start_from_inputs(x)
+    if dense.config.weights == "dense":
+        choose_pruned(model, ids)
     if calibrate.screened(model):
         calibrate.calibrate(model, ids, config.mlp_live)
     account.notes += notes(dense.config, config)
     return model, account
+
+
+def choose_pruned(model, ids):
+    """Choose the weights that 2:4 keeps of a dense model's by what they multiply in text ids (B, T)."""
+    pruned = [name for name, module in model.named_modules() if isinstance(module, TwoOfFour)]
+    for name, x in inputs_of(model, pruned, ids).items():
+        model.get_submodule(name).start_from_inputs(x)
 
 
 def take(model, dense):

@@ -9,10 +9,11 @@ from conftest import Job, Trainer, one_sentence, same, words
 from torch.nn import functional as F
 
 from configurator import ConfigError
+from data import dataset as datasets
 from data.dataset import write_dataset
 from data.tokenizer import CharTokenizer
-from model import GPT, GPTConfig
-from training import retrofit
+from model import GPT, GPTConfig, build_model
+from training import checkpoint, estimate, retrofit
 
 REFUSED = {"rope": "pos", "swiglu": "act", "zero_init": "zero_init", "compartments": "compartments",
            "dendrites": "dendrites", "energy": "dendrites"}
@@ -258,7 +259,7 @@ def test_a_distilled_loss_is_cross_entropy_and_divergence_by_their_shares():
 
 # -------------------------------------------------- runs ----------------------------------------------------
 
-KEYS = dict(n_layer=2, block_size=8, n_embd=16, act="relu2")
+KEYS = dict(n_layer=3, block_size=8, n_embd=16, act="relu2")
 OFF = {"n_layer", "n_head", "n_embd", "block_size"}
 
 
@@ -281,8 +282,8 @@ def fit(dense, *argv, out="out", status=0, **keys):
 
 def test_a_run_with_new_flags_says_what_it_took_and_keeps_where_it_comes_from(dense):
     said = fit(dense, mlp_topk=0.25, mlp_predict=4, out="predict").out
-    assert "from dense: tensors: 16 taken, 6 new, 0 dropped" in said
-    assert "h.*.mlp.guess.weight (2)" in said
+    assert "from dense: tensors: 22 taken, 9 new, 0 dropped" in said
+    assert "h.*.mlp.guess.weight (3)" in said
     assert "with mlp_topk=0.25, mlp_predict=4 and nothing trained" in said
     kept = dense.checkpoint("predict")
     parent, was = kept["parent"], dense.checkpoint("dense")
@@ -320,7 +321,7 @@ def test_a_teacher_changes_what_is_learnt_and_a_copy_of_the_model_as_teacher_tea
 
 @pytest.mark.parametrize("arm", [
     pytest.param(arm, marks=[] if arm in ("columns", "two_of_four", "mlp_screen") else pytest.mark.slow)
-    for arm in FITTING if arm not in ("exits", "hierarchy")])
+    for arm in FITTING])
 def test_any_variant_can_be_switched_on_goes_on_and_writes(dense, arm):
     flags = {key: value for key, value in ARMS[arm].items() if key != "n_layer"}
     fit(dense, out=arm, max_iters=2, **flags)
@@ -358,8 +359,8 @@ def test_mistakes_are_one_sentence_and_leave_folders_as_they_are(dense, tmp_path
     fit(dense, out="chars", init_from="scratch", dataset=other, n_layer=2, n_head=2, n_embd=16, block_size=8)
     cases = [
         (dict(n_embd=32), "n_embd=32", "n_embd=16", "leave --n_embd out"),
-        (dict(n_layer=3), "n_layer=3", "n_layer=2"),
-        (dict(size="small"), "n_layer=6", "n_layer=2"),
+        (dict(n_layer=4), "n_layer=4", "n_layer=3"),
+        (dict(size="small"), "n_layer=6", "n_layer=3"),
         (dict(vocab_size=999), "vocab_size=999", "leave --vocab_size out"),
         (dict(block_size=64), "block_size=64", "leave --block_size out"),
         (dict(dataset=other), "'byte'", "'char'"),
@@ -422,3 +423,70 @@ def test_a_quantised_or_packed_teacher_teaches(dense):
     Job("training/export.py", words(out_dir=dense.folder / "dense", to="packed", quantize="int8",
                                     dtype="float32", export_dir=written), dense.folder).wait()
     fit(dense, mlp_topk=0.5, teacher=written, out="by-int8", max_iters=2)
+
+
+# -------------------------------------------------- sparse without training ---------------------------------
+
+def sampled(dense, *argv, **keys):
+    keys = dict(out_dir=dense.folder / "dense", device="cpu", dtype="float32", num_samples=1, threads=1,
+                max_new_tokens=20, **keys)
+    return Job("sample.py", [*words(**keys), *argv], dense.folder).wait()
+
+
+@pytest.mark.parametrize("flags", [dict(window=3, window_pattern="S"), dict(attn_topk=0.5),
+                                   dict(mlp_topk=0.1), dict(weights="2:4"), dict(screen=True),
+                                   dict(mlp_screen=4, mlp_live=1.0),
+                                   pytest.param(dict(mlp_topk=0.5, window=4, quantize="int8"),
+                                                marks=pytest.mark.slow)], ids=str)
+def test_a_dense_run_decodes_sparse_and_says_what_that_costs(dense, flags):
+    said = sampled(dense, val=True, **flags)
+    assert said.status == 0, said.err
+    before, after = (float(said.err.split(word)[1].split()[0]) for word in
+                     ("validation loss ", f"{[*flags][-1]}={[*flags.values()][-1]} "))
+    loaded, path = checkpoint.read(dense.folder / "dense")
+    model = build_model(loaded, path).eval()
+    stream = datasets.held_out(True, loaded["config"], loaded["tokenizer"], 8, 256)
+    own = estimate.validation_loss(model, stream)[0]
+    assert before == pytest.approx(own, abs=1e-4)
+    if flags.keys() & {"window", "attn_topk", "mlp_topk"} and "quantize" not in flags:
+        model = build_model(loaded, path, **flags).eval()
+        found = estimate.validation_loss(model, stream)[0]
+        assert after == pytest.approx(found, abs=1e-4) and found != own
+    if flags.keys() & {"screen", "mlp_screen"}:                         # nothing is left out
+        assert after == pytest.approx(before, abs=2e-3) and said.out == sampled(dense).out
+    assert f"tokens of {dense.data}" in said.err
+
+
+def test_two_of_four_at_sampling_chooses_by_inputs_from_training_text(dense):
+    said = sampled(dense, weights="2:4")
+    assert "2:4 keeps weights by their size and that of their inputs, from 8,192 tokens of" in said.err
+    assert "--val=True prints what that costs" in said.err
+
+
+def test_sparse_decoding_that_cannot_be_is_one_sentence(dense):
+    fit(dense, out="experts", experts=4, experts_active=2, max_iters=1)
+    fit(dense, out="gelu", act="gelu", max_iters=1)
+    Job("training/export.py", words(out_dir=dense.folder / "dense", quantize="int8",
+                                    export_dir=dense.folder / "ints"), dense.folder).wait()
+    cases = [(dict(val=True), "val=True has no effect", "--quantize=int8", "--mlp_screen=4"),
+             (dict(window_pattern="S"), "window_pattern=S", "window"),
+             (dict(window=-1), "window=-1 must not be negative"),
+             (dict(mlp_topk=2), "mlp_topk=2.0 must be in (0, 1]"),
+             (dict(weights="1:4"), "weights='1:4' must be dense or 2:4"),
+             (dict(out_dir=dense.folder / "experts", mlp_topk=0.5), "experts=4 and mlp_topk=0.5"),
+             (dict(out_dir=dense.folder / "gelu", mlp_screen=4), "act='relu2'", "act='gelu'"),
+             (dict(out_dir=dense.folder / "ints", weights="2:4"), "quantised weights", "weights"),
+             (dict(window=4, val="nowhere/"), "nowhere/")]
+    for keys, *parts in cases:
+        keys = {"out_dir": dense.folder / "dense", **keys}
+        one_sentence(Job("sample.py", words(device="cpu", **keys), dense.folder).wait(), "sample.py", *parts)
+    assert sampled(dense, "--window=4", init_from=dense.folder / "ints").status == 0
+
+
+def test_a_hugging_face_folder_decodes_with_a_window_too(dense):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=256)
+    transformers.GPT2LMHeadModel(config).save_pretrained(dense.folder / "theirs")
+    said = sampled(dense, init_from=dense.folder / "theirs", window=3, window_pattern="S",
+                   tokenizer=dense.data, val=dense.data)
+    assert said.status == 0 and "untrained with window=3, window_pattern=S" in said.err, said.err
