@@ -30,6 +30,7 @@ COMMANDS = {
     "depth": "Depth",
     "ponder": "Ponder",
     "grow": "Grow",
+    "retrofit": "Retrofit",
     "memory": "Memory",
     "kernels": "Kernels",
     "continual": "Continual",
