@@ -180,7 +180,7 @@ def notes(old, new):
 def beside(losses, found):
     """The sentence of the validation losses before the first step. found: see changes."""
     dense, untouched = losses["val_loss"], losses["untouched"]
-    also = (f"; {losses['untouched_decoding']:.4f} with its decoding shortcuts"
+    also = (f"; {losses['untouched_decoding']:.4f} with sparse_decode"
             if "untouched_decoding" in losses else "")
     return (f"val loss {dense:.4f} dense, {untouched:.4f} ({untouched - dense:+.4f}) with "
             f"{', '.join(f'{key}={new}' for key, (_, new) in found.items())} and nothing trained{also}")

@@ -1,11 +1,12 @@
 """A dense model that exists gets blocks: what is taken, where blocks begin, what the run says and keeps."""
 import dataclasses
+import re
 
 import pytest
 import torch
 from arms import ARMS, TINY, build, tokens
+from conftest import ROOT, Job, Trainer, one_sentence, same, words
 from conftest import TINY as RUN
-from conftest import Job, Trainer, one_sentence, same, words
 from torch.nn import functional as F
 
 from configurator import ConfigError
@@ -423,6 +424,25 @@ def test_a_quantised_or_packed_teacher_teaches(dense):
     Job("training/export.py", words(out_dir=dense.folder / "dense", to="packed", quantize="int8",
                                     dtype="float32", export_dir=written), dense.folder).wait()
     fit(dense, mlp_topk=0.5, teacher=written, out="by-int8", max_iters=2)
+
+
+@pytest.mark.slow
+def test_the_pages_example_prints_what_stands_there(tmp_path):
+    text = (ROOT / "docs" / "retrofit.md").read_text(encoding="utf-8")
+    block = text.split("```console\n")[1].split("```")[0].replace("\\\n", " ")
+    numbers = re.compile(r"[-+]?\d+\.\d+")
+    for part in block.split("$ python ")[1:]:
+        command, *expected = part.strip().splitlines()
+        script, *rest = command.split()
+        rest = [str(ROOT / word) if word.startswith("config/") else word for word in rest]
+        done = Job(script, rest, tmp_path).wait()
+        assert done.status == 0, done.err
+        printed = (done.out + done.err).splitlines()
+        for line in expected:
+            found = [other for other in printed if numbers.sub("", other) == numbers.sub("", line)]
+            assert found, f"{line}\nis not among\n{printed}"
+            assert [float(n) for n in numbers.findall(found[0])] == pytest.approx(
+                [float(n) for n in numbers.findall(line)], abs=0.03)
 
 
 # -------------------------------------------------- sparse without training ---------------------------------
