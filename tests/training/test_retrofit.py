@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from arms import ARMS, TINY, build, tokens
-from conftest import ROOT, Job, Trainer, one_sentence, same, words
+from conftest import ROOT, Job, Trainer, in_parallel, one_sentence, same, words
 from conftest import TINY as RUN
 from torch.nn import functional as F
 
@@ -510,3 +510,14 @@ def test_a_hugging_face_folder_decodes_with_a_window_too(dense):
     said = sampled(dense, init_from=dense.folder / "theirs", window=3, window_pattern="S",
                    tokenizer=dense.data, val=dense.data)
     assert said.status == 0 and "untrained with window=3, window_pattern=S" in said.err, said.err
+
+
+@pytest.mark.slow
+def test_two_processes_retrofit_one_model_with_a_teacher(dense):
+    keys = dict(init_from=dense.folder / "dense", columns=8, columns_active=2, n_layer=3, act="relu2",
+                teacher=dense.folder / "dense", max_iters=3, eval_interval=3, dropout=0.0)
+    dense(out="one-process", **keys)
+    in_parallel(dense, 2, out="two-processes", **keys)
+    one, two = (dense.losses(out) for out in ("one-process", "two-processes"))
+    assert one.keys() == two.keys() and all(abs(one[i] - two[i]) < 1e-3 for i in one)
+    assert dense.checkpoint("two-processes")["parent"]["name"] == "dense"
