@@ -32,6 +32,7 @@ COMMANDS = {
     "depth": "Depth",
     "ponder": "Ponder",
     "grow": "Grow",
+    "retrofit": "Retrofit",
     "memory": "Memory",
     "kernels": "Kernels",
     "continual": "Continual",

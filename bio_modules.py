@@ -41,7 +41,7 @@ from layers import (
     rms,
     rotate,
 )
-from training import energy
+from training import energy, retrofit
 
 EVERY = slice(None)
 
@@ -177,11 +177,21 @@ class EventGate(nn.Module):
     def __init__(self, config, units):
         super().__init__()
         self.target = energy.target(config, config.event_rate, config.event_cost, macs=config.n_embd)
+        self.rate = config.event_rate
         self.threshold = nn.Parameter(torch.empty(units))
 
     def init_weights(self, normal_):
         normal_(self.threshold, 0.02)
         self.threshold.sub_(0.4)                 # theta about 0.02
+
+    def start_from(self, a):
+        """One threshold, which leaves the share event_rate of all activations a (n, units) open: the largest.
+        Where fewer are not zero, all of those stay open. Equal shares of each unit would cost many times the
+        loss."""
+        sizes = a.abs().flatten()
+        edge = sizes.kthvalue(max(1, round((1 - self.rate) * len(sizes)))).values
+        least = 0.01 * sizes.sum() / (sizes > 0).sum().clamp(min=1)
+        self.threshold.fill_(max(edge.item(), least.item(), 1e-6)).log_().div_(self.GAIN)
 
     def forward(self, a, ctx, rows=EVERY, act="none"):
         kept, count = kernels.event(a, self.GAIN * self.threshold[rows], act)
@@ -274,6 +284,32 @@ class MLP(Stepwise):
         """The activation of v and what the selector leaves of it: one pass where both are written so."""
         return self.select(v, ctx, act="relu2") if self.at_once else self.select(self.act(v), ctx)
 
+    def activations(self, x):
+        """What the units are before a selector, (n, C) -> (n, units)."""
+        return self.act(self.c_fc(x))
+
+    def start_from_dense(self, dense, x):
+        """Begin as the MLP `dense`, whose inputs are x (n, C)."""
+        if dense.c_proj.weight.shape != self.c_proj.weight.shape:
+            count, units = self.c_proj.in_features, dense.c_proj.in_features
+            order = dense.strongest(x, count).sort().values
+            self.take_units(dense, F.pad(order, (0, max(0, count - units)), value=-1))
+        start_selector(self.select, self.activations(x))
+
+    def strongest(self, x, count):
+        """The numbers of the `count` units that write most into the stream, given inputs x (n, C)."""
+        writes = self.activations(x).square().mean(0) * self.c_proj.weight.square().sum(0)
+        return writes.topk(min(count, len(writes))).indices
+
+    def take_units(self, dense, order):
+        """Unit i becomes unit order[i] of `dense`, or where that is -1 a new one, which writes nothing."""
+        taken, old = order >= 0, order.clamp(min=0)
+        for part in ("c_fc", "act"):
+            theirs = dict(getattr(dense, part).named_parameters())
+            for name, p in getattr(self, part).named_parameters():
+                p[taken] = theirs[name][old][taken] if name in theirs else p[taken]
+        self.c_proj.weight.copy_(dense.c_proj.weight[:, old] * taken)
+
     def emit(self, p, x, onto):
         """Append the MLP of x to a decode program -> `onto`, to which it is added."""
         a = self.c_fc.emit(p, x, **self.activation(p))
@@ -331,6 +367,11 @@ class MLP(Stepwise):
         return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
 
 
+def start_selector(select, a):
+    """Give a selector that has one its start from activations a (n, units)."""
+    getattr(select, "start_from", as_is)(a)
+
+
 class ColumnGate(Narrowing):
     """Which columns answer a token: (..., C) -> (..., N) gates, zero for all but the winners.
 
@@ -351,6 +392,16 @@ class ColumnGate(Narrowing):
 
     def init_weights(self, normal_):
         nn.init.constant_(self.inhibition, -4.0)
+
+    def level(self):
+        """The gate of a column that wins, where a model starts from a dense one."""
+        return 0.5
+
+    def start_from(self, x, energies):
+        """Scores from the groups' energies (n, N) for inputs x (n, C); zero, where all columns answer."""
+        weight, offset = small_router(x, energies, self.goal == self.total)
+        self.router.weight.copy_(weight)
+        self.balance.copy_(offset - offset.mean())
 
     def forward(self, x, ctx):
         winners, scale = self.winners(x)
@@ -404,6 +455,14 @@ def units_of(groups, width):
     return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
 
 
+def small_router(x, energies, all_answer, size=0.2):
+    """Least squares from inputs x (n, C) to groups' energies (n, N) -> (N, C), (N,), scaled so that scores
+    have the deviation `size`; zeros, where it does not matter who wins."""
+    weight, offset, _ = retrofit.least_squares(x, energies)
+    scale = 0 if all_answer else size / (x @ weight.t() + offset).std().clamp(min=1e-12)
+    return weight * scale, offset * scale
+
+
 class Gathered(MLP):
     """An MLP of equal groups of units of which a gate opens a few per token, before the up projection: a
     decode step reads those groups' rows of both projections and no others."""
@@ -422,6 +481,24 @@ class Gathered(MLP):
     def __init__(self, config, layer, groups, width):
         super().__init__(config, layer, groups * width)
         self.groups, self.width = groups, width
+
+    def start_from_dense(self, dense, x):
+        """Units of the MLP `dense` that fire together become a group. The router learns by least squares
+        where in x (n, C) a group's activations are large; its scores begin small, so that all gates are
+        alike, and W_down makes up for them."""
+        if not isinstance(dense, type(self)):
+            a, order = dense.activations(x), dense.strongest(x, self.c_proj.in_features).sort().values
+            groups = retrofit.clusters(a[:, order], self.groups, self.width)
+            order = F.pad(order, (0, 1), value=-1)[groups.flatten()]
+            self.take_units(dense, order)
+            self.c_proj.weight.div_(self.gate.level())
+            self.gate.start_from(x, self.energies(x))
+        start_selector(self.select, self.activations(x) * self.gate.level())
+
+    def energies(self, x):
+        """The size of what each group writes for inputs x (n, C), (n, groups)."""
+        writes = self.activations(x).square() * self.c_proj.weight.square().sum(0)
+        return writes.unflatten(-1, (self.groups, -1)).sum(-1).sqrt()
 
     def few(self, x, ctx):
         """The groups that any of the tokens opens."""
@@ -479,6 +556,14 @@ class ExpertGate(nn.Module):
     def uneven(self, load, share, size):
         """The means of what experts are sent and of their probabilities (E,), and of the logits' size."""
         return self.BALANCE * imbalance(load[None], share[None]) / self.k + self.Z * size
+
+    def level(self):
+        """The gate of an expert that is chosen, where a model starts from a dense one."""
+        return 1 / self.k
+
+    def start_from(self, x, energies):
+        """As ColumnGate's."""
+        self.router.weight.copy_(small_router(x, energies, self.k == self.router.out_features)[0])
 
     def largest(self, shares):
         experts = kernels.places_of_largest(shares, self.k)
@@ -568,6 +653,9 @@ class Dendritic(MLP):
         self.mix.diagonal().add_(1.0)
 
     def many(self, x, ctx):
+        return self.dropout(self.c_proj(self.select(self.activations(x), ctx)))
+
+    def activations(self, x):
         K = len(self.mix)
         tokens = x.numel() // x.size(-1)
         kernels.note(tokens, self.c_fc.weight)
@@ -576,7 +664,7 @@ class Dendritic(MLP):
         branches = torch.einsum("...kc,kuc->...ku", x.unflatten(-1, (K, -1)), up)
         branches = plus(branches.flatten(-2), self.c_fc.bias).unflatten(-1, (K, -1))
         soma = torch.einsum("jk,...ku->...ju", self.mix.to(x.dtype), F.gelu(branches)).flatten(-2)
-        return self.dropout(self.c_proj(self.select(self.act(soma), ctx)))
+        return self.act(soma)
 
     def emit(self, p, x, onto):
         units = self.c_proj.in_features
@@ -609,6 +697,17 @@ class Predictive(MLP):
         self.active = max(1, round(config.mlp_active * units))
         self.sense = Linear(config.n_embd, config.mlp_predict, bias=False, aside=True)
         self.guess = Linear(config.mlp_predict, units, bias=True, aside=True)
+
+    def start_from_dense(self, dense, x):
+        """The predictor begins as the best one of its rank by least squares on who wins."""
+        super().start_from_dense(dense, x)
+        a = self.activations(x)
+        won = (kernels.keep_largest(a, self.select.k) != 0).float()
+        weight, offset, root = retrofit.least_squares(x, won)
+        guess, sense = retrofit.low_rank(6 * weight, root, self.sense.out_features)
+        self.guess.weight.copy_(guess)
+        self.sense.weight.copy_(sense)
+        self.guess.bias.copy_(6 * (won.mean(0) - 0.5) - (x.mean(0) @ sense.t()) @ guess.t())
 
     def many(self, x, ctx):
         return self.ways[ctx.choices.predict](self, x, ctx)
@@ -1070,6 +1169,12 @@ class Halting(nn.Module):
     def init_weights(self, normal_):
         self.halt.init_weights(normal_)
         nn.init.constant_(self.halt.bias, -1.0)                    # about four runs
+
+    def start_from(self):
+        """Two runs of which the first counts 98%: a token of one run alone would give the halting nothing to
+        learn from."""
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, math.log(0.98 / 0.02))
 
     def forward(self, x, ctx, attn, run):
         """run(states, context) is the block, attn its attention; -> the weighted states (B, T, C)."""

@@ -128,6 +128,15 @@ class TwoOfFour(Linear):
         return Pruned.apply(self.weight)
 
     @torch.no_grad()
+    def start_from_inputs(self, x):
+        """Of a dense model's weights keep those that matter most for inputs x (n, n_in), by |w| times the
+        size of what it multiplies (2306.11695): of every four the others get below the two that stay."""
+        kept = kernels.two_of_four(self.weight.abs() * x.square().mean(0).sqrt())
+        fours = torch.where(kept, self.weight.abs(), torch.inf).unflatten(-1, (-1, 4))
+        below = 0.99 * fours.amin(-1, keepdim=True).expand_as(fours).flatten(-2)
+        self.weight.copy_(torch.where(kept, self.weight, self.weight.clamp(-below, below)))
+
+    @torch.no_grad()
     def regularise(self):
         """Add the pull to the weight's gradient, where it has one. A backward would add it for every
         micro-batch and every run of a block, and under a loss scale. Of split weights each process holds

@@ -29,6 +29,7 @@ from bio_modules import (
     all_layers,
     emit_layers,
     selector,
+    start_selector,
 )
 from configurator import ConfigError, require
 from decode import counters, engine, sampling
@@ -222,6 +223,11 @@ class SwiGLU(nn.Module):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
         return self.dropout(self.c_proj(self.select(F.silu(gate) * up, ctx)))
 
+    def start_from_dense(self, dense, x):
+        """See training/retrofit.py."""
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        start_selector(self.select, F.silu(gate) * up)
+
     def emit(self, p, x, onto):
         units = self.c_proj.in_features
         a = p.swiglu(self.c_fc.emit(p, x), units)
@@ -279,6 +285,11 @@ class PonderingBlock(Block):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.halting = Halting(config)
+
+    def start_from_dense(self, dense, x):
+        """See training/retrofit.py."""
+        if not isinstance(dense, PonderingBlock):
+            self.halting.start_from()
 
     def forward(self, x, ctx):
         return self.halting(x, ctx, self.attn, super().forward)

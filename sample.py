@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-pylib --start="def main(" --num_samples=2
     python sample.py --out_dir=out-pylib --chat
 """
+import dataclasses
 import itertools
 import os
 import sys
@@ -22,7 +23,7 @@ from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, settle
 from model import GPT, build_model
 from training import checkpoint as ckpt
-from training import continual, estimate, export, pretrained, runtime
+from training import continual, estimate, export, pretrained, retrofit, runtime
 from training.pretrained import is_gpt2
 from viz import tracing
 from viz.chat import Chat, converse, show
@@ -48,6 +49,12 @@ class SampleConfig:
     mlp_screen: int = 0  # any model with squared ReLU: bits of a copy that picks the units read: 4; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     measure: bool = True  # with screened units, first measure and print what they save; False: begin at once
+    mlp_topk: float = 1.0  # untrained: share of the MLP's units that fire, the largest; 1: as the model has
+    attn_topk: float = 1.0  # untrained: share of its inputs that attention reads, the largest; 1: as it has
+    window: int = 0  # untrained: tokens that local layers see; 0: as the model has it
+    window_pattern: str = "SSSL"  # with window, layers in turn: S sees the window, L everything
+    weights: str = ""  # untrained: 2:4 keeps two of every four weights, chosen on training text; empty: all
+    screen: bool = False  # look at 8 bits of the head first, then at rows that can win: same tokens
     sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
     adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
@@ -59,7 +66,7 @@ class SampleConfig:
     stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
     enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
     quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
-    val: bool | str = False  # with quantize or mlp_screen, the validation loss without and with; of a FOLDER
+    val: bool | str = False  # print the validation loss without and with these and quantize; or of a FOLDER
     seed: int = 1337  # decides what is drawn
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
@@ -82,8 +89,9 @@ class SampleConfig:
                 f"mlp_live={self.mlp_live} has no effect without mlp_screen: type --mlp_screen=4 too")
         if self.quantize:
             check_quantize(self.quantize)
-        require(self.quantize or self.mlp_screen or self.val is False, f"val={self.val} has no effect "
-                "without quantize or mlp_screen: type --quantize=int8 too, or leave val out")
+        require(self.quantize or self.sparse_flags() or self.val is False, f"val={self.val} has no effect "
+                "without quantize or a flag that makes the model sparse: type --quantize=int8 or "
+                "--mlp_screen=4 too, or leave val out")
         require(0 <= self.threads <= engine.MANY,
                 f"threads={self.threads} must be in 0..{engine.MANY}; 0 times how many pay")
         require(not (self.show_program and (self.trace or self.speculate)), "show_program lists the decode "
@@ -98,6 +106,14 @@ class SampleConfig:
                 f"num_samples={self.num_samples} and chat: an answer is one sample; leave num_samples out")
 
 
+    def sparse_flags(self):
+        """What is typed of a GPTConfig to decode otherwise than the model was trained -> {flag: value}."""
+        keys = ("mlp_topk", "attn_topk", "window", "window_pattern", "weights", "screen", "mlp_screen",
+                "mlp_live")
+        found = {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(type(self), key)}
+        return found | ({"mlp_live": self.mlp_live} if self.mlp_screen else {})
+
+
 def load(init_from, out_dir, folder=""):
     """What init_from names -> (GPT in eval mode on the CPU, its tokenizer); folder: see tokenizer_of."""
     return load_run(init_from, out_dir, folder)[:2]
@@ -106,22 +122,38 @@ def load(init_from, out_dir, folder=""):
 def load_run(init_from, out_dir, folder="", **flags):
     """The same, and the checkpoint's dict without weights: {} for GPT-2. flags: fields of GPTConfig that
     say how it decodes."""
-    needs = (f"mlp_screen={flags.get('mlp_screen')} picks among units that are exactly zero: it needs a model"
-             " with act='relu2', this one has act='{}'; leave mlp_screen out")
     place = Path(out_dir)                        # a Hugging Face folder may be named like a run
     no_run = os.path.isdir(place) and not any(place.glob("ckpt*.pt"))
     if init_from == "resume" and no_run and is_gpt2(out_dir):
         init_from = out_dir
     if is_gpt2(init_from):
-        require(not flags, needs.format("gelu"))
-        model = GPT.from_pretrained(init_from).eval()
+        model = GPT.from_pretrained(init_from)
+        check_flags(model.config, flags, init_from)
+        model = pretrained.rebuilt(model, dataclasses.replace(model.config, **flags)).eval()
         return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size), {}
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
-    act = loaded["model_args"].get("act", "gelu")
-    require(not flags or act == "relu2", needs.format(act))
+    if flags:
+        check_flags(build_model(loaded, path).config, flags, path, kind_of(loaded))
     model = build_model(loaded, path, **flags).eval()
     about = {key: value for key, value in loaded.items() if key not in ("model", "optimizer")}
     return model, tokenizer_of(loaded, folder, model.config.vocab_size), about
+
+
+def check_flags(config, flags, path, kind=""):
+    """Can a model of `config` decode with other flags? kind: what its weights are stored as, else empty."""
+    require(not flags.get("mlp_screen") or config.act == "relu2", f"mlp_screen={flags.get('mlp_screen')} "
+            "picks among units that are exactly zero: it needs a model with act='relu2', this one has "
+            f"act='{config.act}'; leave mlp_screen out")
+    others = [key for key in ("weights", "attn_topk", "mlp_topk") if key in flags]
+    require(not others or not kind, f"{path} holds {kind} weights, which {others and others[0]} cannot lay "
+            "out anew: name the checkpoint that they were made from")
+    dataclasses.replace(config, **flags)
+
+
+def kind_of(loaded):
+    """What a checkpoint's weights are stored as, where that is not their numbers."""
+    packed = any(key.endswith(".meta") for key in loaded["model"])
+    return "packed" if packed else "quantised" if loaded.get("quantize") else ""
 
 
 def pretrained_tokenizer(name, folder, vocab_size):
@@ -194,18 +226,24 @@ def checked_spelling(text):
 
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
-    flags = dict(mlp_screen=cfg.mlp_screen, mlp_live=cfg.mlp_live) if cfg.mlp_screen else {}
+    flags = cfg.sparse_flags()
     model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer, **flags)
     on = continual.switch_on(model, cfg.adapter)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size, cfg.draws)
     said, data = [], (cfg.val is True and cfg.tokenizer) or cfg.val
+    more = {key: value for key, value in flags.items() if key not in ("mlp_screen", "mlp_live")}
+    if flags.get("weights") == "2:4":
+        said.append(prune(model.to(device=place.device), about, cfg.tokenizer))
     if cfg.quantize:
-        said.append(export.quantized(model.to(device=place.device), cfg.quantize, data, about, cfg.tokenizer))
+        said.append(export.quantized(model.to(device=place.device), cfg.quantize, data if not more else False,
+                                     about, cfg.tokenizer))
     model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
     screens = calibrate.screened(model) and (cfg.mlp_screen or cfg.sparse_decode)
     if screens:
         said.append(with_thresholds(model.choose(predict=True), about, cfg.tokenizer))
+    if more:
+        said.append(untrained(model, cfg, flags, about, data))
     if any(isinstance(module, TwoOfFour | Packed) for module in model.modules()):
         pays, why = sparse_kernels.packing_pays(place.device)
         came_packed = any(isinstance(module, Packed) for module in model.modules())
@@ -259,17 +297,25 @@ def with_thresholds(model, about, folder=""):
     (the data `folder`, or what its checkpoint names), or else in what it writes itself -> what to print."""
     c, source = model.config, "as the checkpoint has them"
     if calibrate.needs_thresholds(model):
-        try:
-            ids, place = datasets.training_text(about.get("config"), folder, calibrate.AT_LOAD, c.block_size,
-                                                c.vocab_size)
-            source = f"from {ids.numel():,} tokens of {place}"
-        except ConfigError:                      # no data, or no longer the ones of the checkpoint
-            ids = calibrate.own_text(model)
-            source = (f"from {ids.numel():,} tokens that the model writes: its training data are not here "
-                      "(--tokenizer=FOLDER names them)")
-        calibrate.calibrate(model, ids.to(model.lm_head.weight.device), c.mlp_live)
+        ids, source = some_text(model, about, folder)
+        calibrate.calibrate(model, ids, c.mlp_live)
     share = f"{c.mlp_live:.0%} of the MLP's units" if c.mlp_live else "the units that fire"
     return f"screened units: a copy in {c.mlp_screen} bits picks {share}; thresholds {source}"
+
+
+def some_text(model, about, folder=""):
+    """What a model is calibrated on: of the text that it was trained on (the data `folder`, or what its
+    checkpoint names), or else of what it writes itself -> (ids (B, T) on its device, in words)."""
+    c = model.config
+    try:
+        ids, place = datasets.training_text(about.get("config"), folder, calibrate.AT_LOAD, c.block_size,
+                                            c.vocab_size)
+        source = f"from {ids.numel():,} tokens of {place}"
+    except ConfigError:                          # no data, or no longer the ones of the checkpoint
+        ids = calibrate.own_text(model)
+        source = (f"from {ids.numel():,} tokens that the model writes: its training data are not here "
+                  "(--tokenizer=FOLDER names them)")
+    return ids.to(model.lm_head.weight.device), source
 
 
 AT_ONCE = 10**11                                 # FLOPs of a loss that is measured unasked: about a second
@@ -309,6 +355,28 @@ def saved(model, about, val, folder, threads):
         model.choose(predict=True)
         parts.append(f"loss {with_ - without:+.4f} on {count:,} held-out tokens")
     return "screened units: " + "; ".join(parts)
+
+
+def prune(model, about, folder):
+    """Choose which weights 2:4 keeps of a dense model's -> what to print."""
+    ids, source = some_text(model, about, folder)
+    retrofit.choose_pruned(model, ids)
+    return f"2:4 keeps weights by their size and that of their inputs, {source}"
+
+
+def untrained(model, cfg, flags, about, val):
+    """Of a model that decodes with flags that it was not trained with -> what to print: with its validation
+    loss beside the model's own, where `val` asks for that: True, or a data set."""
+    typed = flags | ({"quantize": cfg.quantize} if cfg.quantize else {})
+    what = "untrained with " + ", ".join(f"{key}={value}" for key, value in typed.items())
+    if not val:
+        return f"{what}: --val=True prints what that costs"
+    settings, c = about.get("config") if isinstance(about.get("config"), dict) else {}, model.config
+    stream = datasets.held_out(val, settings, about.get("tokenizer"), c.block_size, c.vocab_size)
+    own, weight = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer)[0], next(model.parameters())
+    before = estimate.validation_loss(own.to(device=weight.device, dtype=weight.dtype), stream)
+    return estimate.beside(before, estimate.validation_loss(model, stream), what,
+                           settings.get("dataset") if val is True else val)
 
 
 def streaming(model, cfg):

@@ -24,7 +24,7 @@ from data import tokenizer as tokenizers
 from decode.counters import by_layer, counters, depth_used, summary
 from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
-from training import continual, energy, estimate, optimizers, pretrained, rundir, runtime
+from training import continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
 from training.pretrained import GPT2_SIZES
 
 DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
@@ -46,7 +46,10 @@ class TrainConfig(GPTConfig):
     dry_run: bool = False  # print parameters, memory, tokens and time of the run from a few steps, and stop
     always_save_checkpoint: bool = True  # save after every evaluation; False: only when the val loss improves
     keep_checkpoints: int = 2  # saves that stay: ckpt.pt and, as ckpt-ITERATION.pt, those before it
-    init_from: str = "scratch"  # scratch, resume, auto (resume if possible), gpt2[-medium...], a checkpoint
+    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2[-medium...], a run or file
+    train_only: str = ""  # new: train the tensors alone that the flags behind --init_from added; empty: all
+    teacher: str = ""  # a run or a GPT-2 whose predictions are learnt too, beside the data; empty: none
+    distill: float = 0.5  # the share of the loss that is the divergence from the teacher
     wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
@@ -105,6 +108,7 @@ class TrainConfig(GPTConfig):
         require(self.sampling in datasets.SAMPLINGS,
                 f"sampling='{self.sampling}' must be one of {', '.join(datasets.SAMPLINGS)}")
         optimizers.check(self)
+        retrofit.check_keys(self)
         runtime.check_compile(self.compile)
         continual.check(self)
 
@@ -146,6 +150,23 @@ class TrainConfig(GPTConfig):
         return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)} | named | changes)
 
 
+def open_model(key, source):
+    """The model that --init_from or --teacher names -> (GPT on the CPU, in eval mode, the description of its
+    tokenizer or None, what is kept of where it comes from)."""
+    if pretrained.is_gpt2(source):
+        model, path = GPT.from_pretrained(source), source
+        known, iteration = pretrained.description_of(source, model.config.vocab_size), None
+    else:
+        require(os.path.exists(Path(source)), f"{key}='{source}' must be "
+                + "scratch, resume, auto, " * (key == "init_from") + f"{', '.join(GPT2_SIZES)}, or the path "
+                "of a checkpoint, a run or a Hugging Face GPT-2 folder")
+        loaded, path = ckpt.read(Path(source))
+        model = build_model(loaded, path, learns=key == "init_from")
+        known, iteration = loaded.get("tokenizer"), loaded.get("iter_num")
+    return model.eval(), known, {"name": retrofit.name_of(path), "iter_num": iteration,
+                                 "sha256": retrofit.sha_of(path)}
+
+
 # -------------------------------------------------- configuration and run directory -------------------------
 
 begin_script()
@@ -156,7 +177,7 @@ for key in ("n_layer", "n_head", "n_embd"):
             f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
 world, device_name = runtime.join_world(*(given.get(key, getattr(TrainConfig, key)) for key in
                                           ("backend", "device")))
-resumed, base = None, {}
+resumed, base, dense, parent = None, {}, None, None
 given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from),
                                    given.get("out_dir", TrainConfig.out_dir), world.restarted())
 if given["init_from"] == "resume":
@@ -165,6 +186,9 @@ if given["init_from"] == "resume":
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items()
             if k in known and k not in given}                  # so typing a key mends one that is damaged
+elif given["init_from"] != "scratch":
+    dense, dense_tokenizer, parent = open_model("init_from", given["init_from"])
+    base = {k: v for k, v in asdict(dense.config).items() if k != "dropout"}
 world.require_same(resumed["iter_num"] if resumed else 0, "starts at iteration {}", "out_dir")
 cfg = TrainConfig(**{**base, **given})
 require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
@@ -217,26 +241,30 @@ def start_model():
     if resumed:
         model = pretrained.fit_vocabulary(load_model(resumed, resumed_path), resumed.get("tokenizer"), meta)
         return model, resumed["iter_num"], float(resumed["best_val_loss"]), resumed.get("seconds", 0.0)
-    path = Path(cfg.init_from)
-    if pretrained.is_gpt2(cfg.init_from):
-        model = GPT.from_pretrained(cfg.init_from, dict(dropout=cfg.dropout))
-        known = pretrained.description_of(cfg.init_from, model.config.vocab_size)
-        model = pretrained.fit_vocabulary(model, known, meta)
-    else:
-        require(os.path.exists(path),
-                f"init_from='{cfg.init_from}' must be scratch, resume, auto, {', '.join(GPT2_SIZES)}, or the "
-                "path of a checkpoint, a run or a Hugging Face GPT-2 folder")
-        loaded, path = ckpt.read(path)
-        model = pretrained.fit_vocabulary(load_model(loaded, path), loaded.get("tokenizer"), meta)
+    model = pretrained.fit_vocabulary(dense, dense_tokenizer, meta)
     return model, 0, 1e9, 0.0
 
 
 def load_model(loaded, path):
     """A checkpoint's model, with the dropout and the recompute flag of this run where the user typed them."""
-    args = loaded["model_args"]
+    dropout = loaded["model_args"].get("dropout", cfg.dropout)
     typed = {key: given[key] for key in ("dropout", "recompute") if key in given}
-    dropout = args.get("dropout", cfg.dropout) if resumed else cfg.dropout
     return build_model(loaded, path, learns=True, **{"dropout": dropout} | typed)
+
+
+def with_flags(model):
+    """The model that a run starts from with the flags that were typed -> (model, Account or None)."""
+    new = cfg.model_config(vocab_size=given.get("vocab_size") or model.config.vocab_size,
+                           block_size=model.config.block_size)
+    if not retrofit.changes(model.config, new):
+        return pretrained.rebuilt(model, new), None
+    retrofit.check(model.config, new, cfg.init_from)
+    require(not retrofit.is_run(cfg.init_from, out_dir), f"out_dir={out_dir} is the run of "
+            f"--init_from={cfg.init_from}, which the new one is compared with: type --out_dir=ANOTHER_FOLDER")
+    rows = max(1, retrofit.TOKENS // new.block_size)
+    stream = datasets.open_stream(task_sources[0], "train", new.block_size, rows, seed=cfg.seed,
+                                  vocab_size=new.vocab_size)
+    return retrofit.retrofit(model, new, stream.batch(0)[0], cfg.seed)
 
 
 def same_shape(config):
@@ -247,20 +275,29 @@ def same_shape(config):
         name = key if key in typed else "size"
         require(value == getattr(config, key) or (key == "vocab_size" and not value),
                 f"{name}={given[name]}, but the model of --init_from={cfg.init_from} has "
-                f"{key}={getattr(config, key)}: leave --{name} out, or start anew with --init_from=scratch")
+                f"{key}={getattr(config, key)}: leave --{name} out, or start anew with --init_from=scratch"
+                + f", or switch it on in another run: --init_from={cfg.out_dir} --out_dir=ANOTHER_FOLDER"
+                * (cfg.init_from == "resume" and key not in retrofit.STAYS))
 
 
 raw_model, iter_num, best_val_loss, seconds_before = start_model()
+require("block_size" not in given or cfg.block_size <= raw_model.config.block_size,
+        f"block_size={cfg.block_size} is longer than the {raw_model.config.block_size} of the loaded model: "
+        "leave --block_size out")
 if cfg.block_size < raw_model.config.block_size:
     raw_model.crop_block_size(cfg.block_size)
+for folder in folders:
+    datasets.check(folder, raw_model.config.block_size, raw_model.config.vocab_size)
+dense, account = raw_model, None
+if parent:
+    raw_model, account = with_flags(dense)
+    parent["new"] = account.new if account else []
+parent = (resumed or {}).get("parent", parent)
 model_config = raw_model.config
 same_shape(model_config)
+if cfg.train_only:
+    retrofit.freeze_all_but(raw_model, (parent or {}).get("new", ()))
 settings = asdict(cfg) | asdict(model_config) | {"size": ""}   # what the model is, whatever named it
-require("block_size" not in given or cfg.block_size == model_config.block_size,
-        f"block_size={cfg.block_size} is longer than the {model_config.block_size} of the loaded model: "
-        "leave --block_size out")
-for folder in folders:
-    datasets.check(folder, model_config.block_size, model_config.vocab_size)
 raw_model = runtime.shard(raw_model, place.device) if cfg.fsdp else raw_model.to(place.device)
 raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
@@ -296,6 +333,8 @@ model = torch.compile(raw_model) if place.compile else raw_model
 parallel = (DDP(model, device_ids=[place.device.index] if place.device.type == "cuda" else None,
                 find_unused_parameters=bool(cfg.grow or cfg.adapters))
             if world.size > 1 and not cfg.fsdp else model)
+teacher = retrofit.check_teacher(cfg, model_config, meta, *open_model("teacher", cfg.teacher)[:2]
+                                 ) if cfg.teacher else None
 
 
 def to_device(batch):
@@ -316,15 +355,39 @@ def micro_batch(iteration, micro):
 
 
 @torch.no_grad()
-def evaluate(task, splits=datasets.SPLITS):
+def evaluate(task, splits=datasets.SPLITS, net=model):
     """Mean loss over eval_iters fixed batches of a task's splits, shared among the ranks -> {split: loss}."""
     tasks.look_at(task)
-    model.eval()
-    sums = [sum(model(*to_device(eval_streams[task][split].batch(k)))[1].item()
+    net.eval()
+    sums = [sum(net(*to_device(eval_streams[task][split].batch(k)))[1].item()
                 for k in range(world.rank, cfg.eval_iters, world.size))
             for split in splits]
     model.train()
     return {split: total / cfg.eval_iters for split, total in zip(splits, world.sum(sums))}
+
+
+def tell_retrofit():
+    """Before the first step: what became of the dense model's tensors, and its loss beside this one's."""
+    dense.to(place.device).compute_dtype = place.dtype
+    losses = {"val_loss": evaluate(0, ["val"], dense)["val"], "untouched": evaluate(0, ["val"])["val"]}
+    if model_config.mlp_screen or model_config.mlp_predict:
+        raw_model.choose(predict=True)
+        losses["untouched_decoding"] = evaluate(0, ["val"], raw_model)["val"]
+        raw_model.choose(predict=False)
+    parent.update(losses)
+    say(f"from {parent['name']}: ", "\n".join(account.lines()), sep="")
+    say(retrofit.beside(losses, retrofit.changes(dense.config, model_config)))
+
+
+def own_loss(batch):
+    return parallel(*batch)[1]
+
+
+def loss_beside_teacher(batch):
+    logits, loss = parallel(*batch)
+    with torch.no_grad():
+        theirs = teacher(*batch)[0]
+    return retrofit.distilled(cfg.distill, loss, logits, theirs, batch[1])
 
 
 def finish_task():
@@ -355,7 +418,7 @@ def train_step(iteration, batch):
     for micro in range(accumulation):
         share_gradients(micro == accumulation - 1)
         tasks.listen(numbered(iteration, micro))
-        loss = parallel(*batch)[1] / accumulation
+        loss = loss_of(batch) / accumulation
         last = micro == accumulation - 1
         batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
@@ -388,7 +451,8 @@ def save_checkpoint(path):
     weights, moments = runtime.whole([raw_model.state_dict(), optimizer.state_dict()])   # by all ranks
     if not world.master:
         return
-    if not all(bool(torch.isfinite(p).all()) for p in weights.values()):
+    learnt = dict(raw_model.named_parameters())                 # a threshold that is not found yet is NaN
+    if not all(bool(torch.isfinite(p).all()) for name, p in weights.items() if name in learnt):
         return tqdm.write(f"iteration {iter_num}: weights are not finite, {path} is left as it is",
                           file=sys.stderr)
     lock.check()
@@ -396,6 +460,7 @@ def save_checkpoint(path):
                    model_args=model_config.model_args(), iter_num=iter_num, best_val_loss=best_val_loss,
                    config=settings, **tokenizer, scaler=scaler.state_dict(), seconds=seconds(),
                    **({"tasks": tasks.state_dict()} if cfg.tasks else {}),
+                   **({"parent": parent} if parent else {}),
                    **({"launch": ckpt.launch()} if ckpt.launch() else {})), path, cfg.keep_checkpoints)
     saved[path.name] = iter_num
     if path.name == "ckpt.pt":
@@ -488,6 +553,10 @@ def timed_step(micro_batches):
     return time.perf_counter() - clock
 
 
+loss_of = own_loss
+if teacher:
+    teacher, loss_of = teacher.to(place.device), loss_beside_teacher
+    teacher.compute_dtype = place.dtype
 wandb = None
 if cfg.wandb_log and world.master and not looks_only:
     try:
@@ -512,6 +581,9 @@ if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:     # ignored under 
     signal.signal(HANG_UP, request_stop)
 world.barrier()                                                # all have read what the run starts from
 metrics = None if looks_only else world.by_master(open_metrics)
+if account:
+    tell_retrofit()
+dense = None                                                    # frees its weights
 terminal = sys.stderr.isatty()
 iter_before = iter_num
 bar = tqdm(total=cfg.max_iters, initial=iter_num, disable=not world.master or looks_only,

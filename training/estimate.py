@@ -87,10 +87,10 @@ def validation_loss(model, stream, tokens=VAL_TOKENS):
     return total / count, count
 
 
-def beside(before, after, kind, dataset):
-    """The sentence of two results of validation_loss, before a model was quantised and behind it."""
+def beside(before, after, what, dataset):
+    """The sentence of two results of validation_loss, of a model as it was and `what` was done to it."""
     (old, count), (new, _) = before, after
-    return (f"validation loss {old:.4f} nats, quantised to {kind} {new:.4f} ({new - old:+.4f}, "
+    return (f"validation loss {old:.4f} nats, {what} {new:.4f} ({new - old:+.4f}, "
             f"{(new - old) / old:+.2%}): {count:,} tokens of {dataset}")
 
 

@@ -85,7 +85,8 @@ def quantized(model, kind, val, about, folder=""):
     if {*forms} & {4, 8} and next(model.buffers()).is_cpu and cpu_library()[0] is None:
         said += "; without C kernels they are multiplied as what they stand for"
     if stream:
-        said += "\n" + estimate.beside(before, estimate.validation_loss(model, stream), kind,
+        after = estimate.validation_loss(model, stream)
+        said += "\n" + estimate.beside(before, after, f"quantised to {kind}",
                                        settings.get("dataset") if val is True else val)
     return said
 

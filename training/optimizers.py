@@ -139,7 +139,8 @@ def build(model, cfg, device_type):
 def by_clipping(model):
     """Parameters in lists whose gradients are clipped apart: the model's, and those that learn aside."""
     aside = {id(p) for m in model.modules() if getattr(m, "aside", False) for p in m.parameters()}
-    parts = ([p for p in model.parameters() if (id(p) in aside) == side] for side in (False, True))
+    parts = ([p for p in model.parameters() if p.requires_grad and (id(p) in aside) == side]
+             for side in (False, True))
     return [part for part in parts if part]
 
 

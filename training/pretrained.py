@@ -432,6 +432,13 @@ def fit_vocabulary(model, old, meta):
     return model
 
 
+def rebuilt(model, config):
+    """The same weights as a model of another config that has the same tensors."""
+    new = type(model)(config, init=False)
+    new.load_state_dict(model.state_dict())
+    return new
+
+
 @torch.no_grad()
 def grow_vocabulary(model, old_size, pieces):
     """A model whose embedding and head have a row more for each of `pieces`, behind those of old_size ids.
@@ -447,4 +454,4 @@ def grow_vocabulary(model, old_size, pieces):
     config = dataclasses.replace(model.config, vocab_size=old_size + len(pieces))
     grown = type(model)(config, init=False)
     grown.load_state_dict(weights)
-    return grown
+    return grown.train(model.training)

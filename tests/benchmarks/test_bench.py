@@ -22,7 +22,7 @@ import sparse_kernels
 from benchmarks import CLONE, decode, peers, quality, race, readme, timing, train, work
 from benchmarks import record as records
 from benchmarks.arms import SHAPED
-from benchmarks.record import HF, OURS, OURS_FP32, PEER
+from benchmarks.record import HF, OURS, OURS_FP32, PEER, TWIN
 from configurator import ConfigError
 from kernels.build import cpu_library
 from model import GPT, GPTConfig
@@ -812,3 +812,31 @@ def test_kinds_of_whole_numbers_are_listed_by_commas_though_their_parts_have_com
     (["--losses=gone.json"], ["losses='gone.json'", "--out=FILE"]), (["--windows=1"], ["windows=1"])])
 def test_bad_keys_of_screen_say_what_to_type(tmp_path, words, parts):
     one_sentence(run(tmp_path, "screen", *words), "bench.py", *parts)
+
+
+@pytest.mark.slow
+def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_path):
+    (tmp_path / "recipe.py").write_text("n_layer, n_head, n_embd, block_size, act = 2, 2, 16, 16, 'relu2'\n"
+                                        "batch_size, gradient_accumulation_steps, eval_iters = 8, 1, 2\n"
+                                        "learning_rate, min_lr, warmup_iters = 1e-2, 0.0, 0\n"
+                                        "max_iters = lr_decay_iters = eval_interval = 8\n")
+    words = ["retrofit", f"--config={tmp_path / 'recipe.py'}", "--repeats=1", "--more=2",
+             "--arms=screened units,topk"]
+    result = run(tmp_path, *words)
+    record = record_of(result)
+    assert record["runs"].keys() == {TWIN, "screened units", "screened units, taught", "topk", "topk, taught"}
+    assert record["runs"]["screened units"][0]["untouched"] == 0 and record["dense"]["iters"] == 8
+    assert "untouched" not in record["runs"][TWIN][0] and "decoding" in record["runs"]["screened units"][0]
+
+
+def test_a_table_of_retrofits_says_what_each_block_costs_untouched_and_trained(capsys):
+    from benchmarks import retrofit
+    runs = {TWIN: [dict(val_loss=1.0), dict(val_loss=1.2)],
+            "topk": [dict(val_loss=1.15, untouched=0.02), dict(val_loss=1.17, untouched=0.02)],
+            "topk, taught": [dict(val_loss=1.11), dict(val_loss=1.13)],
+            "predict": [dict(val_loss=1.3, untouched=0.5, decoding=1.4)] * 2}
+    retrofit.show(retrofit.Retrofit(repeats=2, more=7), dict(val_loss=1.5, iters=9), runs)
+    first, head, topk, predict = capsys.readouterr().out.splitlines()
+    assert "1.5000 after 9 iterations, 1.1000 after 7 more (means of 2 seeds)" in first
+    assert topk.split() == ["topk", "+0.0200", "1.1600", "+0.0600", "+0.0200"] and "after 7" in head
+    assert predict.split() == ["predict", "+0.5000", "1.3000", "+0.2000", "1.4000"]
