@@ -330,7 +330,7 @@ STEP_ARMS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", 
 
 
 @interpreted
-@pytest.mark.parametrize(("arm", "rows"), zip(STEP_ARMS, (3, 8, 1, 2)))
+@pytest.mark.parametrize(("arm", "rows"), list(zip(STEP_ARMS, (3, 8, 1, 2))))
 def test_a_step_on_a_card_gives_the_logits_of_forward_in_five_launches_a_layer(arm, rows, monkeypatch):
     """Each row at a column of its own, some past their window; the launches are those that it counts."""
     monkeypatch.setattr(steps, "PRODUCTS", dict.fromkeys((1, 2, 4, 8), (64, 64)))    # interpreted sooner
@@ -343,7 +343,7 @@ def test_a_step_on_a_card_gives_the_logits_of_forward_in_five_launches_a_layer(a
         mine, other = Cache(model, rows, 16), Cache(model, rows, 16)
         for cache in (mine, other):
             sampling.read(model, cache, history, [0] * rows, [end - 1 for end in ends], False)
-        step, ids = sampling.Step(model, mine, history, 29), []
+        step = sampling.Step(model, mine, history, 29)
         assert step.card, step.card
         forward = sampling.Step(model, other, history, 29)
         for more in range(2):
@@ -382,9 +382,35 @@ def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
     assert covered >= {"gpt2", "no_bias", "rmsnorm", "rope", "qk_norm", "qk_gain", "relu2", "swiglu",
                        "softcap", "zero_init", "untied", "units", "window", "window_pattern", "screen"}
     assert not covered & {"osc", "ngram", "topk", "event_gate", "columns", "compartments", "experts",
-                          "predict", "mlp_screen", "dendrites", "hierarchy", "exits", "ponder", "adapters"}
+                          "predict", "dendrites", "hierarchy", "ponder", "adapters"}
+    for flag in ("mlp_screen", "exits"):                  # dense until their policy is in use
+        model, history = build(ARMS[flag]).use_policy().to(DEVICE), tokens(1, 8).to(DEVICE)
+        assert flag in covered
+        assert not card.card_of(model, Cache(model, 1, 8), history, history[:, 0] * 0, 31)
     model, history = build({}), tokens(9, 8)
     assert "9 rows" in str(card.card_of(model, Cache(model, 9, 8), history, history[:, 0] * 0, 31))
     model.compute_dtype = torch.bfloat16
     history = history[:1]
     assert "float32" in str(card.card_of(model, Cache(model, 1, 8), history, history[:, 0] * 0, 31))
+
+
+def step_cubins(folder, *words):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "cubins.py"), "step", *words],
+                         env=env, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA compiler comes with Linux wheels")
+@pytest.mark.parametrize("words", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=["some", "every"])
+def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, words):
+    found = step_cubins(tmp_path, *words)
+    assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 40
+    assert {row["kernel"] for row in found} == {
+        f"step {name}_kernel" for name in ("embed", "product", "attend", "down")}
+    for row in found:
+        assert row["stack"] == row["local"] == row["spills"] == 0, row
+        assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
+        if row["kernel"] != "step embed_kernel":
+            assert row["wide_loads"] >= 1, row
