@@ -54,7 +54,7 @@ class Card:
             raise NotWritten(f"{self.rows} rows at once, {ROWS} is the most")
         if self.dtype not in DTYPES:
             raise NotWritten(f"a stream in {self.dtype}")
-        from kernels import triton_step          # a machine without Triton reads this file too
+        from kernels import triton_step  # a machine without Triton reads this file too
         self.k, self.tall = triton_step, 1 << (self.rows - 1).bit_length()
         self.processors = kernels.triton_kernels().processors(history.device)
         self.calls, self.launches, self.ran, self.module = [], [], Counter(), ""
@@ -142,8 +142,8 @@ class Card:
         out = onto.x if onto else self.empty(rows, C)
         parts = self.empty(shares, rows, C, dtype=torch.float32)
         arrived = torch.zeros(columns, dtype=torch.int32, device=out.device)
-        self.add(self.k.down_kernel, (columns, shares), (a.x, matrix.weight, matrix.bias, onto and onto.x, out,
-                 parts, arrived, rows, N, C, share), dict(ALL=all, **tile))
+        self.add(self.k.down_kernel, (columns, shares), (a.x, matrix.weight, matrix.bias, onto and onto.x,
+                 out, parts, arrived, rows, N, C, share), dict(ALL=all, **tile))
         return onto or Plain(out)
 
     def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):

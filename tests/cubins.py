@@ -37,7 +37,8 @@ ALIGNED = ("N", "K", "C")                        # sizes that a model's are mult
 # memory), and what multiplies.
 EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
             "down_kernel": "FFMA", "largest_kernel": "SETP", "step product_kernel": "FFMA",
-            "step attend_kernel": "FFMA", "step down_kernel": "FFMA", "step embed_kernel": "FADD|FFMA|HADD|HFMA"}
+            "step attend_kernel": "FFMA", "step down_kernel": "FFMA",
+            "step embed_kernel": "FADD|FFMA|HADD|HFMA"}
 WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
 
 

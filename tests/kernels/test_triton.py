@@ -403,7 +403,7 @@ def step_cubins(folder, *words):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA compiler comes with Linux wheels")
-@pytest.mark.parametrize("words", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=["some", "every"])
+@pytest.mark.parametrize("words", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=str)
 def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, words):
     found = step_cubins(tmp_path, *words)
     assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 40
