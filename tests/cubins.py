@@ -65,7 +65,7 @@ def jobs(architectures):
 
 def jobs_of_a_step(every=False):
     """The same of the kernels of a decode step."""
-    some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8), ("plain", "none", 4)}
+    some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
     forms = {(kind, act, rows) for kind in ("layernorm", "rmsnorm") for rows in (1, 2, 4, 8)
              for act in ("none", "gelu", "gelu_tanh", "relu2", "silu")}
     forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
@@ -76,14 +76,16 @@ def jobs_of_a_step(every=False):
                 tile = steps.product_tile(rows, 10 ** 6, 4096, gated, joins, 1)
                 absent = dict.fromkeys((() if joins else ("marks",)) + ("cap",) +
                                        (("gain", "shift") if kind in ("plain", "join") else ()))
+                absent |= dict(R=1) if rows == 1 else {}              # a size of 1 is a constant to Triton
                 yield ("step product_kernel", arch, half,
                        dict(INPUT=kind, ACT=act, GATED=gated, D=64) | absent, tile)
             for rows in (1, 2, 4, 8) if every else (1, 8):
                 for everything in (False, True)[:1 + every]:
-                    yield ("step down_kernel", arch, half, dict(ALL=everything),
-                           steps.down_tile(rows, 3072, 768, 132)[0])
+                    form = dict(ALL=everything) | (dict(R=1) if rows == 1 else {})
+                    yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
-                yield "step attend_kernel", arch, half, dict(NORM=True), steps.attend_tile(width)
+                for one in ({}, dict(R=1, H=1))[:1 + every]:
+                    yield "step attend_kernel", arch, half, dict(NORM=True) | one, steps.attend_tile(width)
             yield "step embed_kernel", arch, half, dict(BC=1024), dict(num_warps=4)
 
 

@@ -406,7 +406,7 @@ def step_cubins(folder, *words):
 @pytest.mark.parametrize("words", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=str)
 def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, words):
     found = step_cubins(tmp_path, *words)
-    assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 40
+    assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 35
     assert {row["kernel"] for row in found} == {
         f"step {name}_kernel" for name in ("embed", "product", "attend", "down")}
     for row in found:
