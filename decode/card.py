@@ -170,8 +170,10 @@ class Card:
 
 def card_of(model, cache, history, start, ids):
     """A model's Card, or a NotWritten, which is false and says in a sentence why `forward` decodes."""
-    if cache.choices.forward or kernels.triton_kernels() is None:
-        return NotWritten(cache.choices.forward or "there is no Triton here")
+    if cache.choices.forward or not history.is_cuda:
+        return NotWritten(cache.choices.forward or "these kernels run on a CUDA card")
+    if kernels.triton_kernels() is None:
+        return NotWritten("there is no Triton here")
     try:
         return Card(model, cache, history, start, ids)
     except NotWritten as reason:
