@@ -18,7 +18,7 @@ import sparse_kernels
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode import calibrate, engine, sampling
+from decode import calibrate, card, engine, sampling
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, settle
 from model import GPT, build_model
@@ -422,6 +422,10 @@ def decoding(model, cfg, device):
     if cfg.speculate:
         return "forward decodes (--speculate drafts and verifies with the layers themselves, draws by torch)"
     program = engine.trial(model, device, torch.get_num_threads())
+    if device.type == "cuda":
+        made = card.trial(model, device)
+        return (f"{len(made.launches)} kernels a token" if made else
+                f"forward decodes ({made.args[0]})")
     if not program:
         return f"forward decodes ({program})"
     timed, threads = "", cfg.threads

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError, require
+from decode import card, engine
 from decode import draws as counted
-from decode import engine
 from decode.context import Cache, CachedContext, take_tokens
 
 COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
@@ -151,8 +151,8 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=idx.device)
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens), choices)
-    step = Step(model, cache, history) if replays(model, idx.device) else None
     ids, made = min(V, sampler.vocab_size or V), 0
+    step = Step(model, cache, history, ids) if replays(model, idx.device) else None
     key = counted.new_key() if getattr(sampler, "draws", "torch") == "engine" else None
     looks_back = getattr(sampler, "looks_back", True)
     how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "draws_in_engine", False) else None
@@ -171,10 +171,12 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
             continue
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
+        logits = (states if replayed and step.card
+                  else model.largest(states, sampler.wants(), ids, cache))
         cached, made = True, made + 1
         if key is not None:
             sampler.at = key, ends
-        token = sampler(model.largest(states, sampler.wants(), ids, cache), seen[:, :ids])
+        token = sampler(logits, seen[:, :ids])
         history[rows, column(ends, idx.device)] = token
         if looks_back:
             seen.scatter_(1, token, True)
@@ -233,16 +235,19 @@ def replays(model, device):
 class Step:
     """One decode step of a whole batch as a function of tensors alone, each row at its own column: a GPU
     records it as a CUDA graph and replays it without the host. A cache of fixed size serves: keys of columns
-    that are not written yet are masked."""
+    that are not written yet are masked. card: the step as a few Triton kernels, which leave logits, or why
+    the model's own forward makes it, which leaves states (decode/card.py)."""
     EAGER = 3                                    # steps that warm kernels up before one is recorded
 
-    def __init__(self, model, cache, history):
+    def __init__(self, model, cache, history, ids):
         self.model, self.cache, self.history = model, cache, history
         self.start = torch.zeros(len(history), dtype=torch.long, device=history.device)
-        self.run, self.calls = self.states, 0
+        self.card = card.card_of(model, cache, history, self.start, ids)
+        self.run, self.calls = self.card.step if self.card else self.states, 0
 
     def __call__(self, ends):
-        """States (B, C) of the tokens at columns ends - 1 of history."""
+        """Of the tokens at columns ends - 1 of history: logits (B, ids) if the card makes them, else states
+        (B, C)."""
         self.start.copy_(torch.tensor(ends) - 1)
         self.calls += 1
         if self.calls == self.EAGER and self.start.is_cuda:
@@ -254,10 +259,10 @@ class Step:
         return self.model.trunk(ids, CachedContext(self.cache, self.start, 1, self.history))[:, 0]
 
     def record(self):
-        graph = torch.cuda.CUDAGraph()
+        graph, run = torch.cuda.CUDAGraph(), self.run
         with torch.cuda.graph(graph):
-            states = self.states()
-        self.run = lambda: (graph.replay(), states)[1]
+            made = run()
+        self.run = lambda: (graph.replay(), made)[1]
 
 
 class Speculation:

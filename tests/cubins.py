@@ -2,6 +2,9 @@
 print what the machine code uses: a JSON line for each.
 
     python tests/cubins.py [ARCHITECTURE...]
+    python tests/cubins.py step [every]
+
+The second: the kernels of a decode step in a few forms of theirs, or in every form, for all architectures.
 """
 import importlib
 import json
@@ -22,6 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 kernels = importlib.import_module("kernels.triton_kernels")
+steps = importlib.import_module("kernels.triton_step")
 warnings.filterwarnings("ignore", category=UserWarning, module="triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -32,7 +36,9 @@ ALIGNED = ("N", "K", "C")                        # sizes that a model's are mult
 # What must be in the machine code of each kernel: 16-byte loads from memory (LDG, or LDGSTS into shared
 # memory), and what multiplies.
 EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
-            "down_kernel": "FFMA", "largest_kernel": "SETP"}
+            "down_kernel": "FFMA", "largest_kernel": "SETP", "step product_kernel": "FFMA",
+            "step attend_kernel": "FFMA", "step down_kernel": "FFMA",
+            "step embed_kernel": "FADD|FFMA|HADD|HFMA"}
 WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
 
 
@@ -57,24 +63,57 @@ def jobs(architectures):
             yield "largest_kernel", arch, "bf16", dict(KEEP=keep, BLOCK=width), dict(num_warps=8)
 
 
-SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share")
+def jobs_of_a_step(every=False):
+    """The same of the kernels of a decode step."""
+    some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
+    forms = {(kind, act, rows) for kind in ("layernorm", "rmsnorm") for rows in (1, 2, 4, 8)
+             for act in ("none", "gelu", "gelu_tanh", "relu2", "silu")}
+    forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
+    for arch in ARCHITECTURES:
+        for half in ("bf16", "fp16", "fp32") if every else ("bf16",):
+            for kind, act, rows in sorted(forms if every else some):
+                gated, joins = act == "silu", kind == "join"
+                tile = steps.product_tile(rows, 10 ** 6, 4096, gated, joins, 1)
+                absent = dict.fromkeys((() if joins else ("marks",)) + ("cap",) +
+                                       (("gain", "shift") if kind in ("plain", "join") else ()))
+                absent |= dict(R=1) if rows == 1 else {}              # a size of 1 is a constant to Triton
+                yield ("step product_kernel", arch, half,
+                       dict(INPUT=kind, ACT=act, GATED=gated, D=64) | absent, tile)
+            for rows in (1, 2, 4, 8) if every else (1, 8):
+                for everything in (False, True)[:1 + every]:
+                    form = dict(ALL=everything) | (dict(R=1) if rows == 1 else {})
+                    yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
+            for width in (64, 32, 128) if every else (64,):
+                for one in ({}, dict(R=1, H=1))[:1 + every]:
+                    yield "step attend_kernel", arch, half, dict(NORM=True) | one, steps.attend_tile(width)
+            yield "step embed_kernel", arch, half, dict(BC=1024), dict(num_warps=4)
+
+
+SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
+STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", eps="fp32", scale="fp32")
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
+
+
+def kernel_of(name):
+    return getattr(steps if name.startswith("step ") else kernels, name.split()[-1])
 
 
 def types_of(name, half):
     """The type of every argument, in Triton's words."""
-    known = POINTERS | INPUTS.get(name, {}) | dict.fromkeys(SIZES, "i32")
-    return {key: known.get(key, f"*{half}") for key in getattr(kernels, name).arg_names}
+    known = POINTERS | INPUTS.get(name, {}) | dict.fromkeys(SIZES, "i32") | STEP
+    return {key: known.get(key, f"*{half}") for key in kernel_of(name).arg_names}
 
 
 def build(job):
     name, arch, half, constants, tile = job
-    kernel = getattr(kernels, name)
+    kernel = kernel_of(name)
     constants = constants | {key: value for key, value in tile.items() if key not in OPTIONS}
     if "HALF" in kernel.arg_names:
         constants["HALF"] = {"bf16": tl.bfloat16, "fp16": tl.float16}[half]
     types = {key: kind for key, kind in types_of(name, half).items() if key not in constants}
+    if constants.get("INPUT") == "join":
+        types["x"] = "*fp32"                     # parts of sums
     aligned = [i for i, key in enumerate(kernel.arg_names)
                if types.get(key, "").startswith("*") or (key in ALIGNED and key in types)]
     language = GluonASTSource if name == "mma_24" else ASTSource
@@ -99,7 +138,10 @@ def tool(name, *words):
 
 
 if __name__ == "__main__":
-    wanted = list(map(int, sys.argv[1:])) or ARCHITECTURES
+    if sys.argv[1:2] == ["step"]:
+        wanted = jobs_of_a_step("every" in sys.argv)
+    else:
+        wanted = jobs(list(map(int, sys.argv[1:])) or ARCHITECTURES)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(build, jobs(wanted), chunksize=8):
+        for found in pool.map(build, wanted, chunksize=8):
             print(json.dumps(found), flush=True)

@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from benchmarks import CLONE, decode, peers, quality, race, readme, timing, trai
 from benchmarks import record as records
 from benchmarks.arms import SHAPED
 from benchmarks.record import HF, OURS, OURS_FP32, PEER, TWIN
-from configurator import ConfigError
+from configurator import ConfigError, configure
 from kernels.build import cpu_library
 from model import GPT, GPTConfig
 
@@ -840,3 +842,43 @@ def test_a_table_of_retrofits_says_what_each_block_costs_untouched_and_trained(c
     assert "1.5000 after 9 iterations, 1.1000 after 7 more (means of 2 seeds)" in first
     assert topk.split() == ["topk", "+0.0200", "1.1600", "+0.0600", "+0.0200"] and "after 7" in head
     assert predict.split() == ["predict", "+0.5000", "1.3000", "+0.2000", "1.4000"]
+
+
+SCRIPT = Path(bench.__file__).parent / "benchmarks" / "gpu.sh"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_the_script_for_a_card_types_commands_that_exist_and_stays_under_five_minutes(tmp_path):
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    env = {**os.environ, "PYTHON": "python"}
+    said = subprocess.run([SCRIPT, "--print", tmp_path], env=env, capture_output=True, text=True, check=True)
+    commands = [shlex.split(line) for line in said.stdout.splitlines()]
+    assert len(commands) == 6 and all(words[0] == "python" for words in commands)
+    names = []
+    for words in commands:
+        if words[1] == "bench.py":
+            kind, _ = bench.load(words[2])
+            configure(kind, words[3:], files=True)            # raises where a key or a value is wrong
+            names.append(words[2])
+    assert names == ["kernels", "decode", "decode", "window", "train"]
+    limits = re.findall(r"^(?:stage|bench) \w+ (\d+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(limits) == 6 and sum(map(int, limits)) < 300
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script")
+def test_the_script_for_a_card_goes_on_where_it_was_cut_off_and_ends_with_a_table(tmp_path):
+    """Records that are there are not measured again; a stage that fails is told, and its status is not 0."""
+    side = {"sides": {"ours": {"median": 1.5}}, "unit": "ms"}
+    for name in ("kernels", "decode_gpt2", "decode_xl", "window", "train"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"measurements": {"step": side}}), encoding="utf-8")
+    for command, status in (("exit 3", 1), ("echo 5 passed", 0)):
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\n{command}\n')
+        python.chmod(0o755)
+        done = subprocess.run([SCRIPT, tmp_path], env={**os.environ, "PYTHON": str(python)},
+                              capture_output=True, text=True, timeout=60)
+        assert done.returncode == status and ("tests failed" in done.stdout) == bool(status), done
+        lines = done.stdout.splitlines()
+        assert sum("there already" in line for line in lines) == 5
+        assert lines[-1].split() == ["window", "step", "ours", "1.5", "ms"], lines
+        assert any("5 passed" in line for line in lines) == (not status)

@@ -4,6 +4,8 @@ import torch
 from arms import ARMS, TINY, build, tokens
 
 from configurator import ConfigError
+from decode import sampling
+from decode.context import Cache
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
@@ -72,3 +74,48 @@ def test_decoding_on_a_card_follows_a_step_of_a_fused_optimizer(arm):
     anew = build(arm).cuda()
     anew.load_state_dict(model.state_dict())
     assert torch.equal(model.generate(prompt, 20, temperature=0), anew.generate(prompt, 20, temperature=0))
+
+
+STEPS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", act="relu2", qk_norm=True,
+                                    qk_gain=2.0, window=5, window_pattern="SL"),
+         "swiglu": dict(act="swiglu", softcap=15.0), "tanh": dict(act="gelu_tanh", mlp_units=72)}
+
+
+@pytest.mark.parametrize("width", [dict(n_embd=64, n_head=2), dict(n_embd=100, n_head=2),
+                                   dict(n_embd=768, n_head=12)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arm", STEPS)
+def test_a_replayed_step_of_five_kernels_a_layer_gives_the_logits_of_forward(arm, dtype, width):
+    """Rows at columns of their own; the recorded step gives the same bits as the one that was launched."""
+    model = build(STEPS[arm], std=0.05, block_size=200, **width).cuda().to(dtype)
+    loose = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for rows in (1, 3, 8):
+        history, ends = tokens(rows, 200).cuda(), [150, 3, 70, 2, 99, 64, 65, 128][:rows]
+        with torch.inference_mode():
+            mine, other = Cache(model, rows, 200), Cache(model, rows, 200)
+            for cache in (mine, other):
+                sampling.read(model, cache, history, [0] * rows, [end - 1 for end in ends], False)
+            step, forward = (sampling.Step(model, cache, history, 31) for cache in (mine, other))
+            assert step.card
+            for more in range(8):
+                found = step([end + more for end in ends]).clone()
+                again = step.card.step()
+                assert torch.equal(found, again)
+                forward.start.copy_(step.start)
+                right = model.head(forward.states())[:, :31]
+                assert (found - right).abs().max() <= loose * max(1, right.abs().max())
+        assert len(step.card.launches) <= 5 * model.config.n_layer + 5
+
+
+@pytest.mark.parametrize("arm", STEPS)
+def test_generation_on_a_card_gives_the_ids_of_the_step_that_it_replaces(arm):
+    model = build(STEPS[arm], std=0.2, block_size=64).cuda()
+    for rows in (1, 8):
+        new = [model.choose(forward=why).generate(tokens(rows, 7).cuda(), 50, temperature=0)
+               for why in ("", "it is compared")]
+        assert torch.equal(*new)
+    model.choose(forward="")
+    lengths = [2, 5, 7]
+    uneven = model.generate(tokens(3, 7).cuda(), 20, temperature=0, lengths=lengths)
+    model.choose(forward="it is compared")
+    assert torch.equal(uneven, model.generate(tokens(3, 7).cuda(), 20, temperature=0, lengths=lengths))

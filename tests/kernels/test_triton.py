@@ -1,19 +1,26 @@
 """Every Triton kernel equals its reference - on a GPU, or in Triton's interpreter - and its machine code for
 every GPU is what it was designed to be."""
 import functools
+import importlib
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from arms import ARMS, build, tokens
+from torch.nn import functional as F
 
 import sparse_kernels as kernels
+from decode import card, sampling
+from decode.context import Cache
+from decode.engine import NotWritten
 
 
 def counts(x, n):
@@ -26,6 +33,7 @@ if find_spec("triton") is None:
 if not torch.cuda.is_available():                # read when triton is imported, so before any test runs
     os.environ["TRITON_INTERPRET"] = "1"
 gpu = kernels.triton_kernels()
+steps = importlib.import_module("kernels.triton_step")
 import triton  # noqa: E402  (behind the switch that it reads)
 
 probe = triton.jit(counts)
@@ -211,3 +219,200 @@ def test_every_kernel_compiles_for_every_gpu_without_spills(cubins):
         assert row["reg"] <= 128 and row["wide_loads"] >= streams and row["products"] >= 1, row
         assert row["shared"] <= (232448 if row["architecture"] == 90 else 101376), row
     assert max(row["reg"] for row in cubins if row["kernel"] == "mma_24") <= 40
+
+
+# ------------------------------------------------ a decode step -------------------------------------------
+
+
+def product(x, weight, bias=None, onto=None, kind="plain", gain=None, shift=None, act="none", gated=False,
+            cap=None, tile=None):
+    (R, K), N = x.shape, len(weight) // (1 + gated)
+    rows = 1 << (R - 1).bit_length()
+    tile = tile or steps.product_tile(rows, N, K, gated, False, 1)
+    out = torch.empty(R, N, dtype=torch.float32 if cap else x.dtype, device=DEVICE)
+    steps.product_kernel[(-(-N // tile["BN"]),)](
+        x, None, gain, shift, weight, bias, onto, out, R, N, K, 1, 1e-5, cap, INPUT=kind, ACT=act,
+        GATED=gated, D=1, **tile)
+    return out
+
+
+STEP_ACTS = {"none": lambda y: y, "relu2": lambda y: F.relu(y).square(), "gelu": F.gelu, "silu": F.silu,
+             "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_products_of_a_step_equal_norm_matrix_activation_and_residual(dtype):
+    """Rows, odd sizes, norms, activations, gates, caps and residuals in turn, none of them always with the
+    same other one."""
+    shapes = itertools.product((1, 3, 8), ((5, 7), (9, 300), (6, 33)))
+    for seed, ((R, (N, K)), act) in enumerate(zip(shapes, itertools.cycle(STEP_ACTS))):
+        gated, kind = act == "silu", ("layernorm", "rmsnorm", "plain", "layernorm")[seed % 4]
+        x = normal(R, K, seed=seed, dtype=dtype) + 3
+        weight = normal(N * (1 + gated), K, seed=1, dtype=dtype) / K ** 0.5
+        bias = normal(len(weight), seed=2, dtype=dtype) if seed % 2 else None
+        onto = normal(R, N, seed=3, dtype=dtype) if seed % 3 else None
+        gain, shift = normal(K, seed=4, dtype=dtype), normal(K, seed=5, dtype=dtype) if seed % 5 else None
+        found = product(x, weight, bias, onto, kind, gain, shift, act, gated)
+        y = {"plain": lambda x: x, "layernorm": lambda x: F.layer_norm(
+                x, (K,), gain.float(), None if shift is None else shift.float(), 1e-5),
+             "rmsnorm": lambda x: F.rms_norm(x, (K,), gain.float(), 1e-5) + (0 if shift is None else shift)
+             }[kind](x.float())
+        y = F.linear(y, weight.float(), None if bias is None else bias.float())
+        first, *second = y.chunk(1 + gated, dim=-1)
+        y = STEP_ACTS[act](first) * (second[0] if gated else 1) + (0 if onto is None else onto)
+        assert found.dtype == dtype
+        check(found.float(), y, atol=4 * TOLERANCE[dtype], rtol=4 * TOLERANCE[dtype])
+    x, weight = normal(3, 17, seed=1, dtype=dtype) * 9, normal(5, 17, seed=2, dtype=dtype)
+    check(product(x, weight, cap=15.0), 15 * torch.tanh((x.float() @ weight.float().t()) / 15), atol=2e-2,
+          rtol=1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "heads", "D", "size", "splits"),
+                         [(1, 2, 6, 5, 1), (3, 1, 10, 300, 3), (8, 1, 4, 9, 2)])
+def test_attention_of_a_step_equals_torch_at_columns_of_its_own_in_a_ring_and_joined(rows, heads, D, size,
+                                                                                    splits):
+    """Norm, gain, rotation, the key and the value written, and the splits joined by the next product."""
+    eps, C = 1e-6, heads * D
+    qkv, gain = normal(rows, 3 * C, seed=0, dtype=torch.float32), normal(heads, seed=1, dtype=torch.float32)
+    kept = normal(2, rows, heads, size, D, seed=2, dtype=torch.float32)
+    start = torch.tensor([0, size + 2, size - 1, 1, 2, 3, 2 * size, 4][8 - rows:] if rows > 1 else [size + 1])
+    cos, sin = normal(2, 3 * size, 1, D, seed=3, dtype=torch.float32)
+    parts = torch.empty(splits, rows, C, device=DEVICE)
+    marks = torch.empty(2, splits, rows, heads, device=DEVICE)
+    right, start = kept.clone(), start.to(DEVICE)
+    tile = steps.attend_tile(D) | dict(BS=16)
+    steps.attend_kernel[(rows * heads, splits)](qkv, cos, sin, gain, kept, start, parts, marks, rows, heads,
+                                                size, eps, D ** -0.5, NORM=True, **tile)
+    made = []
+    for b, column in enumerate(start.tolist()):
+        q, k, v = qkv[b].view(3, heads, D)
+        q, k = (F.rms_norm(t, (D,), eps=eps) * cos[column] + F.rms_norm(t, (D,), eps=eps).roll(D // 2, -1)
+                * sin[column] for t in (q, k))
+        right[:, b, :, column % size] = torch.stack((k, v))
+        seen = min(column + 1, size)
+        made.append(F.scaled_dot_product_attention((q * gain[:, None])[:, None], *right[:, b, :, :seen]))
+    check(kept, right, atol=1e-5, rtol=1e-5)
+    weight, out = torch.eye(C, device=DEVICE), torch.empty(rows, C, device=DEVICE)
+    tile = steps.product_tile(1 << (rows - 1).bit_length(), C, C, False, True, 1)
+    steps.product_kernel[(-(-C // tile["BN"]),)](
+        parts, marks, None, None, weight, None, None, out, rows, C, C, splits, 0.0, None, INPUT="join",
+        ACT="none", GATED=False, D=D, **tile)
+    check(out, torch.stack(made).view(rows, C), atol=1e-5, rtol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_rows_of_live_units_are_added_up_and_dead_ones_are_not_read(rows):
+    for N, C, shares in ((5, 7, 1), (70, 65, 3)):
+        a = normal(rows, N, seed=0, dtype=torch.float32) * (normal(N, seed=1, dtype=torch.float32) > 0)
+        weight, bias = normal(N, C, seed=2, dtype=torch.float32), normal(C, seed=3, dtype=torch.float32)
+        onto = normal(rows, C, seed=4, dtype=torch.float32)
+        expected = a @ weight + bias + onto
+        tile, columns, _, _ = steps.down_tile(1 << (rows - 1).bit_length(), N, C, 1)
+        share = -(-N // shares // tile["BU"]) * tile["BU"]
+        shares = -(-N // share)
+        parts, out = torch.empty(shares, rows, C, device=DEVICE), torch.empty(rows, C, device=DEVICE)
+        arrived = torch.zeros(columns, dtype=torch.int32, device=DEVICE)
+        for dead, everything in ((0.0, True), (torch.nan, False)):
+            poisoned = torch.where((a != 0).any(dim=0)[:, None], weight, weight * 0 + dead)
+            steps.down_kernel[(columns, shares)](a, poisoned, bias, onto, out, parts, arrived, rows, N, C,
+                                                 share, ALL=everything, **tile)
+            check(out, expected, atol=1e-4, rtol=1e-4)
+            assert not arrived.any()                      # ready for the next step
+
+
+STEP_ARMS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", act="relu2", qk_norm=True,
+                                        qk_gain=2.0, window=3, window_pattern="S"),
+             "swiglu": dict(act="swiglu", softcap=15.0, tie_weights=False),
+             "tanh": dict(act="gelu_tanh", mlp_units=24, pos="rope")}
+
+
+@interpreted
+@pytest.mark.parametrize(("arm", "rows"), list(zip(STEP_ARMS, (3, 8, 1, 2))))
+def test_a_step_on_a_card_gives_the_logits_of_forward_in_five_launches_a_layer(arm, rows, monkeypatch):
+    """Each row at a column of its own, some past their window; the launches are those that it counts."""
+    monkeypatch.setattr(steps, "PRODUCTS", dict.fromkeys((1, 2, 4, 8), (64, 64)))    # interpreted sooner
+    launched = Counter()
+    for name in ("embed_kernel", "product_kernel", "attend_kernel", "down_kernel"):
+        monkeypatch.setattr(steps, name, Counted(getattr(steps, name), launched))
+    model = build(STEP_ARMS[arm], std=0.2, n_layer=1).to(DEVICE)
+    history, ends = tokens(rows, 16).to(DEVICE), [5, 3, 7, 2, 8, 4, 6, 9][:rows]
+    with torch.inference_mode():
+        mine, other = Cache(model, rows, 16), Cache(model, rows, 16)
+        for cache in (mine, other):
+            sampling.read(model, cache, history, [0] * rows, [end - 1 for end in ends], False)
+        forward = sampling.Step(model, other, history, 29)
+        step = card.Card(model, mine, history, forward.start, 29)
+        for more in range(2):
+            forward.start.copy_(torch.tensor(ends) - 1 + more)
+            found = step.step().clone()
+            right = model.head(forward.states())[:, :29]
+            check(found, right, atol=1e-4, rtol=0)
+            assert torch.equal(found.argmax(-1), right.argmax(-1))
+        for kept, written in zip(mine.layers, other.layers):
+            check(kept, written, atol=1e-5, rtol=1e-5)
+    layers = Counter(part for _, part in step.launches)
+    assert layers.pop("layer 0") == 5 and sum(layers.values()) <= 5
+    assert launched == step.ran and launched.total() == 2 * len(step.launches)
+
+
+class Counted:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched, self.fn = kernel, launched, kernel.fn
+
+    def __getitem__(self, grid):
+        self.launched[self.fn.__name__] += 1
+        return self.kernel[grid]
+
+
+def refusal(model, rows=1):
+    """Why a model has no step of these kernels; empty where it has one."""
+    model, history = model.to(DEVICE), tokens(rows, 8).to(DEVICE)
+    try:
+        card.Card(model, Cache(model, rows, 8), history, history[:, 0] * 0, 31)
+        return ""
+    except NotWritten as reason:
+        assert reason.args[0]
+        return reason.args[0]
+
+
+def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
+    covered = {name for name, arm in ARMS.items() if not refusal(build(arm))}
+    assert covered >= {"gpt2", "no_bias", "rmsnorm", "rope", "qk_norm", "qk_gain", "relu2", "swiglu",
+                       "softcap", "zero_init", "untied", "units", "window", "window_pattern", "screen"}
+    assert not covered & {"osc", "ngram", "topk", "event_gate", "columns", "compartments", "experts",
+                          "predict", "dendrites", "hierarchy", "ponder", "adapters"}
+    for flag in ("mlp_screen", "exits"):                  # dense until their policy is in use
+        assert flag in covered and refusal(build(ARMS[flag]).use_policy())
+    model = build({})
+    assert "9 rows" in refusal(model, 9)
+    model.compute_dtype = torch.bfloat16
+    assert "float32" in refusal(model)
+    history = tokens(1, 8)
+    assert "CUDA card" in str(card.card_of(build({}), Cache(model, 1, 8), history, history[:, 0] * 0, 31))
+
+
+def step_cubins(folder, *words):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "cubins.py"), "step", *words],
+                         env=env, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA compiler comes with Linux wheels")
+@pytest.mark.parametrize("words", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=str)
+def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, words):
+    found = step_cubins(tmp_path, *words)
+    assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 35
+    assert {row["kernel"] for row in found} == {
+        f"step {name}_kernel" for name in ("embed", "product", "attend", "down")}
+    for row in found:
+        assert row["stack"] == row["local"] == row["spills"] == 0, row
+        assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
+        if row["kernel"] != "step embed_kernel":
+            assert row["wide_loads"] >= 1, row

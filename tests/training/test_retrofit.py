@@ -455,7 +455,6 @@ def sampled(dense, *argv, **keys):
 
 @pytest.mark.parametrize("flags", [dict(window=3, window_pattern="S"), dict(attn_topk=0.5),
                                    dict(mlp_topk=0.1), dict(weights="2:4"), dict(screen=True),
-                                   dict(mlp_screen=4, mlp_live=1.0),
                                    pytest.param(dict(mlp_topk=0.5, window=4, quantize="int8"),
                                                 marks=pytest.mark.slow)], ids=str)
 def test_a_dense_run_decodes_sparse_and_says_what_that_costs(dense, flags):
@@ -472,14 +471,14 @@ def test_a_dense_run_decodes_sparse_and_says_what_that_costs(dense, flags):
         model = build_model(loaded, path, **flags).eval()
         found = estimate.validation_loss(model, stream)[0]
         assert after == pytest.approx(found, abs=1e-4) and found != own
-    if flags.keys() & {"screen", "mlp_screen"}:                         # nothing is left out
+    if "screen" in flags:                        # nothing is left out
         assert after == pytest.approx(before, abs=2e-3) and said.out == sampled(dense).out
     assert f"tokens of {dense.data}" in said.err
 
 
 def test_two_of_four_at_sampling_chooses_by_inputs_from_training_text(dense):
     said = sampled(dense, weights="2:4")
-    assert "2:4 keeps weights by their size and that of their inputs, from 8,192 tokens of" in said.err
+    assert "2:4 keeps weights by their size and that of their inputs, from 2,048 tokens of" in said.err
     assert "--val=True prints what that costs" in said.err
 
 
@@ -521,3 +520,12 @@ def test_two_processes_retrofit_one_model_with_a_teacher(dense):
     one, two = (dense.losses(out) for out in ("one-process", "two-processes"))
     assert one.keys() == two.keys() and all(abs(one[i] - two[i]) < 1e-3 for i in one)
     assert dense.checkpoint("two-processes")["parent"]["name"] == "dense"
+
+
+def test_screened_units_beside_another_flag_are_part_of_what_it_costs(dense):
+    said = sampled(dense, val=True, mlp_screen=4, mlp_live=1.0)
+    assert re.search(r"screened units: .*loss \+0\.0000 on [\d,]+ held-out tokens", said.err)
+    assert said.out == sampled(dense).out
+    both = sampled(dense, val=True, mlp_screen=4, mlp_live=1.0, window=3, window_pattern="S")
+    assert "untrained with window=3, window_pattern=S, mlp_screen=4, mlp_live=1.0" in both.err
+    assert "screened units: " in both.err

@@ -1,0 +1,283 @@
+"""The Triton kernels of a decode step on a card (decode/card.py): at most five a layer, for 1 to 8 rows.
+
+Every sum is in fp32, in an order that the shapes alone decide: a step gives the same bits each time. What a
+prompt would store in the stream's dtype is rounded to it here too. ROWS is the number of rows, rounded up to
+a power of 2. Tensors that a kernel does not use are None, and no code is made for them.
+"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rounded(y, like):
+    """fp32 as it would come back from memory of the type that `like` points to."""
+    return y.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def activate(y, like, ACT: tl.constexpr):
+    """none, relu2, gelu, gelu_tanh or silu of fp32. NaN stays NaN."""
+    if ACT == "relu2":
+        y = tl.where(y < 0.0, 0.0, y)
+        y = y * y
+    if ACT == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    if ACT == "gelu_tanh":
+        z = 1.5957691216057308 * (y + 0.044715 * y * y * y)
+        y = y * (1.0 - 1.0 / (1.0 + tl.exp(z)))
+    if ACT == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    return rounded(y, like)
+
+
+# ------------------------------------------------ the token -----------------------------------------------
+
+
+@triton.jit
+def embed_kernel(history, start, table, positions, x, length, C, BC: tl.constexpr):
+    """x[b] = table[the id at column start[b] of row b] + positions[start[b]]. Moves 3 C numbers a row."""
+    b = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    column = tl.load(start + b)
+    token = tl.load(history + b * length + column)
+    y = tl.load(table + token * C + c, mask=c < C, other=0.0).to(tl.float32)
+    if positions is not None:
+        y += tl.load(positions + column * C + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(x + b * C + c, y.to(x.dtype.element_ty), mask=c < C)
+
+
+# ------------------------------------------------ products ------------------------------------------------
+
+
+@triton.jit
+def part(x, r, k, R, K):
+    """Numbers k (1, 1, BK) of the rows r (ROWS, 1, 1) in fp32, zeros outside."""
+    return tl.load(x + r * K + k, mask=(r < R) & (k < K), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def statistics(x, r, R, K, eps, CENTRED: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):
+    """Mean (0 unless CENTRED) and 1 / deviation of each row, (ROWS, 1, 1)."""
+    mean = tl.zeros((ROWS, 1, 1), tl.float32)
+    if CENTRED:
+        sums = tl.zeros((ROWS, 1, BK), tl.float32)
+        for first in range(0, K, BK):
+            sums += part(x, r, first + tl.arange(0, BK)[None, None, :], R, K)
+        mean = tl.sum(sums, axis=2)[:, :, None] / K
+    squares = tl.zeros((ROWS, 1, BK), tl.float32)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)[None, None, :]
+        y = tl.where(k < K, part(x, r, k, R, K) - mean, 0.0)
+        squares += y * y
+    return mean, 1.0 / tl.sqrt(tl.sum(squares, axis=2)[:, :, None] / K + eps)
+
+
+@triton.jit
+def joined(x, marks, r, k, R, K, splits, D: tl.constexpr):
+    """Numbers k of what attend_kernel has left in parts (splits, R, K), marks (2, splits, R, heads)."""
+    here, heads = (r < R) & (k < K), K // D
+    mark = marks + r * heads + k // D
+    high = tl.load(mark, mask=here, other=0.0)
+    total = tl.load(mark + splits * R * heads, mask=here, other=1.0)
+    y = tl.load(x + r * K + k, mask=here, other=0.0)
+    for s in range(1, splits):
+        other = tl.load(mark + s * R * heads, mask=here, other=0.0)
+        more = tl.load(mark + (splits + s) * R * heads, mask=here, other=0.0)
+        new = tl.load(x + (s * R + r) * K + k, mask=here, other=0.0)
+        top = tl.maximum(high, other)
+        old, by = tl.exp(high - top), tl.exp(other - top)
+        total, y, high = total * old + more * by, y * old + new * by, top
+    return y / total
+
+
+@triton.jit
+def product_kernel(x, marks, gain, shift, weight, bias, onto, out, R, N, K, splits, eps, cap,
+                   INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr,
+                   ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
+    layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
+    GATED: W has 2 N rows, and out = act(the first N) * the others. cap: bounds the result, where it is not
+    None."""
+    r = tl.arange(0, ROWS)[:, None, None]
+    n = tl.program_id(0) * BN + tl.arange(0, BN)[None, :, None]
+    row = tl.minimum(n, N - 1).to(tl.int64) * K
+    other = (tl.minimum(n, N - 1) + N).to(tl.int64) * K
+    sums, others = tl.zeros((ROWS, BN, BK), tl.float32), tl.zeros((ROWS, BN, BK), tl.float32)
+    if INPUT == "layernorm" or INPUT == "rmsnorm":
+        mean, by = statistics(x, r, R, K, eps, INPUT == "layernorm", ROWS, BK)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)[None, None, :]
+        w = tl.load(weight + row + k, mask=k < K, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            v = tl.load(weight + other + k, mask=k < K, other=0.0,
+                        eviction_policy="evict_first")
+        if INPUT == "join":
+            y = rounded(joined(x, marks, r, k, R, K, splits, D), weight)
+        else:
+            y = part(x, r, k, R, K)
+        if INPUT == "layernorm" or INPUT == "rmsnorm":
+            y = (y - mean) * by * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+            if shift is not None:
+                y += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+            y = rounded(y, weight)
+        sums += w.to(tl.float32) * y
+        if GATED:
+            others += v.to(tl.float32) * y
+    r, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+    at, here = r * N + n, (r < R) & (n < N)
+    y = tl.sum(sums, axis=2)
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    y = activate(rounded(y, weight), weight, ACT)
+    if GATED:
+        z = tl.sum(others, axis=2)
+        if bias is not None:
+            z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+        y *= rounded(z, weight)
+    if cap is not None:
+        y = cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y / cap)))
+    if onto is not None:
+        y += tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
+
+
+# ------------------------------------------------ attention -----------------------------------------------
+
+
+@triton.jit
+def head_of(at, cos, sin, column, eps, like, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
+    """The D numbers from `at` on: normalised by their root mean square if NORM, and turned by the angles of
+    a column if there are any."""
+    d = tl.arange(0, BD)
+    y = tl.load(at + d, mask=d < D, other=0.0).to(tl.float32)
+    by = 1.0
+    if NORM:
+        by = 1.0 / tl.sqrt(tl.sum(y * y, axis=0) / D + eps)
+        y = rounded(y * by, like)
+    if cos is not None:
+        z = tl.load(at + (d + D // 2) % D, mask=d < D, other=0.0).to(tl.float32)
+        if NORM:
+            z = rounded(z * by, like)
+        c = tl.load(cos + column * D + d, mask=d < D, other=0.0).to(tl.float32)
+        y = rounded(y * c, like) + z * tl.load(sin + column * D + d, mask=d < D, other=0.0).to(tl.float32)
+    return rounded(y, like)
+
+
+@triton.jit
+def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, eps, scale, NORM: tl.constexpr,
+                  D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+    """One query of each row and head over a share of the columns that its cache (2, R, H, size, D) holds,
+    column c in place c % size; the program whose share the new column is in writes key and value. Leaves
+    sums of values in parts (splits, R, H, D), the largest score and the sum of weights in marks
+    (2, splits, R, H)."""
+    b, h, s, splits = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1), tl.num_programs(1)
+    d, inner = tl.arange(0, BD), tl.arange(0, BD) < D
+    column = tl.load(start + b).to(tl.int32)
+    place, seen = column % size, tl.minimum(column + 1, size)
+    own = qkv + (b * 3 * H + h) * D
+    q = head_of(own, cos, sin, column, eps, kept, D, BD, NORM)
+    k = head_of(own + H * D, cos, sin, column, eps, kept, D, BD, NORM)
+    v = tl.load(own + 2 * H * D + d, mask=inner, other=0.0).to(tl.float32)
+    if gain is not None:
+        q = rounded(q * tl.load(gain + h).to(tl.float32), kept)
+    keys = kept + (b * H + h).to(tl.int64) * size * D
+    values = kept + (R * H + b * H + h).to(tl.int64) * size * D
+    share = tl.cdiv(tl.cdiv(seen, splits), BS) * BS
+    begin = s * share
+    end = tl.minimum(begin + share, seen)
+    high, total = -float("inf"), 0.0
+    y = tl.zeros((BD,), tl.float32)
+    for first in range(begin, end, BS):
+        at = first + tl.arange(0, BS)
+        new = (at == place)[:, None]
+        known = ((at < end) & (at != place))[:, None] & inner[None, :]
+        key = tl.load(keys + at[:, None] * D + d[None, :], mask=known, other=0.0).to(tl.float32)
+        value = tl.load(values + at[:, None] * D + d[None, :], mask=known, other=0.0)
+        key = tl.where(new, k[None, :], key)
+        value = tl.where(new, v[None, :], value.to(tl.float32))
+        score = tl.where(at < end, tl.sum(key * q[None, :], axis=1) * scale, -float("inf"))
+        top = tl.maximum(high, tl.max(score, axis=0))
+        old, by = tl.exp(high - top), tl.exp(score - top)
+        total = total * old + tl.sum(by, axis=0)
+        y = y * old + tl.sum(value * by[:, None], axis=0)
+        high = top
+    places = place + tl.zeros((BD,), tl.int32)
+    mine = inner & (places >= begin) & (places < end)
+    tl.store(keys + place * D + d, k.to(kept.dtype.element_ty), mask=mine)
+    tl.store(values + place * D + d, v.to(kept.dtype.element_ty), mask=mine)
+    mark = (s * R + b) * H + h
+    tl.store(parts + mark * D + d, y, mask=inner)
+    tl.store(marks + mark, high)
+    tl.store(marks + splits * R * H + mark, total)
+
+
+# ------------------------------------------------ rows of units -------------------------------------------
+
+
+@triton.jit
+def down_kernel(a, weight, bias, onto, out, parts, arrived, R, N, C, share, ALL: tl.constexpr,
+                ROWS: tl.constexpr, BU: tl.constexpr, BC: tl.constexpr):
+    """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. A program adds a share of
+    the units; rows of units that are zero in every row of a are not read, unless ALL. The program of a
+    column that arrives last adds the shares up, in their order: whoever it is, the bits are the same."""
+    s, shares = tl.program_id(1), tl.num_programs(1)
+    r = tl.arange(0, ROWS)[:, None, None]
+    c = tl.program_id(0) * BC + tl.arange(0, BC)[None, None, :]
+    sums = tl.zeros((ROWS, BU, BC), tl.float32)
+    for first in range(s * share, (s + 1) * share, BU):
+        n = first + tl.arange(0, BU)[None, :, None]
+        by = tl.load(a + r * N + n, mask=(r < R) & (n < N), other=0.0).to(tl.float32)
+        live = n < N
+        if not ALL:
+            live = live & (tl.max((by != 0.0).to(tl.int32), axis=0)[None, :, :] > 0)
+        w = tl.load(weight + n.to(tl.int64) * C + c, mask=live & (c < C), other=0.0)
+        sums += by * w.to(tl.float32)
+    r, c = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    at, here = r * C + c, (r < R) & (c < C)
+    tl.store(parts + s * R * C + at, tl.sum(sums, axis=1), mask=here)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == shares - 1:
+        y = tl.zeros((ROWS, BC), tl.float32)
+        for i in range(shares):
+            y += tl.load(parts + i * R * C + at, mask=here, other=0.0, cache_modifier=".cg")
+        if bias is not None:
+            y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+        y = rounded(y, out)
+        if onto is not None:
+            y += tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
+        tl.store(arrived + tl.program_id(0), 0)
+
+
+# ------------------------------------------------ shapes --------------------------------------------------
+
+# by ROWS: (most BN, BK) of a product: 4,096 sums in 128 threads, half as many outputs where two are joined
+PRODUCTS = {1: (4, 1024), 2: (4, 512), 4: (2, 512), 8: (2, 256)}
+DOWNS = {1: dict(BU=32, BC=64), 2: dict(BU=16, BC=64), 4: dict(BU=16, BC=64), 8: dict(BU=8, BC=64)}
+SPLIT = 64                                       # columns of the cache that are worth a program of their own
+MOST_SPLITS = 16
+
+
+def product_tile(rows, N, K, gated, joins, processors):
+    """Tile of product_kernel: as many outputs a program as leave two programs for every multiprocessor."""
+    most, BK = PRODUCTS[rows]
+    BK = min(BK // (2 if joins else 1), max(32, triton.next_power_of_2(K)))
+    BN = most // 2 if gated else most
+    while BN > 1 and N < 2 * processors * BN:
+        BN //= 2
+    return dict(ROWS=rows, BN=BN, BK=BK, num_warps=4)
+
+
+def down_tile(rows, N, C, processors):
+    """Tile of down_kernel, its columns and shares, and units of a share."""
+    tile = DOWNS[rows]
+    columns = triton.cdiv(C, tile["BC"])
+    shares = max(1, min(triton.cdiv(N, tile["BU"]), 4 * processors // columns, 32))
+    share = triton.cdiv(triton.cdiv(N, shares), tile["BU"]) * tile["BU"]
+    return dict(ROWS=rows, **tile, num_warps=4), columns, triton.cdiv(N, share), share
+
+
+def attend_tile(D):
+    """Tile of attend_kernel."""
+    BD = max(16, triton.next_power_of_2(D))
+    return dict(D=D, BD=BD, BS=max(8, 2048 // BD), num_warps=4)
