@@ -97,16 +97,7 @@ def decode(cfg):
     prompt = prompt.to(place.device)
     agreement = agree(models, prompt, cfg.new)
     blocks = blocks_and_twins() if cfg.blocks else {}
-    twins = {name: named_twin(flags) for name, flags in blocks.items() if named_twin(flags) != name}
-    for name, flags in blocks.items():
-        models[name] = ready(GPT(GPTConfig(**SHAPES[cfg.shape] | flags), seed=1337), place)
-        contexts[name] = contextlib.nullcontext()
-    for kind in kinds_in(cfg.quantize):
-        for name in (OURS, *blocks):             # beside its twin in the same numbers; a dense one: itself
-            models[f"{name}, {kind}"] = quantize(copy.deepcopy(models[name]), kind)
-            move_weights(models[f"{name}, {kind}"])
-            contexts[f"{name}, {kind}"] = contextlib.nullcontext()
-            twins[f"{name}, {kind}"] = f"{twins[name]}, {kind}" if name in blocks and name in twins else name
+    twins = add_sides(models, contexts, blocks, kinds_in(cfg.quantize), SHAPES[cfg.shape], place)
     worked = work_of({name: model for name, model in models.items() if isinstance(model, GPT)}, prompt, twins)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold,
@@ -149,6 +140,22 @@ def decode(cfg):
             "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337],
             "activations": acts, "timed": TIMED,
             "peers": {name: rival.about() for name, rival in rivals.items()}}
+
+
+def add_sides(models, contexts, blocks, kinds, shape, place):
+    """Add to the sides models with blocks ({side: flags}), and each of ours in every kind of whole numbers
+    -> {side: its dense twin}; a dense model's, in whole numbers, is itself."""
+    twins = {name: named_twin(flags) for name, flags in blocks.items() if named_twin(flags) != name}
+    for name, flags in blocks.items():
+        models[name] = ready(GPT(GPTConfig(**shape | flags), seed=1337), place)
+        contexts[name] = contextlib.nullcontext()
+    for kind in kinds:
+        for name in (OURS, *blocks):
+            models[f"{name}, {kind}"] = quantize(copy.deepcopy(models[name]), kind)
+            move_weights(models[f"{name}, {kind}"])
+            contexts[f"{name}, {kind}"] = contextlib.nullcontext()
+            twins[f"{name}, {kind}"] = f"{twins[name]}, {kind}" if name in blocks and name in twins else name
+    return twins
 
 
 TIMED = {"decode": "prompt and new tokens, from an empty cache",
