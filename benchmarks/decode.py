@@ -33,6 +33,7 @@ SHAPES = {
     "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65, bias=False),
     "small": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=256, bias=False),
 }
+PRESET = "efficient"                             # of the blocks, what stands beside other engines
 READ = "a plain read"                            # of as many bytes as a step of ours
 
 # what a flag imports, and what pip calls it
@@ -88,7 +89,6 @@ def decode(cfg):
     check_place(cfg, place)
     print(f"ours: {place}, {sparse_kernels.path_taken(place.device)}")
     models, contexts = decoders(cfg, place)
-    ours = [name for name, model in models.items() if isinstance(model, GPT)]
     rivals = {name: model for name, model in models.items() if hasattr(model, "about")}
     parameters = sum(p.numel() for p in models[OURS].parameters())
     vocab_size = SHAPES[cfg.shape]["vocab_size"]
@@ -98,6 +98,8 @@ def decode(cfg):
     agreement = agree(models, prompt, cfg.new)
     blocks = blocks_and_twins() if cfg.blocks else {}
     twins = add_sides(models, contexts, blocks, kinds_in(cfg.quantize), SHAPES[cfg.shape], place)
+    ours = [name for name, model in models.items() if isinstance(model, GPT)
+            and name.partition(", ")[0] in (OURS, OURS_FP32, PRESET)]
     worked = work_of({name: model for name, model in models.items() if isinstance(model, GPT)}, prompt, twins)
     seconds = interleave({name: partial(generate, model, prompt, cfg.new, contexts[name])
                           for name, model in models.items()}, cfg.repeats, device=place.device, cold=cfg.cold,
