@@ -389,9 +389,10 @@ def takes_passes(x):
     return torch.compiler.is_compiling() or cpu_library()[0] is not None
 
 
-def run_pass(name, tensors, *numbers):
-    """Call a C kernel of training; tensors: inputs first, then outputs, or None."""
-    kernel = getattr(cpu_library()[0], f"{name}_{NAMES[tensors[0].dtype]}")
+def run_pass(name, tensors, *numbers, dtype=None):
+    """Call a C kernel of training; tensors, which live until it is done: inputs first, then outputs, or None.
+    dtype: by default that of the first."""
+    kernel = getattr(cpu_library()[0], f"{name}_{NAMES[dtype or tensors[0].dtype]}")
     kernel(*map(pointer, tensors), *numbers, torch.get_num_threads())
 
 
@@ -574,8 +575,7 @@ def miss_back(grad: Tensor, z: Tensor, a: Tensor) -> Tensor:
     if not in_c():
         return (grad * (z.float().sigmoid() - (a != 0).float())).to(z.dtype).contiguous()
     dz, n = as_new(z), z.size(-1)
-    kernel = getattr(cpu_library()[0], f"miss_back_{NAMES[z.dtype]}")
-    kernel(*map(pointer, (*without_gaps(grad, z, a), dz)), z.numel() // n, n, torch.get_num_threads())
+    run_pass("miss_back", (*without_gaps(grad, z, a), dz), z.numel() // n, n, dtype=z.dtype)
     return dz
 
 
@@ -614,7 +614,8 @@ class Osc(torch.autograd.Function):
     def backward(ctx, grad):
         x, w, phi = ctx.saved_tensors
         dx, (dw, dphi, db) = torch.empty_like(x), torch.zeros(3, len(w))
-        osc_kernel("osc_back", x.dtype)(*map(pointer, (x, w, phi, grad.contiguous(), dx, dw, dphi, db)),
+        grad = grad.contiguous()                 # it lives until the kernel is done
+        osc_kernel("osc_back", x.dtype)(*map(pointer, (x, w, phi, grad, dx, dw, dphi, db)),
                                         x.numel() // len(w), len(w), torch.get_num_threads())
         return dx, dw, dphi, db
 

@@ -101,7 +101,8 @@ def kernel_of(name):
 
 def types_of(name, half):
     """The type of every argument, in Triton's words."""
-    known = POINTERS | INPUTS.get(name, {}) | dict.fromkeys(SIZES, "i32") | STEP
+    known = POINTERS | INPUTS.get(name, {}) | dict.fromkeys(SIZES, "i32")
+    known |= STEP if name.startswith("step ") else {}
     return {key: known.get(key, f"*{half}") for key in kernel_of(name).arg_names}
 
 
