@@ -739,7 +739,7 @@ def test_passes_without_a_compiler_are_their_references(monkeypatch):
 def test_a_gradient_without_memory_of_its_own_is_copied_and_the_copy_lives():
     z, a = normal(64, 4096).requires_grad_(), normal(64, 4096, seed=1).relu()
     w, phi, b = normal(4096, seed=2), normal(4096, seed=3), normal(4096, seed=4)
-    for product, reference in ((lambda: kernels.missed(z, a), lambda: kernels.missed_reference(z, a)),
-                               (lambda: kernels.osc(z, w, phi, b), lambda: kernels.osc_reference(z, w, phi, b))):
-        found, expected = (torch.autograd.grad(of().sum(), z)[0] for of in (product, reference))
+    for of, *inputs in (("missed", z, a), ("osc", z, w, phi, b)):
+        found, expected = (torch.autograd.grad(product(*inputs).sum(), z)[0] for product in (
+            getattr(kernels, of), getattr(kernels, f"{of}_reference")))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
