@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 from benchmarks import report
-from benchmarks.record import OURS, OURS_FP32, TWIN
+from benchmarks.record import LLAMA, OURS, OURS_FP32, TWIN
 from configurator import require
 
 TABLE = "table_cpu.json"
@@ -118,6 +118,7 @@ class Language:
     missing: str
     opening: str
     best: str
+    rivals: str
     verdict: str
     same: str
     rounds: str
@@ -221,7 +222,15 @@ def opening(words, records):
     return wrapped(words.opening.format(
         threads=where["threads"], cpu=where["cpu"], decode=times[OURS], exact=times[OURS_FP32],
         best=words.best.format(best=times[best], name=best) if best != OURS else "",
+        rivals=rivals_said(words, records[GPT2]["measurements"]["decode"].get("against", {})),
         race=race[OURS], verdict=verdict(words, records)))
+
+
+def rivals_said(words, against):
+    """How ours stands beside llama.cpp with weights of as many bits, where that was measured."""
+    sides = (OURS, f"{LLAMA} bf16"), (f"{OURS}, int8", f"{LLAMA} q8_0"), (f"{OURS}, int4", f"{LLAMA} q4_0")
+    found = [against.get(rival, {}).get(side) for side, rival in sides]
+    return words.rivals.format(*found) if all(found) else ""
 
 
 def wrapped(text):
@@ -263,9 +272,11 @@ LANGUAGES = {
         missing="This table is not measured yet: {} makes it.",
         opening="On {threads} CPU cores ({cpu}) GPT-2's shape decodes {decode:.0f} times as fast as "
                 "nanoGPT's `generate`, which has no KV cache and computes in fp32 there ({exact:.0f} times "
-                "in fp32{best}), and nanoGPT's documented CPU run on Shakespeare reaches its loss in "
+                "in fp32{best}){rivals}. nanoGPT's documented CPU run on Shakespeare reaches its loss in "
                 "{race:.0f} times less time{verdict}.",
         best="; {best:.0f} times with {name}, random weights, so that is speed alone",
+        rivals=", in the same rounds {:.1f} times as fast as llama.cpp in bf16, {:.1f} times in 8 bits and "
+               "{:.1f} times in 4",
         verdict=". Of {arms} blocks and combinations trained at one small scale {paying} beat dense models "
                 "of every size in at least one cost ({sure} of them after Holm's correction for {tests} "
                 "tests), {losing} in none",
@@ -294,9 +305,11 @@ LANGUAGES = {
         missing="이 표는 아직 측정되지 않았습니다. {} 명령이 만듭니다.",
         opening="CPU {threads}코어({cpu})에서 GPT-2 크기의 모델을 nanoGPT의 `generate`보다 {decode:.0f}배 "
                 "빠르게 디코드합니다. nanoGPT는 KV 캐시 없이 fp32로 계산하며, 우리도 fp32로 하면 "
-                "{exact:.0f}배입니다{best}. nanoGPT 문서에 나오는 셰익스피어 CPU 실행의 손실에는 "
+                "{exact:.0f}배입니다{best}{rivals}. nanoGPT 문서에 나오는 셰익스피어 CPU 실행의 손실에는 "
                 "{race:.0f}배 적은 시간으로 도달합니다{verdict}.",
         best="({name}은 {best:.0f}배, 무작위 가중치라 속도만의 비교)",
+        rivals=". 같은 회차에 잰 llama.cpp와 견주면 bf16으로 {:.1f}배, 8비트로 {:.1f}배, 4비트로 "
+               "{:.1f}배입니다",
         verdict=". 작은 규모 하나에서 학습한 블록과 조합 {arms}개 가운데 {paying}개가 적어도 한 가지 "
                 "비용에서 모든 크기의 dense 모델을 이겼고(검정 {tests}개에 대한 Holm 보정 뒤에는 {sure}개), "
                 "{losing}개는 어느 것에서도 이기지 못했습니다",
