@@ -50,7 +50,8 @@ MECHANISMS = {
     "mlp_predict": Page(("predict", "predict+window", "hierarchy+predict"),
                         quality("dense|predict") | of_mlp("predicted 20%")
                         | at_gpt2s_shape("predicted 20%")),
-    "mlp_screen": Page((), {"screen_63m_cpu.json": ".*", "screen_63m_losses.json": ".*"}),
+    "mlp_screen": Page((), {"screen_63m_cpu.json": ".*", "screen_63m_losses.json":
+                       r"bfloat16, ([238]-bit copy, .*|4-bit copy, (5|20|30)%)|int8, 4-bit copy, 20%"}),
     "window": Page(("window", "predict+window", "osc+window", "columns+window+2:4"),
                    context("dense|window") | {"window_cpu.json": ".*"} | at_gpt2s_shape("window 128")),
     "dendrites": Page(("dendrites", "dendrites1", "dendrites4"),
