@@ -294,6 +294,7 @@ def test_drafts_of_a_model_whose_late_layers_say_nothing_all_stand():
         assert speculation.accepted == speculation.proposed == 9
 
 
+@pytest.mark.slow
 def test_speculation_draws_from_the_full_models_distribution():
     model, idx = build(dict(exits="1", n_layer=4, vocab_size=5, tie_weights=False), std=0.4), tokens(1, 3) % 5
     torch.manual_seed(0)
