@@ -1,17 +1,13 @@
 """Runs side by side: loss on the same held-out text, what a decode step reads, tokens/s; one verdict."""
 import copy
-import hashlib
-import importlib.util
-import io
-import math
 import os
+import re
 import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import sparse_kernels
 from benchmarks import ROOT, Timed
@@ -19,8 +15,9 @@ from benchmarks.decode import rest
 from benchmarks.record import QUIET, commit_of, hardware, load_average, versions, write_atomically
 from benchmarks.report import document
 from benchmarks.screen import data_of
-from benchmarks.stats import mean_interval
+from benchmarks.texts import judge, text_of
 from benchmarks.timing import interleave, measurement
+from benchmarks.verdict import HEAD, PICTURE, about_of, cells, drawn, text_table, verdict
 from configurator import ConfigError, close_match, require
 from data import dataset as datasets
 from data import tokenizer as tokenizers
@@ -29,14 +26,13 @@ from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, forms_of, is_quantized, kinds_in, quantize, settle
 from model import GPT, build_model
 from training import checkpoint, continual, pretrained, runtime
-from viz.figures import drawing, pyplot
+from viz.figures import pyplot
 from viz.plots import is_number, names_of, read_rows
 
 QUICK = dict(tokens=4096, repeats=5)
 SECONDS, QUICK_SECONDS, FEWEST = 15, 3, 3        # of timing for all sides together; rounds at the least
 WARM = 4                                         # tokens ahead of those that are timed: prompt, recording
-AT_ONCE = 2048                                   # tokens of a forward pass that finds a loss
-READABLE = 2**24                                # held-out tokens that are decoded to see if two texts are one
+FOLDERS = r"(?<![\w.~-])/(?:[^/\s']+/)+"           # of absolute paths: a record names none
 USAGE = "type python bench.py compare out-pylib out-bio-predict, for example"
 
 
@@ -104,34 +100,39 @@ def compare(cfg):
     timed = time_sides(cfg, sides, place.device, prompt, new)
     for side in sides:
         side.found["decode"] = timed["sides"][side.name]
-    said = verdict(sides)
-    about = about_of(sides, prompt, new)
     picture, why = drawn(cfg, sides)
-    notes += [why] if why else []
-    print("\n".join(text_table(HEAD, [cells(side, sides[0]) for side in sides])))
-    print("\n".join((about, *notes, said)))
+    said, notes = verdict(sides), notes + [why] * bool(why)
+    sentences = [about_of(sides, prompt + WARM - 1, new), *notes]
+    rows = [cells(side, sides[0]) for side in sides]
     if cfg.html:
-        busy = (f"The machine was busy (load average {load[0]:.2f} before the start): timings are off."
-                if load and load[0] > QUIET else "")
-        where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "place": str(place)}
-        part = ("The table", [said, about, *notes, busy], HEAD, [cells(side, sides[0]) for side in sides])
-        title = " and ".join(side.name for side in sides[:2]) + " and others" * (len(sides) > 2)
-        pictures = {PICTURE: picture} if picture else {}
-        write_atomically(cfg.html, document(title, where, [part], pictures))
+        write_page(cfg.html, place, load, [said, *sentences], rows, picture)
+    print("\n".join((*text_table(HEAD, rows), *sentences, said)))
     return {"measurements": {"decode": timed}, "runs": {side.name: side.found for side in sides},
-            "verdict": said, "notes": notes, "prompt": prompt, "new": new, "place": str(place),
-            "kernels": sparse_kernels.path_taken(place.device), "seeds": [cfg.seed]}
+            "verdict": said, "notes": [re.sub(FOLDERS, "", note) for note in notes], "prompt": prompt,
+            "new": new, "place": str(place), "kernels": sparse_kernels.path_taken(place.device),
+            "seeds": [cfg.seed]}
 
 
-# -------------------------------------------------- models -------------------------------------------------
+def write_page(path, place, load, sentences, rows, picture):
+    """One HTML file that opens without a network: the verdict, the table, the picture, the machine."""
+    busy = (f"The machine was busy (load average {load[0]:.2f} before the start): timings are off."
+            if load and load[0] > QUIET else "")
+    where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "place": str(place)}
+    part = "Beside the first", [*sentences, busy], HEAD, rows
+    pictures = {PICTURE: picture} if picture else {}
+    write_atomically(path, document("runs side by side", where, [part], pictures))
+
+
+# -------------------------------------------------- models ------------------------------------------------
 
 class Side:
     """One model as it decodes. about: its checkpoint without weights; data: the folder of its held-out text,
-    None where it is not here; tokenizer: None where it is not known; found: what the record keeps of it."""
+    None where it is not here; tokenizer: None where it is not known; found: what the record keeps of it;
+    text: what sides share whose losses are of the same windows."""
 
     def __init__(self, name, model, about, data, tokenizer, found):
         self.name, self.model, self.about, self.data = name, model, about, data
-        self.tokenizer, self.found = tokenizer, found
+        self.tokenizer, self.found, self.text = tokenizer, found, data and text_of(data)
 
     def config(self):
         return self.model.config
@@ -283,127 +284,7 @@ def way_of(model, cfg, device):
     return "decode engine", threads
 
 
-# -------------------------------------------------- losses -------------------------------------------------
-
-def judge(cfg, sides, device):
-    """Find the loss of every side that has held-out text, those of one text on the same windows
-    -> sentences."""
-    texts, notes = {}, []
-    for side in sides:
-        if side.data:
-            texts.setdefault(text_of(side.data), []).append(side)
-    for of in texts.values():
-        try:
-            x, y = windows(cfg, of)
-        except ConfigError as error:
-            notes.append(f"{listed(of)}: no loss: {error}")
-            continue
-        block, blocks = x.size(1), {side.config().block_size for side in of}
-        if len(blocks) > 1:
-            notes.append(f"{listed(of)} have blocks of {', '.join(map(str, sorted(blocks)))}: losses are of "
-                         f"windows of the shortest, {block}, which is less context than the longer ones know")
-        size = bytes_of(y, of[0].data)
-        for side in of:
-            found = window_losses(side.model, x, y, device)
-            if not all(map(math.isfinite, found)):
-                notes.append(f"{side.name}: its loss is not a number: its weights are damaged, or its "
-                             "training has diverged")
-                continue
-            loss = statistics.fmean(found)
-            side.found |= {"loss": loss, "of_windows": found, "held_out_tokens": y.numel(), "block": block,
-                           "data": side.data.name, "text": text_of(side.data),
-                           "bits_per_byte": loss * y.numel() / math.log(2) / size if size else None}
-            if not size:
-                notes.append(f"{side.name}: no bits a byte: its data do not say what bytes its tokens are")
-    return notes + stand_beside(sides)
-
-
-def text_of(data):
-    """What two folders of the same held-out tokens share."""
-    return datasets.meta_of(data).get("sha256", {}).get("val") or str(Path(data).resolve())
-
-
-def windows(cfg, sides):
-    """Held-out text in windows of the sides' shortest block, none twice -> x, y (n, block) int64."""
-    block = min(side.config().block_size for side in sides)
-    vocab = min(side.config().vocab_size for side in sides)
-    stream = datasets.TokenStream(sides[0].data, "val", block, 1, 0, vocab, sampling="epoch")
-    return stream.rows(0, min(stream.samples, max(2, -(-cfg.tokens // block))))
-
-
-@torch.inference_mode()
-def window_losses(model, x, y, device):
-    """The mean loss of each window (n, block), in nats: of the model as it decodes."""
-    found, rows = [], max(1, AT_ONCE // x.size(1))
-    for ids, targets in zip(x.split(rows), y.split(rows)):
-        targets = targets.to(device)
-        logits, _ = model(ids.to(device), targets)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        found += losses.view(targets.shape).mean(dim=1).tolist()
-    return found
-
-
-def bytes_of(ids, data):
-    """The bytes of text that token ids of a data set stand for; None where it does not say."""
-    try:
-        tokenizer = tokenizers.load(data)
-        found, counts = ids.unique(return_counts=True)
-        return sum(len(tokenizer.token_bytes(i)) * n for i, n in zip(found.tolist(), counts.tolist()))
-    except ConfigError:
-        return None
-
-
-def text_sha(data):
-    """SHA-256 of the bytes of a data set's held-out text; None where it is too long or not known."""
-    try:
-        tokenizer = tokenizers.load(data)
-        path = Path(data) / "val.bin"
-        dtype = datasets.stored_dtype(data, datasets.meta_of(data), tokenizer.vocab_size)
-        if path.stat().st_size // dtype.itemsize > READABLE:
-            return None
-        ids = datasets.np.fromfile(path, dtype)
-        table = {i: tokenizer.token_bytes(i) for i in datasets.np.unique(ids).tolist()}
-        return hashlib.sha256(b"".join(map(table.__getitem__, ids.tolist()))).hexdigest()
-    except ConfigError:
-        return None
-
-
-def stand_beside(sides):
-    """Add to every side of the first one's text the difference of its loss, and to those of the same text in
-    other tokens that of bits a byte -> sentences on the others."""
-    first, others = sides[0], {}
-    if "loss" not in first.found:
-        return ["Losses have nothing to stand beside: the first run has none."] * any(
-            "loss" in side.found for side in sides)
-    for side in sides:
-        if side.found.get("text") == first.found["text"]:
-            pairs = zip(side.found["of_windows"], first.found["of_windows"])
-            side.found["to_first"] = mean_interval([a - b for a, b in pairs])
-            side.found["percent"] = 100 * (side.found["loss"] / first.found["loss"] - 1)
-        elif "loss" in side.found:
-            others.setdefault(side.data, []).append(side)
-    return [other_text(first, data, of) for data, of in others.items()]
-
-
-def other_text(first, data, sides):
-    """The sentence on sides whose losses are of another text, or of other tokens, than the first one's."""
-    one, other = text_sha(first.data), text_sha(data)
-    if one and one == other and first.found["bits_per_byte"]:
-        for side in sides:
-            ratio = side.found["bits_per_byte"] / first.found["bits_per_byte"]
-            side.found["bits_percent"] = 100 * (ratio - 1)
-        return (f"{listed(sides)}: the same held-out text as {first.name}'s in other tokens, so losses do "
-                "not compare and bits a byte do.")
-    return (f"{listed(sides)}: other data than {first.name}'s ({data.name}, not {first.data.name}), so "
-            "neither losses nor bits a byte compare; --dataset=FOLDER measures runs of one tokenizer on one "
-            "text.")
-
-
-def listed(sides):
-    return ", ".join(side.name for side in sides)
-
-
-# -------------------------------------------------- decoding ------------------------------------------------
+# -------------------------------------------------- decoding ----------------------------------------------
 
 def lengths(cfg, sides):
     """Tokens of the prompt, and those that are timed behind it: all sides decode in the same contexts."""
@@ -475,125 +356,3 @@ def restart(run):
     """Put a side where it is timed from; the threads of the one before are asleep by then."""
     run.restart()
     rest(run)
-
-
-# -------------------------------------------------- what is said --------------------------------------------
-
-HEAD = ("run", "loss, nats", "to the first (95%, paired)", "%", "bits/byte", "parameters", "MB a token",
-        "M multiply-adds", "decode tokens/s (quartiles)", "x the first", "training tokens/s")
-
-
-def cells(side, first):
-    """A row of the table."""
-    f, beside = side.found, side is not first
-    s, difference = f["decode"], f.get("to_first")
-    low, high = s["quartiles"]
-    return [side.name, f"{f['loss']:.4f}" if "loss" in f else "",
-            signed(difference) if difference and beside else "",
-            f"{f['percent']:+.2f}" if difference and beside else "",
-            f"{f['bits_per_byte']:.4f}" if f.get("bits_per_byte") else "", f"{f['parameters']:,}",
-            f"{f['weight_bytes'] / 1e6:.3g}", f"{f['macs'] / 1e6:.3g}",
-            f"{s['median']:,.0f} ({low:,.0f}, {high:,.0f})",
-            f"{s['median'] / first.found['decode']['median']:.2f}" if beside else "",
-            f"{f['training_tokens_per_second']:,.0f}" if f["training_tokens_per_second"] else ""]
-
-
-def signed(s):
-    return f"{s['mean']:+.4f}" + (" ({:+.4f}, {:+.4f})".format(*s["interval"]) if s["interval"] else "")
-
-
-def text_table(head, rows):
-    """Lines of a table for a terminal; columns that no row has are left out."""
-    kept = [n for n in range(len(head)) if any(row[n] for row in rows)]
-    lines = [[row[n] for n in kept] for row in (head, *rows)]
-    wide = [max(len(row[n]) for row in lines) for n in range(len(kept))]
-    return ["  ".join(cell.rjust(width) if n else cell.ljust(width)
-                      for n, (cell, width) in enumerate(zip(row, wide))).rstrip() for row in lines]
-
-
-def about_of(sides, prompt, new):
-    """The sentence on what the numbers are of."""
-    told = [side.found for side in sides if "loss" in side.found][:1]
-    text = (f"Losses are of {told[0]['held_out_tokens']:,} held-out tokens of {told[0]['data']} in windows "
-            f"of {told[0]['block']}, of each model as it decodes. " if told else "")
-    repeats = sides[0].found["decode"]["repeats"]
-    return (f"{text}Decoding: {new} tokens behind {prompt + WARM - 1}, batch 1, {repeats} rounds in turns, "
-            "medians; MB and multiply-adds are of weights, counted in these steps.")
-
-
-def verdict(sides):
-    """One sentence: what the other run does beside the first; of several, the fastest and the best."""
-    first, others = sides[0], sides[1:]
-    if not others:
-        return (f"{first.name} has nothing to stand beside: name another run, or add --quantize=int8.")
-    if len(others) == 1:
-        return beside(first, others[0]) + "."
-    fastest = max(sides, key=lambda side: side.found["decode"]["median"])
-    fast = f"{first.name} decodes fastest" if fastest is first else beside(first, fastest)
-    said = [f"Of {len(sides)}, {fast}"]
-    judged = [side for side in sides if "to_first" in side.found]
-    best = min(judged, key=lambda side: side.found["loss"]) if len(judged) > 1 else fastest
-    if best is first:
-        said.append(f"no other loss is below {first.name}'s")
-    elif best is not fastest:
-        said.append(f"{best.name} has the lowest loss: it {beside(first, best).removeprefix(best.name)[1:]}")
-    return "; ".join(said) + "."
-
-
-def beside(first, side):
-    """"B decodes 1.4x as fast as A at +0.8% loss, reading 45% of its bytes"."""
-    one, other = first.found, side.found
-    a, b = one["decode"], other["decode"]
-    ratio, share = b["median"] / a["median"], other["weight_bytes"] / one["weight_bytes"]
-    alike = a["quartiles"][0] <= b["quartiles"][1] and b["quartiles"][0] <= a["quartiles"][1]
-    speed = f"as fast as {first.name}" if alike else f"{ratio:.2g}x as fast as {first.name}"
-    return f"{side.name} decodes {speed} {loss_words(other)}, reading {share:.0%} of its bytes"
-
-
-def loss_words(found):
-    difference = found.get("to_first")
-    if difference is None:
-        return (f"at {percent(found['bits_percent'])} bits a byte" if "bits_percent" in found
-                else "(losses do not compare)")
-    low, high = difference["interval"] or (-math.inf, math.inf)
-    if difference["mean"] == 0:
-        return "at the same loss"
-    unsure = " (its 95% interval holds no change)" * (low <= 0 <= high)
-    return f"at {percent(found['percent'])} loss{unsure}"
-
-
-def percent(value):
-    return f"{value:+.1f}%" if abs(value) >= 0.1 else f"{value:+.2f}%"
-
-
-# -------------------------------------------------- the picture ---------------------------------------------
-
-PICTURE = "Loss against decode time"
-
-
-def drawn(cfg, sides):
-    """The picture as PNG, also in the file that cfg.plot names -> (its bytes or None, why there is none)."""
-    if not cfg.plot and not cfg.html:
-        return None, ""
-    shown = [side for side in sides if "to_first" in side.found]
-    if not shown:
-        return None, "no picture: it needs losses that compare"
-    if importlib.util.find_spec("matplotlib") is None:
-        return None, "no picture: figures need matplotlib: pip install matplotlib"
-    png = io.BytesIO()
-    with drawing([png, *[cfg.plot] * bool(cfg.plot)], size=(7, 4.5)) as axis:
-        for side in shown:
-            draw_point(axis, side)
-        axis.set(xlabel="ms a decoded token, batch 1; bars: quartiles",
-                 ylabel="held-out loss, nats; bars: 95% of the difference to the first")
-        axis.margins(0.15)
-    return png.getvalue(), ""
-
-
-def draw_point(axis, side):
-    f, (low, high) = side.found, side.found["decode"]["quartiles"]
-    x, y, interval = 1e3 / f["decode"]["median"], f["loss"], f["to_first"]["interval"]
-    half = (interval[1] - interval[0]) / 2 if interval else 0
-    axis.errorbar([x], [y], yerr=half, xerr=[[x - 1e3 / high], [1e3 / low - x]], fmt="o", markersize=5,
-                  capsize=2, elinewidth=0.8)
-    axis.annotate(side.name, (x, y), fontsize=8, xytext=(5, 5), textcoords="offset points")
