@@ -142,4 +142,5 @@ def bits_apart(one, other):
 
 
 def listed(sides):
-    return ", ".join(side.name for side in sides)
+    """The runs among sides of one text, without those that are the same in whole numbers."""
+    return ", ".join(side.name for side in sides if "quantize" not in side.found)

@@ -96,7 +96,7 @@ def loss_words(found):
         change, of, what = found["bits_to_first"]["percent"], found["bits_to_first"], "bits a byte"
     else:
         return "(their losses do not compare)"
-    if of["mean"] == 0:
+    if abs(change) < 0.005:                      # of a percent
         return f"at the same {what}"
     low, high = of["interval"] or (-math.inf, math.inf)
     return f"at {percent(change)} {what}" + " (its 95% interval includes no change)" * (low <= 0 <= high)
