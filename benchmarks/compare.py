@@ -143,6 +143,8 @@ def sides_of(cfg, place):
     read = [load(run) for run in cfg.runs]       # all of them first: a damaged one costs no measurement
     require(not cfg.exit_threshold or any(model.config.exits for model, _ in read), "exit_threshold="
             f"{cfg.exit_threshold} needs a model with early exits, and none of these has them: leave it out")
+    if cfg.dataset:                              # typed: what is wrong with it is a mistake, not a note
+        data_of(cfg.dataset, {})
     sides, notes = [], []
     for name, run, (model, about) in zip(names(cfg.runs), cfg.runs, read):
         data, why = data_or_not(cfg, about)

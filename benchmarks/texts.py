@@ -72,7 +72,7 @@ def window_losses(model, x, y, device):
         logits, _ = model(ids.to(device), targets)
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         found += losses.view(targets.shape).mean(dim=1).tolist()
-    return found
+    return [round(loss, 6) for loss in found]
 
 
 def bytes_of(ids, data):

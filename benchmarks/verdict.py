@@ -136,4 +136,5 @@ def draw_point(axis, side):
     half = (interval[1] - interval[0]) / 2 if interval else 0
     axis.errorbar([x], [y], yerr=half, xerr=[[x - 1e3 / high], [1e3 / low - x]], fmt="o", markersize=5,
                   capsize=2, elinewidth=0.8)
-    axis.annotate(side.name, (x, y), fontsize=8, xytext=(5, 5), textcoords="offset points")
+    axis.annotate(side.name, (x, y), fontsize=8, xytext=(5, 5), textcoords="offset points",
+                  parse_math=False)

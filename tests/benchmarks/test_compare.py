@@ -149,6 +149,16 @@ def test_shortcuts_that_models_were_trained_for_are_used_where_they_are_asked_fo
     assert short["predict"]["weight_bytes"] < exact["predict"]["weight_bytes"]
 
 
+def test_an_exit_threshold_is_of_the_runs_that_have_exits(train):
+    train(out="plain", n_layer=2)
+    train(out="exits", n_layer=2, exits="1")
+    exact = compared(train.folder, "plain", "exits")["runs"]
+    early = compared(train.folder, "plain", "exits", exit_threshold=1e-6)["runs"]
+    assert early["plain"]["weight_bytes"] == exact["plain"]["weight_bytes"]
+    assert early["exits"]["weight_bytes"] < 0.9 * exact["exits"]["weight_bytes"]
+    assert early["exits"]["loss"] != exact["exits"]["loss"]
+
+
 def test_sampling_choices_have_the_names_and_the_defaults_of_sample_py():
     ours, theirs = comparing.Compare.__dataclass_fields__, SampleConfig.__dataclass_fields__
     shared = ours.keys() & theirs.keys() - {"quantize"}
@@ -172,6 +182,15 @@ def test_the_same_run_twice_differs_by_nothing_but_the_noise_of_timing(runs):
     assert again["to_first"]["mean"] == 0 and again["to_first"]["interval"] == [0, 0]
     assert again["weight_bytes"] == found["runs"]["dense"]["weight_bytes"]
     assert "at the same loss, reading 100% of its bytes" in found["verdict"]
+
+
+def test_names_of_runs_are_shown_as_they_are(runs, tmp_path, capsys):
+    strange = "a$_$<b>&{x}, 100%"
+    shutil.copytree(runs / "dense", tmp_path / strange)
+    found = compared(tmp_path, strange, strange, html=tmp_path / "page.html")
+    assert [*found["runs"]] == [strange, f"{strange} (2)"] and strange in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "a$_$&lt;b&gt;&amp;{x}, 100%" in page and "<b>" not in page and "<img" in page
 
 
 def test_folders_of_the_same_name_and_single_checkpoints_are_told_apart(runs, tmp_path):
@@ -316,6 +335,9 @@ def test_one_text_for_all_is_refused_to_runs_of_another_tokenizer(runs, data):
     (["dense", "--temperature=-1"], ["temperature=-1"]),
     (["dense", "--overflow=wrap"], ["overflow='wrap'"]),
     (["dense", "--tokens=1"], ["tokens=1"]),
+    (["dense", "--dataset=gone"], ["data set 'gone'"]),
+    (["dense", "--dataset=empty/"], ["empty", "no train.bin and no val.bin"]),
+    (["dense", "--nanogpt=ours"], ["nanogpt='ours'"]),
     (["dense", "--new=-1"], ["new=-1"]),
     (["dense", "--sparse=True"], ["'sparse'", "--help"]),
 ])
