@@ -19,7 +19,6 @@ from configurator import close_match, configure, require, run_script
 # subcommand: class of its keys in the module benchmarks/subcommand.py, whose function subcommand() measures
 COMMANDS = {
     "table": "Table",
-    "compare": "Compare",
     "train": "Train",
     "decode": "Decode",
     "race": "Race",
@@ -27,6 +26,7 @@ COMMANDS = {
     "reach": "Reach",
     "mlp": "Mlp",
     "screen": "Screen",
+    "compare": "Compare",
     "window": "Window",
     "quality": "Quality",
     "steps": "Steps",
