@@ -4,6 +4,7 @@ import os
 import re
 import statistics
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -83,9 +84,10 @@ class Compare(Timed):
         for kind in kinds_in(self.quantize):
             check_quantize(kind, smaller=True)
         for key in ("html", "plot"):
-            folder = Path(getattr(self, key)).parent
-            require(os.path.isdir(folder), f"{key}='{getattr(self, key)}': the folder {folder} does not "
-                    "exist: make it")
+            file, folder = getattr(self, key), Path(getattr(self, key)).parent
+            require(os.path.isdir(folder), f"{key}='{file}': the folder {folder} does not exist: make it")
+            require(not file or (os.access(folder, os.W_OK) and not os.path.isdir(file)),
+                    f"{key}='{file}' cannot be written there: name another file")
 
 
 def compare(cfg):
@@ -104,9 +106,11 @@ def compare(cfg):
     said, notes = verdict(sides), notes + [why] * bool(why)
     sentences = [about_of(sides, prompt + WARM - 1, new), *notes]
     rows = [cells(side, sides[0]) for side in sides]
-    if cfg.html:
-        write_page(cfg.html, place, load, [said, *sentences], rows, picture)
-    print("\n".join((*text_table(HEAD, rows), *sentences, said)))
+    try:                                         # in this order: a closed pipe would end it before the page
+        if cfg.html:
+            write_page(cfg.html, place, load, [said, *sentences], rows, picture)
+    finally:
+        print("\n".join((*text_table(HEAD, rows), *sentences, said)))
     return {"measurements": {"decode": timed}, "runs": {side.name: side.found for side in sides},
             "verdict": said, "notes": [re.sub(FOLDERS, "", note) for note in notes], "prompt": prompt,
             "new": new, "place": str(place), "kernels": sparse_kernels.path_taken(place.device),
@@ -183,9 +187,15 @@ def names(runs):
     """The shortest ends of paths that tell them apart; the same run again has a number behind it."""
     places = [place_of(run) for run in runs]
     distinct = [*dict.fromkeys(places)]
-    short = dict(zip(distinct, names_of(distinct)))
+    short = {place: named(place, name) for place, name in zip(distinct, names_of(distinct))}
     counts = [places[:n + 1].count(place) for n, place in enumerate(places)]
     return [short[place] + (f" ({count})" if count > 1 else "") for place, count in zip(places, counts)]
+
+
+def named(place, name):
+    """A name that says of which run: a checkpoint's own file is called as every run's."""
+    own = fnmatch(name, "ckpt*.pt") or name in pretrained.FILES
+    return f"{Path(place).parent.name}/{name}" if own else name
 
 
 def place_of(run):

@@ -85,7 +85,8 @@ def beside(first, side):
     a, b = one["decode"], other["decode"]
     ratio, share = b["median"] / a["median"], other["weight_bytes"] / one["weight_bytes"]
     speed = f"as fast as {first.name}" if overlap(first, side) else f"{ratio:.2f}x as fast as {first.name}"
-    return f"{side.name} decodes {speed} {loss_words(other)}, reading {share:.0%} of its bytes"
+    size = f"{share:.0%} of its bytes" if share < 2 else f"{share:.1f}x its bytes"
+    return f"{side.name} decodes {speed} {loss_words(other)}, reading {size}"
 
 
 def loss_words(found):

@@ -199,7 +199,7 @@ def test_folders_of_the_same_name_and_single_checkpoints_are_told_apart(runs, tm
     shutil.copytree(runs / "predict", tmp_path / "run")
     given = [tmp_path / "a" / "run", tmp_path / "run", tmp_path / "run" / "ckpt.pt", tmp_path / "a" / "run"]
     named = comparing.names([str(path) for path in given])
-    assert len(set(named)) == 4 and named[0] == "a/run" and named[3] == "a/run (2)"
+    assert len(set(named)) == 4 and named[0] == "a/run" and named[2:] == ["run/ckpt.pt", "a/run (2)"]
 
 
 def test_every_run_is_compared_in_every_kind_of_whole_numbers_too(runs, train):
@@ -331,6 +331,8 @@ def test_one_text_for_all_is_refused_to_runs_of_another_tokenizer(runs, data):
     (["dense", "empty"], ["empty holds no ckpt.pt"]),
     (["dense", "--quantize=int3"], ["quantize='int3'"]),
     (["dense", "--html=no/page.html"], ["html='no/page.html'", "does not exist"]),
+    (["dense", "--html=empty"], ["html='empty'", "name another file"]),
+    (["dense", "--plot=empty"], ["plot='empty'", "name another file"]),
     (["dense", "--exit_threshold=0.5"], ["exit_threshold=0.5", "none of these"]),
     (["dense", "--temperature=-1"], ["temperature=-1"]),
     (["dense", "--overflow=wrap"], ["overflow='wrap'"]),
@@ -409,6 +411,7 @@ def side(name, speed, loss=2.0, interval=None, size=100, **found):
      "A's."),
     ([side("B", 50, 2.2), side("C", 60, 2.1)],
      "Of 3, none decodes surely faster than A; no other loss is below A's."),
+    ([side("B", 200, 2.1, size=730)], "B decodes 2.00x as fast as A at +5.0% loss, reading 7.3x its bytes."),
     ([side("B", 200, 2.00001)], "B decodes 2.00x as fast as A at the same loss, reading 100% of its bytes."),
 ])
 def test_the_verdict_is_one_plain_sentence(others, said):
