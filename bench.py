@@ -26,6 +26,7 @@ COMMANDS = {
     "reach": "Reach",
     "mlp": "Mlp",
     "screen": "Screen",
+    "compare": "Compare",
     "window": "Window",
     "quality": "Quality",
     "steps": "Steps",
@@ -82,7 +83,10 @@ def main(words):
     kind, function = load(name)
     run = "out_dir" in kind.__dataclass_fields__       # a folder among the words is that
     given = [f"--out_dir={word}" if run and os.path.isdir(word) else word for word in words[1:]]
-    cfg = configure(kind, given, files=True)
+    several = "runs" in kind.__dataclass_fields__      # words that are no keys are these
+    runs = {"runs": tuple(word for word in given if not word.startswith("-"))} if several else {}
+    given = [word for word in given if word not in runs.get("runs", ())]
+    cfg = configure(kind, given, base=runs, files=True)
     if not issubclass(kind, Bench):             # it reads records and makes none
         return function(cfg)
     record.measure(function, cfg, words)

@@ -34,7 +34,8 @@ def measure(function, cfg, words):
     result = function(cfg)
     where["load_average"]["after"] = load_average()
     command = shlex.join(["python", "bench.py", *map(without_folders, words)])
-    keys = {key: without_folders(value) if isinstance(value, str) else value
+    keys = {key: without_folders(value) if isinstance(value, str) else
+            [*map(without_folders, value)] if isinstance(value, tuple) else value
             for key, value in asdict(cfg).items()}
     record = json.dumps({"schema": SCHEMA, "subcommand": words[0], "command": command, "config": keys,
                          **where, **result}, allow_nan=False)

@@ -324,15 +324,21 @@ def beside(out, name):
 
 def page(result, where, pictures):
     """One HTML file; pictures: {title: PNG}, written into it."""
+    return document("every arm beside its dense twin", where, told(result),
+                    {title: Path(path).read_bytes() for title, path in pictures.items()})
+
+
+def document(name, where, parts, pictures):
+    """One HTML file that needs no other: parts as `told` gives them; pictures: {title: PNG's bytes}."""
     body = [f"<p>{html.escape(json.dumps(where))}</p>"]
-    for title, said, head, rows in told(result):
+    for title, said, head, rows in parts:
         body += [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in said if line),
                  "<div><table>", row_of("th", head), *(row_of("td", row) for row in rows), "</table></div>"]
-    for title, path in pictures.items():
-        data = base64.b64encode(Path(path).read_bytes()).decode()
+    for title, content in pictures.items():
+        data = base64.b64encode(content).decode()
         body += [f"<h2>{html.escape(title)}</h2>",
                  f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">']
-    return PAGE.format(body="\n".join(body))
+    return PAGE.format(name=html.escape(name), body="\n".join(body))
 
 
 def row_of(tag, values):
@@ -340,7 +346,7 @@ def row_of(tag, values):
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nanoCortex: every arm beside its dense twin</title>
+<html lang="en"><head><meta charset="utf-8"><title>nanoCortex: {name}</title>
 <style>
 body {{ font: 14px/1.4 sans-serif; margin: 2em; max-width: 110em }}
 div {{ overflow-x: auto }}
@@ -349,7 +355,7 @@ td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: right; white-spa
 td:first-child, th:first-child {{ text-align: left }}
 img {{ max-width: 100% }}
 </style></head><body>
-<h1>nanoCortex: every arm beside its dense twin</h1>
+<h1>nanoCortex: {name}</h1>
 {body}
 </body></html>
 """
