@@ -5,11 +5,13 @@ gains and biases stay with AdamW. Every parameter is in exactly one group, asser
 """
 import inspect
 import math
+from functools import partial
 
 import torch
 
 from configurator import require
 from layers import Linear
+from sparse_kernels import in_fp32
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -64,8 +66,9 @@ def orthogonal(matrices, coefficients, steps, eps):
     x = (matrices.mT if tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = in_fp32(torch.bmm, x, x.mT)
+        gram = in_fp32(partial(torch.baddbmm, beta=b, alpha=c), gram, gram, gram)
+        x = in_fp32(partial(torch.baddbmm, beta=a), x, gram, x)
     return x.mT if tall else x
 
 

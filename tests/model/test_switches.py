@@ -266,7 +266,8 @@ def test_flops_count_matrices_not_tables():
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
-def test_lean_optimizers_make_torchs_update(name):
+def test_lean_optimizers_make_torchs_update(name, monkeypatch):
+    monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda: True)      # torch's products, both
     results = []
     for optimizer_class in (getattr(optimizers, name), getattr(torch.optim, name)):
         weights = [nn.Parameter(torch.linspace(-1, 1, 256 * n).view(-1, 32).clone()) for n in (8, 4, 1, 8, 1)]
@@ -292,3 +293,19 @@ def test_bf16_products_of_many_rows_are_those_of_fp32_rounded_once(monkeypatch):
     x.requires_grad_()
     layers.project(x, weight, None).float().square().sum().backward()
     assert x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (1, 64, 16)])
+def test_newton_schulz_through_fp32_is_no_further_from_exact_than_torchs_bf16(shape, monkeypatch):
+    a, b, c = 3.4445, -4.775, 2.0315
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    exact = matrices.mT.double() if shape[1] > shape[2] else matrices.double()
+    exact = exact / exact.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = exact @ exact.mT
+        exact = a * exact + (b * gram + c * gram @ gram) @ exact
+    exact, errors = exact.mT if shape[1] > shape[2] else exact, []
+    for native in (False, True):
+        monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda native=native: native)
+        errors.append((optimizers.orthogonal(matrices, (a, b, c), 5, 1e-7) - exact).abs().mean())
+    assert errors[0] <= 1.25 * errors[1] and errors[0] < 0.02
