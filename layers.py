@@ -179,12 +179,15 @@ class Packed(nn.Module):
         return kernels.linear_24(x, self.values.to(x.dtype), self.meta, bias, act=self.act)
 
     def emit(self, p, x, act="none", **options):
-        matrix = p.packed(self.values, self.meta, self.bias, self.in_features)
-        return p.linear(x, matrix, act=act if self.act == "none" else self.act, **options)
+        return p.linear(x, self.emit_matrix(p), act=act if self.act == "none" else self.act, **options)
+
+    def emit_matrix(self, p, rows=slice(None)):
+        """As Linear.emit_matrix."""
+        bias = self.bias if self.bias is None else self.bias[rows]
+        return p.packed(self.values[rows], self.meta[rows], bias, self.in_features)
 
     def emit_some(self, p, x, rows):
-        bias = None if self.bias is None else self.bias[rows]
-        return p.linear(x, p.packed(self.values[rows], self.meta[rows], bias, self.in_features), act=self.act)
+        return p.linear(x, self.emit_matrix(p, rows), act=self.act)
 
     def some(self, x, rows):
         values, bias = self.values[rows].to(x.dtype), cast(self.bias, x.dtype)
@@ -653,8 +656,9 @@ def project(x, weight, bias):
     kernels.note(x.numel() // x.size(-1), weight)
     if kernels.takes_matvec(x, weight):
         return kernels.matvec(x, weight, bias)
-    few = x.numel() <= kernels.FEW * x.size(-1)
-    return F.linear(x, weight, bias) if few else kernels.in_fp32(F.linear, x, weight, bias)
+    if kernels.emulated(x) and x.numel() > kernels.FEW * x.size(-1):
+        return kernels.in_fp32(F.linear, x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def rotate(x, ctx):

@@ -87,6 +87,8 @@ class SampleConfig:
                 "and --compile out")
         require(self.mlp_screen or self.mlp_live == type(self).mlp_live,
                 f"mlp_live={self.mlp_live} has no effect without mlp_screen: type --mlp_screen=4 too")
+        require(self.measure or self.mlp_screen or self.sparse_decode, "measure=False has no effect without "
+                "screened units: type --mlp_screen=4 too, or leave measure out")
         if self.quantize:
             check_quantize(self.quantize)
         require(self.quantize or self.sparse_flags() or self.val is False, f"val={self.val} has no effect "
@@ -104,7 +106,6 @@ class SampleConfig:
                     f"{key}={getattr(self, key)!r} has no effect without chat: type --chat too")
         require(not self.chat or self.num_samples == type(self).num_samples,
                 f"num_samples={self.num_samples} and chat: an answer is one sample; leave num_samples out")
-
 
     def sparse_flags(self):
         """What is typed of a GPTConfig to decode otherwise than the model was trained -> {flag: value}."""
@@ -421,11 +422,10 @@ def decoding(model, cfg, device):
         torch.set_num_threads(cfg.threads)
     if cfg.speculate:
         return "forward decodes (--speculate drafts and verifies with the layers themselves, draws by torch)"
-    program = engine.trial(model, device, torch.get_num_threads())
     if device.type == "cuda":
         made = card.trial(model, device)
-        return (f"{len(made.launches)} kernels a token" if made else
-                f"forward decodes ({made.args[0]})")
+        return f"{len(made.launches)} kernels a token" if made else f"forward decodes ({made.args[0]})"
+    program = engine.trial(model, device, torch.get_num_threads())
     if not program:
         return f"forward decodes ({program})"
     timed, threads = "", cfg.threads

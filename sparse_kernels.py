@@ -32,18 +32,21 @@ def path_taken(device):
 
 # ------------------------------------------------ matrix products ----------------------------------------
 
-@functools.cache
-def multiplies_bf16():
-    """Does the CPU multiply bf16 itself?"""
-    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, flag, bool)() for flag in flags)
+# Does the CPU multiply bf16 itself?
+NATIVE_BF16 = any(getattr(torch.cpu, flag, bool)() for flag in ("_is_avx512_bf16_supported",
+                                                                "_is_amx_tile_supported"))
+
+
+def emulated(x):
+    """Are products of x bf16 on a CPU that does not multiply it? PyTorch's own take five to forty times as
+    long there as those of fp32."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not NATIVE_BF16
 
 
 def in_fp32(product, x, *others):
-    """product(x, *others) of tensors of one dtype. bf16 on a CPU that does not multiply it is computed in
-    fp32 and rounded once, which is what it stands for: PyTorch's own products in it take five to forty times
-    as long there."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or multiplies_bf16():
+    """product(x, *others) of tensors of one dtype; what would be emulated is computed in fp32 and rounded
+    once, which is what it stands for."""
+    if not emulated(x):
         return product(x, *others)
     return product(*(t if t is None else t.float() for t in (x, *others))).bfloat16()
 

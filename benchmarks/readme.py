@@ -341,7 +341,8 @@ TABLES = (
 # what may stand between the marks of a page, by the name in the first one
 BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                    for part, make in (("opening", pages.opening), ("table", pages.main_table),
-                                                      ("brief", pages.brief_table))
+                                                      ("brief", pages.brief_table),
+                                                      ("lighter", pages.lighter))
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))

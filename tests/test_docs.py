@@ -131,3 +131,14 @@ def test_the_short_table_keeps_the_twin_what_pays_and_the_worst_and_counts_the_r
     names = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:] if line.startswith("|")]
     assert names[0] == TWIN and "[osc](docs/osc.md)" in names and "bad" in names and len(names) <= pages.MOST
     assert "leaky" not in names and "1 of 2 blocks" in " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("language", pages.LANGUAGES)
+def test_what_integer_weights_gain_is_quoted_from_its_record(language):
+    speed = {"bfloat16": 100.0, "int8": 150.0, "int8, 4-bit copy, 15%": 300.0, "llama.cpp q8_0": 60.0}
+    record = {"model": {"parameters": 63e6}, "hardware": {"cpu": "x", "threads": 2},
+              "points": {"int8": {"percent": 0.014}, "int8, 4-bit copy, 15%": {"percent": 0.25}},
+              "measurements": {"decode": {"sides": {name: {"median": rate} for name, rate in speed.items()}}}}
+    said = pages.lighter(pages.LANGUAGES[language], {pages.SCREEN: record})
+    assert all(figure in said for figure in ("63", "1.5", "+0.01%", "2.5", "0.25%", "2.0", pages.SCREEN))
+    assert pages.lighter(pages.LANGUAGES[language], {}) == ""

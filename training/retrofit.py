@@ -151,16 +151,7 @@ def inputs_of(model, names, ids):
         found[name].append(args[0].detach().flatten(0, -2).float())
 
     handles = [model.get_submodule(name).register_forward_pre_hook(partial(look, name)) for name in names]
-    counted = [(module, name, getattr(module, name)) for module in model.modules()
-               for name in ("layers_run", "steps_run", "tokens_run") if hasattr(module, name)]
-    try:
-        for rows in ids.split(8) if names else ():
-            model(rows)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for counter in counted:                  # what training has cost
-            setattr(*counter)
+    calibrate.run_with(model, ids.split(8) if names else (), handles)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import ConfigError, require
-from sparse_kernels import multiplies_bf16
+from sparse_kernels import NATIVE_BF16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +72,7 @@ def native_bf16(device):
     """Does the hardware multiply bf16 itself? Emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and multiplies_bf16()
+    return device.type == "cpu" and NATIVE_BF16
 
 
 def choose_dtype(name, device):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from arms import ARMS, build, tokens
-from conftest import Job, words
+from conftest import Job, one_sentence, words
 
 from configurator import ConfigError
 from decode import calibrate, engine, sampling
@@ -245,6 +245,8 @@ def test_sampling_says_first_what_is_saved_and_lost(train, data):
     assert re.search(r"screened units: reads \d+% of the dense model's bytes; [\d.]+x its tokens/s; "
                      r"loss [+-]0\.\d{4} on [\d,]+ held-out tokens", said), said
     assert "held-out" not in sampled(measure=False)
+    alone = Job("sample.py", words(out_dir=out, measure=False), train.folder).wait()
+    one_sentence(alone, "sample.py", "measure=False", "--mlp_screen=4")
     whole = sampled(quantize="int8", val=True)
     assert "quantised to int8" in whole and "on 16,384 held-out tokens" in whole
     loaded = torch.load(out / "ckpt.pt", weights_only=True)

@@ -267,7 +267,7 @@ def test_flops_count_matrices_not_tables():
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
 def test_lean_optimizers_make_torchs_update(name, monkeypatch):
-    monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda: True)      # torch's products, both
+    monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", True)      # torch's products, both
     results = []
     for optimizer_class in (getattr(optimizers, name), getattr(torch.optim, name)):
         weights = [nn.Parameter(torch.linspace(-1, 1, 256 * n).view(-1, 32).clone()) for n in (8, 4, 1, 8, 1)]
@@ -285,11 +285,11 @@ def test_bf16_products_of_many_rows_are_those_of_fp32_rounded_once(monkeypatch):
     x, weight, bias = (torch.randn(*size).bfloat16() for size in ((33, 40), (24, 40), (24,)))
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).bfloat16()
     for native in (False, True):
-        monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda native=native: native)
+        monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", native)
         found = layers.project(x, weight, bias)
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found, expected, rtol=2 ** -7, atol=2 ** -7)
-    monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", False)
     x.requires_grad_()
     layers.project(x, weight, None).float().square().sum().backward()
     assert x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() and x.grad.abs().sum() > 0
@@ -306,6 +306,15 @@ def test_newton_schulz_through_fp32_is_no_further_from_exact_than_torchs_bf16(sh
         exact = a * exact + (b * gram + c * gram @ gram) @ exact
     exact, errors = exact.mT if shape[1] > shape[2] else exact, []
     for native in (False, True):
-        monkeypatch.setattr(sparse_kernels, "multiplies_bf16", lambda native=native: native)
+        monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", native)
         errors.append((optimizers.orthogonal(matrices, (a, b, c), 5, 1e-7) - exact).abs().mean())
     assert errors[0] <= 1.25 * errors[1] and errors[0] < 0.02
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_bf16_model_is_one_graph_whatever_multiplies_it(native, monkeypatch):
+    monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", native)
+    model = build(dict(window=4, window_pattern="SL", n_layer=2)).to(torch.bfloat16)
+    idx = tokens(2, 8)
+    loss = torch.compile(model, fullgraph=True, backend="eager")(idx, idx)[1]
+    torch.testing.assert_close(loss, model(idx, idx)[1])
