@@ -34,6 +34,12 @@ settings.load_profile("repeatable")
 if "PYTEST_XDIST_WORKER" in os.environ:          # one of several workers: each has one core
     torch.set_num_threads(1)
 
+# nohup and a script's `&` leave these ignored, and all that the tests start would ignore them too: a handler
+# is not handed on through exec. A suite under nohup still outlives its terminal.
+for name, handler in ("SIGHUP", lambda *_: None), ("SIGINT", signal.default_int_handler):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
+
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2,
         "gradient_accumulation_steps": 2,
         "dropout": 0.1, "device": "cpu", "dtype": "float32", "eval_iters": 2, "eval_interval": 4,
@@ -77,6 +83,7 @@ def serve(pipe):
 def run_here(script, argv, cwd, env, before, out, err):
     """Become `python script argv...`: its streams, folder, environment, exception hook and exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.alarm(LIMIT)
     torch.set_num_threads(1)     # the first call makes a pool anew behind a fork; two threads at once lose it
     for number, path in ((0, os.devnull), (1, out), (2, err)):
