@@ -67,6 +67,19 @@ def menu():
                       "python bench.py SUBCOMMAND --help lists its keys."])
 
 
+def keys_of(kind, words):
+    """The keys of a subcommand, from its words. Words that are no keys: folders of runs where `runs` lists
+    them; a folder is the `out_dir` of a subcommand that has one; all others are config files."""
+    fields = kind.__dataclass_fields__
+    runs = {}
+    if "runs" in fields and fields["runs"].type is tuple:
+        runs = {"runs": tuple(word for word in words if not word.startswith("-"))}
+        words = [word for word in words if word.startswith("-")]
+    elif "out_dir" in fields:
+        words = [f"--out_dir={word}" if os.path.isdir(word) else word for word in words]
+    return configure(kind, words, base=runs, files=True)
+
+
 def main(words):
     """Run the subcommand that the words name; the JSON record is the last line of stdout."""
     if words[:1] in (["--help"], ["-h"]):
@@ -81,12 +94,7 @@ def main(words):
         from viz import plots
         return plots.main(words[1:])
     kind, function = load(name)
-    run = "out_dir" in kind.__dataclass_fields__       # a folder among the words is that
-    given = [f"--out_dir={word}" if run and os.path.isdir(word) else word for word in words[1:]]
-    several = "runs" in kind.__dataclass_fields__      # words that are no keys are these
-    runs = {"runs": tuple(word for word in given if not word.startswith("-"))} if several else {}
-    given = [word for word in given if word not in runs.get("runs", ())]
-    cfg = configure(kind, given, base=runs, files=True)
+    cfg = keys_of(kind, words[1:])
     if not issubclass(kind, Bench):             # it reads records and makes none
         return function(cfg)
     record.measure(function, cfg, words)

@@ -97,6 +97,19 @@ def test_help_lists_every_subcommand_with_one_line(tmp_path):
     assert all(line.endswith(".") for _, line in lines)
 
 
+@pytest.mark.parametrize("name", bench.COMMANDS)
+def test_a_key_that_was_not_typed_has_its_default(name):
+    kind, _ = bench.load(name)
+    assert bench.keys_of(kind, []) == kind()
+
+
+def test_words_that_are_no_keys_are_runs_where_a_subcommand_takes_runs(tmp_path):
+    table, compared, screened = (bench.load(name)[0] for name in ("table", "compare", "screen"))
+    assert bench.keys_of(table, ["--runs=there"]).runs == "there"
+    assert bench.keys_of(compared, ["a", "--tokens=64", "b"]).runs == ("a", "b")
+    assert bench.keys_of(screened, [str(tmp_path)]).out_dir == str(tmp_path)
+
+
 def test_the_menu_and_the_readme_need_no_torch(tmp_path):
     code = "import bench, sys; bench.menu(); bench.load('readme'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=bench.__file__.rpartition(os.sep)[0], check=True)
