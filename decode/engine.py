@@ -266,7 +266,7 @@ class Program:
         most, apart = units.size if units else matrix.c.rows, units.apart if units else 0
         parts = max(SUMS, most // apart) if apart else SUMS
         self.add("rows_sum", (a, onto, units and units.list), (y,),
-                 (self.rows + 1) * 16 * (most + 8) + matrix.c.rows + 8 * matrix.c.width + 256,
+                 (self.rows + 1) * 16 * (most + 8) + matrix.c.rows + 9 * matrix.c.width + 512,
                  (most, apart, parts), (), (), matrix,
                  ("read", matrix.macs, matrix.bytes), all=all, list=units and units.list, onto=onto,
                  by=self.value(parts * matrix.c.width),

@@ -14,6 +14,7 @@
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #endif
+#define INLINE static inline __attribute__((always_inline))
 #define ROWS 8                                   /* of a batch */
 #define MANY 64                                  /* threads */
 
@@ -241,7 +242,8 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
    sum of its numbers, lie in w.scale. A row of I4: numbers of 4 bits in groups of 32, of which each has a scale:
    32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the scales in bf16. What is
    multiplied by them is rounded to 8 bits, with one scale: in its room lie that scale (64 bytes for it), the
-   numbers, and for each 32 of them 8 times their sum. */
+   numbers, and for each 32 of them 8 times their sum (int32, of 64 numbers 8 of them: see FIX). Factors of rows
+   that are added up are whole numbers of 16 bits with AVX2, one scale for TOGETHER of them, else floats. */
 struct of_row { float scale; int32_t sum; };
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -252,6 +254,9 @@ struct of_row { float scale; int32_t sum; };
 #include <immintrin.h>
 #endif
 
+/* where 8 times the sum of 32 numbers lies: lanes 0 and 2 of the 8 that stand for 64 of them, as quad_i4 has them */
+#define FIX(group) ((group) / 2 * 8 + (group) % 2 * 2)
+
 static inline long padded(long K) { return (K + 63) / 64 * 64; }
 /* the room of what is multiplied by a row of width K, whatever the kind */
 static inline long room_of(long K) { return (K * 4 + 63) / 64 * 64 + 128; }
@@ -259,7 +264,8 @@ static inline long room_of(long K) { return (K * 4 + 63) / 64 * 64 + 128; }
 static void round_to_8_bits(int64_t kind, const float *x, long n, char *to) {
     long wide = padded(n);
     int8_t *q = (int8_t *)to + 64;
-    float most = 1e-30f, wrong = 0, *sums = (float *)(to + 64 + wide);
+    int32_t *fix = (int32_t *)(to + 64 + wide);
+    float most = 1e-30f, wrong = 0;
     #pragma omp simd reduction(max:most) reduction(+:wrong)
     for (long i = 0; i < n; i++) {
         float size = fabsf(x[i]);
@@ -274,10 +280,11 @@ static void round_to_8_bits(int64_t kind, const float *x, long n, char *to) {
         for (long i = 0; i < n; i++) q[i] = (int8_t)(int)rintf(x[i] * by);
     }
     memset(q + n, 0, wide - n);
+    if (kind == IS_I4) memset(fix, 0, wide / 2);
     if (kind == IS_I4) for (long g = 0; g < wide; g += 32) {
         int32_t sum = 0;
         for (long i = g; i < g + 32; i++) sum += q[i];
-        sums[g / 32] = 8.0f * sum;
+        fix[FIX(g / 32)] = 8 * sum;
     }
 #ifdef WHOLE_VNNI
     if (kind == IS_I8) for (long i = 0; i < wide; i++) q[i] ^= (int8_t)0x80;
@@ -297,7 +304,7 @@ static inline __m128 sums_of_floats(const __m256 *a) {
 static inline __m256i load_ints(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 #endif
 
-static void quad_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
+INLINE void quad_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
                     const char *x, long K, float *s) {
     long wide = padded(K);
     const char *X = x + 64;
@@ -337,10 +344,11 @@ static void quad_i8(const struct of_row *of, const long *n, const char *const *r
     for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
 }
 
-static void quad_i4(const char *const *row, const char *const *next, const char *x, long K, float *s) {
+/* s[l] = row[l] . x of four rows; 8 times the sum of x's numbers is taken from each group's, which lie plus 8 */
+INLINE void quad_i4(const char *const *row, const char *const *next, const char *x, long K, float *s) {
     long wide = padded(K), k = 0;
     const char *X = x + 64;
-    const float *sums = (const float *)(X + wide);
+    const int32_t *fix = (const int32_t *)(X + wide);
 #if defined(WHOLE_AVX2)
     __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
 #if defined(WHOLE_VNNI)
@@ -351,15 +359,18 @@ static void quad_i4(const char *const *row, const char *const *next, const char 
     for (; k + 128 <= wide; k += 128) {
         __m512i u = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(X + k)), load_ints(X + k + 64), 1);
         __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(X + k + 32)), load_ints(X + k + 96), 1);
+        __m512i less = _mm512_loadu_si512(fix + k / 8);         /* lanes 0, 2, 8, 10: of groups 0, 1, 2, 3 */
+        __m512i less_u = _mm512_sub_epi32(zero, _mm512_maskz_mov_epi32(0x0101, less));
+        __m512i less_v = _mm512_sub_epi32(zero, _mm512_maskz_mov_epi32(0x0404, less));
         for (int l = 0; l < 4; l++) {
             __m512i w = _mm512_loadu_si512(row[l] + k / 2);
             __m512i scales = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_castsi128_si256(
                 _mm_loadl_epi64((const __m128i *)(row[l] + wide / 2 + k / 16)))), 16);
             if (next) FETCH(next[l] + k / 2);
-            b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, _mm512_and_si512(w, half), u)),
+            b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(less_u, _mm512_and_si512(w, half), u)),
                                    _mm512_castsi512_ps(_mm512_permutexvar_epi32(first, scales)), b[l]);
             b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(
-                                       zero, _mm512_and_si512(_mm512_srli_epi16(w, 4), half), v)),
+                                       less_v, _mm512_and_si512(_mm512_srli_epi16(w, 4), half), v)),
                                    _mm512_castsi512_ps(_mm512_permutexvar_epi32(second, scales)), b[l]);
         }
     }
@@ -367,20 +378,26 @@ static void quad_i4(const char *const *row, const char *const *next, const char 
         a[l] = _mm256_add_ps(_mm512_castps512_ps256(b[l]), _mm256_castpd_ps(_mm512_extractf64x4_pd(
             _mm512_castps_pd(b[l]), 1)));
 #endif
+    /* of 64 numbers four lanes come to stand for the first group, lanes 0, 1, 4 and 5, and four for the second */
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 2, 3,
+                                            -1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 2, 3);
     for (; k < wide; k += 64) {
-        __m256i u = load_ints(X + k), v = load_ints(X + k + 32);
+        __m256i u = load_ints(X + k), v = load_ints(X + k + 32), less = load_ints(fix + k / 8);
         for (int l = 0; l < 4; l++) {
             __m256i w = load_ints(row[l] + k / 2);
-            const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2) + k / 32;
+            const float *two = (const float *)(row[l] + wide / 2 + k / 16);         /* scales */
             if (next) FETCH(next[l] + k / 2);
-            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(
-                _mm256_and_si256(w, low), u), ones)), _mm256_set1_ps(up_bf16(scale[0])), a[l]);
-            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(
-                _mm256_and_si256(_mm256_srli_epi16(w, 4), low), v), ones)), _mm256_set1_ps(up_bf16(scale[1])), a[l]);
+            __m256i p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), u);
+            __m256i q = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), low), v);
+            __m256i sums = _mm256_add_epi16(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
+            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_madd_epi16(sums, ones), less)),
+                                   _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_castps_si256(
+                                       _mm256_broadcast_ss(two)), places)), a[l]);
         }
     }
     _mm_storeu_ps(s, sums_of_floats(a));
+    for (int l = 0; l < 4; l++) s[l] *= *(const float *)x;
 #else
     (void)next;
     for (int l = 0; l < 4; l++) {
@@ -388,7 +405,7 @@ static void quad_i4(const char *const *row, const char *const *next, const char 
         s[l] = 0;
         for (k = 0; k < wide; k += 64) {
             const uint8_t *w = (const uint8_t *)row[l] + k / 2;
-            int32_t u = 0, v = 0;
+            int32_t u = -fix[FIX(k / 32)], v = -fix[FIX(k / 32 + 1)];
             #pragma omp simd reduction(+:u, v)
             for (long i = 0; i < 32; i++) {
                 u += (w[i] & 15) * (int8_t)X[k + i];
@@ -396,15 +413,9 @@ static void quad_i4(const char *const *row, const char *const *next, const char 
             }
             s[l] += u * up_bf16(scale[k / 32]) + v * up_bf16(scale[k / 32 + 1]);
         }
+        s[l] *= *(const float *)x;
     }
 #endif
-    for (int l = 0; l < 4; l++) {                               /* the numbers lie plus 8 */
-        const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2);
-        float more = 0;
-        #pragma omp simd reduction(+:more)
-        for (long g = 0; g < wide / 32; g++) more += up_bf16(scale[g]) * sums[g];
-        s[l] = (s[l] - more) * *(const float *)x;
-    }
 }
 
 /* element c of a row of whole numbers; of: the row's, of I8 */
@@ -414,47 +425,6 @@ static inline float whole(const struct matrix *w, long n, long c) {
     uint8_t two = row[c / 64 * 32 + c % 32];
     float scale = up_bf16(((const uint16_t *)(row + padded(w->width) / 2))[c / 32]);
     return scale * ((c & 32 ? two >> 4 : two & 15) - 8);
-}
-
-/* sums (width) += by[live[i]] * row rows[live[i]] of w for each of n live units: elements from..to, of which
-   `from` is a multiple of 64. Four rows at a time, and the next four are fetched. */
-static void add_whole_rows(const struct matrix *w, const float *by, const long *rows, const int *live, long n,
-                           float *restrict sums, long from, long to) {
-    const struct of_row *of = w->scale;
-    long wide = padded(w->width), stop = to / 64 * 64;
-    for (long i = 0; i < n; i += 4) {
-        const char *row[4], *next[4];
-        float b[4];
-        long number[4];
-        for (long l = 0; l < 4; l++) {
-            long j = live[i + l < n ? i + l : n - 1], k = live[i + l + 4 < n ? i + l + 4 : n - 1];
-            number[l] = rows ? rows[j] : j;
-            row[l] = w->data + number[l] * w->stride;
-            next[l] = w->data + (rows ? rows[k] : k) * w->stride;
-            b[l] = i + l < n ? by[j] : 0;                        /* behind the last one: it once more, times 0 */
-            if (w->kind == IS_I8) b[l] *= of[number[l]].scale;
-        }
-        for (long c = from; c < stop; c += 64) {
-            for (int l = 0; l < 4; l++) FETCH(next[l] + (w->kind == IS_I8 ? c : c / 2));
-            if (w->kind == IS_I8) {
-                #pragma omp simd
-                for (long e = c; e < c + 64; e++)
-                    sums[e] += b[0] * (int8_t)row[0][e] + b[1] * (int8_t)row[1][e]
-                             + b[2] * (int8_t)row[2][e] + b[3] * (int8_t)row[3][e];
-            } else for (int l = 0; l < 4; l++) {
-                const uint8_t *two = (const uint8_t *)row[l] + c / 2;
-                const uint16_t *scale = (const uint16_t *)(row[l] + wide / 2) + c / 32;
-                float f = b[l] * up_bf16(scale[0]), g = b[l] * up_bf16(scale[1]), *y = sums + c;
-                #pragma omp simd
-                for (long e = 0; e < 32; e++) y[e] += f * ((two[e] & 15) - 8);
-                #pragma omp simd
-                for (long e = 0; e < 32; e++) y[e + 32] += g * ((two[e] >> 4) - 8);
-            }
-        }
-        for (long l = 0; l < 4; l++)
-            for (long c = stop > from ? stop : from; c < to; c++)
-                sums[c] += w->kind == IS_I8 ? b[l] * (int8_t)row[l][c] : b[l] * whole(w, number[l], c);
-    }
 }
 
 /* what rows of a kind are multiplied by, made of x (n) in `to` */
@@ -552,8 +522,14 @@ static void quad(const struct matrix *w, const long *n, const long *soon, const 
     switch (w->kind) {
     case IS_F32: quad_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
     case IS_BF16: quad_bf16(row, soon ? next : 0, x, w->width, s); break;
-    case IS_I8: quad_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
-    case IS_I4: quad_i4(row, soon ? next : 0, x, w->width, s); break;
+    case IS_I8:
+        if (soon) quad_i8(w->scale, n, row, next, x, w->width, s);
+        else quad_i8(w->scale, n, row, 0, x, w->width, s);
+        break;
+    case IS_I4:
+        if (soon) quad_i4(row, next, x, w->width, s);
+        else quad_i4(row, 0, x, w->width, s);
+        break;
     case IS_KEPT_F32: case IS_KEPT_BF16:
         for (int l = 0; l < 4; l++) {
             const uint32_t *places = (const uint32_t *)((const char *)w->scale + n[l] * w->scale_stride);
@@ -570,12 +546,186 @@ static void add_row(const struct matrix *w, long n, float by, float *restrict su
         const float *v = (const float *)row;
         #pragma omp simd
         for (long c = from; c < to; c++) sums[c] += by * v[c];
-    } else if (w->kind == IS_I8 || w->kind == IS_I4) {
-        for (long c = from; c < to; c++) sums[c] += by * whole(w, n, c);
+    } else if (w->kind == IS_I8) {
+        by *= ((const struct of_row *)w->scale)[n].scale;
+        #pragma omp simd
+        for (long c = from; c < to; c++) sums[c] += by * (int8_t)row[c];
+    } else if (w->kind == IS_I4) {
+        long c = from, blocks = to / 64 * 64;
+        for (; c < to && c % 64; c++) sums[c] += by * whole(w, n, c);
+        for (; c < blocks; c += 64) {
+            const uint8_t *two = (const uint8_t *)row + c / 2;
+            const uint16_t *scale = (const uint16_t *)(row + padded(w->width) / 2) + c / 32;
+            float f = by * up_bf16(scale[0]), g = by * up_bf16(scale[1]), *y = sums + c;
+            #pragma omp simd
+            for (long e = 0; e < 32; e++) y[e] += f * ((two[e] & 15) - 8);
+            #pragma omp simd
+            for (long e = 0; e < 32; e++) y[e + 32] += g * ((two[e] >> 4) - 8);
+        }
+        for (; c < to; c++) sums[c] += by * whole(w, n, c);
     } else {
         const uint16_t *v = (const uint16_t *)row;
         #pragma omp simd
         for (long c = from; c < to; c++) sums[c] += by * up_bf16(v[c]);
+    }
+}
+
+#ifdef WHOLE_AVX2
+#define TOGETHER 8                               /* rows whose factors are rounded to 16 bits with one scale */
+
+/* a[0..3] += 32 pairs of bytes (m: of one row, n: of the next) times the pair of factors: of columns 0 to 3 and
+   16 to 19, then 4 to 7 and 20 to 23, and so on */
+static inline void add_pair(__m256i m, __m256i n, __m256i factors, __m256i *a) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i low = _mm256_unpacklo_epi8(m, n), high = _mm256_unpackhi_epi8(m, n);
+    a[0] = _mm256_add_epi32(a[0], _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), factors));
+    a[1] = _mm256_add_epi32(a[1], _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), factors));
+    a[2] = _mm256_add_epi32(a[2], _mm256_madd_epi16(_mm256_unpacklo_epi8(high, zero), factors));
+    a[3] = _mm256_add_epi32(a[3], _mm256_madd_epi16(_mm256_unpackhi_epi8(high, zero), factors));
+}
+
+/* y (32) += a as add_pair has left it, times scale */
+static inline void add_sums(const __m256i *a, __m256 scale, float *y) {
+    for (int i = 0; i < 4; i++) {
+        __m256i of = i < 2 ? _mm256_permute2x128_si256(a[2 * i], a[2 * i + 1], 0x20)
+                           : _mm256_permute2x128_si256(a[2 * i - 4], a[2 * i - 3], 0x31);
+        _mm256_storeu_ps(y + 8 * i, _mm256_fmadd_ps(_mm256_cvtepi32_ps(of), scale, _mm256_loadu_ps(y + 8 * i)));
+    }
+}
+
+/* scales of up to 8 groups, zeros behind the last */
+static inline __m256 eight_scales(const uint16_t *p, long n) {
+    uint16_t few[8] = {0};
+    if (n < 8) memcpy(few, p, n * sizeof *p);
+    __m256i v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(n < 8 ? few : p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+
+/* Factors of TOGETHER rows, b[l] times the row's scale (of a group: I4), as whole numbers of 16 bits: pairs of
+   them in factors (4, stride) -> their scale; 0: they are all 0; NaN: one is not finite. less (groups): what
+   the offset of the bytes has added, the same in each column. */
+static float factors_of(const struct matrix *w, const float *b, const char *const *row, const long *number,
+                        int32_t *factors, long stride, int32_t *less) {
+    const struct of_row *of = w->scale;
+    long wide = padded(w->width), groups = wide / 32;
+    const uint16_t *scales[TOGETHER];
+    float most = 0, wrong = 0, each[TOGETHER];
+    for (int l = 0; l < TOGETHER; l++) {
+        scales[l] = (const uint16_t *)(row[l] + wide / 2);
+        each[l] = w->kind == IS_I8 ? b[l] * of[number[l]].scale : b[l];
+        wrong += each[l] * 0;
+        float size = fabsf(each[l]);
+        if (w->kind == IS_I8) most = size > most ? size : most;
+    }
+    if (w->kind == IS_I4) {
+        __m256 largest = _mm256_setzero_ps(), nothing = largest, zero = largest;
+        for (long g = 0; g < groups; g += 8)
+            for (int l = 0; l < TOGETHER; l++) {
+                __m256 v = _mm256_mul_ps(eight_scales(scales[l] + g, groups - g), _mm256_set1_ps(each[l]));
+                largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+                nothing = _mm256_fmadd_ps(v, zero, nothing);
+            }
+        float some[8], none[8];
+        _mm256_storeu_ps(some, largest);
+        _mm256_storeu_ps(none, nothing);
+        for (int i = 0; i < 8; i++) {
+            most = some[i] > most ? some[i] : most;
+            wrong += none[i];
+        }
+    }
+    if (wrong != 0) return NAN;
+    if (most < 1e-30f) return 0;                                /* 32767 / most shall be finite */
+    float by = 32767 / most;
+    for (int l = 0; l < TOGETHER; l++) each[l] *= by;
+    if (w->kind == IS_I8) {
+        less[0] = 0;
+        for (int l = 0; l < TOGETHER; l += 2) {
+            int32_t m = (int32_t)rintf(each[l]), n = (int32_t)rintf(each[l + 1]);
+            factors[l / 2 * stride] = (int32_t)((uint32_t)m & 0xffff) | (int32_t)((uint32_t)n << 16);
+            less[0] += 128 * (m + n);
+        }
+        return most / 32767;
+    }
+    for (long g = 0; g < groups; g += 8) {
+        __m256i sum = _mm256_setzero_si256(), lower = _mm256_set1_epi32(0xffff);
+        for (int l = 0; l < TOGETHER; l += 2) {
+            __m256i m = _mm256_cvtps_epi32(_mm256_mul_ps(eight_scales(scales[l] + g, groups - g),
+                                                         _mm256_set1_ps(each[l])));
+            __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(eight_scales(scales[l + 1] + g, groups - g),
+                                                         _mm256_set1_ps(each[l + 1])));
+            sum = _mm256_add_epi32(sum, _mm256_add_epi32(m, n));
+            _mm256_storeu_si256((__m256i *)(factors + l / 2 * stride + g),
+                                _mm256_or_si256(_mm256_and_si256(m, lower), _mm256_slli_epi32(n, 16)));
+        }
+        _mm256_storeu_si256((__m256i *)(less + g), _mm256_slli_epi32(sum, 3));
+    }
+    return most / 32767;
+}
+
+/* y (32) += 32 columns of TOGETHER rows, times their factors (4, stride); more: the bytes of a row ahead of theirs;
+   high: they are the high halves of those bytes */
+INLINE void add_32_columns(int64_t kind, int high, const char *const *row, long more, const int32_t *factors,
+                           long stride, int32_t less, float scale, float *y) {
+    const __m256i offset = _mm256_set1_epi8((char)0x80), low = _mm256_set1_epi8(15);
+    __m256i a[4];
+    for (int i = 0; i < 4; i++) a[i] = _mm256_set1_epi32(-less);
+    for (int l = 0; l < TOGETHER; l += 2) {
+        __m256i m = load_ints(row[l] + more), n = load_ints(row[l + 1] + more);
+        if (high) m = _mm256_srli_epi16(m, 4), n = _mm256_srli_epi16(n, 4);
+        m = kind == IS_I8 ? _mm256_xor_si256(m, offset) : _mm256_and_si256(m, low);
+        n = kind == IS_I8 ? _mm256_xor_si256(n, offset) : _mm256_and_si256(n, low);
+        add_pair(m, n, _mm256_set1_epi32(factors[l / 2 * stride]), a);
+    }
+    add_sums(a, _mm256_set1_ps(scale), y);
+}
+
+#else
+#define TOGETHER 4
+#endif
+
+/* sums (width) += by[live[i]] * row rows[live[i]] of w for each of n live units. TOGETHER rows at a time, and
+   the next ones are fetched. room: 5 * (padded(width) / 32 + 7) whole numbers. */
+static void add_whole_rows(const struct matrix *w, const float *by, const long *rows, const int *live, long n,
+                           float *restrict sums, int32_t *room) {
+    for (long i = 0; i < n; i += TOGETHER) {
+        const char *row[TOGETHER], *next[TOGETHER];
+        float b[TOGETHER];
+        long number[TOGETHER];
+        for (long l = 0; l < TOGETHER; l++) {
+            long j = live[i + l < n ? i + l : n - 1], k = live[i + l + TOGETHER < n ? i + l + TOGETHER : n - 1];
+            number[l] = rows ? rows[j] : j;
+            row[l] = w->data + number[l] * w->stride;
+            next[l] = w->data + (rows ? rows[k] : k) * w->stride;
+            b[l] = i + l < n ? by[j] : 0;                        /* behind the last one: it once more, times 0 */
+        }
+#ifdef WHOLE_AVX2
+        long stride = w->kind == IS_I4 ? (padded(w->width) / 32 + 7) / 8 * 8 : 1;
+        int32_t *less = room + TOGETHER / 2 * stride;
+        float scale = factors_of(w, b, row, number, room, stride, less);
+        if (scale == 0) continue;
+        if (scale == scale) {
+            for (long c = 0; c < w->width; c += 64) {
+                float some[64], *y = c + 64 <= w->width ? sums + c : some;
+                for (int l = 0; l < TOGETHER; l++) FETCH(next[l] + (w->kind == IS_I8 ? c : c / 2));
+                if (y == some) memcpy(some, sums + c, (w->width - c) * sizeof(float));
+                if (w->kind == IS_I8) {
+                    add_32_columns(IS_I8, 0, row, c, room, 1, *less, scale, y);
+                    add_32_columns(IS_I8, 0, row, c + 32, room, 1, *less, scale, y + 32);
+                } else {
+                    long g = c / 32;
+                    add_32_columns(IS_I4, 0, row, c / 2, room + g, stride, less[g], scale, y);
+                    add_32_columns(IS_I4, 1, row, c / 2, room + g + 1, stride, less[g + 1], scale, y + 32);
+                }
+                if (y == some) memcpy(sums + c, some, (w->width - c) * sizeof(float));
+            }
+            continue;
+        }
+#else
+        (void)row;
+        (void)next;
+        (void)room;
+#endif
+        for (long l = 0; l < TOGETHER; l++) if (i + l < n) add_row(w, number[l], b[l], sums, 0, w->width);
     }
 }
 
@@ -783,10 +933,10 @@ static void op_linear(struct op *o, struct thread *me) {
 #define SUMS 16
 static inline long sums_of(long rows) { return rows < 16 * SUMS ? (rows + 15) / 16 : SUMS; }
 static void add_rows(const struct matrix *w, float *sums, const float *by, const long *rows, const int *live,
-                     long n) {
+                     long n, int32_t *room) {
     if (w->kind == IS_F32)
         add_rows_f32(sums, by, (const float *)w->data, rows, live, n, w->stride / 4, 0, w->width);
-    else if (w->kind == IS_I8 || w->kind == IS_I4) add_whole_rows(w, by, rows, live, n, sums, 0, w->width);
+    else if (w->kind == IS_I8 || w->kind == IS_I4) add_whole_rows(w, by, rows, live, n, sums, room);
     else
         add_rows_bf16(sums, by, (const uint16_t *)w->data, rows, live, n, w->stride / 2, 0, w->width);
 }
@@ -828,7 +978,8 @@ static void op_rows_sum(struct op *o, struct thread *me) {
                 for (long l = 0; l < 4; l++) order[4 * i + l] = mine[start + l * quarter + i];
             for (long i = 4 * quarter; i < n; i++) order[i] = mine[start + i];
             memset(sums, 0, C * sizeof(float));
-            add_rows(w, sums, at(me, o->in) + r * most, o->list < 0 ? 0 : rows + r * room, order, n);
+            add_rows(w, sums, at(me, o->in) + r * most, o->list < 0 ? 0 : rows + r * room, order, n,
+                     order + room);
             if (apart) round_all(me, sums, C);
         }
     if (me->number == 0) {
@@ -1823,6 +1974,7 @@ void whole_products(const struct matrix *w, const float *x, float *y, long count
 }
 void whole_rows_sum(const struct matrix *w, const float *a, float *y, long count, int all) {
     BUFFER(int, live, w->rows);
+    BUFFER(int32_t, room, w->width + 64);
     for (long m = 0; m < count; m++, a += w->rows, y += w->width) {
         long n = 0;
         for (long i = 0; i < w->rows; i++) {
@@ -1830,7 +1982,8 @@ void whole_rows_sum(const struct matrix *w, const float *a, float *y, long count
             n += a[i] != 0 || all;
         }
         memset(y, 0, w->width * sizeof(float));
-        add_whole_rows(w, a, 0, live, n, y, 0, w->width);
+        add_whole_rows(w, a, 0, live, n, y, room);
     }
+    RELEASE(room);
     RELEASE(live);
 }
