@@ -117,6 +117,14 @@ def copy_in_8_bits_reference(weight):
     return q, scale, error + 2e-7 * weight.size(1) * wide.norm(dim=1) + 1e-16        # squares may underflow
 
 
+def rows_of_copy(q, scale):
+    """Of copy_in_8_bits -> scale and sum of each row as C reads them (N, 2), and its size |scale q| (N,): with
+    those an input that is rounded to 8 bits itself still has certain bounds."""
+    of, size = torch.empty(len(q), 2, dtype=torch.int32), torch.empty(len(q))
+    cpu_library()[0].rows_of_copy(*map(pointer, (q, scale, of, size)), *q.shape, torch.get_num_threads())
+    return of, size
+
+
 def screened_reference(x, weight, k):
     """x (..., K) of one row, weight (N, K) -> w x with all but what is among its k largest at -inf."""
     y = F.linear(x, weight)

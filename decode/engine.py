@@ -398,8 +398,9 @@ class Program:
             y, bounds = self.value(self.ids), self.value(2 * self.ids)
             q, scale, error = copy
             K = matrix.c.width
-            self.add("bounds", (x,), (bounds,), 0, (), (kernels.ROUND[self.dtype],),
-                     (self.keep(q), self.keep(scale), self.keep(error)), matrix,
+            scale, *sizes = kernels.rows_of_copy(q, scale) if K % 64 == 0 else (scale,)      # x in 8 bits too
+            self.add("bounds", (x,), (bounds,), self.rows * (4 * K + 192), (), (kernels.ROUND[self.dtype],),
+                     [self.keep(t) for t in (q, scale, error, *sizes)], matrix,
                      (self.rows * self.ids * K, self.ids * K), by=bounds, **{"in": x})
             self.add("screened", (x, bounds), (y,), self.rows * (4 * K + 192) + 4 * self.ids,
                      (self.wants,), (), (), matrix,

@@ -44,6 +44,7 @@ def cpu_library():
         call.argtypes = [ctypes.c_void_p]
     for call in (library.whole_products, library.whole_rows_sum):
         call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
+    library.rows_of_copy.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 2 + [ctypes.c_int]
     library.draw.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     library.uniform.argtypes, library.uniform.restype = [ctypes.c_uint64] * 3, ctypes.c_double
     for name in NAMES.values():

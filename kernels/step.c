@@ -1800,26 +1800,68 @@ static void op_draw(const struct op *o, struct thread *me) {
 /* A head of which the n[0] largest outputs are wanted: p[0] (rows, width) int8 copy of w, p[1] its scales,
    p[2] its errors (see screened). in: x. The first op: by = low and high bounds of each row (2, rows). The
    second (n[1]): out = w . x where it can be among them, else -inf. */
+static inline void bound(float *low, long N, long n, float about, float off, float round) {
+    off += round * (fabsf(about) + off);
+    low[n] = about - off;
+    low[N + n] = about + off;
+}
+
+/* x rounded to 8 bits in `to` -> how far it is from x, at most */
+static float round_and_see(const float *x, long K, char *to) {
+    const int8_t *q = (const int8_t *)to + 64;
+    round_to_8_bits(IS_I8, x, K, to);
+    float by = *(const float *)to, off = 0;
+    #pragma omp simd reduction(+:off)
+    for (long k = 0; k < K; k++) {
+#ifdef WHOLE_VNNI
+        float wrong = x[k] - by * (int8_t)(q[k] ^ 0x80);
+#else
+        float wrong = x[k] - by * q[k];
+#endif
+        off += wrong * wrong;
+    }
+    return 1.001f * sqrtf(off) + 1e-16f;
+}
+
 static void op_bounds(const struct op *o, struct thread *me) {
     long K = o->w.width, N = o->w.rows, from, to;
     const int8_t *q = o->p[0];
-    const float *scale = o->p[1], *error = o->p[2], round = o->f[0];
+    const float *scale = o->p[1], *error = o->p[2], *sizes = o->p[3], round = o->f[0];
     part(me, o->by, N, 16, &from, &to);
-    float size[ROWS];
-    for (long r = 0; r < me->program->rows; r++) {
+    float size[ROWS], lost[ROWS];
+    long rows = me->program->rows, room = room_of(K);
+    for (long r = 0; r < rows; r++) {
         const float *x = at(me, o->in) + r * K;
         float square = 0;
         #pragma omp simd reduction(+:square)
         for (long k = 0; k < K; k++) square += x[k] * x[k];
         size[r] = sqrtf(square);
+        if (o->p[3]) lost[r] = round_and_see(x, K, me->scratch + r * room);
+    }
+    if (o->p[3]) {                                              /* four rows at a time, as in op_linear */
+        long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
+        for (long i = 0; i < steps; i++) {
+            long row[4];
+            const char *start[4];
+            for (long l = 0; l < 4; l++) {
+                row[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
+                start[l] = (const char *)q + row[l] * K;
+            }
+            for (long r = 0; r < rows; r++) {
+                float about[4];
+                quad_i8(o->p[1], row, start, 0, me->scratch + r * room, K, about);
+                for (long l = 0; l < 4; l++) {
+                    float off = error[row[l]] * size[r] + sizes[row[l]] * lost[r];
+                    bound(at(me, o->by) + r * 2 * N, N, row[l], about[l], off, round);
+                }
+            }
+        }
+        return;
     }
     for (long n = from; n < to; n++)
-        for (long r = 0; r < me->program->rows; r++) {
-            float *low = at(me, o->by) + r * 2 * N, *high = low + N;
-            float about = scale[n] * dot_i8(q + n * K, at(me, o->in) + r * K, K), off = error[n] * size[r];
-            off += round * (fabsf(about) + off);
-            low[n] = about - off;
-            high[n] = about + off;
+        for (long r = 0; r < rows; r++) {
+            float about = scale[n] * dot_i8(q + n * K, at(me, o->in) + r * K, K);
+            bound(at(me, o->by) + r * 2 * N, N, n, about, error[n] * size[r], round);
         }
 }
 static void op_screened(struct op *o, struct thread *me) {
@@ -1972,6 +2014,21 @@ void whole_products(const struct matrix *w, const float *x, float *y, long count
     }
     free(ready);
 }
+/* What quad_i8 and op_bounds want of a copy in 8 bits (N, K): scale and sum of each row, and its size */
+void rows_of_copy(const int8_t *q, const float *scale, struct of_row *of, float *size, long N, long K, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < N; n++) {
+        int64_t sum = 0, square = 0;
+        #pragma omp simd reduction(+:sum, square)
+        for (long k = 0; k < K; k++) {
+            sum += q[n * K + k];
+            square += q[n * K + k] * q[n * K + k];
+        }
+        of[n] = (struct of_row) { scale[n], (int32_t)sum };
+        size[n] = 1.001f * scale[n] * sqrtf(square);
+    }
+}
+
 void whole_rows_sum(const struct matrix *w, const float *a, float *y, long count, int all) {
     BUFFER(int, live, w->rows);
     BUFFER(int32_t, room, w->width + 64);

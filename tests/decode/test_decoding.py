@@ -105,8 +105,18 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
         assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
 
 
-def test_a_screened_head_draws_the_same_tokens():
-    plain, screened = (build(dict(screen=screen, vocab_size=300), std=0.2) for screen in (False, True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width, outlier", [(36, 1), (64, 1), (64, 60), (128, 1), (192, 300)])
+def test_a_screened_head_draws_the_same_tokens(width, outlier, dtype):
+    """At widths whose inputs are rounded to 8 bits too (multiples of 64) and others; of one large input all
+    others are few steps."""
+    plain, screened = (build(dict(screen=screen, vocab_size=300, n_embd=width), std=0.2).to(dtype)
+                       for screen in (False, True))
+    whole = torch.randint(-126, 127, (300, width), generator=torch.Generator().manual_seed(1))
+    whole[:, 0], whole[:, 5] = 127, whole[0, 5]         # the copy has no error: all that is lost is the input's
+    for model in (plain, screened):
+        model.transformer.ln_f.weight.data[5] *= outlier
+        model.lm_head.weight.data.copy_(whole / 128)
     for how in (dict(temperature=0), dict(top_k=5), dict(top_k=3, top_p=0.8), dict(repetition_penalty=1.3),
                 dict(min_p=0.1)):
         said = []
