@@ -226,7 +226,7 @@ def checked_spelling(text):
 
 
 def main(cfg):
-    place = runtime.choose(cfg.device, cfg.dtype, cfg.compile)
+    place = runtime.choose(cfg.device, cfg.dtype, cfg.compile, decodes=True)
     flags = cfg.sparse_flags()
     model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer, **flags)
     on = continual.switch_on(model, cfg.adapter)

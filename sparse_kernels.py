@@ -118,8 +118,8 @@ def copy_in_8_bits_reference(weight):
 
 
 def rows_of_copy(q, scale):
-    """Of copy_in_8_bits -> scale and sum of each row as C reads them (N, 2), and its size |scale q| (N,): with
-    those an input that is rounded to 8 bits itself still has certain bounds."""
+    """Of copy_in_8_bits -> scale and sum of each row as C reads them (N, 2), and its size |scale q| (N,), by
+    which an input that is rounded to 8 bits as well has certain bounds."""
     of, size = torch.empty(len(q), 2, dtype=torch.int32), torch.empty(len(q))
     cpu_library()[0].rows_of_copy(*map(pointer, (q, scale, of, size)), *q.shape, torch.get_num_threads())
     return of, size

@@ -92,7 +92,7 @@ class Compare(Timed):
 
 def compare(cfg):
     load = load_average()
-    place = runtime.choose(cfg.device, cfg.dtype, False)
+    place = runtime.choose(cfg.device, cfg.dtype, False, decodes=True)
     if cfg.plot:
         pyplot()                                 # better missed now than behind the measurements
     print(f"{place}, {sparse_kernels.path_taken(place.device)}")

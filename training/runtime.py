@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import ConfigError, require
+from kernels.build import cpu_library
 from sparse_kernels import NATIVE_BF16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,10 +43,11 @@ class Runtime:
                 f"torch {torch.__version__}")
 
 
-def choose(device="auto", dtype="auto", compile="auto"):
-    """Resolve 'auto' to what this machine does best; a choice that cannot work here is a ConfigError."""
+def choose(device="auto", dtype="auto", compile="auto", decodes=False):
+    """Resolve 'auto' to what this machine does best; a choice that cannot work here is a ConfigError.
+    decodes: token after token, where a CPU reads weights in bf16 twice as fast as in fp32."""
     device, why_device = choose_device(device)
-    dtype, why_dtype = choose_dtype(dtype, device)
+    dtype, why_dtype = choose_dtype(dtype, device, decodes)
     compile, why_compile = choose_compile(compile, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return Runtime(device, dtype, compile, "; ".join((why_device, why_dtype, why_compile)))
@@ -75,10 +77,12 @@ def native_bf16(device):
     return device.type == "cpu" and NATIVE_BF16
 
 
-def choose_dtype(name, device):
+def choose_dtype(name, device, decodes=False):
     if name == "auto":
         if native_bf16(device):
             return torch.bfloat16, "bf16 is native here"
+        if decodes and device.type == "cpu" and cpu_library()[0] is not None:
+            return torch.bfloat16, "bf16 is half the bytes to read"
         return ((torch.float16, "no native bf16, so fp16") if device.type == "cuda"
                 else (torch.float32, "no native bf16"))
     require(name in DTYPES, f"dtype='{name}' must be auto, {', '.join(DTYPES)}")

@@ -113,7 +113,7 @@ def test_a_screened_head_draws_the_same_tokens(width, outlier, dtype):
     plain, screened = (build(dict(screen=screen, vocab_size=300, n_embd=width), std=0.2).to(dtype)
                        for screen in (False, True))
     whole = torch.randint(-126, 127, (300, width), generator=torch.Generator().manual_seed(1))
-    whole[:, 0], whole[:, 5] = 127, whole[0, 5]         # the copy has no error: all that is lost is the input's
+    whole[:, 0], whole[:, 5] = 127, whole[0, 5]         # a copy without error: what is lost is x's
     for model in (plain, screened):
         model.transformer.ln_f.weight.data[5] *= outlier
         model.lm_head.weight.data.copy_(whole / 128)

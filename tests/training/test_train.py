@@ -15,6 +15,7 @@ from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, in_paral
 from data import dataset
 from data.tokenizer import ByteTokenizer
 from model import build_model
+from training import runtime
 
 NANOGPT = os.environ.get("NANOGPT")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT to a checkout of nanoGPT")
@@ -421,3 +422,14 @@ def test_resume_is_exact_across_epochs_documents_and_mixtures(train, two_data_se
     epochs = [row["epochs"] for row in train.metrics("whole")]
     assert epochs[0] == {"a": 0.0, "b": 0.0} and epochs[-1]["a"] > epochs[1]["a"] > 0
     assert epochs == [row["epochs"] for row in train.metrics("parts") if row["iter"] != 7 or "loss" in row]
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+def test_what_decodes_on_a_cpu_reads_bf16_where_the_engine_is_built(monkeypatch, native, built):
+    monkeypatch.setattr(runtime, "NATIVE_BF16", native)
+    monkeypatch.setattr(runtime, "cpu_library", lambda: (object() if built else None, ""))
+    assert runtime.choose("cpu").dtype == (torch.bfloat16 if native else torch.float32)
+    half = torch.bfloat16 if native or built else torch.float32
+    assert runtime.choose("cpu", decodes=True).dtype == half
+    assert runtime.choose("cpu", "float32", decodes=True).dtype == torch.float32
