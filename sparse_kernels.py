@@ -775,11 +775,12 @@ def whole_rows_sum_reference(a, codes, scale, C):
 
 
 def whole_product(x, codes, scale):
-    """As the reference; a decode step's few tokens by the arithmetic of kernels/step.c."""
+    """As the reference; in inference on a CPU by the arithmetic of kernels/step.c, many tokens where that
+    has vectors of whole numbers."""
     if tally is not None:
         tally.macs += x.numel() * len(codes)
         tally.bytes += codes.nbytes + scale.nbytes
-    if not takes_whole(x):
+    if not takes_whole(x) and not many_whole(x):
         return whole_product_reference(x, codes, scale)
     y = torch.empty(*x.shape[:-1], len(codes))
     matrix = whole_matrix(codes, scale, x.size(-1))
@@ -808,6 +809,17 @@ def whole_rows_sum(a, codes, scale, C, all=False):
 def takes_whole(x):
     """Are these a few tokens of a decode step on a CPU, and are the C kernels built?"""
     return takes_rows(x) and x.numel() > 0 and cpu_library()[0] is not None
+
+
+def many_whole(x):
+    """Is this a prompt on a CPU that multiplies whole numbers faster than floats?"""
+    return x.is_cpu and x.numel() > 0 and inferring() and prompts_in_whole_numbers()
+
+
+@functools.cache
+def prompts_in_whole_numbers():
+    library = cpu_library()[0]
+    return library is not None and bool(library.many_whole_products())
 
 
 class MatrixC(ctypes.Structure):

@@ -1996,9 +1996,136 @@ int step_and_follow(struct program *p) {
     return write_ids(p);
 }
 
+#ifdef WHOLE_AVX2
+#define KEEP(u, v) __asm__("" : "+x"(u), "+x"(v))     /* in registers: they are not loaded again for each row */
+#define BLOCK 64                                 /* tokens whose numbers stay in the second-level cache */
+
+/* rows n.. n + 3 of w as numbers of 16 bits (4, wide); those behind the last repeat it */
+static void widen_rows(const struct matrix *w, long n, int16_t *to) {
+    long wide = padded(w->width);
+    for (long l = 0; l < 4; l++, to += wide) {
+        const char *row = w->data + (n + l < w->rows ? n + l : w->rows - 1) * w->stride;
+        if (w->kind == IS_I8) {
+            #pragma omp simd
+            for (long k = 0; k < wide; k++) to[k] = (int8_t)row[k];
+        } else for (long k = 0; k < wide; k += 64) {
+            const uint8_t *two = (const uint8_t *)row + k / 2;
+            #pragma omp simd
+            for (long i = 0; i < 32; i++) to[k + i] = (int16_t)((two[i] & 15) - 8);
+            #pragma omp simd
+            for (long i = 0; i < 32; i++) to[k + 32 + i] = (int16_t)((two[i] >> 4) - 8);
+        }
+    }
+}
+
+/* s (2, 4): the products of two tokens and four rows of I8 */
+static inline void eight_products(const int16_t *w, const int16_t *x, const int16_t *z, long wide, int32_t *s) {
+    __m256i a[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_setzero_si256();
+    for (long k = 0; k < wide; k += 32) {
+        __m256i u = load_ints(x + k), v = load_ints(z + k), u2 = load_ints(x + k + 16), v2 = load_ints(z + k + 16);
+        KEEP(u, v);
+        KEEP(u2, v2);
+        for (long l = 0; l < 4; l++) {
+            __m256i row = load_ints(w + l * wide + k), row2 = load_ints(w + l * wide + k + 16);
+            a[l] = _mm256_add_epi32(a[l], _mm256_add_epi32(_mm256_madd_epi16(row, u), _mm256_madd_epi16(row2, u2)));
+            a[l + 4] = _mm256_add_epi32(a[l + 4], _mm256_add_epi32(_mm256_madd_epi16(row, v),
+                                                                   _mm256_madd_epi16(row2, v2)));
+        }
+    }
+    _mm_storeu_si128((__m128i *)s, sums_of_ints(a));
+    _mm_storeu_si128((__m128i *)(s + 4), sums_of_ints(a + 4));
+}
+
+/* The same of I4; scales: of the rows' groups (4, wide / 32) */
+static inline void eight_products_i4(const int16_t *w, const float *scales, const int16_t *x, const int16_t *z,
+                                     long wide, float *s) {
+    __m256 a[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_setzero_ps();
+    for (long k = 0; k < wide; k += 32) {
+        __m256i u = load_ints(x + k), v = load_ints(z + k), u2 = load_ints(x + k + 16), v2 = load_ints(z + k + 16);
+        KEEP(u, v);
+        KEEP(u2, v2);
+        for (long l = 0; l < 4; l++) {
+            __m256i row = load_ints(w + l * wide + k), row2 = load_ints(w + l * wide + k + 16);
+            __m256 scale = _mm256_broadcast_ss(scales + l * (wide / 32) + k / 32);
+            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(
+                _mm256_madd_epi16(row, u), _mm256_madd_epi16(row2, u2))), scale, a[l]);
+            a[l + 4] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(
+                _mm256_madd_epi16(row, v), _mm256_madd_epi16(row2, v2))), scale, a[l + 4]);
+        }
+    }
+    _mm_storeu_ps(s, sums_of_floats(a));
+    _mm_storeu_ps(s + 4, sums_of_floats(a + 4));
+}
+
+static void many_products(const struct matrix *w, const float *x, float *y, long count, int threads) {
+    long K = w->width, wide = padded(K), groups = wide / 32, N = w->rows;
+    int16_t *numbers = heap(count * wide * sizeof(int16_t));
+    float *by = heap(count * sizeof(float));
+    #pragma omp parallel num_threads(threads)
+    {
+        char *ready = heap(room_of(K));
+        #pragma omp for schedule(static)
+        for (long t = 0; t < count; t++) {
+            round_to_8_bits(IS_F32, x + t * K, K, ready);
+            by[t] = *(float *)ready;
+            for (long k = 0; k < wide; k++) numbers[t * wide + k] = (int8_t)ready[64 + k];
+        }
+        free(ready);
+        int16_t *rows = heap(4 * wide * sizeof(int16_t));
+        float *scales = heap(4 * groups * sizeof(float));
+        for (long first = 0; first < count; first += BLOCK) {
+            long last = first + BLOCK < count ? first + BLOCK : count;
+            #pragma omp for schedule(static)
+            for (long n = 0; n < N; n += 4) {
+                widen_rows(w, n, rows);
+                if (w->kind == IS_I4) for (long l = 0; l < 4; l++) {
+                    long row = n + l < N ? n + l : N - 1;
+                    const uint16_t *of = (const uint16_t *)(w->data + row * w->stride + wide / 2);
+                    for (long g = 0; g < groups; g++) scales[l * groups + g] = up_bf16(of[g]);
+                }
+                for (long t = first; t < last; t += 2) {
+                    long pair = t + 1 < last ? t + 1 : t;
+                    int32_t whole[8];
+                    float s[8];
+                    if (w->kind == IS_I8) eight_products(rows, numbers + t * wide, numbers + pair * wide, wide, whole);
+                    else eight_products_i4(rows, scales, numbers + t * wide, numbers + pair * wide, wide, s);
+                    for (long i = 0; i < 8; i++) {
+                        long row = n + i % 4, token = i < 4 ? t : pair;
+                        if (row >= N) continue;
+                        y[token * N + row] = w->kind == IS_I4 ? s[i] * by[token]
+                            : whole[i] * (by[token] * ((const struct of_row *)w->scale)[row].scale);
+                    }
+                }
+            }
+        }
+        free(rows);
+        free(scales);
+    }
+    free(numbers);
+    free(by);
+}
+#endif
+
+/* are products of many tokens faster by whole_products than as floats? */
+int many_whole_products(void) {
+#ifdef WHOLE_AVX2
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* y (count, rows of w) = w . x of floats (count, width), and y (count, width) = the sums of rows of w times a
    (count, rows of w): a step's arithmetic by itself, for whole numbers outside of a program */
 void whole_products(const struct matrix *w, const float *x, float *y, long count, int threads) {
+#ifdef WHOLE_AVX2
+    if (count > ROWS) {
+        many_products(w, x, y, count, threads);
+        return;
+    }
+#endif
     long room = room_of(w->width);
     char *ready = heap(count * room);
     for (long m = 0; m < count; m++) prepare(w->kind, x + m * w->width, w->width, ready + m * room);

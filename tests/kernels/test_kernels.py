@@ -465,21 +465,23 @@ def same_sums(found, expected, sizes, rounding=0):
 
 @built
 @bits_4_and_8
-def test_products_of_whole_numbers_equal_their_reference_over_180_shapes(bits):
-    """Of inputs of one sign: sums far from 0."""
-    for N, K, tokens_ in itertools.product((1, 3, 4, 9), WIDTHS, (1, 2, 8)):
+def test_products_of_whole_numbers_equal_their_reference_over_300_shapes(bits):
+    """Of inputs of one sign: sums far from 0. More than 8 tokens are a prompt, in blocks of 64."""
+    for N, K, tokens_ in itertools.product((1, 3, 4, 9), WIDTHS, (1, 2, 8, 9, 67)):
         seed = N * 10_000 + K * 10 + tokens_
         weight, x = normal(N, K, seed=seed), normal(tokens_, 1, K, seed=seed + 1).abs()
         codes, scale = kernels.quantize(weight, bits)
         expected = kernels.whole_product_reference(x, codes, scale)
         with torch.inference_mode():
-            assert kernels.takes_whole(x)
+            assert kernels.takes_whole(x) == (tokens_ <= 8)
             for dtype in (torch.float32, torch.bfloat16):
                 exact = expected if dtype == torch.float32 else kernels.whole_product_reference(
                     x.to(dtype), codes, scale)
                 found = kernels.whole_product(x.to(dtype), codes, scale)
                 same_sums(found, exact, 2 * x.sum() * weight.abs().max())
-                assert torch.equal(kernels.whole_product(x[:1].to(dtype), codes, scale), found[:1])
+                one = kernels.whole_product(x[:1].to(dtype), codes, scale)
+                assert torch.equal(one, found[:1]) or (bits == 4 and tokens_ > 8)      # sums in another order
+                same_sums(one, found[:1], 2 * x.sum() * weight.abs().max())
         lost = (expected - x @ weight.T).norm() / (x.norm() * weight.norm())
         assert lost < (0.02 if bits == 8 else 0.15)
 
@@ -503,18 +505,19 @@ def test_sums_of_rows_of_whole_numbers_equal_their_reference_over_135_shapes(bit
 @built
 @bits_4_and_8
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_beside_whole_numbers_comes_out(bits, wrong):
+@pytest.mark.parametrize("count", [3, 11])
+def test_what_is_not_finite_beside_whole_numbers_comes_out(bits, wrong, count):
     """An input makes its token's results NaN and no other's; a weight its row's; a unit that is zero shows a
     damaged row where all are read."""
     K, place = 70, 65
-    weight, x = normal(5, K), normal(3, 1, K, seed=1)
+    weight, x = normal(5, K), normal(count, 1, K, seed=1)
     codes, scale = kernels.quantize(weight, bits)
-    broken = x.clone()
+    others, broken = [i for i in range(count) if i != 1], x.clone()
     broken[1, 0, place] = wrong
     with torch.inference_mode():
         for product in (kernels.whole_product, kernels.whole_product_reference):
             found = product(broken, codes, scale)
-            assert found[1].isnan().all() and torch.equal(found[[0, 2]], product(x, codes, scale)[[0, 2]])
+            assert found[1].isnan().all() and torch.equal(found[others], product(x, codes, scale)[others])
         weight[3, place] = wrong
         codes, scale = kernels.quantize(weight, bits)
         assert not kernels.all_finite(kernels.scales_of(codes, scale, K))
