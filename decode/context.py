@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from kernels.arena import zeros
+
 
 class Choices(NamedTuple):
     """What calls of a model do that its weights do not decide (GPT.choose). A call keeps those that it began
@@ -153,8 +155,8 @@ class Cache:
         self.windows = [windows[layer] for layer in of_layers]
         sizes = [min(columns[layer], windows[layer] or columns[layer]) for layer in of_layers]
         heads, D = c.heads()
-        flat = torch.zeros(2 * batch_size * heads * D * sum(sizes), device=weight.device,
-                           dtype=model.compute_dtype or weight.dtype)      # 0 times what is masked must be 0
+        flat = zeros(2 * batch_size * heads * D * sum(sizes), weight.device,
+                     model.compute_dtype or weight.dtype)                  # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
         self.states, self.deferred_kv, self.copies = {}, {}, {}

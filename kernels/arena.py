@@ -16,8 +16,8 @@ def move_weights(model):
     """Move the parameters and buffers of a model on the CPU into an arena, in place: they become views of
     it, with their shapes and strides -> the sentence that says how much of it lies on huge pages;
     empty where there is no more than one of them, or not Linux."""
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return ""                                # huge pages are asked for on Linux alone
+    if not asks_for_huge_pages():
+        return ""
     tensors = [t for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
                if t.is_cpu and t.numel()]
     size = sum(-(-t.nbytes // LINE) * LINE for t in tensors)
@@ -32,6 +32,17 @@ def move_weights(model):
             place += -(-tensor.nbytes // LINE) * LINE
     granted = min(1.0, granted_bytes(flat.data_ptr()) / size)
     return f"{size / 1e6:,.0f} MB of weights in one arena, {granted:.0%} of it on huge pages"
+
+
+def zeros(count, device, dtype):
+    """Zeros (count,): on the CPU on huge pages, where they fill one."""
+    size = count * dtype.itemsize
+    huge = device.type == "cpu" and size >= HUGE and asks_for_huge_pages()
+    return room(size).view(dtype) if huge else torch.zeros(count, device=device, dtype=dtype)
+
+
+def asks_for_huge_pages():
+    return sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def room(size):

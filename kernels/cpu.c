@@ -8,6 +8,10 @@
 #include <string.h>
 #include <time.h>
 #define FETCH(p) __builtin_prefetch(p, 0, 2)     /* into the second-level cache, where more misses can wait */
+#define LOOK 16                                  /* keys and values are fetched so many columns ahead */
+static inline void fetch(const void *p, long bytes) {
+    for (long i = 0; i < bytes; i += 64) FETCH((const char *)p + i);
+}
 #define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
 #ifdef __AVX512F__
 #include <immintrin.h>

@@ -205,10 +205,11 @@ static void OF(query)(const TYPE *Q, const TYPE *K, const TYPE *V, TYPE *y, long
 static void OF(look)(const float *restrict q, const TYPE *restrict K, const TYPE *restrict V,
                       float *restrict y, float *restrict score, long S, long D) {
     float scale = 1.0f / sqrtf((float)D), top = -INFINITY, total = 0;
-    long j = 0;
+    long j = 0, four = 4 * D * sizeof(TYPE);
     for (; j + 4 <= S; j += 4) {
         const TYPE *k = K + j * D;
         float a = 0, b = 0, c = 0, e = 0;
+        fetch(k + LOOK * D, four);
         #pragma omp simd reduction(+:a, b, c, e)
         for (long d = 0; d < D; d++) {
             a += q[d] * OF(up)(k[d]);
@@ -227,6 +228,7 @@ static void OF(look)(const float *restrict q, const TYPE *restrict K, const TYPE
         for (long d = 0; d < D; d++) a += q[d] * OF(up)(K[j * D + d]);
         score[j] = scale * a;
     }
+    fetch(V, LOOK * D * sizeof(TYPE));
     #pragma omp simd reduction(max:top)
     for (j = 0; j < S; j++) top = score[j] > top ? score[j] : top;
     #pragma omp simd reduction(+:total)
@@ -234,6 +236,7 @@ static void OF(look)(const float *restrict q, const TYPE *restrict K, const TYPE
     for (long d = 0; d < D; d++) y[d] = 0;
     for (j = 0; j + 4 <= S; j += 4) {
         const TYPE *v = V + j * D;
+        fetch(v + LOOK * D, four);
         #pragma omp simd
         for (long d = 0; d < D; d++)
             y[d] += score[j] * OF(up)(v[d]) + score[j + 1] * OF(up)(v[d + D])

@@ -1107,6 +1107,80 @@ static void turned(const struct thread *me, const float *x, float *y, long D, fl
     round_all(me, y, D);
 }
 
+#ifdef BF16_AS_PAIRS
+#define MOST_PAIRS 256                           /* elements of a head */
+
+static inline __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+static inline __m256 odds(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)));
+}
+
+/* y (16 * blocks) = the sum of columns v (S, D) times score, of those elements; divided by total */
+INLINE void add_columns(const uint16_t *v, const float *score, float total, float *y, long S, long D, const int blocks) {
+    __m256 a[8];
+    for (int b = 0; b < 2 * blocks; b++) a[b] = _mm256_setzero_ps();
+    for (long j = 0; j < S; j++, v += D) {
+        __m256 by = _mm256_broadcast_ss(score + j);
+        for (int b = 0; b < blocks; b++) {
+            __m256i pairs = load_ints(v + 16 * b);
+            a[2 * b] = _mm256_fmadd_ps(by, evens(pairs), a[2 * b]);
+            a[2 * b + 1] = _mm256_fmadd_ps(by, odds(pairs), a[2 * b + 1]);
+        }
+    }
+    __m256 all = _mm256_set1_ps(total);
+    for (int b = 0; b < blocks; b++) {
+        __m256 low = _mm256_unpacklo_ps(a[2 * b], a[2 * b + 1]), high = _mm256_unpackhi_ps(a[2 * b], a[2 * b + 1]);
+        _mm256_storeu_ps(y + 16 * b, _mm256_div_ps(_mm256_permute2f128_ps(low, high, 0x20), all));
+        _mm256_storeu_ps(y + 16 * b + 8, _mm256_div_ps(_mm256_permute2f128_ps(low, high, 0x31), all));
+    }
+}
+
+/* As look_bf16, of heads whose elements fill registers */
+static void look_pairs(const float *q, const uint16_t *K, const uint16_t *V, float *y, float *score, long S, long D) {
+    float scale = 1.0f / sqrtf((float)D), top = -INFINITY, total = 0, pairs[MOST_PAIRS];
+    for (long d = 0; d < D; d += 16)
+        for (long i = 0; i < 8; i++) {
+            pairs[d + i] = scale * q[d + 2 * i];
+            pairs[d + 8 + i] = scale * q[d + 2 * i + 1];
+        }
+    /* four columns a quarter of all apart, as in op_linear; the last few repeat. Values are fetched meanwhile. */
+    long quarter = S / 4, steps = quarter + S % 4;
+    for (long i = 0; i < steps; i++) {
+        const uint16_t *k[4];
+        long column[4];
+        __m256 a[4];
+        float s[4];
+        for (long l = 0; l < 4; l++) {
+            column[l] = i < quarter ? l * quarter + i : S - (steps - i);
+            k[l] = K + column[l] * D;
+            a[l] = _mm256_setzero_ps();
+            fetch(k[l] + LOOK / 2 * D, 2 * D);
+            fetch(V + column[l] * D, 2 * D);
+        }
+        for (long d = 0; d < D; d += 16) {
+            __m256 even = _mm256_loadu_ps(pairs + d), odd = _mm256_loadu_ps(pairs + d + 8);
+            for (long l = 0; l < 4; l++) {
+                __m256i some = load_ints(k[l] + d);
+                a[l] = _mm256_fmadd_ps(even, evens(some), a[l]);
+                a[l] = _mm256_fmadd_ps(odd, odds(some), a[l]);
+            }
+        }
+        _mm_storeu_ps(s, sums_of_floats(a));
+        for (long l = 0; l < 4; l++) score[column[l]] = s[l];
+    }
+    #pragma omp simd reduction(max:top)
+    for (long j = 0; j < S; j++) top = score[j] > top ? score[j] : top;
+    #pragma omp simd reduction(+:total)
+    for (long j = 0; j < S; j++) total += score[j] = exp_of(score[j] - top);
+    for (long d = 0; d < D; d += 64) {
+        if (D - d >= 64) add_columns(V + d, score, total, y + d, S, D, 4);
+        else if (D - d == 48) add_columns(V + d, score, total, y + d, S, D, 3);
+        else if (D - d == 32) add_columns(V + d, score, total, y + d, S, D, 2);
+        else add_columns(V + d, score, total, y + d, S, D, 1);
+    }
+}
+#endif
+
 /* Attention of one token: in is queries, keys and values (3, H, D), out (H, D). Keys and values are written to
    p[0] (2, rows, H, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size; n[3]: in is keys
    and values alone (2, H, D), and there is nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
@@ -1135,6 +1209,11 @@ static void op_attend(const struct op *o, struct thread *me) {
         if (alone) continue;
         turned(me, x + h * D, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
         float *y = at(me, o->out) + j * D;
+#ifdef BF16_AS_PAIRS
+        if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
+            look_pairs(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
+        else
+#endif
         if (o->n[4]) look_bf16(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
         else look_f32(q, (const float *)keys, (const float *)values, y, score, seen, D);
         round_all(me, y, D);
@@ -1550,6 +1629,11 @@ static void op_attend_open(const struct op *o, struct thread *me) {
         const float *by = at(me, o->by) + r * most + found;
         float *y = at(me, o->out) + r * most + found;
         turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+#ifdef BF16_AS_PAIRS
+        if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
+            look_pairs(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
+        else
+#endif
         if (o->n[4]) look_bf16(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
         else look_f32(q, (const float *)keys, (const float *)values, y, score, seen, D);
         round_all(me, y, D);

@@ -192,6 +192,19 @@ def test_bf16_steps_round_where_forward_rounds(arm, stepped):
     assert apart.median() <= 2 ** -6 and apart.max() <= 0.2 and stepped()
 
 
+@pytest.mark.parametrize("size", [16, 24, 32, 48, 64, 80, 112, 128, 256, 272])
+def test_heads_of_any_size_attend_in_bf16_as_in_fp32(size, stepped):
+    """Some are sums in registers; of bf16 the logits are as far off as bf16 is, and no further."""
+    flags = dict(n_embd=2 * size, n_head=2, n_layer=1, pos="rope", qk_norm=True)
+    wide = build(flags, std=0.2).to(torch.bfloat16).float()
+    model = build(flags, std=0.2).to(torch.bfloat16)
+    for length in (1, 2, 3, 6):
+        idx = tokens(2, length, length)
+        new, logits = decoded(model, idx, 8)
+        expected = forward(wide, idx, new)
+        assert (logits - expected).abs().max() <= 0.03 * expected.abs().max() and stepped()
+
+
 def test_two_programs_of_one_process_share_nothing():
     """Streams of two models, a token of each in turn, some of them longer, ended in another order."""
     kinds = [build(ARMS[name], std=0.2) for name in ("experts", "dendrites", "columns", "compartments")]
