@@ -640,3 +640,17 @@ def test_a_queue_trains_and_makes_no_table(tmp_path):
         assert record["trained"] == record["wanted"] == 3 and "rows" not in record
         assert "3 of 3 runs are trained" in done.stdout and not (tmp_path / "t.html").is_file()
     assert len([*(tmp_path / "results" / "runs").glob("dense*")]) == 3
+
+
+def test_a_queue_that_yields_to_nobody_says_how(tmp_path, monkeypatch):
+    told = tmp_path / "autogroup"
+    monkeypatch.setattr(table, "AUTOGROUP", told)
+    monkeypatch.setattr(table.os, "nice", lambda more: 19, raising=False)
+    assert table.hint_of_niceness() == ""                       # no such file: nice counts for all
+    told.write_text("/autogroup-5 nice 0\n")
+    assert "type echo 19 > " in table.hint_of_niceness()
+    told.write_text("/autogroup-5 nice 19\n")
+    assert table.hint_of_niceness() == ""
+    told.write_text("/autogroup-5 nice 0\n")
+    monkeypatch.setattr(table.os, "nice", lambda more: 0, raising=False)
+    assert table.hint_of_niceness() == ""

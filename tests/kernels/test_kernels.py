@@ -480,7 +480,8 @@ def test_products_of_whole_numbers_equal_their_reference_over_300_shapes(bits):
                 found = kernels.whole_product(x.to(dtype), codes, scale)
                 same_sums(found, exact, 2 * x.sum() * weight.abs().max())
                 one = kernels.whole_product(x[:1].to(dtype), codes, scale)
-                assert torch.equal(one, found[:1]) or (bits == 4 and tokens_ > 8)      # sums in another order
+                exact = tokens_ <= 8 or (bits == 8 and kernels.prompts_in_whole_numbers())
+                assert torch.equal(one, found[:1]) or not exact                        # sums in another order
                 same_sums(one, found[:1], 2 * x.sum() * weight.abs().max())
         lost = (expected - x @ weight.T).norm() / (x.norm() * weight.norm())
         assert lost < (0.02 if bits == 8 else 0.15)
