@@ -450,7 +450,7 @@ static void prepare(int64_t kind, const float *x, long n, char *to) {
 }
 
 /* s[l] = row[l] . x of four rows, where `next` are the four to be fetched meanwhile */
-static void quad_f32(const char *const *row, const char *const *next, const float *x, long K, float *s) {
+INLINE void quad_f32(const char *const *row, const char *const *next, const float *x, long K, float *s) {
     const float *const *w = (const float *const *)row;
     vec a[4] = {{0}};
     long k = 0;
@@ -467,7 +467,7 @@ static void quad_f32(const char *const *row, const char *const *next, const floa
     }
 }
 
-static void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
+INLINE void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
     const uint16_t *const *w = (const uint16_t *const *)row;
     long k = 0;
 #if defined(BF16_AS_BF16)
@@ -514,28 +514,55 @@ static void quad_bf16(const char *const *row, const char *const *next, const voi
 #endif
 }
 
-/* s[l] = rows n[l] of w . x, prepared; next: rows that will be wanted soon, or none */
-static void quad(const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
+/* s[l] = rows n[l] of w . x, prepared; soon: rows that will be wanted soon, or none. kind: w's, where it is known
+   when this is compiled. */
+INLINE void quad_of(int64_t kind, const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
     const char *row[4], *next[4];
     for (int l = 0; l < 4; l++) row[l] = w->data + n[l] * w->stride;
     if (soon) for (int l = 0; l < 4; l++) next[l] = w->data + soon[l] * w->stride;
-    switch (w->kind) {
+    switch (kind) {
     case IS_F32: quad_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
     case IS_BF16: quad_bf16(row, soon ? next : 0, x, w->width, s); break;
-    case IS_I8:
-        if (soon) quad_i8(w->scale, n, row, next, x, w->width, s);
-        else quad_i8(w->scale, n, row, 0, x, w->width, s);
-        break;
-    case IS_I4:
-        if (soon) quad_i4(row, next, x, w->width, s);
-        else quad_i4(row, 0, x, w->width, s);
-        break;
+    case IS_I8: quad_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
+    case IS_I4: quad_i4(row, soon ? next : 0, x, w->width, s); break;
     case IS_KEPT_F32: case IS_KEPT_BF16:
         for (int l = 0; l < 4; l++) {
             const uint32_t *places = (const uint32_t *)((const char *)w->scale + n[l] * w->scale_stride);
-            s[l] = w->kind == IS_KEPT_F32 ? dot24_f32((const float *)row[l], places, (const float *)x, w->width)
+            s[l] = kind == IS_KEPT_F32 ? dot24_f32((const float *)row[l], places, (const float *)x, w->width)
                 : dot24_bf16((const uint16_t *)row[l], places, (const uint16_t *)x, w->width);
         }
+    }
+}
+
+static void quad(const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
+    if (w->kind == IS_I8 && soon) quad_of(IS_I8, w, n, soon, x, s);
+    else if (w->kind == IS_I8) quad_of(IS_I8, w, n, 0, x, s);
+    else if (w->kind == IS_I4 && soon) quad_of(IS_I4, w, n, soon, x, s);
+    else if (w->kind == IS_I4) quad_of(IS_I4, w, n, 0, x, s);
+    else quad_of(w->kind, w, n, soon, x, s);
+}
+
+/* y[n] = row n of w . x, prepared, for rows from..to. Four rows at a time: where memory streams, a quarter of the
+   part apart, so that each of the four goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The
+   last few repeat. */
+INLINE void stream_of(int64_t kind, const struct matrix *w, const char *x, float *y, long from, long to) {
+    long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
+    for (long i = 0; i < steps; i++) {
+        long row[4];
+        float s[4];
+        for (int l = 0; l < 4; l++) row[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
+        quad_of(kind, w, row, 0, x, s);
+        for (int l = 0; l < 4; l++) y[row[l]] = s[l];
+    }
+}
+static void stream_rows(const struct matrix *w, const char *x, float *y, long from, long to) {
+    switch (w->kind) {
+    case IS_F32: stream_of(IS_F32, w, x, y, from, to); break;
+    case IS_BF16: stream_of(IS_BF16, w, x, y, from, to); break;
+    case IS_I8: stream_of(IS_I8, w, x, y, from, to); break;
+    case IS_I4: stream_of(IS_I4, w, x, y, from, to); break;
+    case IS_KEPT_F32: stream_of(IS_KEPT_F32, w, x, y, from, to); break;
+    case IS_KEPT_BF16: stream_of(IS_KEPT_BF16, w, x, y, from, to);
     }
 }
 
@@ -856,9 +883,14 @@ static void op_linear(struct op *o, struct thread *me) {
         n = unite(o, me, most, list, place);
     }
     part(me, o->out, n, 4, &from, &to);
-    /* four rows at a time: where memory streams, a quarter of the part apart, so that each of the four
-       goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The last few repeat. */
-    long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
+    int plain = p->rows == 1 && !list && !o->n[1];
+    if (plain) {
+        float *y = o->onto < 0 ? at(me, o->out) : room;
+        stream_rows(w, me->scratch, y, from, to);
+        for (long n = from; n < to; n++) y[n] = epilogue(o, me, y[n], n);
+    }
+    /* four rows at a time, as in stream_of */
+    long quarter = (to - from) / 4, steps = plain ? 0 : quarter + (to - from) % 4;
     if (o->n[1]) steps = (to - from + 3) / 4;                   /* neighbours, which meet the same part of x */
     for (long i = 0; i < steps; i++) {
         long unit[4], row[4], soon[4];
@@ -931,6 +963,12 @@ static void op_linear(struct op *o, struct thread *me) {
    up and then adds the bias; 0: all are one. n[2]: the most parts. Lanes take the same part one behind the
    other: a row that several want comes from memory once, and each lane adds in the order of its own units. */
 #define SUMS 16
+/* is it not 0? Without a branch, which units would make the processor guess wrong at every other time. */
+static inline long some(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits << 1 != 0;
+}
 static inline long sums_of(long rows) { return rows < 16 * SUMS ? (rows + 15) / 16 : SUMS; }
 static void add_rows(const struct matrix *w, float *sums, const float *by, const long *rows, const int *live,
                      long n, int32_t *room) {
@@ -944,7 +982,7 @@ static void op_rows_sum(struct op *o, struct thread *me) {
     const struct program *p = me->program;
     const struct matrix *w = &o->w;
     long C = w->width, from, to, most = o->list < 0 ? w->rows : o->n[0];
-    long apart = o->n[1] && p->rounds, room = (most + 7) / 8 * 8, last = 0, q = INT32_MAX;
+    long apart = o->n[1] && p->rounds, room = (most + 7) / 8 * 8, last = 0, q = INT32_MAX, all = o->all != 0;
     long lives[ROWS], counts[ROWS], begin[ROWS], end[ROWS];
     long *rows = (long *)me->scratch;                           /* of each lane; then its live units */
     int *live = (int *)(rows + p->rows * room), *order = live + p->rows * room;
@@ -954,7 +992,7 @@ static void op_rows_sum(struct op *o, struct thread *me) {
         const float *x = at(me, o->in) + r * most;
         for (long i = 0; i < n; i++) {
             live[r * room + count] = i;
-            count += x[i] != 0 || o->all;
+            count += some(x[i]) | all;
         }
         if (list) for (long i = 0; i < n; i++) rows[r * room + i] = list[i];
         lives[r] = count;
