@@ -387,8 +387,6 @@ def streaming(model, cfg):
         require(model.config.exits, f"exit_threshold={cfg.exit_threshold} needs a model with early exits: "
                 f"train one with --exits={max(1, model.config.n_layer // 2)}, for example")
         model.choose(leave_at=cfg.exit_threshold)
-    if cfg.trace:
-        model.choose(forward=tracing.FORWARD)
     if not cfg.speculate:
         return Told(partial(sampling.stream, model), model.config.block_size)
     return Told(sampling.Speculation(model, cfg.speculate).stream, model.config.block_size)

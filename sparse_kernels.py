@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from kernels.build import NAMES, cpu_library, triton_kernels
 
 
-def takes_triton(x, weight):
-    """Are this and the weights of one type and layout that the gathering Triton kernels read?"""
-    return (triton_kernels() is not None and x.dtype == weight.dtype and x.dtype in triton_kernels().FLOATS
-            and weight.is_contiguous())
+def triton_for(*tensors):
+    """The Triton kernels, where these tensors are of one type and layout that they read; else None."""
+    gpu, dtype = triton_kernels(), tensors[0].dtype
+    fits = gpu and dtype in gpu.FLOATS and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return gpu if fits else None
 
 
 def path_taken(device):
@@ -51,40 +52,12 @@ def in_fp32(product, x, *others):
     return product(*(t if t is None else t.float() for t in (x, *others))).bfloat16()
 
 
-# ------------------------------------------------ matrix times vector ------------------------------------
-
-FEW = 8                                          # tokens of a decode step that reads weights row by row
-
-def matvec_reference(x, weight, bias):
-    """x (..., K) with a few rows, weight (N, K), bias (N) or None -> (..., N)."""
-    return F.linear(x, weight, bias)
-
-
-def matvec(x, weight, bias):
-    """As the reference, reading each weight once: N*K elements, the roofline of one-token decode. fp32 sums;
-    a row's result does not depend on how many there are.
-
-    CPU tensors of fp32 or bf16, weight and x contiguous and of one dtype; the caller has checked `takes`.
-    """
-    library, _ = cpu_library()
-    N, K = weight.shape
-    y = x.new_empty(*x.shape[:-1], N)
-    kernel = getattr(library, "matvec_" + NAMES[x.dtype])
-    kernel(weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-           x.numel() // K, N, K, torch.get_num_threads())
-    return y
+FEW = 8                                          # most tokens of a decode step
 
 
 def inferring():
     """No gradient can be asked for, and no compiler is tracing."""
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-def takes_matvec(x, weight):
-    """Is this a product that `matvec` computes: few rows, on a CPU, in inference mode, kernels built?"""
-    return (inferring() and 0 < x.numel() <= FEW * weight.size(1) and x.device.type == "cpu"
-            and x.dtype == weight.dtype and x.dtype in NAMES and weight.is_contiguous() and x.is_contiguous()
-            and cpu_library()[0] is not None)
 
 
 # ------------------------------------------------ a head that looks twice ---------------------------------
@@ -117,33 +90,14 @@ def copy_in_8_bits_reference(weight):
     return q, scale, error + 2e-7 * weight.size(1) * wide.norm(dim=1) + 1e-16        # squares may underflow
 
 
-def screened_reference(x, weight, k):
-    """x (..., K) of one row, weight (N, K) -> w x with all but what is among its k largest at -inf."""
-    y = F.linear(x, weight)
-    return y.masked_fill(y < y.topk(k, dim=-1).values[..., -1:], -torch.inf)
-
-
-def screened(x, weight, copy, k):
-    """As the reference, where more may stay than the k largest, with the values that `matvec` gives. copy:
-    copy_in_8_bits of more rows, or the same; for x of `takes_matvec`."""
-    (N, K), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
-    low, high = torch.empty(N, dtype=torch.int32), torch.empty(N)
-    kernel = getattr(cpu_library()[0], "screened_" + NAMES[x.dtype])
-    read = kernel(*map(pointer, (*copy, weight, x, y, low, high)), ROUND[x.dtype], N, K, k,
-                  torch.get_num_threads())
-    if tally is not None:
-        tally.add(1, N, K, copy[0])
-        tally.add(1, read, K, weight)
-    return y
-
-
-# ------------------------------------------------ rows of a matrix ---------------------------------------
+# ------------------------------------------------ counting ----------------------------------------------
 
 tally = None                                     # a Tally while `counting`
 
 
 class Tally:
-    """Work that the products of a decode step have really executed, from the shapes that they ran on."""
+    """Multiply-adds and bytes of weights that have really been executed and read: those of forward's products
+    from the shapes that they ran on, those of a decode step as its program counts them."""
 
     def __init__(self):
         self.macs = self.bytes = 0
@@ -151,6 +105,12 @@ class Tally:
     def add(self, tokens, rows, width, weight):
         self.macs += tokens * rows * width
         self.bytes += rows * width * weight.element_size()
+
+
+def note_rows(rows, weight):
+    """While `counting`: so many rows of a matrix are read, each for one token."""
+    if tally is not None:
+        tally.add(1, int(rows), weight.size(1), weight)
 
 
 def note(tokens, weight, parts=1):
@@ -172,21 +132,25 @@ def counting():
         tally = outer
 
 
-def takes_rows(x):
-    """May a layer gather the rows of its live units for these tokens (..., K)? A few tokens on a CPU, in
-    inference mode; a GPU needs a kernel that chooses rows without the host, and many tokens use all rows."""
-    return x.is_cpu and x.numel() <= FEW * x.size(-1) and inferring()
+in_step = False                                  # does a step of a GPU run, while `step_of_card`?
 
 
-def takes_units(x):
-    """May a layer read its live units alone for these tokens (B, 1, K), by kernels that run on a GPU?"""
-    return (x.is_cuda and x.dim() == 3 and x.size(1) == 1 and len(x) <= FEW and inferring()
-            and triton_kernels() is not None)
+@contextlib.contextmanager
+def step_of_card():
+    """Inside the block runs a GPU's decode step of few tokens (B, 1, C), made of kernels that choose what
+    they read without asking the host. decode/sampling.py decides once a stream."""
+    global in_step
+    outer, in_step = in_step, True
+    try:
+        yield
+    finally:
+        in_step = outer
 
 
-def way(x):
-    """Which way a Stepwise module takes with tokens (B, T, C)."""
-    return "few" if takes_rows(x) else "on_card" if takes_units(x) else "many"
+def few_tokens(x):
+    """Are these (..., K) no more tokens than a step has, on a CPU with C kernels, with no gradient asked for?
+    """
+    return x.is_cpu and 0 < x.numel() <= FEW * x.size(-1) and inferring() and cpu_library()[0] is not None
 
 
 def has_kernel(*tensors):
@@ -205,51 +169,7 @@ def pointer(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def rows_dot_reference(x, weight, bias, rows):
-    """x (..., K), weight (H, K), bias (H,) or None, rows (n,) int64 -> (..., n): products of those rows."""
-    return F.linear(x, weight[rows], None if bias is None else bias[rows])
-
-
-def rows_dot(x, weight, bias, rows):
-    """As the reference, reading n*K weights and copying none. CPU, x contiguous, of `takes_rows`."""
-    if tally is not None:
-        tally.add(x.numel() // x.size(-1), len(rows), x.size(-1), weight)
-    if not has_kernel(x, weight):
-        return rows_dot_reference(x, weight, bias, rows)
-    K, n = x.size(-1), len(rows)
-    y = x.new_empty(*x.shape[:-1], n)
-    kernel = getattr(cpu_library()[0], "rows_dot_" + NAMES[x.dtype])
-    kernel(weight.data_ptr(), x.data_ptr(), pointer(bias), rows.data_ptr(), y.data_ptr(), x.numel() // K, n,
-           K, torch.get_num_threads())
-    return y
-
-
-def rows_sum_reference(a, weight, bias, rows=None):
-    """a (..., n), weight (H, C) with one row per unit, bias (C,) or None, rows (n,) or None for all (n = H)
-    -> (..., C), the sum of the rows weighted by a. Rows where a is zero for every token are not read."""
-    live = a.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-    y = a[..., live] @ weight[live if rows is None else rows[live]]
-    return y if bias is None else y + bias
-
-
-def rows_sum(a, weight, bias, rows=None):
-    """As the reference; sums in fp32, no row copied. a contiguous, of `takes_rows` or (B, 1, H) of
-    `takes_units`."""
-    if takes_units(a):
-        return gathered_down(a.flatten(0, 1), weight, bias, None, 1)[:, None]
-    if tally is not None:
-        live = a.flatten(0, -2) != 0
-        tally.macs += int(live.sum()) * weight.size(1)
-        tally.bytes += int(live.any(dim=0).sum()) * weight.size(1) * weight.element_size()
-    if not has_kernel(a, weight):
-        return rows_sum_reference(a, weight, bias, rows)
-    n, C = a.size(-1), weight.size(1)
-    y = a.new_empty(*a.shape[:-1], C)
-    kernel = getattr(cpu_library()[0], "rows_sum_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), weight.data_ptr(), pointer(bias), pointer(rows), y.data_ptr(), y.numel() // C, n, C,
-           torch.get_num_threads())
-    return y
-
+# ------------------------------------------------ the largest -------------------------------------------
 
 # The one rule of which are largest, here and in C: exactly k; of equal ones the lowest places; NaN is larger
 # than everything. torch.topk's choice among equal ones depends on the shape and the device.
@@ -260,17 +180,16 @@ def first_largest(scores, k):
 
 
 def places_of_largest(scores, k):
-    """The same places in any order: rising on a GPU, in one kernel, where no gradient can be asked for."""
-    if takes_largest(scores, k):
-        return triton_kernels().largest(scores, k, keep=False)
-    return first_largest(scores, k)
+    """The same places in any order."""
+    return largest(scores, k, False, first_largest)
 
 
-def takes_largest(scores, k):
-    """Is this a choice for the Triton kernel that finds the largest?"""
-    return (scores.is_cuda and inferring() and triton_kernels() is not None and scores.numel() > 0
-            and 0 < k < scores.size(-1) <= triton_kernels().MOST_UNITS
-            and scores.dtype in triton_kernels().FLOATS)
+def largest(scores, k, keep, reference):
+    """reference(scores, k); in a GPU's step by the Triton kernel that keeps them, or finds their places."""
+    gpu = triton_for(scores) if in_step else None
+    if gpu and 0 < k < scores.size(-1) <= gpu.MOST_UNITS:
+        return gpu.largest(scores, k, keep)
+    return reference(scores, k)
 
 
 def among_largest(scores, k):
@@ -291,24 +210,10 @@ def keep_largest_reference(a, k):
 
 
 def keep_largest(a, k, act="none"):
-    """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward; on a GPU in
-    one kernel when decoding."""
-    if takes_passes(a) and not takes_rows(a):
+    """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward."""
+    if a.is_cpu:
         return fire(a, a.size(-1), k, act)[0]
-    a = ACTS[act](a)
-    if takes_rows(a) and a.numel() and has_kernel(a):
-        return run_keep_largest(a, k)
-    if takes_largest(a, k):
-        return triton_kernels().largest(a, k, keep=True)
-    return keep_largest_reference(a, k)
-
-
-def run_keep_largest(a, k):
-    """Call the C kernel of decode steps."""
-    kept, n = torch.empty_like(a), a.size(-1)
-    kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), kept.data_ptr(), 0, a.numel() // n, n, k, torch.get_num_threads())
-    return kept
+    return largest(ACTS[act](a), k, True, keep_largest_reference)
 
 
 def group_winners_reference(a, group, k):
@@ -320,7 +225,7 @@ def group_winners_reference(a, group, k):
 
 def group_winners(a, group, k, act="none"):
     """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward."""
-    return fire(a, group, k, act)[0] if takes_passes(a) else group_winners_reference(ACTS[act](a), group, k)
+    return fire(a, group, k, act)[0] if a.is_cpu else group_winners_reference(ACTS[act](a), group, k)
 
 
 # ------------------------------------------------ passes of training -------------------------------------
@@ -384,14 +289,6 @@ class OnePass(torch.autograd.Function):
         return None, *ctx.one.slopes(ctx.one.back, ctx, grads)
 
 
-def takes_passes(x):
-    """Is this a tensor of hidden units for the C passes of training? A compiler cannot look for the kernels:
-    there an op that has been traced computes the reference where they are missing."""
-    if not (x.is_cpu and x.dtype in NAMES and x.numel()):
-        return False
-    return torch.compiler.is_compiling() or cpu_library()[0] is not None
-
-
 def run_pass(name, tensors, *numbers, dtype=None):
     """Call a C kernel of training; tensors, which live until it is done: inputs first, then outputs, or None.
     dtype: by default that of the first."""
@@ -399,8 +296,9 @@ def run_pass(name, tensors, *numbers, dtype=None):
     kernel(*map(pointer, tensors), *numbers, torch.get_num_threads())
 
 
-def in_c():
-    return cpu_library()[0] is not None
+def in_c(x):
+    """Do the C passes take this?"""
+    return cpu_library()[0] is not None and x.dtype in NAMES and x.numel() > 0
 
 
 def without_gaps(*tensors):
@@ -425,7 +323,7 @@ def fire_reference(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Ten
 
 
 def fire_forward(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Tensor]:
-    if not in_c():
+    if not in_c(v):
         return fire_reference(v, group, k, act)
     kept, won = fire_shapes(v, group, k, act)
     n = v.size(-1)
@@ -434,7 +332,7 @@ def fire_forward(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Tenso
 
 
 def fire_back(grad: Tensor, v: Tensor, won: Tensor, act: str) -> Tensor:
-    if not in_c():
+    if not in_c(v):
         return SLOPES[act](torch.where(won, grad, 0), v).contiguous()
     dv, n = as_new(v), v.size(-1)
     run_pass("fire_back", (*without_gaps(grad, v, won), dv), v.numel() // n, n, ACT_NUMBERS[act])
@@ -474,7 +372,7 @@ def event_reference(v, edge, act="none"):
 
 def event(v, edge, act="none"):
     """As the reference; on a CPU in one pass, forward and backward, where a unit has one edge."""
-    if takes_passes(v) and edge.dim() == 1 and edge.dtype == torch.float32:
+    if v.is_cpu and edge.dim() == 1 and edge.dtype == torch.float32:
         return event_pass(v, edge, act)
     return event_reference(v, edge, act)
 
@@ -484,7 +382,7 @@ def event_shapes(v, edge, act):
 
 
 def event_forward(v: Tensor, edge: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if not in_c():
+    if not in_c(v):
         return event_reference(v, edge, act)
     (kept, count), n = event_shapes(v, edge, act), v.size(-1)
     run_pass("event", (v.contiguous(), edge.exp(), kept, count), v.numel() // n, n, ACT_NUMBERS[act])
@@ -496,7 +394,7 @@ def event_back(grad: Tensor | None, of_count: Tensor | None, v: Tensor, edge: Te
     n = v.size(-1)
     grad = torch.zeros_like(v) if grad is None else grad
     of_count = torch.zeros(*v.shape[:-1], 1) if of_count is None else of_count
-    if not in_c():
+    if not in_c(v):
         a = ACTS[act](v)
         size = a.abs().float()
         slope = ((grad * a).float() + of_count) * step_slope(size, edge)
@@ -520,13 +418,13 @@ def scaled_reference(a, gates):
 def scaled(v, gates, act="none"):
     """v (..., N, width), gates (..., N) -> act(v), then as the reference; on a CPU in one pass, forward and
     backward."""
-    if takes_passes(v) and v.dtype == gates.dtype and v.shape[:-1] == gates.shape:
+    if v.is_cpu and v.dtype == gates.dtype and v.shape[:-1] == gates.shape:
         return scaled_pass(v, gates, act)
     return scaled_reference(ACTS[act](v), gates.unsqueeze(-1))
 
 
 def scale(v: Tensor, gates: Tensor, act: str) -> Tensor:
-    if not in_c():
+    if not in_c(v):
         return scaled_reference(ACTS[act](v), gates.unsqueeze(-1)).contiguous()
     y, (N, width) = as_new(v), v.shape[-2:]
     run_pass("scale", (*without_gaps(v, gates), y), v.numel() // (N * width), N, width, ACT_NUMBERS[act])
@@ -534,7 +432,7 @@ def scale(v: Tensor, gates: Tensor, act: str) -> Tensor:
 
 
 def scale_back(grad: Tensor, v: Tensor, gates: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if not in_c():
+    if not in_c(v):
         open_grad = torch.where(gates.unsqueeze(-1) == 0, 0, grad)
         dv = SLOPES[act](open_grad * gates.unsqueeze(-1), v)
         return dv.contiguous(), (open_grad * ACTS[act](v)).sum(-1)
@@ -557,7 +455,7 @@ def missed_reference(z, a):
 
 def missed(z, a):
     """As the reference; on a CPU in one pass, forward and backward."""
-    if takes_passes(z) and z.dtype == a.dtype and z.shape == a.shape:
+    if z.is_cpu and z.dtype == a.dtype and z.shape == a.shape:
         return missed_pass(z, a.detach())
     return missed_reference(z, a)
 
@@ -567,7 +465,7 @@ def miss_shapes(z, a):
 
 
 def miss(z: Tensor, a: Tensor) -> Tensor:
-    if not in_c():
+    if not in_c(z):
         return missed_reference(z, a)
     loss, n = miss_shapes(z, a), z.size(-1)
     run_pass("miss", (*without_gaps(z, a), loss), z.numel() // n, n)
@@ -575,7 +473,7 @@ def miss(z: Tensor, a: Tensor) -> Tensor:
 
 
 def miss_back(grad: Tensor, z: Tensor, a: Tensor) -> Tensor:
-    if not in_c():
+    if not in_c(z):
         return (grad * (z.float().sigmoid() - (a != 0).float())).to(z.dtype).contiguous()
     dz, n = as_new(z), z.size(-1)
     run_pass("miss_back", (*without_gaps(grad, z, a), dz), z.numel() // n, n, dtype=z.dtype)
@@ -771,7 +669,7 @@ def whole_product(x, codes, scale):
     if tally is not None:
         tally.macs += x.numel() * len(codes)
         tally.bytes += codes.nbytes + scale.nbytes
-    if not takes_whole(x):
+    if not few_tokens(x):
         return whole_product_reference(x, codes, scale)
     y = torch.empty(*x.shape[:-1], len(codes))
     matrix = whole_matrix(codes, scale, x.size(-1))
@@ -787,7 +685,7 @@ def whole_rows_sum(a, codes, scale, C, all=False):
         live = a.flatten(0, -2) != 0
         tally.macs += int(live.sum()) * C
         tally.bytes += int(live.any(dim=0).sum()) * (codes.size(1) + 8 * bool(len(scale)))
-    if not takes_whole(a):
+    if not few_tokens(a):
         return whole_rows_sum_reference(a, codes, scale, C)
     y = torch.empty(*a.shape[:-1], C)
     matrix = whole_matrix(codes, scale, C)
@@ -795,11 +693,6 @@ def whole_rows_sum(a, codes, scale, C, all=False):
     cpu_library()[0].whole_rows_sum(ctypes.addressof(matrix), wide.data_ptr(), y.data_ptr(),
                                     wide.numel() // len(codes), all)
     return y
-
-
-def takes_whole(x):
-    """Are these a few tokens of a decode step on a CPU, and are the C kernels built?"""
-    return takes_rows(x) and x.numel() > 0 and cpu_library()[0] is not None
 
 
 class MatrixC(ctypes.Structure):
@@ -919,11 +812,6 @@ def after(y, onto, act):
     return ACTS[act](y) if onto is None else ACTS[act](y) + onto
 
 
-def takes_24(x, values):
-    """Are these a few tokens that the C kernel multiplies, at the speed of memory?"""
-    return x.is_cpu and 0 < x.numel() <= FEW * x.size(-1) and has_kernel(x, values) and picks_24()
-
-
 def picks_24():
     """Does the C kernel gain anything on this processor? It needs AVX-512 VBMI and BF16."""
     return cpu_library()[0] is not None and bool(cpu_library()[0].picks())
@@ -948,26 +836,21 @@ def linear_24(x, values, meta, bias=None, onto=None, act="none"):
 
 
 def linear_24_cpu(x, values, meta, bias, onto, act):
+    if not has_kernel(values):
+        return linear_24_reference(x, values, meta, bias, onto, act)
     (N, words), K = meta.shape, x.size(-1)
-    if not takes_24(x, values):
-        if not has_kernel(values):
-            return linear_24_reference(x, values, meta, bias, onto, act)
-        dense = values.new_empty(N, K)
-        getattr(cpu_library()[0], "unpack24_" + NAMES[values.dtype])(
-            values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, words, torch.get_num_threads())
-        return after(in_fp32(F.linear, x, dense, bias), onto, act)
-    y = x.new_empty(*x.shape[:-1], N)
-    kernel = getattr(cpu_library()[0], "matvec24_" + NAMES[x.dtype])
-    kernel(values.data_ptr(), meta.data_ptr(), x.data_ptr(), pointer(bias), pointer(onto), y.data_ptr(),
-           x.numel() // K, N, K, words, ACT_NUMBERS[act], torch.get_num_threads())
-    return y
+    dense = values.new_empty(N, K)
+    getattr(cpu_library()[0], "unpack24_" + NAMES[values.dtype])(
+        values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, words, torch.get_num_threads())
+    return after(in_fp32(F.linear, x, dense, bias), onto, act)
 
 
 def linear_24_cuda(x, values, meta, bias, onto, act):
     """Up to 64 tokens: our kernels. More are bound by arithmetic: the card's own sparse products, where it
     has them (sm_80 and later), on a second packing that is kept."""
-    if triton_kernels() and triton_kernels().takes_24(x, values):
-        return triton_kernels().linear_24(x, values, meta, bias, onto, act)
+    gpu = triton_for(values)
+    if gpu and x.dtype == values.dtype in gpu.HALVES and 0 < x.numel() <= gpu.MOST_ROWS * x.size(-1):
+        return gpu.linear_24(x, values, meta, bias, onto, act)
     if not has_sparse_products(x, len(values)):
         return linear_24_reference(x, values, meta, bias, onto, act)
     return after(F.linear(x, semi_structured(values, meta, x.size(-1)), bias), onto, act)
@@ -1091,15 +974,17 @@ def gathered_down_reference(a: Tensor, down: Tensor, bias: Tensor | None, groups
 
 
 def gathered_up_cuda(x, up, bias, groups, scale, width, act):
-    if not takes_triton(x, up):
+    gpu = triton_for(up)
+    if not gpu or x.dtype != up.dtype:
         return gathered_up_reference(x, up, bias, groups, scale, width, act)
-    return triton_kernels().gathered_up(x, up, bias, groups, scale, width, act)
+    return gpu.gathered_up(x, up, bias, groups, scale, width, act)
 
 
 def gathered_down_cuda(a, down, bias, groups, width):
-    if not takes_triton(a, down):
+    gpu = triton_for(down)
+    if not gpu or a.dtype != down.dtype:
         return gathered_down_reference(a, down, bias, groups, width)
-    return triton_kernels().gathered_down(a, down, bias, groups, width)
+    return gpu.gathered_down(a, down, bias, groups, width)
 
 
 def gathered_up_backward(ctx, grad):
@@ -1203,33 +1088,3 @@ grouped_product_op.register_fake(lambda a, weights, ends: a.new_empty(len(a), we
 grouped_outer_op.register_fake(lambda a, grad, ends: a.new_empty(len(ends), a.size(1), grad.size(1)))
 grouped_product_op.register_autograd(
     grouped_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-# ------------------------------------------------ attention of one query ----------------------------------
-
-def attend_one_reference(q, k, v):
-    """q (B, H, 1, D), k, v (B, H, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v. Not torch's operator,
-    whose answer on a CPU to scores that are all NaN is 0."""
-    return (q * q.size(-1) ** -0.5 @ k.mT).softmax(-1) @ v
-
-
-def attend_one(q, k, v):
-    """As the reference, reading each key and value once: 2*B*H*S*D elements. Scores and sums are in fp32.
-
-    CPU tensors of fp32 or bf16, any strides but a dense last axis; the caller has checked `takes_attend_one`.
-    """
-    library, _ = cpu_library()
-    (B, H, _, D), S = q.shape, k.size(2)
-    y = q.new_empty(B, 1, H, D)
-    strides = [(ctypes.c_long * 3)(*t.stride()[:3]) for t in (q, k, v)]
-    kernel = getattr(library, "attend_" + NAMES[q.dtype])
-    pointers = (t.data_ptr() for t in (q, k, v, y))
-    kernel(*pointers, B, H, S, D, *strides, torch.get_num_threads())
-    return y.transpose(1, 2)
-
-
-def takes_attend_one(q, k, v, mask):
-    """Is this attention that `attend_one` computes: one query per head, no mask, a CPU, inference mode?"""
-    return (inferring() and q.size(2) == 1 and mask is None and q.device.type == "cpu"
-            and q.dtype == k.dtype and q.dtype in NAMES and q.stride(3) == k.stride(3) == v.stride(3) == 1
-            and cpu_library()[0] is not None)

@@ -85,13 +85,6 @@ class Context:
         ctx.choices = self.choices.of_rows(rows)
         return ctx
 
-    def compute_deferred_kv(self, layer, block):
-        """No token before this call owes anything."""
-
-    def alone(self, x):
-        """Is this one token of a decode step? Here is no cache, so it is not."""
-        return False
-
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
         mask that they need, (B or 1, 1, T, S) bool; None: each sees up to itself."""
@@ -135,17 +128,14 @@ class Cache:
     layers: keys and values of each layer, (2, B, H, S, D), views of one tensor. S is `length`, or for a layer
     with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
     has a column for each group; behind the layers come the later runs of a block that ponders. states: what
-    else a module keeps, by name. owed: states whose keys and values a layer has yet to compute, by layer and
-    column. choices: of the calls that read and write it; None: those of the model as it is now.
+    else a module keeps, by name. choices: of the calls that read and write it; None: those of the model as it
+    is now.
     copies: what modules have computed from their weights, by module. They live as long as the keys and values
     that the same weights have made, a stream long: nothing that changes weights between two streams, in place
     or not, noticed by torch or not, can leave one behind.
     """
 
-    made = 0                                     # how many streams have begun: see Linear.sound
-
     def __init__(self, model, batch_size, length, choices=None):
-        Cache.made += 1
         c, weight = model.config, model.transformer.ln_f.weight                  # a head may be quantised
         self.depth, self.runs, self.length = c.n_layer, max(1, c.ponder), length
         of_layers = [*range(c.n_layer), *[c.pondering_layer()] * (self.runs - 1)]
@@ -157,7 +147,7 @@ class Cache:
                            dtype=model.compute_dtype or weight.dtype)      # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
-        self.states, self.deferred_kv, self.copies = {}, {}, {}
+        self.states, self.copies = {}, {}
         self.choices = choices or model.chosen(batch_size)
 
     def copy_of(self, owner, make):
@@ -216,30 +206,6 @@ class CachedContext:
     def of_rows(self, rows):
         """The same call for some rows (n,)."""
         return SomeRows(self, rows)
-
-    def alone(self, x):
-        """Is x (B, T, C) one token of one row?"""
-        return self.even and x.size(0) == x.size(1) == 1
-
-    def defer_kv(self, layers, x):
-        """Put off the keys and values of a state (1, 1, C) in layers that its token does not reach."""
-        for layer in layers:
-            self.deferred_kv(layer)[self.start] = x
-
-    def compute_deferred_kv(self, layer, block):
-        """Let a block remember what the tokens just before this call owe it."""
-        owed = self.deferred_kv(layer)
-        if owed:
-            block.write_kv(torch.cat(list(owed.values()), dim=1), self.like(next(iter(owed)), len(owed)))
-            owed.clear()
-
-    def deferred_kv(self, layer):
-        """{column: state} of what tokens before this call owe a layer. Columns that it writes anew, or that a
-        call before it has left behind, owe nothing."""
-        owed = self.cache.deferred_kv.setdefault(layer, {})
-        while owed and next(reversed(owed)) >= int(torch.as_tensor(self.start).min()):
-            owed.popitem()
-        return owed
 
     def like(self, start, T, ends=None):
         """A call on other columns of the same cache."""

@@ -1,13 +1,16 @@
 """Generation: prompts of different lengths in one batch, the sampling filters, self-speculation."""
+import contextlib
 import math
 
 import torch
 from torch.nn import functional as F
 
+import sparse_kernels as kernels
 from configurator import ConfigError, require
 from decode import card, engine
 from decode import draws as counted
 from decode.context import Cache, CachedContext, take_tokens
+from layers import is_quantized
 
 COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
 STRONGEST = 1000.0                               # the largest repetition penalty, and one over the smallest
@@ -157,8 +160,6 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     looks_back = getattr(sampler, "looks_back", True)
     how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "draws_in_engine", False) else None
     program = engine.program_of(model, cache, ids, sampler.wants(), idx.device, how)
-    for module in model.modules() if step else ():         # a recorded step may not ask a GPU what it holds
-        getattr(module, "sound", bool)()
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     while made < max_new_tokens:
         for row, (first, end) in enumerate(zip(firsts, ends)):
@@ -172,7 +173,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         logits = (states if replayed and step.card
-                  else model.largest(states, sampler.wants(), ids, cache))
+                  else model.head(states)[:, :ids])
         cached, made = True, made + 1
         if key is not None:
             sampler.at = key, ends
@@ -232,6 +233,14 @@ def replays(model, device):
     return device.type == "cuda" and not any(getattr(model.config, flag) for flag in HOST_DECIDES)
 
 
+def gathers(model, rows, device):
+    """Does a step of so many rows on this device read chosen rows of weights alone? Where a weight is not
+    finite, rows that stay unread would not show it."""
+    return (device.type == "cuda" and kernels.triton_kernels() is not None and rows <= kernels.FEW
+            and not is_quantized(model)
+            and all(module.sound() for module in model.modules() if hasattr(module, "sound")))
+
+
 class Step:
     """One decode step of a whole batch as a function of tensors alone, each row at its own column: a GPU
     records it as a CUDA graph and replays it without the host. A cache of fixed size serves: keys of columns
@@ -243,6 +252,7 @@ class Step:
         self.model, self.cache, self.history = model, cache, history
         self.start = torch.zeros(len(history), dtype=torch.long, device=history.device)
         self.card = card.card_of(model, cache, history, self.start, ids)
+        self.gathers = gathers(model, len(history), history.device)
         self.run, self.calls = self.card.step if self.card else self.states, 0
 
     def __call__(self, ends):
@@ -256,7 +266,8 @@ class Step:
 
     def states(self):
         ids = self.history.gather(1, self.start[:, None])
-        return self.model.trunk(ids, CachedContext(self.cache, self.start, 1, self.history))[:, 0]
+        with kernels.step_of_card() if self.gathers else contextlib.nullcontext():
+            return self.model.trunk(ids, CachedContext(self.cache, self.start, 1, self.history))[:, 0]
 
     def record(self):
         graph, run = torch.cuda.CUDAGraph(), self.run

@@ -99,8 +99,7 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
 
     monkeypatch.setattr(sampling.Step, "states", watched)
     monkeypatch.setattr(sampling, "replays", lambda model, device: True)
-    monkeypatch.setattr(kernels, "takes_units", lambda x: x.dim() == 3 and x.size(1) == 1)
-    monkeypatch.setattr(kernels, "takes_rows", lambda x: False)
+    monkeypatch.setattr(sampling, "gathers", lambda *_: True)
     for policy, right in zip((False, True), expected):
         assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
 
