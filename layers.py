@@ -697,8 +697,8 @@ def attend(q, k, v, mask, dropout):
 
 
 def attend_single(q, k, v):
-    """attend for one query, not by torch's operator: its answer on a CPU to scores that are all NaN is 0, which
-    would hide a damaged weight."""
+    """attend for one query, not by torch's operator: its answer on a CPU to scores that are all NaN is 0,
+    which would hide a damaged weight."""
     weights = kernels.in_fp32(torch.matmul, q * q.size(-1) ** -0.5, k.mT).softmax(-1)
     return kernels.in_fp32(torch.matmul, weights, v)
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from decode import engine
+from kernels import passes
 from layers import project
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -719,7 +720,7 @@ def test_passes_without_a_compiler_are_their_references(monkeypatch):
     v = hard(5, 12, dtype=torch.float32)
     grad, right = normal(5, 12, seed=3), None
     for library in (kernels.cpu_library, lambda: (None, "off")):
-        monkeypatch.setattr(kernels, "cpu_library", library)
+        monkeypatch.setattr(passes, "cpu_library", library)
         kept, won = kernels.fire_forward(v, 4, 1, "none")
         found = [kept.nan_to_num(7.0), won, kernels.fire_back(grad, v, won, "none")]
         assert right is None or all(map(torch.equal, found, right))
