@@ -2,11 +2,9 @@
 model.py.
 
 An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTORS), c_proj. `rows` names the
-units that a call is about when a decode step computes only some of them; None or a full slice is all.
+units of each token where they are not all: those of its expert.
 """
-import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import require
 from decode import engine
-from decode.context import add_up
+from decode.context import Thoughts, readable
 from decode.engine import NotWritten
 from layers import (
     EPS,
@@ -370,7 +368,7 @@ class ColumnGate(Narrowing):
 
     def start_from(self, x, energies):
         """Scores from the groups' energies (n, N) for inputs x (n, C); zero, where all columns answer."""
-        weight, offset = small_router(x, energies, self.goal == self.total)
+        weight, offset = retrofit.small_router(x, energies, self.goal == self.total)
         self.router.weight.copy_(weight)
         self.balance.copy_(offset - offset.mean())
 
@@ -406,14 +404,6 @@ class ColumnGate(Narrowing):
         """Append the choice -> Listed units, `width` of each column that wins."""
         scores = self.router.emit(p, x, own=True)
         return p.columns(scores, self.total, self.k, width, self.inhibits(), self.balance)
-
-
-def small_router(x, energies, all_answer, size=0.2):
-    """Least squares from inputs x (n, C) to groups' energies (n, N) -> (N, C), (N,), scaled so that scores
-    have the deviation `size`; zeros, where it does not matter who wins."""
-    weight, offset, _ = retrofit.least_squares(x, energies)
-    scale = 0 if all_answer else size / (x @ weight.t() + offset).std().clamp(min=1e-12)
-    return weight * scale, offset * scale
 
 
 class Gathered(MLP):
@@ -512,7 +502,7 @@ class ExpertGate(nn.Module):
 
     def start_from(self, x, energies):
         """As ColumnGate's."""
-        self.router.weight.copy_(small_router(x, energies, self.k == self.router.out_features)[0])
+        self.router.weight.copy_(retrofit.small_router(x, energies, self.k == self.router.out_features)[0])
 
     def largest(self, shares):
         experts = kernels.places_of_largest(shares, self.k)
@@ -1155,71 +1145,6 @@ class Halting(nn.Module):
             if not len(rows):
                 break
         return total
-
-
-def readable(x):
-    """Has this tensor values that may decide what runs next?"""
-    return not (torch.compiler.is_compiling() or x.is_meta)
-
-
-class Thoughts:
-    """The context of a block that is run again and again for tokens that begin at column 0, for fewer of them
-    every time."""
-
-    def __init__(self, ctx, window):
-        self.ctx, self.window, self.kept = ctx, window, None
-        self.add_executed, self.copy_of = ctx.add_executed, ctx.copy_of
-        self.choices, self.found = ctx.choices, []
-
-    def choose(self, thinking, step):
-        """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
-        and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
-        R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
-        columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
-        self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
-        self.rotation = self.ctx.rotation_of(columns)
-        self.found.append([])
-        return columns, self.valid
-
-    def total(self, values, kept=0):
-        """As Context.total, of the tokens that are still thinking."""
-        return add_up(values, kept, self.valid)
-
-    def of_tokens(self, order):
-        """As Context.of_tokens."""
-        ctx = copy.copy(self)
-        ctx.valid = self.valid.flatten()[order]
-        return ctx
-
-    def add_loss(self, totals, of):
-        """As Context.add_loss, but the means are of all runs together: see tell."""
-        if self.ctx.losses is not None:
-            self.found[-1].append((totals(), of))
-
-    def tell(self):
-        """Add one loss for each mechanism of the block, of what it found in all runs."""
-        for runs in zip(*filter(None, self.found)):
-            (_, of), parts = runs[0], zip(*(totals for totals, _ in runs))
-            totals = [tuple(map(sum, zip(*part))) for part in parts]
-            self.ctx.add_loss(partial(as_is, totals), of)
-
-    def copy_kv_to_later_runs(self, layer, runs):
-        """Later runs would write what the last one has written."""
-        for run in runs:
-            self.ctx.again(run).extend(layer, *self.kept)
-
-    def extend(self, layer, k, v):
-        """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
-        if self.kept is not None:
-            at = self.columns[:, None, :, None].expand_as(k)
-            valid = self.valid[:, None, :, None]
-            k, v = (old.scatter(2, at, torch.where(valid, new, old.gather(2, at)))
-                    for old, new in zip(self.kept, (k, v)))
-        self.kept = k, v
-        self.ctx.again(self.step).extend(layer, k, v)
-        columns, at = torch.arange(k.size(2), device=k.device), self.columns[..., None]
-        seen = (columns <= at) & (columns > at - (self.window or k.size(2)))
-        return k, v, seen[:, None] if self.step else None
 
 
 DEPTHS = {"hierarchy": Hourglass, "exits": Exits}

@@ -220,12 +220,9 @@ class NeuronMajor(Linear):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).t())
 
     def forward(self, a):
-        if not kernels.in_step:
-            return super().forward(a)
-        rows, weight = a.flatten(0, -2), self.weight.t().to(a.dtype)
-        kernels.note_rows(rows.count_nonzero() if kernels.tally else 0, weight)
-        y = kernels.gathered_down(rows, weight, cast(self.bias, a.dtype), None, 1)
-        return y.unflatten(0, a.shape[:-1])
+        if kernels.in_step:
+            return kernels.live_down(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
+        return super().forward(a)
 
     def emit(self, p, a, onto=None, units=None):
         return p.rows_sum(a, self.emit_matrix(p), onto, units, all=not self.sound())

@@ -414,14 +414,15 @@ class GPT(nn.Module):
         """Token ids (B, T) -> normalised states (B, T, C)."""
         return self.transformer.ln_f(self.depth_policy(self.blocks, self.embed(idx, ctx), ctx))
 
-    def emit(self, p):
-        """Append all ops of a decode step, from the token to its logits (decode/engine.py)."""
+    def emit(self, p, blocks=None):
+        """Append all ops of a decode step, from the token to its logits (decode/engine.py). blocks: those
+        that run; None: all."""
         positions = self.transformer.wpe
         p.rotation = positions.rotation
         x = self.transformer.wte.emit(p, positions.table())
         policy = self.depth_policy
         layers_of = emit_layers if policy is all_layers else engine.ops_of(policy)
-        x = layers_of(self.blocks, p, x)
+        p.states = x = layers_of(blocks or self.blocks, p, x)
         p.module = "head"
         x = self.transformer.ln_f.emit(p, x)
         matrix = self.lm_head.emit_matrix(p, slice(p.ids))

@@ -659,6 +659,13 @@ def gathered_down_reference(a: Tensor, down: Tensor, bias: Tensor | None, groups
     return y if bias is None else y + bias
 
 
+def live_down(a, down, bias):
+    """gathered_down of all units of tokens a (..., H), those that are not zero, counted -> (..., C)."""
+    if tally is not None:
+        note_rows(a.count_nonzero(), down)
+    return gathered_down(a.flatten(0, -2), down, bias, None, 1).unflatten(0, a.shape[:-1])
+
+
 def gathered_up_cuda(x, up, bias, groups, scale, width, act):
     gpu = triton_for(up)
     if not gpu or x.dtype != up.dtype:

@@ -348,6 +348,71 @@ class SomeRows(CachedContext):
         return found
 
 
+def readable(x):
+    """Has this tensor values that may decide what runs next?"""
+    return not (torch.compiler.is_compiling() or x.is_meta)
+
+
+class Thoughts:
+    """The context of a block that is run again and again for tokens that begin at column 0, for fewer of them
+    every time."""
+
+    def __init__(self, ctx, window):
+        self.ctx, self.window, self.kept = ctx, window, None
+        self.add_executed, self.copy_of = ctx.add_executed, ctx.copy_of
+        self.choices, self.found = ctx.choices, []
+
+    def choose(self, thinking, step):
+        """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
+        and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
+        R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
+        columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
+        self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
+        self.rotation = self.ctx.rotation_of(columns)
+        self.found.append([])
+        return columns, self.valid
+
+    def total(self, values, kept=0):
+        """As Context.total, of the tokens that are still thinking."""
+        return add_up(values, kept, self.valid)
+
+    def of_tokens(self, order):
+        """As Context.of_tokens."""
+        ctx = copy.copy(self)
+        ctx.valid = self.valid.flatten()[order]
+        return ctx
+
+    def add_loss(self, totals, of):
+        """As Context.add_loss, but the means are of all runs together: see tell."""
+        if self.ctx.losses is not None:
+            self.found[-1].append((totals(), of))
+
+    def tell(self):
+        """Add one loss for each mechanism of the block, of what it found in all runs."""
+        for runs in zip(*filter(None, self.found)):
+            (_, of), parts = runs[0], zip(*(totals for totals, _ in runs))
+            totals = [tuple(map(sum, zip(*part))) for part in parts]
+            self.ctx.add_loss(lambda totals=totals: totals, of)
+
+    def copy_kv_to_later_runs(self, layer, runs):
+        """Later runs would write what the last one has written."""
+        for run in runs:
+            self.ctx.again(run).extend(layer, *self.kept)
+
+    def extend(self, layer, k, v):
+        """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
+        if self.kept is not None:
+            at = self.columns[:, None, :, None].expand_as(k)
+            valid = self.valid[:, None, :, None]
+            k, v = (old.scatter(2, at, torch.where(valid, new, old.gather(2, at)))
+                    for old, new in zip(self.kept, (k, v)))
+        self.kept = k, v
+        self.ctx.again(self.step).extend(layer, k, v)
+        columns, at = torch.arange(k.size(2), device=k.device), self.columns[..., None]
+        seen = (columns <= at) & (columns > at - (self.window or k.size(2)))
+        return k, v, seen[:, None] if self.step else None
+
+
 def take(kept, columns):
     """kept (2, B, H, S, D), columns (B or 1, n) -> (2, B, H, n, D)."""
     columns = columns[:, None, :, None].expand(kept.size(1), kept.size(2), -1, kept.size(4))

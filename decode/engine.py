@@ -511,13 +511,16 @@ class Program:
         shared, own, scratch = ((t.data_ptr() + 63) // 64 * 64 for t in memory)
         self.c.shared, self.c.own, self.c.scratch = shared, own, scratch
         self.c.own_size, self.c.scratch_size = self.own, self.scratch
-        at, lies = (own, memory[1]) if self.answer.own else (shared, memory[0])
-        start = (at - lies.data_ptr()) // 4 + self.answer.place
-        flat = lies[start:start + self.rows * self.answer.size]
-        self.out = flat.view(self.rows, self.answer.size)[:, :self.ids]
+        self.flat = [t[(start - t.data_ptr()) // 4:] for t, start in zip(memory, (shared, own))]
+        self.out = self.found(self.answer)[:, :self.ids]
         self.address = ctypes.addressof(self.c)
         self.run, self.write = cpu_library()[0].step, cpu_library()[0].follow
         self.run_and_write = cpu_library()[0].step_and_follow
+
+    def found(self, value):
+        """What the last step has left of a value, (rows, size) in fp32; of an own one the first thread's."""
+        place, size = value.place, value.size
+        return self.flat[value.own][place:place + self.rows * size].view(self.rows, size)
 
     def begin(self, history, firsts, ends):
         """The next step reads the ids at columns ends - 1 of history (B, N) int64, whose windows begin at

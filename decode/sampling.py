@@ -1,6 +1,8 @@
 """Generation: prompts of different lengths in one batch, the sampling filters, self-speculation."""
 import contextlib
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
@@ -277,9 +279,10 @@ class Step:
 
 
 class Speculation:
-    """Self-speculation: the layers below the first exit draft tokens one by one, the layers above read all of
-    them at once. What is accepted is distributed as if every layer had drawn it, one token after the other;
-    greedy, it is the same tokens (LayerSkip, 2404.16710; the rule: 2211.17192).
+    """Self-speculation: the layers below the first exit draft tokens one by one (on a CPU as a program of
+    their own), the layers above read all of them at once. What is accepted is distributed as if every layer
+    had drawn it, one token after the other; greedy, it is the same tokens (LayerSkip, 2404.16710; the rule:
+    2211.17192).
 
     drafts: tokens that are guessed at a time. depth: the exit that guesses; None: the first. proposed,
     accepted: what became of them so far; rounds: how often all layers were asked.
@@ -305,6 +308,8 @@ class Speculation:
         room = min(last, self.model.config.block_size)
         all_layers = self.model.chosen(1)._replace(leave_at=None)
         cache = Cache(self.model, 1, max(1, room), all_layers)
+        lower = SimpleNamespace(config=self.model.config, emit=partial(self.model.emit, blocks=self.lower))
+        program = engine.program_of(lower, cache, self.model.config.vocab_size, None, idx.device)
         drafts = min([self.drafts, *(kept.size(3) for kept in cache.rings())])
         history = F.pad(idx, (0, max_new_tokens), value=-1)
         seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=idx.device)
@@ -314,7 +319,7 @@ class Speculation:
         while end < last and end <= room:
             count = min(drafts, last - end, room - end + 1)
             places = Places(cache, end - 1, count)
-            states, chances = self.draft(cache, history, end, count, sampler, seen)
+            states, chances = self.draft(program, cache, history, end, count, sampler, seen)
             tokens = self.verify(cache, history, end, states, chances, sampler, seen)
             places.restore(len(tokens))
             for token in tokens:
@@ -323,17 +328,28 @@ class Speculation:
                 yield token.view(1, 1)
         yield from stream(self.model, history[:, :end], last - end, sampler, None, overflow, all_layers)
 
-    def draft(self, cache, history, end, count, sampler, seen):
+    def guess(self, program, cache, history, at):
+        """What the lower layers make of the token at a column, by their program or, where none is written, by
+        forward -> its state (1, 1, C) and its logits (1, V)."""
+        if program:
+            program.begin(history, [0], [at + 1])
+            logits, like = program.step(), cache.layers[0]
+            x = program.found(program.states)[:, None, :self.model.config.n_embd]
+            return x.to(like.dtype, copy=True), logits
+        ctx = CachedContext(cache, at, 1, history)
+        x = self.model.embed(history[:, at:at + 1], ctx)
+        for block in self.lower:
+            x = block(x, ctx)
+        return x, self.model.logits_of(x)[:, 0]
+
+    def draft(self, program, cache, history, end, count, sampler, seen):
         """Write `count` guesses behind the tokens 0 .. end - 1 -> the states that made them (1, count, C),
         and the distributions that they were drawn from."""
         states, chances, seen = [], [], seen.clone()
         for at in range(end - 1, end - 1 + count):
-            ctx = CachedContext(cache, at, 1, history)
-            x = self.model.embed(history[:, at:at + 1], ctx)
-            for block in self.lower:
-                x = block(x, ctx)
+            x, logits = self.guess(program, cache, history, at)
             states.append(x)
-            chances.append(sampler.probabilities(self.model.logits_of(x)[:, 0], seen))
+            chances.append(sampler.probabilities(logits, seen))
             history[:, at + 1] = token = draw(chances[-1])
             seen.scatter_(1, token[:, None], True)
         return torch.cat(states, dim=1), chances

@@ -104,6 +104,17 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
         assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
 
 
+def test_a_gpus_step_reads_chosen_rows_where_all_weights_are_finite_and_whole(monkeypatch):
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: object())
+    model, card = build(ARMS["columns"], std=0.2), torch.device("cuda")
+    assert sampling.gathers(model, 8, card) and not sampling.gathers(model, 9, card)
+    assert not sampling.gathers(model, 1, torch.device("cpu"))
+    assert not sampling.gathers(quantize(build(ARMS["columns"], std=0.2), "int8"), 1, card)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[3, 5] = torch.nan
+    assert not sampling.gathers(model, 1, card)
+
+
 def test_a_screened_head_draws_the_same_tokens():
     plain, screened = (build(dict(screen=screen, vocab_size=300), std=0.2) for screen in (False, True))
     for how in (dict(temperature=0), dict(top_k=5), dict(top_k=3, top_p=0.8), dict(repetition_penalty=1.3),
