@@ -2,11 +2,9 @@
 model.py.
 
 An MLP is c_fc, an activation (ACTS), a selector that may silence units (SELECTORS), c_proj. `rows` names the
-units that a call is about when a decode step computes only some of them; None or a full slice is all.
+units of each token where they are not all: those of its expert.
 """
-import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import require
 from decode import engine
-from decode.context import add_up
+from decode.context import Thoughts, readable
 from decode.engine import NotWritten
 from layers import (
     EPS,
@@ -216,34 +214,7 @@ def selector(config, units):
 # MLPs
 
 
-class Stepwise(nn.Module):
-    """A module with three ways: `many` for training and prompts, `few` for the few tokens of a step on a CPU
-    that the decode engine does not run (a trace, which counts what executes): only rows of live units are
-    read; `on_card` for the same on a GPU, where nothing may depend on the host. Weights that are not finite
-    are all read, or a damaged model would hide among them."""
-
-    quantized = False                            # are its weights whole numbers? `many` reads them alone
-
-    def forward(self, x, ctx):
-        return getattr(self, self.way(x))(x, ctx)
-
-    def way(self, x):
-        """The name of the one that these tokens take."""
-        way = "many" if self.quantized else kernels.way(x)
-        return way if way == "many" or self.sound() else "many"
-
-    def sound(self):
-        """Are the weights finite that `many` reads and the other ways may not?"""
-        return True
-
-    def few(self, x, ctx):
-        return self.many(x, ctx)
-
-    def on_card(self, x, ctx):
-        return self.many(x, ctx)
-
-
-class MLP(Stepwise):
+class MLP(nn.Module):
     """Two projections with an activation between them, four times as wide as the stream.
 
     Where an activation or a selector leaves exact zeros, W_down is stored by unit and a decode step reads the
@@ -274,7 +245,15 @@ class MLP(Stepwise):
 
     gathers = False                              # does a decode step choose units before it computes them?
 
+    def forward(self, x, ctx):
+        """A GPU's step may depend on nothing that the host would have to know."""
+        return (self.on_card if kernels.in_step else self.many)(x, ctx)
+
+    def on_card(self, x, ctx):
+        return self.many(x, ctx)
+
     def sound(self):
+        """Are the weights finite that a step may leave unread?"""
         return not isinstance(self.c_proj, (NeuronMajor, QuantizedByUnit)) or self.c_proj.sound()
 
     def many(self, x, ctx):
@@ -338,11 +317,6 @@ class MLP(Stepwise):
         a = p.linear(x, up, units=units, stored=units.apart > 0, **self.activation(p))
         return p.rows_sum(self.emit_select(p, a, units.size, units), down, onto, units)
 
-    def stored_by_unit(self):
-        """W_up, its bias, W_down^T, its bias."""
-        up, down = (self._modules[name]._parameters for name in ("c_fc", "c_proj"))     # a third of the time
-        return up["weight"], up["bias"], down["weight"].t(), down["bias"]
-
     def fuse(self):
         """Packed weights end with the activation, where a kernel knows it."""
         if isinstance(self.c_fc, Packed) and self.plain:
@@ -353,18 +327,13 @@ class MLP(Stepwise):
         by kernels that ask the host nothing."""
         if not self.plain:
             return self.many(x, ctx)
-        up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
+        up, up_bias, down, down_bias = (cast(w, x.dtype) for w in (
+            self.c_fc.weight, self.c_fc.bias, self.c_proj.weight.t(), self.c_proj.bias))
+        for weight in (up, down):
+            kernels.note_rows(groups.numel() * width, weight)
         a = kernels.gathered_up(x.flatten(0, 1), up, up_bias, groups, scale, width, self.plain)
         y = kernels.gathered_down(self.select(a, ctx), down, down_bias, groups, width)
         return self.dropout(y.view_as(x))
-
-    def live(self, x, ctx, rows, scale):
-        """A few tokens (..., C) through the units `rows` (n,) alone, scaled by (..., n): no other row of W_up
-        or W_down is read."""
-        up, up_bias, down, down_bias = (cast(w, x.dtype) for w in self.stored_by_unit())
-        a = self.act(kernels.rows_dot(x, up, up_bias, rows), rows)
-        a = self.select(kernels.scaled_reference(a, scale), ctx, rows)
-        return self.dropout(kernels.rows_sum(a, down, down_bias, rows))
 
 
 def start_selector(select, a):
@@ -399,7 +368,7 @@ class ColumnGate(Narrowing):
 
     def start_from(self, x, energies):
         """Scores from the groups' energies (n, N) for inputs x (n, C); zero, where all columns answer."""
-        weight, offset = small_router(x, energies, self.goal == self.total)
+        weight, offset = retrofit.small_router(x, energies, self.goal == self.total)
         self.router.weight.copy_(weight)
         self.balance.copy_(offset - offset.mean())
 
@@ -435,32 +404,6 @@ class ColumnGate(Narrowing):
         """Append the choice -> Listed units, `width` of each column that wins."""
         scores = self.router.emit(p, x, own=True)
         return p.columns(scores, self.total, self.k, width, self.inhibits(), self.balance)
-
-
-def opened(gates, width):
-    """Gates (..., N) of groups of `width` units -> the units of the groups that any token opens (n,), and
-    each token's gates of these (..., n)."""
-    groups, gates = opened_groups(gates)
-    return units_of(groups, width), gates.repeat_interleave(width, dim=-1)
-
-
-def opened_groups(gates):
-    """Gates (..., N) -> the groups that any token opens (n,), and each token's gates of these (..., n)."""
-    groups = gates.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-    return groups, gates[..., groups]
-
-
-def units_of(groups, width):
-    """Groups (n,) of `width` units -> the units of all of them (n * width,)."""
-    return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
-
-
-def small_router(x, energies, all_answer, size=0.2):
-    """Least squares from inputs x (n, C) to groups' energies (n, N) -> (N, C), (N,), scaled so that scores
-    have the deviation `size`; zeros, where it does not matter who wins."""
-    weight, offset, _ = retrofit.least_squares(x, energies)
-    scale = 0 if all_answer else size / (x @ weight.t() + offset).std().clamp(min=1e-12)
-    return weight * scale, offset * scale
 
 
 class Gathered(MLP):
@@ -499,10 +442,6 @@ class Gathered(MLP):
         """The size of what each group writes for inputs x (n, C), (n, groups)."""
         writes = self.activations(x).square() * self.c_proj.weight.square().sum(0)
         return writes.unflatten(-1, (self.groups, -1)).sum(-1).sqrt()
-
-    def few(self, x, ctx):
-        """The groups that any of the tokens opens."""
-        return self.live(x, ctx, *opened(self.gate(x, ctx), self.width))
 
     def on_card(self, x, ctx):
         return self.chosen_groups(x, ctx, *self.gate.chosen(x), self.width)
@@ -563,7 +502,7 @@ class ExpertGate(nn.Module):
 
     def start_from(self, x, energies):
         """As ColumnGate's."""
-        self.router.weight.copy_(small_router(x, energies, self.k == self.router.out_features)[0])
+        self.router.weight.copy_(retrofit.small_router(x, energies, self.k == self.router.out_features)[0])
 
     def largest(self, shares):
         experts = kernels.places_of_largest(shares, self.k)
@@ -733,14 +672,6 @@ class Predictive(MLP):
         scores = self.guess.emit(p, self.sense.emit(p, x, own=True))
         return self.emit_units(p, x, onto, p.choose(scores, self.guess.out_features, self.active))
 
-    def few(self, x, ctx):
-        """The units that the predictor picks for any of the tokens."""
-        if not ctx.choices.predict:
-            return self.many(x, ctx)
-        chosen = self.chosen(self.guess(self.sense(x)))
-        rows = chosen.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-        return self.live(x, ctx, rows, chosen[..., rows])
-
     def on_card(self, x, ctx):
         if not ctx.choices.predict:
             return self.many(x, ctx)
@@ -877,7 +808,7 @@ class BranchGate(nn.Module):
         return p.branches(self.router.emit(p, x, own=True), self.router.out_features, self.k, width)
 
 
-class DendriticAttention(Stepwise, Attention):
+class DendriticAttention(Attention):
     """Attention of dendritic neurons: each head's width in D branches, in one fused projection. A branch
     attends with its own part of query, key and value, passes a nonlinearity, and a gate of the token decides
     whether the soma (c_proj) reads it (Poirazi, Brannon & Mel 2003; gated heads: 2210.05144).
@@ -909,10 +840,7 @@ class DendriticAttention(Stepwise, Attention):
         self.gate = BranchGate(config)
         self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
 
-    def sound(self):
-        return self.c_attn.sound() and self.c_proj.sound()
-
-    def many(self, x, ctx):
+    def forward(self, x, ctx):
         q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
         q, k = self.to_heads(q, ctx), self.to_heads(k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
@@ -923,18 +851,6 @@ class DendriticAttention(Stepwise, Attention):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
         y = F.gelu(y.transpose(1, 2)).unflatten(2, (gates.size(-1), -1))
         return (y * gates[..., None, None]).flatten(2)
-
-    def few(self, x, ctx):
-        """The branches that any of the tokens opens."""
-        branches, gates = opened_groups(self.gate(x, ctx))
-        rows, heads = (units_of(branches, n) for n in (self.part, self.part // self.width))
-        weight, bias = self.c_attn.weight.to(x.dtype), cast(self.c_attn.bias, x.dtype)
-        q = self.to_heads(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
-        q = self.query_gain(q, heads)
-        k, v, mask = self.write_kv(x, ctx)
-        y = self.gated(self.attention(q, k[:, heads], v[:, heads], mask, 0.0), gates)
-        y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
-        return self.resid_dropout(y)
 
     def emit(self, p, x, onto):
         if not all(map(kernels.all_finite, self.parameters())):
@@ -963,7 +879,6 @@ def all_layers(blocks, x, ctx):
 def emit_layers(blocks, p, x):
     """The same of a decode program."""
     for block in blocks:
-        p.module = f"layer {block.attn.layer}"
         x = engine.ops_of(block)(p, x)
     return x
 
@@ -1006,9 +921,11 @@ class Hourglass(nn.Module):
         """The same of a decode program."""
         first, middle, last = blocks[:self.outer], blocks[self.outer:-self.outer], blocks[-self.outer:]
         x = emit_layers(first, p, x)
+        p.module = "groups"
         groups, before, none_complete = p.group(x, self.pool)
         groups = emit_layers(middle, p, groups)
         p.land(none_complete)
+        p.module = "groups"
         return emit_layers(last, p, p.spread(groups, before, x, self.spread))
 
     def pool_groups(self, x):
@@ -1086,7 +1003,14 @@ class Exits(nn.Module):
 
     def early(self, blocks, x, ctx):
         self.tokens_run += x[..., 0].numel()
-        return (self.early_alone if ctx.alone(x) else self.early_together)(blocks, x, ctx)
+        done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        run = some_rows if x.size(1) == 1 else some_tokens
+        for depth, block in enumerate(blocks, 1):
+            going = ~done
+            self.layers_run += int(going.sum())
+            x = run(block, x, ctx, going)
+            done = done | self.sure(depth, x, ctx)
+        return x
 
     def emit(self, blocks, p, x):
         """Append all blocks to a decode program, or with the policy what tokens run of them."""
@@ -1096,38 +1020,16 @@ class Exits(nn.Module):
         p.enter(p.counter(self, "tokens_run"))
         owed, out = p.owed(len(blocks), size, p.counter(self, "layers_run")), p.value(size)
         for layer, block in enumerate(blocks):
-            p.module = f"layer {layer}"
             if layer >= self.after[0]:
+                p.module = f"layer {layer} attention"
                 p.pay(owed, layer, block.emit_kv)
             x = block.emit(p, x)
             if layer + 1 in self.after:
+                p.module = f"layer {layer} exit"
                 probe = self.probes[self.after.index(layer + 1)].emit(p, emit_rms(p, x, size), own=True)
                 skips.append(p.leave(x, size, probe, threshold, out, layer + 1, owed))
         p.land(*skips)
         return p.join(x, size, out, len(blocks), owed)
-
-    def early_together(self, blocks, x, ctx):
-        done = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        run = some_rows if x.size(1) == 1 else some_tokens
-        for depth, block in enumerate(blocks, 1):
-            ctx.compute_deferred_kv(depth - 1, block)
-            going = ~done
-            self.layers_run += int(going.sum())
-            x = run(block, x, ctx, going)
-            done = done | self.sure(depth, x, ctx)
-        return x
-
-    def early_alone(self, blocks, x, ctx):
-        """One token of one row: the keys and values of the layers that it does not reach are computed for
-        several such tokens at once, when a later one gets there."""
-        for layer, block in enumerate(blocks):
-            ctx.compute_deferred_kv(layer, block)
-            self.layers_run += 1
-            x = block(x, ctx)
-            if self.sure(layer + 1, x, ctx):
-                ctx.defer_kv(range(layer + 1, len(blocks)), x)
-                return x
-        return x
 
     def sure(self, depth, x, ctx):
         """Which of the tokens x (B, T, C) may be done after so many layers: (B, T) bool, or False."""
@@ -1186,6 +1088,7 @@ class Halting(nn.Module):
         total = p.enter(p.counter(self, "tokens_run"), size)
         for p.again in range(self.most):
             x = run(p, x)
+            p.module = f"layer {layer} halting"
             probe = self.halt.emit(p, emit_rms(p, x, size), own=True)
             skips.append(p.halt(x, size, probe, total, layer, self.most, self.EPSILON, counts))
         p.again = 0
@@ -1242,71 +1145,6 @@ class Halting(nn.Module):
             if not len(rows):
                 break
         return total
-
-
-def readable(x):
-    """Has this tensor values that may decide what runs next?"""
-    return not (torch.compiler.is_compiling() or x.is_meta)
-
-
-class Thoughts:
-    """The context of a block that is run again and again for tokens that begin at column 0, for fewer of them
-    every time."""
-
-    def __init__(self, ctx, window):
-        self.ctx, self.window, self.kept = ctx, window, None
-        self.add_executed, self.copy_of = ctx.add_executed, ctx.copy_of
-        self.choices, self.found = ctx.choices, []
-
-    def choose(self, thinking, step):
-        """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
-        and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
-        R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
-        columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
-        self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
-        self.rotation = self.ctx.rotation_of(columns)
-        self.found.append([])
-        return columns, self.valid
-
-    def total(self, values, kept=0):
-        """As Context.total, of the tokens that are still thinking."""
-        return add_up(values, kept, self.valid)
-
-    def of_tokens(self, order):
-        """As Context.of_tokens."""
-        ctx = copy.copy(self)
-        ctx.valid = self.valid.flatten()[order]
-        return ctx
-
-    def add_loss(self, totals, of):
-        """As Context.add_loss, but the means are of all runs together: see tell."""
-        if self.ctx.losses is not None:
-            self.found[-1].append((totals(), of))
-
-    def tell(self):
-        """Add one loss for each mechanism of the block, of what it found in all runs."""
-        for runs in zip(*filter(None, self.found)):
-            (_, of), parts = runs[0], zip(*(totals for totals, _ in runs))
-            totals = [tuple(map(sum, zip(*part))) for part in parts]
-            self.ctx.add_loss(partial(as_is, totals), of)
-
-    def copy_kv_to_later_runs(self, layer, runs):
-        """Later runs would write what the last one has written."""
-        for run in runs:
-            self.ctx.again(run).extend(layer, *self.kept)
-
-    def extend(self, layer, k, v):
-        """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
-        if self.kept is not None:
-            at = self.columns[:, None, :, None].expand_as(k)
-            valid = self.valid[:, None, :, None]
-            k, v = (old.scatter(2, at, torch.where(valid, new, old.gather(2, at)))
-                    for old, new in zip(self.kept, (k, v)))
-        self.kept = k, v
-        self.ctx.again(self.step).extend(layer, k, v)
-        columns, at = torch.arange(k.size(2), device=k.device), self.columns[..., None]
-        seen = (columns <= at) & (columns > at - (self.window or k.size(2)))
-        return k, v, seen[:, None] if self.step else None
 
 
 DEPTHS = {"hierarchy": Hourglass, "exits": Exits}

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from configurator import require
-from decode.context import Cache
 from decode.engine import NotWritten
 
 
@@ -68,14 +67,8 @@ class Linear(nn.Linear):
 
     def sound(self):
         """Are all weights finite? Where one is not, a step that leaves rows unread would not show it, and all
-        are read. Looked at once in every stream, and for each change of the weights that torch notices."""
-        version = self.weight.is_inference() or self.weight._version
-        now = Cache.made, self.weight.data_ptr(), self.weight.dtype, version
-        if self.looked_at[0] != now:
-            self.looked_at = now, kernels.all_finite(self.weight)
-        return self.looked_at[1]
-
-    looked_at = None, None
+        are read."""
+        return kernels.all_finite(self.weight)
 
     def some(self, x, rows):
         """Of the outputs only the slice `rows`."""
@@ -92,14 +85,6 @@ class Screened(Linear):
     def check(c):
         require(not (c.screen and c.softcap), f"screen={c.screen} and softcap={c.softcap}: what is not "
                 "wanted is -inf, which a cap would make a logit; choose one of them")
-
-    def largest(self, x, k, of, cache):
-        """x (B, C) -> (B, of) with the k largest of the first `of` outputs, others may be -inf."""
-        weight = self.weight[:of]
-        if len(x) > 1 or k >= of or not kernels.takes_matvec(x, weight):
-            return self(x)[:, :of]
-        copy = cache.copy_of(self, lambda: kernels.copy_in_8_bits(self.weight))
-        return kernels.screened(x, weight, copy, k)
 
 
 class TwoOfFour(Linear):
@@ -235,8 +220,8 @@ class NeuronMajor(Linear):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).t())
 
     def forward(self, a):
-        if (kernels.takes_rows(a) or kernels.takes_units(a)) and self.sound():
-            return kernels.rows_sum(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
+        if kernels.in_step:
+            return kernels.live_down(a, self.weight.t().to(a.dtype), cast(self.bias, a.dtype))
         return super().forward(a)
 
     def emit(self, p, a, onto=None, units=None):
@@ -348,10 +333,6 @@ class Quantized(nn.Module):
         rows = kernels.dequantize(self.codes[idx.flatten()], scale, self.in_features)
         return rows.to(self.like.dtype).view(*idx.shape, -1)
 
-    def largest(self, x, k, of, cache):
-        """As Screened.largest: a screen of 8 bits gains nothing here."""
-        return self(x)[:, :of]
-
     def sound(self):
         """Are all scales finite? Looked at when a program is written."""
         return kernels.all_finite(kernels.scales_of(self.codes, self.scale, self.in_features))
@@ -378,7 +359,7 @@ class QuantizedByUnit(Quantized):
     def forward(self, a):
         a = a if self.k is None else kernels.keep_largest(a, self.k)
         y = kernels.whole_rows_sum(a, self.codes, self.scale, self.out_features,
-                                   kernels.takes_whole(a) and not self.sound())
+                                   kernels.few_tokens(a) and not self.sound())
         return stored(y, self.bias, a.dtype)
 
     def emit(self, p, a, onto=None, units=None):
@@ -473,7 +454,6 @@ def quantize(model, kind, empty=False, moments=None):
         elif form != 16:
             of = QuantizedByUnit if isinstance(child, NeuronMajor) else Quantized
             setattr(module, name, of(child, form, empty, (moments or {}).get(path)))
-            module.quantized = True
     if model.config.tie_weights and isinstance(model.lm_head, Quantized):
         wte = model.transformer.wte
         wte.weight, wte.tied = None, (model.lm_head,)
@@ -652,13 +632,9 @@ class RMSNorm(nn.Module):
 
 
 def project(x, weight, bias):
-    """F.linear; a single row in a decode step on a CPU is read by our own kernel, at the memory's speed."""
+    """F.linear, counted."""
     kernels.note(x.numel() // x.size(-1), weight)
-    if kernels.takes_matvec(x, weight):
-        return kernels.matvec(x, weight, bias)
-    if kernels.emulated(x) and x.numel() > kernels.FEW * x.size(-1):
-        return kernels.in_fp32(F.linear, x, weight, bias)
-    return F.linear(x, weight, bias)
+    return kernels.in_fp32(F.linear, x, weight, bias)
 
 
 def rotate(x, ctx):
@@ -707,9 +683,9 @@ def attend(q, k, v, mask, dropout):
     On a CPU in bf16 the fused kernel is slower than three plain matmuls up to a few hundred keys, so length
     decides there.
     """
-    if kernels.takes_attend_one(q, k, v, mask):
-        return kernels.attend_one(q, k, v)
-    causal = mask is None and q.size(2) > 1
+    if mask is None and q.size(2) == 1 and not dropout:
+        return attend_single(q, k, v)
+    causal = mask is None
     if causal and q.size(2) < k.size(2):
         return attend_last(q, k, v)
     if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= 256:
@@ -717,14 +693,16 @@ def attend(q, k, v, mask, dropout):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
+def attend_single(q, k, v):
+    """attend for one query, not by torch's operator: its answer on a CPU to scores that are all NaN is 0,
+    which would hide a damaged weight."""
+    weights = kernels.in_fp32(torch.matmul, q * q.size(-1) ** -0.5, k.mT).softmax(-1)
+    return kernels.in_fp32(torch.matmul, weights, v)
+
+
 def attend_last(q, k, v):
-    """attend for the last 1 < T < S tokens of S, without dropout; a few on a CPU as they would be one by one.
-    """
+    """attend for the last 1 < T < S tokens of S, without dropout."""
     T, S = q.size(2), k.size(2)
-    if T <= kernels.FEW and kernels.takes_attend_one(q[:, :, :1], k, v, None):
-        seen = range(S - T + 1, S + 1)
-        return torch.cat([kernels.attend_one(q[:, :, i:i + 1], k[:, :, :n], v[:, :, :n])
-                          for i, n in enumerate(seen)], dim=2)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -266,12 +266,18 @@ class Block(nn.Module):
     def emit(self, p, x):
         """Append the block to a decode program -> where its result lies: in place of x."""
         ops = engine.ops_of
+        p.module = f"layer {self.attn.layer} attention"
         x = ops(self.attn)(p, ops(self.ln_1)(p, x), onto=x)
+        p.module = f"layer {self.attn.layer} MLP"
         x = ops(self.mlp)(p, ops(self.ln_2)(p, x), onto=x)
-        return x if self.adapt is as_is else ops(self.adapt)(p, x)
+        if self.adapt is as_is:
+            return x
+        p.module = f"layer {self.attn.layer} adapter"
+        return ops(self.adapt)(p, x)
 
     def emit_kv(self, p, x):
         """Append `write_kv`."""
+        p.module = f"layer {self.attn.layer} attention"
         self.attn.emit_kv(p, self.ln_1.emit(p, x))
 
     def write_kv(self, x, ctx):
@@ -408,14 +414,15 @@ class GPT(nn.Module):
         """Token ids (B, T) -> normalised states (B, T, C)."""
         return self.transformer.ln_f(self.depth_policy(self.blocks, self.embed(idx, ctx), ctx))
 
-    def emit(self, p):
-        """Append all ops of a decode step, from the token to its logits (decode/engine.py)."""
+    def emit(self, p, blocks=None):
+        """Append all ops of a decode step, from the token to its logits (decode/engine.py). blocks: those
+        that run; None: all."""
         positions = self.transformer.wpe
         p.rotation = positions.rotation
         x = self.transformer.wte.emit(p, positions.table())
         policy = self.depth_policy
         layers_of = emit_layers if policy is all_layers else engine.ops_of(policy)
-        x = layers_of(self.blocks, p, x)
+        p.states = x = layers_of(blocks or self.blocks, p, x)
         p.module = "head"
         x = self.transformer.ln_f.emit(p, x)
         matrix = self.lm_head.emit_matrix(p, slice(p.ids))
@@ -435,13 +442,6 @@ class GPT(nn.Module):
     def head(self, x):
         """States -> logits in fp32."""
         return self.cap(self.lm_head(x).float())
-
-    def largest(self, x, k, of, cache):
-        """States (B, C) -> logits in fp32 of the first `of` ids, exact for the k largest; others may be -inf.
-        Without a screened head, or with k=None, all of them are exact. cache: the stream's."""
-        if k and self.config.screen:
-            return self.lm_head.largest(x, k, of, cache).float()
-        return self.head(x)[:, :of]
 
     def crop_block_size(self, block_size):
         """Shorten the context in place, for example of a pretrained GPT-2."""

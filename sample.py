@@ -96,8 +96,8 @@ class SampleConfig:
                 "--mlp_screen=4 too, or leave val out")
         require(0 <= self.threads <= engine.MANY,
                 f"threads={self.threads} must be in 0..{engine.MANY}; 0 times how many pay")
-        require(not (self.show_program and (self.trace or self.speculate)), "show_program lists the decode "
-                "engine's ops, which --trace and --speculate do not run: leave them out")
+        require(not (self.show_program and (self.trace or self.speculate)), "show_program lists the ops of "
+                "one program that decodes all tokens: leave --trace and --speculate out")
         require(self.overflow in ("exact", "slide"), f"overflow='{self.overflow}' must be exact or slide")
         sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
                                 self.draws)
@@ -253,6 +253,7 @@ def main(cfg):
     if place.device.type == "cpu":
         said.append(move_weights(model))
     stream = streaming(model, cfg)
+    recorder = tracing.Recorder(model, sampler) if cfg.trace else None
     way = sparse_kernels.path_taken(place.device) + on, decoding(model, cfg, place.device)
     if screens and cfg.measure:
         said.append(saved(model, about, data, cfg.tokenizer, cfg.threads))
@@ -270,7 +271,6 @@ def main(cfg):
     prompt = torch.tensor([ids], device=place.device)
     torch.manual_seed(cfg.seed)
     clock, count = time.perf_counter(), 0
-    recorder = tracing.Recorder(model, sampler) if cfg.trace else None
     for _ in range(cfg.num_samples):
         text = tokenizers.StreamDecoder(tokenizer)
         spoken = "".join(text.feed(token) for token in ids)
@@ -387,8 +387,6 @@ def streaming(model, cfg):
         require(model.config.exits, f"exit_threshold={cfg.exit_threshold} needs a model with early exits: "
                 f"train one with --exits={max(1, model.config.n_layer // 2)}, for example")
         model.choose(leave_at=cfg.exit_threshold)
-    if cfg.trace:
-        model.choose(forward=tracing.FORWARD)
     if not cfg.speculate:
         return Told(partial(sampling.stream, model), model.config.block_size)
     return Told(sampling.Speculation(model, cfg.speculate).stream, model.config.block_size)

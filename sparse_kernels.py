@@ -11,16 +11,39 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.build import NAMES, cpu_library, triton_kernels
+from kernels.passes import (  # noqa: F401  the part of this face that stands in a file of its own
+    ACT_NUMBERS,
+    ACTS,
+    SLOPES,
+    among_largest,
+    event,
+    event_pass,
+    event_reference,
+    fire,
+    fire_back,
+    fire_forward,
+    first_largest,
+    has_kernel,
+    missed,
+    missed_pass,
+    missed_reference,
+    osc,
+    osc_reference,
+    pointer,
+    scaled,
+    scaled_pass,
+    scaled_reference,
+)
 
 
-def takes_triton(x, weight):
-    """Are this and the weights of one type and layout that the gathering Triton kernels read?"""
-    return (triton_kernels() is not None and x.dtype == weight.dtype and x.dtype in triton_kernels().FLOATS
-            and weight.is_contiguous())
+def triton_for(*tensors):
+    """The Triton kernels, where these tensors are of one type and layout that they read; else None."""
+    gpu, dtype = triton_kernels(), tensors[0].dtype
+    fits = gpu and dtype in gpu.FLOATS and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return gpu if fits else None
 
 
 def path_taken(device):
@@ -51,40 +74,12 @@ def in_fp32(product, x, *others):
     return product(*(t if t is None else t.float() for t in (x, *others))).bfloat16()
 
 
-# ------------------------------------------------ matrix times vector ------------------------------------
-
-FEW = 8                                          # tokens of a decode step that reads weights row by row
-
-def matvec_reference(x, weight, bias):
-    """x (..., K) with a few rows, weight (N, K), bias (N) or None -> (..., N)."""
-    return F.linear(x, weight, bias)
-
-
-def matvec(x, weight, bias):
-    """As the reference, reading each weight once: N*K elements, the roofline of one-token decode. fp32 sums;
-    a row's result does not depend on how many there are.
-
-    CPU tensors of fp32 or bf16, weight and x contiguous and of one dtype; the caller has checked `takes`.
-    """
-    library, _ = cpu_library()
-    N, K = weight.shape
-    y = x.new_empty(*x.shape[:-1], N)
-    kernel = getattr(library, "matvec_" + NAMES[x.dtype])
-    kernel(weight.data_ptr(), x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-           x.numel() // K, N, K, torch.get_num_threads())
-    return y
+FEW = 8                                          # most tokens of a decode step
 
 
 def inferring():
     """No gradient can be asked for, and no compiler is tracing."""
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-def takes_matvec(x, weight):
-    """Is this a product that `matvec` computes: few rows, on a CPU, in inference mode, kernels built?"""
-    return (inferring() and 0 < x.numel() <= FEW * weight.size(1) and x.device.type == "cpu"
-            and x.dtype == weight.dtype and x.dtype in NAMES and weight.is_contiguous() and x.is_contiguous()
-            and cpu_library()[0] is not None)
 
 
 # ------------------------------------------------ a head that looks twice ---------------------------------
@@ -125,33 +120,14 @@ def rows_of_copy(q, scale):
     return of, size
 
 
-def screened_reference(x, weight, k):
-    """x (..., K) of one row, weight (N, K) -> w x with all but what is among its k largest at -inf."""
-    y = F.linear(x, weight)
-    return y.masked_fill(y < y.topk(k, dim=-1).values[..., -1:], -torch.inf)
-
-
-def screened(x, weight, copy, k):
-    """As the reference, where more may stay than the k largest, with the values that `matvec` gives. copy:
-    copy_in_8_bits of more rows, or the same; for x of `takes_matvec`."""
-    (N, K), y = weight.shape, x.new_empty(*x.shape[:-1], len(weight))
-    low, high = torch.empty(N, dtype=torch.int32), torch.empty(N)
-    kernel = getattr(cpu_library()[0], "screened_" + NAMES[x.dtype])
-    read = kernel(*map(pointer, (*copy, weight, x, y, low, high)), ROUND[x.dtype], N, K, k,
-                  torch.get_num_threads())
-    if tally is not None:
-        tally.add(1, N, K, copy[0])
-        tally.add(1, read, K, weight)
-    return y
-
-
-# ------------------------------------------------ rows of a matrix ---------------------------------------
+# ------------------------------------------------ counting ----------------------------------------------
 
 tally = None                                     # a Tally while `counting`
 
 
 class Tally:
-    """Work that the products of a decode step have really executed, from the shapes that they ran on."""
+    """Multiply-adds and bytes of weights that have really been executed and read: those of forward's products
+    from the shapes that they ran on, those of a decode step as its program counts them."""
 
     def __init__(self):
         self.macs = self.bytes = 0
@@ -159,6 +135,12 @@ class Tally:
     def add(self, tokens, rows, width, weight):
         self.macs += tokens * rows * width
         self.bytes += rows * width * weight.element_size()
+
+
+def note_rows(rows, weight):
+    """While `counting`: so many rows of a matrix are read, each for one token."""
+    if tally is not None:
+        tally.add(1, int(rows), weight.size(1), weight)
 
 
 def note(tokens, weight, parts=1):
@@ -180,28 +162,25 @@ def counting():
         tally = outer
 
 
-def takes_rows(x):
-    """May a layer gather the rows of its live units for these tokens (..., K)? A few tokens on a CPU, in
-    inference mode; a GPU needs a kernel that chooses rows without the host, and many tokens use all rows."""
-    return x.is_cpu and x.numel() <= FEW * x.size(-1) and inferring()
+in_step = False                                  # does a step of a GPU run, while `step_of_card`?
 
 
-def takes_units(x):
-    """May a layer read its live units alone for these tokens (B, 1, K), by kernels that run on a GPU?"""
-    return (x.is_cuda and x.dim() == 3 and x.size(1) == 1 and len(x) <= FEW and inferring()
-            and triton_kernels() is not None)
+@contextlib.contextmanager
+def step_of_card():
+    """Inside the block runs a GPU's decode step of few tokens (B, 1, C), made of kernels that choose what
+    they read without asking the host. decode/sampling.py decides once a stream."""
+    global in_step
+    outer, in_step = in_step, True
+    try:
+        yield
+    finally:
+        in_step = outer
 
 
-def way(x):
-    """Which way a Stepwise module takes with tokens (B, T, C)."""
-    return "few" if takes_rows(x) else "on_card" if takes_units(x) else "many"
-
-
-def has_kernel(*tensors):
-    """Are the C kernels built, and are these contiguous and of one dtype that they take?"""
-    dtype = tensors[0].dtype
-    return (cpu_library()[0] is not None and dtype in NAMES
-            and all(t.is_contiguous() and t.dtype == dtype for t in tensors))
+def few_tokens(x):
+    """Are these (..., K) no more tokens than a step has, on a CPU with C kernels, with no gradient asked for?
+    """
+    return x.is_cpu and 0 < x.numel() <= FEW * x.size(-1) and inferring() and cpu_library()[0] is not None
 
 
 def all_finite(tensor):
@@ -209,88 +188,19 @@ def all_finite(tensor):
     return all(end.isfinite().item() for end in torch.aminmax(tensor.detach()))
 
 
-def pointer(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def rows_dot_reference(x, weight, bias, rows):
-    """x (..., K), weight (H, K), bias (H,) or None, rows (n,) int64 -> (..., n): products of those rows."""
-    return F.linear(x, weight[rows], None if bias is None else bias[rows])
-
-
-def rows_dot(x, weight, bias, rows):
-    """As the reference, reading n*K weights and copying none. CPU, x contiguous, of `takes_rows`."""
-    if tally is not None:
-        tally.add(x.numel() // x.size(-1), len(rows), x.size(-1), weight)
-    if not has_kernel(x, weight):
-        return rows_dot_reference(x, weight, bias, rows)
-    K, n = x.size(-1), len(rows)
-    y = x.new_empty(*x.shape[:-1], n)
-    kernel = getattr(cpu_library()[0], "rows_dot_" + NAMES[x.dtype])
-    kernel(weight.data_ptr(), x.data_ptr(), pointer(bias), rows.data_ptr(), y.data_ptr(), x.numel() // K, n,
-           K, torch.get_num_threads())
-    return y
-
-
-def rows_sum_reference(a, weight, bias, rows=None):
-    """a (..., n), weight (H, C) with one row per unit, bias (C,) or None, rows (n,) or None for all (n = H)
-    -> (..., C), the sum of the rows weighted by a. Rows where a is zero for every token are not read."""
-    live = a.flatten(0, -2).any(dim=0).nonzero()[:, 0]
-    y = a[..., live] @ weight[live if rows is None else rows[live]]
-    return y if bias is None else y + bias
-
-
-def rows_sum(a, weight, bias, rows=None):
-    """As the reference; sums in fp32, no row copied. a contiguous, of `takes_rows` or (B, 1, H) of
-    `takes_units`."""
-    if takes_units(a):
-        return gathered_down(a.flatten(0, 1), weight, bias, None, 1)[:, None]
-    if tally is not None:
-        live = a.flatten(0, -2) != 0
-        tally.macs += int(live.sum()) * weight.size(1)
-        tally.bytes += int(live.any(dim=0).sum()) * weight.size(1) * weight.element_size()
-    if not has_kernel(a, weight):
-        return rows_sum_reference(a, weight, bias, rows)
-    n, C = a.size(-1), weight.size(1)
-    y = a.new_empty(*a.shape[:-1], C)
-    kernel = getattr(cpu_library()[0], "rows_sum_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), weight.data_ptr(), pointer(bias), pointer(rows), y.data_ptr(), y.numel() // C, n, C,
-           torch.get_num_threads())
-    return y
-
-
-# The one rule of which are largest, here and in C: exactly k; of equal ones the lowest places; NaN is larger
-# than everything. torch.topk's choice among equal ones depends on the shape and the device.
-
-def first_largest(scores, k):
-    """scores (..., n) -> the places (..., k) of the k largest, the largest first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-
+# ------------------------------------------------ the largest -------------------------------------------
 
 def places_of_largest(scores, k):
-    """The same places in any order: rising on a GPU, in one kernel, where no gradient can be asked for."""
-    if takes_largest(scores, k):
-        return triton_kernels().largest(scores, k, keep=False)
-    return first_largest(scores, k)
+    """The same places in any order."""
+    return largest(scores, k, False, first_largest)
 
 
-def takes_largest(scores, k):
-    """Is this a choice for the Triton kernel that finds the largest?"""
-    return (scores.is_cuda and inferring() and triton_kernels() is not None and scores.numel() > 0
-            and 0 < k < scores.size(-1) <= triton_kernels().MOST_UNITS
-            and scores.dtype in triton_kernels().FLOATS)
-
-
-def among_largest(scores, k):
-    """The same as bool (..., n), without sorting: for many rows of many units."""
-    n = scores.size(-1)
-    if not 0 < k < n:
-        return torch.full_like(scores, k > 0, dtype=torch.bool)
-    edge = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
-    above, equal = scores > edge, scores == edge
-    if_number, if_nan = edge == edge, scores != scores
-    above, equal = above | if_nan & if_number, equal | if_nan & ~if_number
-    return above | equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True))
+def largest(scores, k, keep, reference):
+    """reference(scores, k); in a GPU's step by the Triton kernel that keeps them, or finds their places."""
+    gpu = triton_for(scores) if in_step else None
+    if gpu and 0 < k < scores.size(-1) <= gpu.MOST_UNITS:
+        return gpu.largest(scores, k, keep)
+    return reference(scores, k)
 
 
 def keep_largest_reference(a, k):
@@ -299,24 +209,10 @@ def keep_largest_reference(a, k):
 
 
 def keep_largest(a, k, act="none"):
-    """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward; on a GPU in
-    one kernel when decoding."""
-    if takes_passes(a) and not takes_rows(a):
+    """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward."""
+    if a.is_cpu:
         return fire(a, a.size(-1), k, act)[0]
-    a = ACTS[act](a)
-    if takes_rows(a) and a.numel() and has_kernel(a):
-        return run_keep_largest(a, k)
-    if takes_largest(a, k):
-        return triton_kernels().largest(a, k, keep=True)
-    return keep_largest_reference(a, k)
-
-
-def run_keep_largest(a, k):
-    """Call the C kernel of decode steps."""
-    kept, n = torch.empty_like(a), a.size(-1)
-    kernel = getattr(cpu_library()[0], "keep_largest_" + NAMES[a.dtype])
-    kernel(a.data_ptr(), kept.data_ptr(), 0, a.numel() // n, n, k, torch.get_num_threads())
-    return kept
+    return largest(ACTS[act](a), k, True, keep_largest_reference)
 
 
 def group_winners_reference(a, group, k):
@@ -328,312 +224,7 @@ def group_winners_reference(a, group, k):
 
 def group_winners(a, group, k, act="none"):
     """act (none or relu2) and then as the reference; on a CPU in one pass, forward and backward."""
-    return fire(a, group, k, act)[0] if takes_passes(a) else group_winners_reference(ACTS[act](a), group, k)
-
-
-# ------------------------------------------------ passes of training -------------------------------------
-#
-# What lies between the two products of an MLP is bound by memory: as single operators of torch a squared ReLU
-# and a mask are 4 passes over (tokens, units) forward and 5 backward. Here each op is one pass forward and
-# one backward (kernels/train_typed.c), its activation included. Threads divide the tokens; no sum depends on
-# how many threads there are.
-
-
-class Pass:
-    """A forward and a backward kernel as one differentiable function: an autograd.Function, or where a
-    compiler is tracing two custom ops of its name, which cost an eager call more than a small kernel.
-
-    forward(*inputs) -> a new tensor or several. back(*gradients of those that are floats, *kept, *options) ->
-    gradients for the first inputs. kept: places in (*inputs, *outputs); options: places in inputs.
-    fake, fake_back: the same without values.
-    """
-
-    def __init__(self, forward, fake, back, fake_back, kept, options=()):
-        self.forward, self.back, self.kept, self.options = forward, back, kept, options
-        names = (f"nanocortex::{function.__name__}" for function in (forward, back))
-        self.op, self.back_op = (torch.library.custom_op(name, function, mutates_args=())
-                                 for name, function in zip(names, (forward, back)))
-        self.op.register_fake(fake)
-        self.back_op.register_fake(fake_back)
-        self.op.register_autograd(lambda ctx, *grads: self.slopes(self.back_op, ctx, grads),
-                                  setup_context=self.save)
-
-    def __call__(self, *inputs):
-        return self.op(*inputs) if torch.compiler.is_compiling() else OnePass.apply(self, *inputs)
-
-    def save(self, ctx, inputs, output):
-        ctx.set_materialize_grads(False)         # no zeros for what has no gradient
-        output = (output,) if isinstance(output, Tensor) else output
-        every = *inputs, *output
-        ctx.save_for_backward(*(every[i] for i in self.kept))
-        ctx.options = [inputs[i] for i in self.options]
-        ctx.others, ctx.floats = len(inputs), [i for i, t in enumerate(output) if t.is_floating_point()]
-
-    def slopes(self, back, ctx, grads):
-        found = back(*(grads[i] for i in ctx.floats), *ctx.saved_tensors, *ctx.options)
-        found = (found,) if isinstance(found, Tensor) else found
-        return *found, *[None] * (ctx.others - len(found))
-
-
-class OnePass(torch.autograd.Function):
-    """A Pass outside of a compiler."""
-
-    @staticmethod
-    def forward(ctx, one, *inputs):
-        outputs, ctx.one = one.forward(*inputs), one
-        one.save(ctx, inputs, outputs)
-        if isinstance(outputs, tuple):
-            ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return None, *ctx.one.slopes(ctx.one.back, ctx, grads)
-
-
-def takes_passes(x):
-    """Is this a tensor of hidden units for the C passes of training? A compiler cannot look for the kernels:
-    there an op that has been traced computes the reference where they are missing."""
-    if not (x.is_cpu and x.dtype in NAMES and x.numel()):
-        return False
-    return torch.compiler.is_compiling() or cpu_library()[0] is not None
-
-
-def run_pass(name, tensors, *numbers, dtype=None):
-    """Call a C kernel of training; tensors, which live until it is done: inputs first, then outputs, or None.
-    dtype: by default that of the first."""
-    kernel = getattr(cpu_library()[0], f"{name}_{NAMES[dtype or tensors[0].dtype]}")
-    kernel(*map(pointer, tensors), *numbers, torch.get_num_threads())
-
-
-def in_c():
-    return cpu_library()[0] is not None
-
-
-def without_gaps(*tensors):
-    return [t.contiguous() for t in tensors]
-
-
-def as_new(x, dtype=None):
-    """An empty tensor of x's shape, without gaps."""
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def fire_shapes(v, group, k, act):
-    return as_new(v), as_new(v, torch.bool)
-
-
-def fire_reference(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Tensor]:
-    """v (..., n) -> a = ACTS[act](v) with all but the k largest |a| of every `group` neighbours at zero, and
-    which those are, bool (..., n)."""
-    a = ACTS[act](v)
-    won = among_largest(a.abs().unflatten(-1, (-1, group)), k).flatten(-2)
-    return torch.where(won, a, 0), won
-
-
-def fire_forward(v: Tensor, group: int, k: int, act: str) -> tuple[Tensor, Tensor]:
-    if not in_c():
-        return fire_reference(v, group, k, act)
-    kept, won = fire_shapes(v, group, k, act)
-    n = v.size(-1)
-    run_pass("fire", (v.contiguous(), kept, won), v.numel() // n, n, group, k, ACT_NUMBERS[act])
-    return kept, won
-
-
-def fire_back(grad: Tensor, v: Tensor, won: Tensor, act: str) -> Tensor:
-    if not in_c():
-        return SLOPES[act](torch.where(won, grad, 0), v).contiguous()
-    dv, n = as_new(v), v.size(-1)
-    run_pass("fire_back", (*without_gaps(grad, v, won), dv), v.numel() // n, n, ACT_NUMBERS[act])
-    return dv
-
-
-fire = Pass(fire_forward, fire_shapes, fire_back, lambda grad, v, won, act: as_new(v), kept=(0, 5),
-            options=(3,))
-
-
-class Opened(torch.autograd.Function):
-    """1 where size > exp(edge), else 0; for the slope with respect to edge the step counts as a sigmoid."""
-
-    @staticmethod
-    def forward(ctx, size, edge):
-        ctx.save_for_backward(size, edge)
-        return (size > edge.exp()).float()
-
-    @staticmethod
-    def backward(ctx, grad):
-        size, edge = ctx.saved_tensors
-        return None, -(grad * step_slope(size, edge)).sum_to_size(edge.shape)
-
-
-def step_slope(size, edge):
-    soft = torch.sigmoid(size.log() - edge)
-    return soft * (1 - soft)
-
-
-def event_reference(v, edge, act="none"):
-    """v (..., n), edge (n) or of v's shape -> a * 1[|a| > exp(edge)] of a = ACTS[act](v), and how many of a
-    token's gates are open, (..., 1) in fp32."""
-    a = ACTS[act](v)
-    gate = Opened.apply(a.detach().abs().float(), edge)
-    return a * gate.to(a.dtype), gate.sum(-1, keepdim=True)
-
-
-def event(v, edge, act="none"):
-    """As the reference; on a CPU in one pass, forward and backward, where a unit has one edge."""
-    if takes_passes(v) and edge.dim() == 1 and edge.dtype == torch.float32:
-        return event_pass(v, edge, act)
-    return event_reference(v, edge, act)
-
-
-def event_shapes(v, edge, act):
-    return as_new(v), v.new_empty(*v.shape[:-1], 1, dtype=torch.float32)
-
-
-def event_forward(v: Tensor, edge: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if not in_c():
-        return event_reference(v, edge, act)
-    (kept, count), n = event_shapes(v, edge, act), v.size(-1)
-    run_pass("event", (v.contiguous(), edge.exp(), kept, count), v.numel() // n, n, ACT_NUMBERS[act])
-    return kept, count
-
-
-def event_back(grad: Tensor | None, of_count: Tensor | None, v: Tensor, edge: Tensor,
-               act: str) -> tuple[Tensor, Tensor]:
-    n = v.size(-1)
-    grad = torch.zeros_like(v) if grad is None else grad
-    of_count = torch.zeros(*v.shape[:-1], 1) if of_count is None else of_count
-    if not in_c():
-        a = ACTS[act](v)
-        size = a.abs().float()
-        slope = ((grad * a).float() + of_count) * step_slope(size, edge)
-        return SLOPES[act](grad * (size > edge.exp()).to(a.dtype), v), -slope.sum_to_size(edge.shape)
-    dv, d_edge = as_new(v), as_new(edge)
-    run_pass("event_back", (*without_gaps(grad, of_count, v, edge.exp()), dv, d_edge), v.numel() // n, n,
-             ACT_NUMBERS[act])
-    return dv, d_edge
-
-
-event_pass = Pass(event_forward, event_shapes, event_back,
-                  lambda grad, of_count, v, edge, act: (as_new(v), as_new(edge)), kept=(0, 1), options=(2,))
-
-
-def scaled_reference(a, gates):
-    """a (..., width), gates (..., 1) -> a * gates, and 0 where a gate is shut, whatever a is there: no decode
-    step has computed it."""
-    return torch.where(gates == 0, 0, a * gates)
-
-
-def scaled(v, gates, act="none"):
-    """v (..., N, width), gates (..., N) -> act(v), then as the reference; on a CPU in one pass, forward and
-    backward."""
-    if takes_passes(v) and v.dtype == gates.dtype and v.shape[:-1] == gates.shape:
-        return scaled_pass(v, gates, act)
-    return scaled_reference(ACTS[act](v), gates.unsqueeze(-1))
-
-
-def scale(v: Tensor, gates: Tensor, act: str) -> Tensor:
-    if not in_c():
-        return scaled_reference(ACTS[act](v), gates.unsqueeze(-1)).contiguous()
-    y, (N, width) = as_new(v), v.shape[-2:]
-    run_pass("scale", (*without_gaps(v, gates), y), v.numel() // (N * width), N, width, ACT_NUMBERS[act])
-    return y
-
-
-def scale_back(grad: Tensor, v: Tensor, gates: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if not in_c():
-        open_grad = torch.where(gates.unsqueeze(-1) == 0, 0, grad)
-        dv = SLOPES[act](open_grad * gates.unsqueeze(-1), v)
-        return dv.contiguous(), (open_grad * ACTS[act](v)).sum(-1)
-    dv, d_gates, (N, width) = as_new(v), as_new(gates), v.shape[-2:]
-    run_pass("scale_back", (*without_gaps(grad, v, gates), dv, d_gates), v.numel() // (N * width), N, width,
-             ACT_NUMBERS[act])
-    return dv, d_gates
-
-
-scaled_pass = Pass(scale, lambda v, gates, act: as_new(v), scale_back,
-                   lambda grad, v, gates, act: (as_new(v), as_new(gates)), kept=(0, 1), options=(2,))
-
-
-def missed_reference(z, a):
-    """Guesses z (..., n), as logits, that units a (..., n) are not zero -> their cross-entropies summed,
-    (..., 1) in fp32."""
-    won = (a.detach() != 0).float()
-    return F.binary_cross_entropy_with_logits(z.float(), won, reduction="none").sum(-1, keepdim=True)
-
-
-def missed(z, a):
-    """As the reference; on a CPU in one pass, forward and backward."""
-    if takes_passes(z) and z.dtype == a.dtype and z.shape == a.shape:
-        return missed_pass(z, a.detach())
-    return missed_reference(z, a)
-
-
-def miss_shapes(z, a):
-    return z.new_empty(*z.shape[:-1], 1, dtype=torch.float32)
-
-
-def miss(z: Tensor, a: Tensor) -> Tensor:
-    if not in_c():
-        return missed_reference(z, a)
-    loss, n = miss_shapes(z, a), z.size(-1)
-    run_pass("miss", (*without_gaps(z, a), loss), z.numel() // n, n)
-    return loss
-
-
-def miss_back(grad: Tensor, z: Tensor, a: Tensor) -> Tensor:
-    if not in_c():
-        return (grad * (z.float().sigmoid() - (a != 0).float())).to(z.dtype).contiguous()
-    dz, n = as_new(z), z.size(-1)
-    run_pass("miss_back", (*without_gaps(grad, z, a), dz), z.numel() // n, n, dtype=z.dtype)
-    return dz
-
-
-missed_pass = Pass(miss, miss_shapes, miss_back, lambda grad, z, a: as_new(z), kept=(0, 1))
-
-
-# ------------------------------------------------ oscillating units ---------------------------------------
-#
-# sin(w x + phi) tanh(x) + b: eight passes over memory as single operators, forward and backward 24; here one
-# and one. w, phi, b (N,) in fp32, x (..., N).
-
-def osc_reference(x, w, phi, b):
-    return torch.sin(w * x + phi) * torch.tanh(x) + b
-
-
-def osc(x, w, phi, b):
-    """As the reference, computed in fp32 and stored in x's dtype; sine and tanh to 1e-6 where |w x| < 1e4."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or w.dim() > 1 or not has_kernel(x):
-        return osc_reference(x, *(t.to(x.dtype) for t in (w, phi, b)))
-    return Osc.apply(x, w.float(), phi.float(), b.float())
-
-
-class Osc(torch.autograd.Function):
-    """osc by the C kernels, differentiable once."""
-
-    @staticmethod
-    def forward(ctx, x, w, phi, b):
-        ctx.save_for_backward(x, w, phi)
-        y = torch.empty_like(x)
-        osc_kernel("osc", x.dtype)(*map(pointer, (x, w, phi, b, y)), x.numel() // len(w), len(w),
-                                   torch.get_num_threads())
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, w, phi = ctx.saved_tensors
-        dx, (dw, dphi, db) = torch.empty_like(x), torch.zeros(3, len(w))
-        grad = grad.contiguous()                 # it lives until the kernel is done
-        osc_kernel("osc_back", x.dtype)(*map(pointer, (x, w, phi, grad, dx, dw, dphi, db)),
-                                        x.numel() // len(w), len(w), torch.get_num_threads())
-        return dx, dw, dphi, db
-
-
-@functools.cache
-def osc_kernel(name, dtype):
-    return getattr(cpu_library()[0], f"{name}_{NAMES[dtype]}")
+    return fire(a, group, k, act)[0] if a.is_cpu else group_winners_reference(ACTS[act](a), group, k)
 
 
 # ------------------------------------------------ weights of whole numbers --------------------------------
@@ -780,7 +371,7 @@ def whole_product(x, codes, scale):
     if tally is not None:
         tally.macs += x.numel() * len(codes)
         tally.bytes += codes.nbytes + scale.nbytes
-    if not takes_whole(x) and not many_whole(x):
+    if not few_tokens(x) and not many_whole(x):
         return whole_product_reference(x, codes, scale)
     y = torch.empty(*x.shape[:-1], len(codes))
     matrix = whole_matrix(codes, scale, x.size(-1))
@@ -796,7 +387,7 @@ def whole_rows_sum(a, codes, scale, C, all=False):
         live = a.flatten(0, -2) != 0
         tally.macs += int(live.sum()) * C
         tally.bytes += int(live.any(dim=0).sum()) * (codes.size(1) + 8 * bool(len(scale)))
-    if not takes_whole(a):
+    if not few_tokens(a):
         return whole_rows_sum_reference(a, codes, scale, C)
     y = torch.empty(*a.shape[:-1], C)
     matrix = whole_matrix(codes, scale, C)
@@ -804,11 +395,6 @@ def whole_rows_sum(a, codes, scale, C, all=False):
     cpu_library()[0].whole_rows_sum(ctypes.addressof(matrix), wide.data_ptr(), y.data_ptr(),
                                     wide.numel() // len(codes), all)
     return y
-
-
-def takes_whole(x):
-    """Are these a few tokens of a decode step on a CPU, and are the C kernels built?"""
-    return takes_rows(x) and x.numel() > 0 and cpu_library()[0] is not None
 
 
 def many_whole(x):
@@ -845,12 +431,6 @@ def whole_matrix(codes, scale, K):
 # fp32 row 17/32): 1.78x is the most that a decode step can gain. One pass over the packed bytes, each read
 # once; sums in fp32; the epilogue saves a launch and a trip of y through memory.
 # Pruning and training: 2104.08378, 2102.04010.
-
-ACTS = {"relu2": lambda v: F.relu(v).square(), "gelu": F.gelu, "none": lambda v: v}     # numbered as in C
-ACT_NUMBERS = {act: number for number, act in enumerate(ACTS)}
-SLOPES = {"relu2": lambda grad, v: grad * 2 * F.relu(v), "gelu": torch.ops.aten.gelu_backward,
-          "none": lambda grad, v: grad}
-
 
 def two_of_four(sizes):
     """sizes (..., 4 * n) -> bool of that shape: the two largest of every four (the rule of first_largest)."""
@@ -939,11 +519,6 @@ def after(y, onto, act):
     return ACTS[act](y) if onto is None else ACTS[act](y) + onto
 
 
-def takes_24(x, values):
-    """Are these a few tokens that the C kernel multiplies, at the speed of memory?"""
-    return x.is_cpu and 0 < x.numel() <= FEW * x.size(-1) and has_kernel(x, values) and picks_24()
-
-
 def picks_24():
     """Does the C kernel gain anything on this processor? It needs AVX-512 VBMI and BF16."""
     return cpu_library()[0] is not None and bool(cpu_library()[0].picks())
@@ -968,26 +543,21 @@ def linear_24(x, values, meta, bias=None, onto=None, act="none"):
 
 
 def linear_24_cpu(x, values, meta, bias, onto, act):
+    if not has_kernel(values):
+        return linear_24_reference(x, values, meta, bias, onto, act)
     (N, words), K = meta.shape, x.size(-1)
-    if not takes_24(x, values):
-        if not has_kernel(values):
-            return linear_24_reference(x, values, meta, bias, onto, act)
-        dense = values.new_empty(N, K)
-        getattr(cpu_library()[0], "unpack24_" + NAMES[values.dtype])(
-            values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, words, torch.get_num_threads())
-        return after(in_fp32(F.linear, x, dense, bias), onto, act)
-    y = x.new_empty(*x.shape[:-1], N)
-    kernel = getattr(cpu_library()[0], "matvec24_" + NAMES[x.dtype])
-    kernel(values.data_ptr(), meta.data_ptr(), x.data_ptr(), pointer(bias), pointer(onto), y.data_ptr(),
-           x.numel() // K, N, K, words, ACT_NUMBERS[act], torch.get_num_threads())
-    return y
+    dense = values.new_empty(N, K)
+    getattr(cpu_library()[0], "unpack24_" + NAMES[values.dtype])(
+        values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, words, torch.get_num_threads())
+    return after(in_fp32(F.linear, x, dense, bias), onto, act)
 
 
 def linear_24_cuda(x, values, meta, bias, onto, act):
     """Up to 64 tokens: our kernels. More are bound by arithmetic: the card's own sparse products, where it
     has them (sm_80 and later), on a second packing that is kept."""
-    if triton_kernels() and triton_kernels().takes_24(x, values):
-        return triton_kernels().linear_24(x, values, meta, bias, onto, act)
+    gpu = triton_for(values)
+    if gpu and x.dtype == values.dtype in gpu.HALVES and 0 < x.numel() <= gpu.MOST_ROWS * x.size(-1):
+        return gpu.linear_24(x, values, meta, bias, onto, act)
     if not has_sparse_products(x, len(values)):
         return linear_24_reference(x, values, meta, bias, onto, act)
     return after(F.linear(x, semi_structured(values, meta, x.size(-1)), bias), onto, act)
@@ -1110,16 +680,25 @@ def gathered_down_reference(a: Tensor, down: Tensor, bias: Tensor | None, groups
     return y if bias is None else y + bias
 
 
+def live_down(a, down, bias):
+    """gathered_down of all units of tokens a (..., H), those that are not zero, counted -> (..., C)."""
+    if tally is not None:
+        note_rows(a.count_nonzero(), down)
+    return gathered_down(a.flatten(0, -2), down, bias, None, 1).unflatten(0, a.shape[:-1])
+
+
 def gathered_up_cuda(x, up, bias, groups, scale, width, act):
-    if not takes_triton(x, up):
+    gpu = triton_for(up)
+    if not gpu or x.dtype != up.dtype:
         return gathered_up_reference(x, up, bias, groups, scale, width, act)
-    return triton_kernels().gathered_up(x, up, bias, groups, scale, width, act)
+    return gpu.gathered_up(x, up, bias, groups, scale, width, act)
 
 
 def gathered_down_cuda(a, down, bias, groups, width):
-    if not takes_triton(a, down):
+    gpu = triton_for(down)
+    if not gpu or a.dtype != down.dtype:
         return gathered_down_reference(a, down, bias, groups, width)
-    return triton_kernels().gathered_down(a, down, bias, groups, width)
+    return gpu.gathered_down(a, down, bias, groups, width)
 
 
 def gathered_up_backward(ctx, grad):
@@ -1223,33 +802,3 @@ grouped_product_op.register_fake(lambda a, weights, ends: a.new_empty(len(a), we
 grouped_outer_op.register_fake(lambda a, grad, ends: a.new_empty(len(ends), a.size(1), grad.size(1)))
 grouped_product_op.register_autograd(
     grouped_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-# ------------------------------------------------ attention of one query ----------------------------------
-
-def attend_one_reference(q, k, v):
-    """q (B, H, 1, D), k, v (B, H, S, D) -> (B, H, 1, D), softmax(q k / sqrt(D)) v. Not torch's operator,
-    whose answer on a CPU to scores that are all NaN is 0."""
-    return (q * q.size(-1) ** -0.5 @ k.mT).softmax(-1) @ v
-
-
-def attend_one(q, k, v):
-    """As the reference, reading each key and value once: 2*B*H*S*D elements. Scores and sums are in fp32.
-
-    CPU tensors of fp32 or bf16, any strides but a dense last axis; the caller has checked `takes_attend_one`.
-    """
-    library, _ = cpu_library()
-    (B, H, _, D), S = q.shape, k.size(2)
-    y = q.new_empty(B, 1, H, D)
-    strides = [(ctypes.c_long * 3)(*t.stride()[:3]) for t in (q, k, v)]
-    kernel = getattr(library, "attend_" + NAMES[q.dtype])
-    pointers = (t.data_ptr() for t in (q, k, v, y))
-    kernel(*pointers, B, H, S, D, *strides, torch.get_num_threads())
-    return y.transpose(1, 2)
-
-
-def takes_attend_one(q, k, v, mask):
-    """Is this attention that `attend_one` computes: one query per head, no mask, a CPU, inference mode?"""
-    return (inferring() and q.size(2) == 1 and mask is None and q.device.type == "cpu"
-            and q.dtype == k.dtype and q.dtype in NAMES and q.stride(3) == k.stride(3) == v.stride(3) == 1
-            and cpu_library()[0] is not None)

@@ -330,7 +330,7 @@ def cached_step(model, prompt, forward=""):
                   model.trunk(prompt[:, past:], CachedContext(cache, past, 1, prompt))[:, 0])
         if recorded and recorded.card:
             return states                       # they are logits
-        return model.largest(states, 1, model.config.vocab_size, cache)
+        return model.head(states)
     return run
 
 

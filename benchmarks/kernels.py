@@ -10,6 +10,7 @@ import sparse_kernels
 from benchmarks import Bench
 from benchmarks.timing import interleave, measurement, times_better
 from configurator import require
+from decode import engine
 from training import runtime
 
 # GB/s of memory, from the vendors' data sheets
@@ -126,14 +127,22 @@ def linear_sides(place, N, K, batch):
     packed = [tuple(part.clone() for part in first) for _ in range(copies)]
     sides = {DENSE: [partial(F.linear, x, w) for w in dense],
              "2:4": [partial(sparse_kernels.linear_24, x, *pair) for pair in packed]}
-    if place.device.type == "cpu" and batch <= sparse_kernels.FEW and sparse_kernels.cpu_library()[0]:
-        sides["dense, C"] = [partial(sparse_kernels.matvec, x, w, None) for w in dense]
+    if (place.device.type == "cpu" and batch <= engine.ROWS and place.dtype in engine.KINDS
+            and sparse_kernels.cpu_library()[0]):
+        sides["dense, C"] = [product(x, lambda p, w=w: p.matrix(w)) for w in dense]
+        sides["2:4"] = [product(x, lambda p, pair=pair: p.packed(*pair, None, K)) for pair in packed]
     if sparse_kernels.has_sparse_products(x, N):
         sides["torch.sparse"] = [partial(F.linear, x[0], torch.sparse.to_sparse_semi_structured(w))
                                  for w in dense]
         if batch <= 8 and N % 16 == 0:
             sides |= mma_side(x[0], packed, N)
     return sides
+
+
+def product(x, matrix):
+    """A decode program that multiplies the tokens x (1, batch, K); matrix(program) -> the weights as it reads
+    them."""
+    return engine.Alone(lambda p, x: p.linear(x, matrix(p)), x[0], 1)
 
 
 def mma_side(x, packed, N):

@@ -141,7 +141,7 @@ def main_table(words, records):
     told += "".join(words.same.format(name=named(name), first=named(first))
                     for name, first in record.get("same_as", {}).items())
     told += words.rounds if report.rounds_of(record) else words.no_rounds
-    return "\n".join([*lines, "", told])
+    return "\n".join([*lines, "", wrapped(told)])
 
 
 MOST = 10                                        # rows of the README's own table

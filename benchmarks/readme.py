@@ -61,8 +61,8 @@ def results_table(records):
     hardware = [found["hardware"] for found in records.values()]
     places = [f"{h['gpu'] or h['cpu']}, {h['threads']} threads, torch {h['torch']}" for h in hardware]
     return "\n".join([*tables(records, dict.fromkeys(records, ".*")),
-                      "Medians; " + "; ".join(dict.fromkeys(places))
-                      + ". Each record holds its command, commit, spread and load average."])
+                      pages.wrapped("Medians; " + "; ".join(dict.fromkeys(places)) + ". Each record holds "
+                                    "its command, commit, spread and load average.")])
 
 
 def mechanism(page, records):

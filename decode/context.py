@@ -87,13 +87,6 @@ class Context:
         ctx.choices = self.choices.of_rows(rows)
         return ctx
 
-    def compute_deferred_kv(self, layer, block):
-        """No token before this call owes anything."""
-
-    def alone(self, x):
-        """Is this one token of a decode step? Here is no cache, so it is not."""
-        return False
-
     def extend(self, layer, k, v):
         """Keys and values (B, H, T, D) of this call -> all that the queries may look at (B, H, S, D), and the
         mask that they need, (B or 1, 1, T, S) bool; None: each sees up to itself."""
@@ -137,17 +130,14 @@ class Cache:
     layers: keys and values of each layer, (2, B, H, S, D), views of one tensor. S is `length`, or for a layer
     with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
     has a column for each group; behind the layers come the later runs of a block that ponders. states: what
-    else a module keeps, by name. owed: states whose keys and values a layer has yet to compute, by layer and
-    column. choices: of the calls that read and write it; None: those of the model as it is now.
+    else a module keeps, by name. choices: of the calls that read and write it; None: those of the model as it
+    is now.
     copies: what modules have computed from their weights, by module. They live as long as the keys and values
     that the same weights have made, a stream long: nothing that changes weights between two streams, in place
     or not, noticed by torch or not, can leave one behind.
     """
 
-    made = 0                                     # how many streams have begun: see Linear.sound
-
     def __init__(self, model, batch_size, length, choices=None):
-        Cache.made += 1
         c, weight = model.config, model.transformer.ln_f.weight                  # a head may be quantised
         self.depth, self.runs, self.length = c.n_layer, max(1, c.ponder), length
         of_layers = [*range(c.n_layer), *[c.pondering_layer()] * (self.runs - 1)]
@@ -159,7 +149,7 @@ class Cache:
                      model.compute_dtype or weight.dtype)                  # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])
         self.layers = [part.view(2, batch_size, heads, size, D) for part, size in zip(parts, sizes)]
-        self.states, self.deferred_kv, self.copies = {}, {}, {}
+        self.states, self.copies = {}, {}
         self.choices = choices or model.chosen(batch_size)
 
     def copy_of(self, owner, make):
@@ -218,30 +208,6 @@ class CachedContext:
     def of_rows(self, rows):
         """The same call for some rows (n,)."""
         return SomeRows(self, rows)
-
-    def alone(self, x):
-        """Is x (B, T, C) one token of one row?"""
-        return self.even and x.size(0) == x.size(1) == 1
-
-    def defer_kv(self, layers, x):
-        """Put off the keys and values of a state (1, 1, C) in layers that its token does not reach."""
-        for layer in layers:
-            self.deferred_kv(layer)[self.start] = x
-
-    def compute_deferred_kv(self, layer, block):
-        """Let a block remember what the tokens just before this call owe it."""
-        owed = self.deferred_kv(layer)
-        if owed:
-            block.write_kv(torch.cat(list(owed.values()), dim=1), self.like(next(iter(owed)), len(owed)))
-            owed.clear()
-
-    def deferred_kv(self, layer):
-        """{column: state} of what tokens before this call owe a layer. Columns that it writes anew, or that a
-        call before it has left behind, owe nothing."""
-        owed = self.cache.deferred_kv.setdefault(layer, {})
-        while owed and next(reversed(owed)) >= int(torch.as_tensor(self.start).min()):
-            owed.popitem()
-        return owed
 
     def like(self, start, T, ends=None):
         """A call on other columns of the same cache."""
@@ -382,6 +348,71 @@ class SomeRows(CachedContext):
         found = self.keep(layer, part, (k, v))
         kept[:, self.rows] = part
         return found
+
+
+def readable(x):
+    """Has this tensor values that may decide what runs next?"""
+    return not (torch.compiler.is_compiling() or x.is_meta)
+
+
+class Thoughts:
+    """The context of a block that is run again and again for tokens that begin at column 0, for fewer of them
+    every time."""
+
+    def __init__(self, ctx, window):
+        self.ctx, self.window, self.kept = ctx, window, None
+        self.add_executed, self.copy_of = ctx.add_executed, ctx.copy_of
+        self.choices, self.found = ctx.choices, []
+
+    def choose(self, thinking, step):
+        """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
+        and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
+        R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
+        columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
+        self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
+        self.rotation = self.ctx.rotation_of(columns)
+        self.found.append([])
+        return columns, self.valid
+
+    def total(self, values, kept=0):
+        """As Context.total, of the tokens that are still thinking."""
+        return add_up(values, kept, self.valid)
+
+    def of_tokens(self, order):
+        """As Context.of_tokens."""
+        ctx = copy.copy(self)
+        ctx.valid = self.valid.flatten()[order]
+        return ctx
+
+    def add_loss(self, totals, of):
+        """As Context.add_loss, but the means are of all runs together: see tell."""
+        if self.ctx.losses is not None:
+            self.found[-1].append((totals(), of))
+
+    def tell(self):
+        """Add one loss for each mechanism of the block, of what it found in all runs."""
+        for runs in zip(*filter(None, self.found)):
+            (_, of), parts = runs[0], zip(*(totals for totals, _ in runs))
+            totals = [tuple(map(sum, zip(*part))) for part in parts]
+            self.ctx.add_loss(lambda totals=totals: totals, of)
+
+    def copy_kv_to_later_runs(self, layer, runs):
+        """Later runs would write what the last one has written."""
+        for run in runs:
+            self.ctx.again(run).extend(layer, *self.kept)
+
+    def extend(self, layer, k, v):
+        """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
+        if self.kept is not None:
+            at = self.columns[:, None, :, None].expand_as(k)
+            valid = self.valid[:, None, :, None]
+            k, v = (old.scatter(2, at, torch.where(valid, new, old.gather(2, at)))
+                    for old, new in zip(self.kept, (k, v)))
+        self.kept = k, v
+        self.ctx.again(self.step).extend(layer, k, v)
+        columns, at = torch.arange(k.size(2), device=k.device), self.columns[..., None]
+        seen = (columns <= at) & (columns > at - (self.window or k.size(2)))
+        return k, v, seen[:, None] if self.step else None
 
 
 def take(kept, columns):

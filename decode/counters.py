@@ -1,10 +1,12 @@
 """What the layers of a model did: silent units, open groups, and the work that a decode step executes."""
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
 import sparse_kernels as kernels
+from decode import engine, sampling
 from decode.context import Cache, CachedContext
 from layers import NeuronMajor
 
@@ -18,7 +20,7 @@ def counters(model, idx):
     tokens; active_groups, dead_groups: of columns or experts; recall: the share of activation energy a**2
     that the predictor's units hold; open_branches, dead_branches: of dendrites; mlp_macs, mlp_bytes,
     attn_macs, attn_bytes: multiply-adds of weights and bytes of weights that this part of one decode step has
-    executed behind idx (policy and all), counted as they run.
+    executed behind idx (policy and all), counted as they run (decode/engine.py).
     """
     rows, hooks, training = {}, [], model.training
     for layer, block in enumerate(model.transformer.h):
@@ -54,10 +56,19 @@ def depth_used(model, idx):
 
 @torch.inference_mode()
 def count_step(model, idx, rows):
-    """Run the last of the tokens (1, T) as a cached decode step and write each layer's work into its row."""
+    """Run the last of the tokens (1, T) as a cached decode step and write each layer's work into its row: as
+    the decode engine counts it, or what the modules' forward executes where that decodes."""
     T, hooks = idx.size(1), []
     cache = Cache(model, 1, T)
     model.trunk(idx[:, :-1], CachedContext(cache, 0, T - 1, idx))
+    program = engine.program_of(model, cache, model.config.vocab_size, 1, idx.device)
+    if program:
+        program.begin(idx, [0], [T])
+        work = program.counted()
+        for layer, row in rows.items():
+            for part, name in (("attn", "attention"), ("mlp", "MLP")):
+                row[f"{part}_macs"], row[f"{part}_bytes"] = work.get(f"layer {layer} {name}", (0, 0))
+        return
     with kernels.counting() as tally:
         for layer, row in rows.items():
             for part in ("attn", "mlp"):
@@ -65,7 +76,8 @@ def count_step(model, idx, rows):
                 module = getattr(model.transformer.h[layer], part)
                 hooks.append(module.register_forward_pre_hook(partial(count, tally, row, part, -1)))
                 hooks.append(module.register_forward_hook(partial(count, tally, row, part, 1)))
-        model.trunk(idx[:, -1:], CachedContext(cache, T - 1, 1, idx))
+        with kernels.step_of_card() if sampling.gathers(model, 1, idx.device) else nullcontext():
+            model.trunk(idx[:, -1:], CachedContext(cache, T - 1, 1, idx))
     for hook in hooks:
         hook.remove()
 

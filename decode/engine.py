@@ -8,12 +8,13 @@ read and write.
 import ctypes
 import itertools
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
 import sparse_kernels as kernels
-from decode.context import Cache
+from decode.context import NO_CHOICES, Cache
 from kernels.build import cpu_library
 from sparse_kernels import MatrixC
 
@@ -96,14 +97,8 @@ class Owed(NamedTuple):
     counts: int
 
     def begin(self, columns, cache):
-        """The tokens at `columns` are read next; what those before them owe is in the cache."""
+        """The tokens at `columns` are read next; those before them owe nothing: their forward paid."""
         self.paid.copy_(torch.tensor(columns)[:, None])
-        for layer, owed in cache.deferred_kv.items():
-            before = {column: x for column, x in owed.items() if column < columns[0]}
-            for column, x in before.items():
-                self.states[0, column] = x.flatten()
-            self.paid[0, layer] = min([columns[0], *before])
-        cache.deferred_kv.clear()
 
 
 class Skip(NamedTuple):
@@ -517,12 +512,16 @@ class Program:
         shared, own, scratch = ((t.data_ptr() + 63) // 64 * 64 for t in memory)
         self.c.shared, self.c.own, self.c.scratch = shared, own, scratch
         self.c.own_size, self.c.scratch_size = self.own, self.scratch
-        start = (shared - memory[0].data_ptr()) // 4 + self.answer.place
-        flat = memory[0][start:start + self.rows * self.answer.size]
-        self.out = flat.view(self.rows, self.answer.size)[:, :self.ids]
+        self.flat = [t[(start - t.data_ptr()) // 4:] for t, start in zip(memory, (shared, own))]
+        self.out = self.found(self.answer)[:, :self.ids]
         self.address = ctypes.addressof(self.c)
         self.run, self.write = cpu_library()[0].step, cpu_library()[0].follow
         self.run_and_write = cpu_library()[0].step_and_follow
+
+    def found(self, value):
+        """What the last step has left of a value, (rows, size) in fp32; of an own one the first thread's."""
+        place, size = value.place, value.size
+        return self.flat[value.own][place:place + self.rows * size].view(self.rows, size)
 
     def begin(self, history, firsts, ends):
         """The next step reads the ids at columns ends - 1 of history (B, N) int64, whose windows begin at
@@ -562,17 +561,62 @@ class Program:
         self.tell()
         return fine
 
+    def done(self):
+        """What all steps so far have executed -> {part of the model: (multiply-adds, bytes of weights)}."""
+        found = {}
+        for op, ((macs, *size), rows), name in zip(self.table, self.work, self.names):
+            if macs == "read":
+                more = op.used * size[0], op.read * size[1]
+            else:
+                more = macs * op.lanes // rows, size[0] * op.runs
+            part = name.partition(" ")[2]
+            found[part] = tuple(map(sum, zip(found.get(part, (0, 0)), more)))
+        return found
+
+    def counted(self):
+        """Run a step -> what it has executed, as `done`."""
+        before = self.done()
+        self.run(self.address)
+        return {part: (macs - before[part][0], size - before[part][1])
+                for part, (macs, size) in self.done().items()}
+
     def count(self, tally):
         """Run a step and add what it has executed to a kernels.Tally."""
-        before = [(op.read, op.used, op.runs, op.lanes) for op in self.table]
-        self.run(self.address)
-        for op, (read, used, runs, lanes), ((macs, *size), rows) in zip(self.table, before, self.work):
-            if macs == "read":
-                tally.macs += (op.used - used) * size[0]
-                tally.bytes += (op.read - read) * size[1]
-            else:
-                tally.macs += macs * (op.lanes - lanes) // rows
-                tally.bytes += size[0] * (op.runs - runs)
+        for macs, size in self.counted().values():
+            tally.macs += macs
+            tally.bytes += size
+
+    def listed_by(self, n):
+        """The units that op number n has listed for the first row in the last step."""
+        place, own = divmod(self.table[n].list, 2)
+        at = (self.c.own if own else self.c.shared) + 4 * place
+        return list((ctypes.c_int32 * ctypes.c_int32.from_address(at).value).from_address(at + 4))
+
+
+class Alone:
+    """A Program of some ops by themselves, of the vectors x (rows, K): emit(p, x) appends them -> where their
+    result lies. Called, it computes it, (rows, size). kept: what a layer's cache holds, where ops ask for it,
+    and the column that the vectors stand at in it."""
+
+    def __init__(self, emit, x, size, choices=NO_CHOICES, kept=None, column=0, threads=None, wants=None):
+        cache = SimpleNamespace(layers=[x[None] if kept is None else kept], depth=1, length=column + 1,
+                                choices=choices, copy_of=lambda owner, make: make())
+        self.x, self.append = x, emit
+        self.history = torch.arange(len(x))[:, None].repeat(1, column + 2)
+        self.places = [0] * len(x), [column + 1] * len(x)
+        self.program = Program(self, cache, size, wants, threads)
+
+    def emit(self, p):
+        p.answer = self.append(p, p.embed(p.matrix(self.x)))
+
+    def __call__(self):
+        self.program.begin(self.history, *self.places)
+        return self.program.step()
+
+    def counted(self):
+        """Run it -> (multiply-adds, bytes of weights) that it has executed."""
+        self.program.begin(self.history, *self.places)
+        return tuple(map(sum, zip(*self.program.counted().values())))
 
 
 WAITING = ()                                     # flags whose modules have no ops

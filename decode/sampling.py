@@ -1,13 +1,18 @@
 """Generation: prompts of different lengths in one batch, the sampling filters, self-speculation."""
+import contextlib
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 
+import sparse_kernels as kernels
 from configurator import ConfigError, require
 from decode import card, engine
 from decode import draws as counted
 from decode.context import Cache, CachedContext, take_tokens
+from layers import is_quantized
 
 COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
 STRONGEST = 1000.0                               # the largest repetition penalty, and one over the smallest
@@ -157,8 +162,6 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     looks_back = getattr(sampler, "looks_back", True)
     how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "draws_in_engine", False) else None
     program = engine.program_of(model, cache, ids, sampler.wants(), idx.device, how)
-    for module in model.modules() if step else ():         # a recorded step may not ask a GPU what it holds
-        getattr(module, "sound", bool)()
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     while made < max_new_tokens:
         for row, (first, end) in enumerate(zip(firsts, ends)):
@@ -172,7 +175,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
         replayed = step and cached and not any(firsts)
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         logits = (states if replayed and step.card
-                  else model.largest(states, sampler.wants(), ids, cache))
+                  else model.head(states)[:, :ids])
         cached, made = True, made + 1
         if key is not None:
             sampler.at = key, ends
@@ -232,6 +235,14 @@ def replays(model, device):
     return device.type == "cuda" and not any(getattr(model.config, flag) for flag in HOST_DECIDES)
 
 
+def gathers(model, rows, device):
+    """Does a step of so many rows on this device read chosen rows of weights alone? Where a weight is not
+    finite, rows that stay unread would not show it."""
+    return (device.type == "cuda" and kernels.triton_kernels() is not None and rows <= kernels.FEW
+            and not is_quantized(model)
+            and all(module.sound() for module in model.modules() if hasattr(module, "sound")))
+
+
 class Step:
     """One decode step of a whole batch as a function of tensors alone, each row at its own column: a GPU
     records it as a CUDA graph and replays it without the host. A cache of fixed size serves: keys of columns
@@ -243,6 +254,7 @@ class Step:
         self.model, self.cache, self.history = model, cache, history
         self.start = torch.zeros(len(history), dtype=torch.long, device=history.device)
         self.card = card.card_of(model, cache, history, self.start, ids)
+        self.gathers = gathers(model, len(history), history.device)
         self.run, self.calls = self.card.step if self.card else self.states, 0
 
     def __call__(self, ends):
@@ -256,7 +268,8 @@ class Step:
 
     def states(self):
         ids = self.history.gather(1, self.start[:, None])
-        return self.model.trunk(ids, CachedContext(self.cache, self.start, 1, self.history))[:, 0]
+        with kernels.step_of_card() if self.gathers else contextlib.nullcontext():
+            return self.model.trunk(ids, CachedContext(self.cache, self.start, 1, self.history))[:, 0]
 
     def record(self):
         graph, run = torch.cuda.CUDAGraph(), self.run
@@ -266,9 +279,10 @@ class Step:
 
 
 class Speculation:
-    """Self-speculation: the layers below the first exit draft tokens one by one, the layers above read all of
-    them at once. What is accepted is distributed as if every layer had drawn it, one token after the other;
-    greedy, it is the same tokens (LayerSkip, 2404.16710; the rule: 2211.17192).
+    """Self-speculation: the layers below the first exit draft tokens one by one (on a CPU as a program of
+    their own), the layers above read all of them at once. What is accepted is distributed as if every layer
+    had drawn it, one token after the other; greedy, it is the same tokens (LayerSkip, 2404.16710; the rule:
+    2211.17192).
 
     drafts: tokens that are guessed at a time. depth: the exit that guesses; None: the first. proposed,
     accepted: what became of them so far; rounds: how often all layers were asked.
@@ -294,6 +308,8 @@ class Speculation:
         room = min(last, self.model.config.block_size)
         all_layers = self.model.chosen(1)._replace(leave_at=None)
         cache = Cache(self.model, 1, max(1, room), all_layers)
+        lower = SimpleNamespace(config=self.model.config, emit=partial(self.model.emit, blocks=self.lower))
+        program = engine.program_of(lower, cache, self.model.config.vocab_size, None, idx.device)
         drafts = min([self.drafts, *(kept.size(3) for kept in cache.rings())])
         history = F.pad(idx, (0, max_new_tokens), value=-1)
         seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool, device=idx.device)
@@ -303,7 +319,7 @@ class Speculation:
         while end < last and end <= room:
             count = min(drafts, last - end, room - end + 1)
             places = Places(cache, end - 1, count)
-            states, chances = self.draft(cache, history, end, count, sampler, seen)
+            states, chances = self.draft(program, cache, history, end, count, sampler, seen)
             tokens = self.verify(cache, history, end, states, chances, sampler, seen)
             places.restore(len(tokens))
             for token in tokens:
@@ -312,17 +328,28 @@ class Speculation:
                 yield token.view(1, 1)
         yield from stream(self.model, history[:, :end], last - end, sampler, None, overflow, all_layers)
 
-    def draft(self, cache, history, end, count, sampler, seen):
+    def guess(self, program, cache, history, at):
+        """What the lower layers make of the token at a column, by their program or, where none is written, by
+        forward -> its state (1, 1, C) and its logits (1, V)."""
+        if program:
+            program.begin(history, [0], [at + 1])
+            logits, like = program.step(), cache.layers[0]
+            x = program.found(program.states)[:, None, :self.model.config.n_embd]
+            return x.to(like.dtype, copy=True), logits
+        ctx = CachedContext(cache, at, 1, history)
+        x = self.model.embed(history[:, at:at + 1], ctx)
+        for block in self.lower:
+            x = block(x, ctx)
+        return x, self.model.logits_of(x)[:, 0]
+
+    def draft(self, program, cache, history, end, count, sampler, seen):
         """Write `count` guesses behind the tokens 0 .. end - 1 -> the states that made them (1, count, C),
         and the distributions that they were drawn from."""
         states, chances, seen = [], [], seen.clone()
         for at in range(end - 1, end - 1 + count):
-            ctx = CachedContext(cache, at, 1, history)
-            x = self.model.embed(history[:, at:at + 1], ctx)
-            for block in self.lower:
-                x = block(x, ctx)
+            x, logits = self.guess(program, cache, history, at)
             states.append(x)
-            chances.append(sampler.probabilities(self.model.logits_of(x)[:, 0], seen))
+            chances.append(sampler.probabilities(logits, seen))
             history[:, at + 1] = token = draw(chances[-1])
             seen.scatter_(1, token[:, None], True)
         return torch.cat(states, dim=1), chances

@@ -12,7 +12,6 @@
 static inline void fetch(const void *p, long bytes) {
     for (long i = 0; i < bytes; i += 64) FETCH((const char *)p + i);
 }
-#define SOON 16                                  /* a gathered row is fetched so many rows before its turn */
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -121,11 +120,6 @@ static void keep_floats(float *a, const uint32_t *size, long n, long k) {
     RELEASE(part);
 }
 
-/* act: 0 squared ReLU, 1 GELU, 2 none; NaN stays NaN in all */
-static inline float activate(float v, int act) {
-    return act == 2 ? v : act ? 0.5f * v * (1 + erff(v * 0.70710678f)) : v < 0 ? 0 : v * v;
-}
-
 /* sine, cosine and tanh without a branch, so that a compiler makes vectors of them; errors below 1e-6 where
    |z| < FAR. sin: z less whole half turns, then Taylor; cosine: a quarter turn on. */
 #define FAR 1e4f
@@ -170,44 +164,6 @@ static inline float log1p_of(float e) {
 }
 
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
-
-/* w . x over K; `ahead` is where the weights lie that are needed soon: they are fetched meanwhile */
-static inline float dot_f32(const float *w, const float *x, long K, const float *ahead) {
-    vec a = {0}, b = {0};
-    long k = 0;
-    for (; k + 32 <= K; k += 32) {
-        FETCH(ahead + k);
-        FETCH(ahead + k + 16);
-        a += *(const vec *)(w + k) * *(const vec *)(x + k);
-        b += *(const vec *)(w + k + 16) * *(const vec *)(x + k + 16);
-    }
-    float s = sum16(a + b);
-    for (; k < K; k++) s += w[k] * x[k];
-    return s;
-}
-
-static inline float dot_bf16(const uint16_t *w, const uint16_t *x, long K, const uint16_t *ahead) {
-    float s = 0;
-    long k = 0;
-    (void)ahead;                                 /* used by AVX-512 alone */
-#ifdef __AVX512BF16__
-    __m512 a = _mm512_setzero_ps(), b = a;
-    for (; k + 64 <= K; k += 64) {
-        FETCH(ahead + k);
-        FETCH(ahead + k + 32);
-        a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
-        b = _mm512_dpbf16_ps(b, load(w + k + 32), load(x + k + 32));
-    }
-    for (; k + 32 <= K; k += 32) a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
-    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-#else
-    #pragma omp simd reduction(+:s)
-    for (long i = 0; i < K / 64 * 64; i++) s += up_bf16(w[i]) * up_bf16(x[i]);
-    k = K / 64 * 64;
-#endif
-    for (; k < K; k++) s += up_bf16(w[k]) * up_bf16(x[k]);
-    return s;
-}
 
 /* A 2:4 row . x: kept values, two of every four, and their places of 2 bits each (see pack_24). Instead of
    spreading values over zeros, the x that they meet are picked by their places. */
@@ -304,7 +260,7 @@ int picks(void) {
 #endif
 }
 
-/* OF(dot) is dot_f32 in the first pass through cpu_typed.c, dot_bf16 in the second */
+/* OF(up) is up_f32 in the first pass through cpu_typed.c, up_bf16 in the second */
 #define JOINED(name, type) name##_##type
 #define JOIN(name, type) JOINED(name, type)
 #define OF(name) JOIN(name, NAME)

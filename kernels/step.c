@@ -15,6 +15,7 @@
 #include <sys/syscall.h>
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define ONCE static __attribute__((noinline))    /* the same bits wherever it is called: compiled once */
 #define ROWS 8                                   /* of a batch */
 #define MANY 64                                  /* threads */
 
@@ -257,6 +258,26 @@ struct of_row { float scale; int32_t sum; };
 /* where 8 times the sum of 32 numbers lies: lanes 0 and 2 of the 8 that stand for 64 of them, as quad_i4 has them */
 #define FIX(group) ((group) / 2 * 8 + (group) % 2 * 2)
 
+#ifdef WHOLE_AVX2
+#define EXACT INLINE                             /* sums of whole numbers, and of floats in an order of their own */
+#else
+#define EXACT ONCE
+#endif
+#if defined(BF16_AS_BF16) || defined(BF16_AS_PAIRS)
+#define EXACT_BF16 INLINE
+#else
+#define EXACT_BF16 ONCE
+#endif
+
+/* a * b + c, rounded once wherever that is an instruction: not here so and there otherwise, as a compiler sees fit */
+static inline float fused(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline long padded(long K) { return (K + 63) / 64 * 64; }
 /* the room of what is multiplied by a row of width K, whatever the kind */
 static inline long room_of(long K) { return (K * 4 + 63) / 64 * 64 + 128; }
@@ -304,7 +325,7 @@ static inline __m128 sums_of_floats(const __m256 *a) {
 static inline __m256i load_ints(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 #endif
 
-INLINE void quad_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
+EXACT void quad_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
                     const char *x, long K, float *s) {
     long wide = padded(K);
     const char *X = x + 64;
@@ -345,7 +366,7 @@ INLINE void quad_i8(const struct of_row *of, const long *n, const char *const *r
 }
 
 /* s[l] = row[l] . x of four rows; 8 times the sum of x's numbers is taken from each group's, which lie plus 8 */
-INLINE void quad_i4(const char *const *row, const char *const *next, const char *x, long K, float *s) {
+EXACT void quad_i4(const char *const *row, const char *const *next, const char *x, long K, float *s) {
     long wide = padded(K), k = 0;
     const char *X = x + 64;
     const int32_t *fix = (const int32_t *)(X + wide);
@@ -463,11 +484,11 @@ INLINE void quad_f32(const char *const *row, const char *const *next, const floa
     }
     for (int l = 0; l < 4; l++) {
         s[l] = sum16(a[l]);
-        for (long i = k; i < K; i++) s[l] += w[l][i] * x[i];
+        for (long i = k; i < K; i++) s[l] = fused(w[l][i], x[i], s[l]);
     }
 }
 
-INLINE void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
+EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
     const uint16_t *const *w = (const uint16_t *const *)row;
     long k = 0;
 #if defined(BF16_AS_BF16)
@@ -482,7 +503,7 @@ INLINE void quad_bf16(const char *const *row, const char *const *next, const voi
     }
     for (int l = 0; l < 4; l++) {
         s[l] = _mm512_reduce_add_ps(a[l]);
-        for (long i = k; i < K; i++) s[l] += up_bf16(w[l][i]) * up_bf16(X[i]);
+        for (long i = k; i < K; i++) s[l] = fused(up_bf16(w[l][i]), up_bf16(X[i]), s[l]);
     }
 #elif defined(BF16_AS_PAIRS)
     const float *X = x;
@@ -501,7 +522,7 @@ INLINE void quad_bf16(const char *const *row, const char *const *next, const voi
     for (int l = 0; l < 4; l++) a[l] = _mm256_add_ps(a[l], a[l + 4]);
     __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
-    for (; k < K; k++) for (int l = 0; l < 4; l++) s[l] += up_bf16(w[l][k]) * X[k];
+    for (; k < K; k++) for (int l = 0; l < 4; l++) s[l] = fused(up_bf16(w[l][k]), X[k], s[l]);
 #else
     const float *X = x;
     (void)next;
@@ -517,7 +538,7 @@ INLINE void quad_bf16(const char *const *row, const char *const *next, const voi
 /* s[l] = rows n[l] of w . x, prepared; soon: rows that will be wanted soon, or none. kind: w's, where it is known
    when this is compiled. */
 INLINE void quad_of(int64_t kind, const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
-    const char *row[4], *next[4];
+    const char *row[4] = { 0 }, *next[4] = { 0 };
     for (int l = 0; l < 4; l++) row[l] = w->data + n[l] * w->stride;
     if (soon) for (int l = 0; l < 4; l++) next[l] = w->data + soon[l] * w->stride;
     switch (kind) {

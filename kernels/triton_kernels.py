@@ -218,11 +218,6 @@ GEMV_TILES = [dict(BN=BN, BW=BW, num_warps=warps) for BN, BW, warps in ((2, 16, 
 GEMM_TILES = [dict(BM=BM, BN=32, BW=2, num_warps=4, num_stages=3) for BM in (16, 32, 64)]
 
 
-def takes_24(x, values):
-    """Is this of a type and size that the kernels below multiply?"""
-    return x.dtype == values.dtype and x.dtype in HALVES and 0 < x.numel() <= MOST_ROWS * x.size(-1)
-
-
 def gemv_tile(N, processors):
     """The tallest tile that still gives every multiprocessor four programs."""
     fits = [tile for tile in GEMV_TILES if N >= 4 * processors * tile["BN"]]
@@ -230,7 +225,7 @@ def gemv_tile(N, processors):
 
 
 def linear_24(x, values, meta, bias, onto, act):
-    """See sparse_kernels.linear_24_reference; x of `takes_24`."""
+    """See sparse_kernels.linear_24_reference; up to MOST_ROWS rows x of HALVES."""
     (N, words), K = meta.shape, x.size(-1)
     x = x.contiguous()
     M = x.numel() // K
@@ -382,8 +377,8 @@ MOST_UNITS = 16384                               # of a row, which one program h
 
 
 def largest(a, k, keep):
-    """a (..., n) with 0 < k < n <= MOST_UNITS -> the same with all but the k largest |a| at zero, or the
-    places (..., k) of the k largest."""
+    """a (..., n) of FLOATS with 0 < k < n <= MOST_UNITS -> the same with all but the k largest |a| at zero,
+    or the places (..., k) of the k largest."""
     n, a = a.size(-1), a.contiguous()
     out = torch.empty_like(a) if keep else a.new_empty(*a.shape[:-1], k, dtype=torch.int64)
     largest_kernel[(a.numel() // n,)](a, out, n, k, KEEP=keep, BLOCK=triton.next_power_of_2(n), num_warps=8)

@@ -23,6 +23,7 @@ ARMS = {
     "relu2": dict(act="relu2"),
     "swiglu": dict(act="swiglu"),
     "osc": dict(act="osc"),
+    "gelu_tanh": dict(act="gelu_tanh"),
     "softcap": dict(softcap=15.0),
     "zero_init": dict(zero_init=True),
     "untied": dict(tie_weights=False),
@@ -59,7 +60,8 @@ CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES} - {("swiglu", "mlp_scree
              ("hierarchy", "exits"), ("exits", "ponder"),
              ("dendrites", "attn_topk"), ("softcap", "screen")}
 SAME_FLAG = {("window", "window_pattern"), ("qk_norm", "qk_gain"), ("dendrites", "energy"),
-             ("attn_topk", "energy"), *((act, "mlp_screen") for act in ("relu2", "swiglu", "osc"))}
+             ("attn_topk", "energy"),
+             *((act, "mlp_screen") for act in ("relu2", "swiglu", "osc", "gelu_tanh"))}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}
 

@@ -69,11 +69,12 @@ HARD_CHOICES = {"topk": 5e-3, "predict": 5e-3}
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_follows_its_golden_curve(name):
-    """Exact where torch and the CPU are those of the record, else near: 1e-4 but for hard choices."""
+    """Exact where torch and the CPU are those of the record, else near: 1e-4 but for hard choices. `near`:
+    those that were recorded elsewhere, until all are recorded anew."""
     record = json.loads(FILE.read_text(encoding="utf-8"))
     found, golden = curve(ARMS[name]), record["curves"][name]
     assert len(golden) == STEPS
-    if record["here"] == here():
+    if record["here"] == here() and name not in record.get("near", ()):
         assert found == golden
     else:
         assert found == pytest.approx(golden, rel=HARD_CHOICES.get(name, 1e-4))

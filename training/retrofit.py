@@ -181,6 +181,14 @@ def beside(losses, found):
 # what starts are calculated with
 
 
+def small_router(x, energies, all_answer, size=0.2):
+    """Least squares from inputs x (n, C) to groups' energies (n, N) -> (N, C), (N,), scaled so that scores
+    have the deviation `size`; zeros, where it does not matter who wins."""
+    weight, offset, _ = least_squares(x, energies)
+    scale = 0 if all_answer else size / (x @ weight.t() + offset).std().clamp(min=1e-12)
+    return weight * scale, offset * scale
+
+
 def least_squares(x, y, ridge=SMOOTH):
     """x (n, C), y (n, m) -> W (m, C), b (m,) so that x W^T + b is near y, and a root L (C, C) of the inputs'
     second moments about their mean."""

@@ -2,22 +2,18 @@
 
     python sample.py --out_dir=out-pylib --trace=trace.html
 
-The work of a layer is what its products of weights executed in the decode step that made the token, counted
-from the shapes that ran (sparse_kernels.counting). Surprise is -log2 of the probability that the model gave
-the token before any temperature or filter. The first token of a sample is made while the prompt is read, so
-it has no step of its own and no work is shown for it.
+The work of a layer is what its attention and its MLP executed of products of weights in the decode step that
+made the token, as the decode engine counts it (Program.done). Surprise is -log2 of the probability that the
+model gave the token before any temperature or filter. The first token of a sample is made while the prompt is
+read, so it has no step of its own and no work is shown for it.
 """
 import json
-from functools import partial
 from pathlib import Path
 
-import sparse_kernels as kernels
 from configurator import ConfigError, require
-from decode import sampling
+from decode import engine, sampling
 
-FORWARD = "a trace watches the modules' own steps"
 LIKELY = 5                                       # alternatives that the page names for each token
-FORWARD = "a trace watches the modules' own steps"
 PAGE = Path(__file__).with_suffix(".html")
 
 
@@ -49,77 +45,63 @@ class Recorder:
     text, surprise, the layers that ran, each layer's multiply-adds, the columns or experts that answered."""
 
     def __init__(self, model, sampler):
-        require(model.lm_head.weight.device.type == "cpu", "trace counts the work of a CPU's decode steps: "
-                "type --device=cpu")
+        device = model.lm_head.weight.device
+        require(device.type == "cpu", "trace counts the work of a CPU's decode steps: type --device=cpu")
+        runs = engine.trial(model, device, 1)
+        require(runs, f"trace reads what the decode engine counts, which does not run here ({runs}): leave "
+                "trace out")
         self.model, self.sampler, self.samples = model, Listening(sampler), []
-        layers = len(model.transformer.h)
-        self.macs, self.runs, self.groups = [0] * layers, [0] * layers, [[] for _ in range(layers)]
+        self.program, self.seen = None, None
 
-    def hooks(self):
-        """On every block's two parts: before and behind each, what the tally says."""
-        for layer, block in enumerate(self.model.transformer.h):
-            for part in (block.attn, block.mlp):
-                yield part.register_forward_pre_hook(partial(self.count, layer, -1))
-                yield part.register_forward_hook(partial(self.count, layer, 1))
-            yield block.mlp.register_forward_pre_hook(partial(self.see, layer))
+    def show(self, program):
+        """The engine says that this program decodes from now on."""
+        self.program, self.seen = program, self.counts(program)
 
-    def count(self, layer, sign, *_):
-        self.macs[layer] += sign * kernels.tally.macs
-
-    def see(self, layer, mlp, args):
-        """An MLP is about to run: which of its columns or experts will answer, where it has any."""
-        self.runs[layer] += 1
-        if hasattr(mlp, "gate") and args[0].size(1) == 1:
-            before = kernels.tally.macs, kernels.tally.bytes
-            chosen, _ = mlp.gate.chosen(args[0])
-            kernels.tally.macs, kernels.tally.bytes = before
-            self.groups[layer] = sorted(chosen[0].tolist())
-
-    def watch(self, layer, block):
-        """What a block computes for tokens that it does not pass on: keys and values of early leavers."""
-        plain = block.write_kv
-
-        def counted(x, ctx):
-            self.count(layer, -1)
-            plain(x, ctx)
-            self.count(layer, 1)
-        block.write_kv = counted
+    @staticmethod
+    def counts(program):
+        """A program's counts so far: steps, {part: (multiply-adds, bytes)}, how often each op has run."""
+        return program.c.steps, program.done(), [op.runs for op in program.table]
 
     def stream(self, stream, prompt, count, spoken, text, **keys):
         """Continue the prompt (1, T), which reads `spoken`, by `count` tokens of `stream` -> what each adds
         to the text of the StreamDecoder `text`."""
         self.samples.append({"prompt": spoken, "tokens": []})
-        hooks, blocks, choices = list(self.hooks()), self.model.transformer.h, self.model.choices
-        self.model.choose(forward=FORWARD)       # the engine's step is one call, which runs no module
-        for layer, block in enumerate(blocks):
-            self.watch(layer, block)
+        choices, self.program = self.model.choices, None
+        self.model.choose(watch=self)
         try:
-            with kernels.counting():
-                for token in stream(prompt, count, self.sampler, **keys):
-                    yield self.note(int(token), text)
-                    self.forget()
+            for token in stream(prompt, count, self.sampler, **keys):
+                yield self.note(int(token), text)
         finally:
-            for hook in hooks:
-                hook.remove()
-            for block in blocks:
-                del block.write_kv
             self.model.choices = choices
-            self.forget()
 
-    def forget(self):
-        self.macs[:], self.runs[:] = [0] * len(self.macs), [0] * len(self.runs)
-        self.groups[:] = [[] for _ in self.groups]
+    def step(self):
+        """What the step of the last token has executed -> the layers that ran, each layer's multiply-adds and
+        the groups that answered. None where no step made it: its window was read by forward."""
+        layers = range(len(self.model.transformer.h))
+        groups, ran = [[] for _ in layers], 0
+        if self.program is None or self.program.c.steps == self.seen[0]:
+            return None, None, groups
+        (_, before, old), self.seen = self.seen, self.counts(self.program)
+        _, after, new = self.seen
+        macs = [sum(after[part][0] - before[part][0] for part in parts if part in after)
+                for parts in ((f"layer {layer} attention", f"layer {layer} MLP") for layer in layers)]
+        for n, name in enumerate(self.program.names):
+            code, _, part = name.partition(" ")
+            if part.endswith("MLP") and new[n] > old[n]:
+                ran += code == "norm"
+                if code in ("columns", "experts"):
+                    width, layer = self.program.table[n].n[2], int(part.split()[1])
+                    groups[layer] = sorted({unit // width for unit in self.program.listed_by(n)})
+        return ran, macs, groups
 
     def note(self, token, text):
         """Keep what was seen of a token -> what it adds to the text."""
-        first = not self.samples[-1]["tokens"]
         surprise, ids, chances = self.sampler.thoughts[-1]
-        said = text.feed(token)
+        said, (ran, macs, groups) = text.feed(token), self.step()
         self.samples[-1]["tokens"].append({
             "id": token, "text": said, "bits": round(surprise, 3),
             "likely": [[spelt(text.token_bytes(i)), round(p, 4)] for i, p in zip(ids, chances)],
-            "layers": None if first else sum(self.runs), "macs": None if first else list(self.macs),
-            "groups": [list(groups) for groups in self.groups]})
+            "layers": ran, "macs": macs, "groups": groups})
         return said
 
 

@@ -99,10 +99,20 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
 
     monkeypatch.setattr(sampling.Step, "states", watched)
     monkeypatch.setattr(sampling, "replays", lambda model, device: True)
-    monkeypatch.setattr(kernels, "takes_units", lambda x: x.dim() == 3 and x.size(1) == 1)
-    monkeypatch.setattr(kernels, "takes_rows", lambda x: False)
+    monkeypatch.setattr(sampling, "gathers", lambda *_: True)
     for policy, right in zip((False, True), expected):
         assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
+
+
+def test_a_gpus_step_reads_chosen_rows_where_all_weights_are_finite_and_whole(monkeypatch):
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: object())
+    model, card = build(ARMS["columns"], std=0.2), torch.device("cuda")
+    assert sampling.gathers(model, 8, card) and not sampling.gathers(model, 9, card)
+    assert not sampling.gathers(model, 1, torch.device("cpu"))
+    assert not sampling.gathers(quantize(build(ARMS["columns"], std=0.2), "int8"), 1, card)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[3, 5] = torch.nan
+    assert not sampling.gathers(model, 1, card)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

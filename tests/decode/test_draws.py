@@ -342,7 +342,9 @@ def test_bad_keys_are_one_sentence(run, bad, part):
     one_sentence(sample(run, status=2, **bad), "sample.py", part)
 
 
-def test_a_trace_says_that_forward_decodes_and_writes_the_same_text(run):
+def test_a_trace_reads_the_engine_and_writes_the_same_text(run):
     plain, traced = sample(run), sample(run, trace=run.folder / "trace.html")
-    assert "forward decodes (a trace watches the modules' own steps)" in traced.err.splitlines()[0]
+    assert "decode engine, 1 thread" in traced.err.splitlines()[0]
     assert plain.out == traced.out and (run.folder / "trace.html").exists()
+    off = sample(run, status=2, trace=run.folder / "none.html", env={"NANOCORTEX_KERNELS": "off"})
+    one_sentence(off, "sample.py", "trace reads what the decode engine counts", "C kernels off")

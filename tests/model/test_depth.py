@@ -547,8 +547,8 @@ def test_flops_are_six_times_the_multiply_adds_that_a_forward_executes(arm):
 
 
 @pytest.mark.parametrize("arm", COUNTED)
-def test_a_decode_step_counts_what_it_executes(monkeypatch, arm):
-    """Without the C kernels, whose products no dispatcher sees."""
+def test_a_decode_step_by_forward_counts_what_it_executes(monkeypatch, arm):
+    """Without the C kernels, whose products of whole numbers no dispatcher sees."""
     monkeypatch.setattr(kernels, "cpu_library", lambda: (None, "off"))
     for policy in (False, True):
         model, idx = build(arm, std=0.2).use_policy(policy), tokens(1, 9)

@@ -74,6 +74,13 @@ def test_the_work_of_a_dense_block_is_all_of_it_and_of_a_sparse_one_what_ran():
         assert all(len(groups) == 2 and groups == sorted(groups) for groups in token["groups"])
 
 
+def test_a_token_whose_window_is_read_anew_has_no_work_of_its_own():
+    recorder, _ = recorded({}, samples=1, new=15)                # 4 tokens of a prompt, block_size=16
+    assert [token["macs"] is None for token in recorder.samples[0]["tokens"]] == [
+        True, *[False] * 12, True, True]
+    assert recorder.samples[0]["tokens"][-1]["layers"] is None
+
+
 @pytest.mark.parametrize("name", ["exits", "ponder", "hierarchy"])
 def test_layers_used_are_those_that_ran(name):
     policy = name == "exits"
