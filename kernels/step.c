@@ -472,7 +472,8 @@ static void prepare(int64_t kind, const float *x, long n, char *to) {
 
 /* s[l] = row[l] . x of four rows, where `next` are the four to be fetched meanwhile */
 INLINE void quad_f32(const char *const *row, const char *const *next, const float *x, long K, float *s) {
-    const float *const *w = (const float *const *)row;
+    const float *w[4];
+    for (int l = 0; l < 4; l++) w[l] = (const float *)row[l];
     vec a[4] = {{0}};
     long k = 0;
     for (; k + 16 <= K; k += 16) {
@@ -489,7 +490,8 @@ INLINE void quad_f32(const char *const *row, const char *const *next, const floa
 }
 
 EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
-    const uint16_t *const *w = (const uint16_t *const *)row;
+    const uint16_t *w[4];
+    for (int l = 0; l < 4; l++) w[l] = (const uint16_t *)row[l];
     long k = 0;
 #if defined(BF16_AS_BF16)
     const uint16_t *X = x;
@@ -538,7 +540,7 @@ EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const
 /* s[l] = rows n[l] of w . x, prepared; soon: rows that will be wanted soon, or none. kind: w's, where it is known
    when this is compiled. */
 INLINE void quad_of(int64_t kind, const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
-    const char *row[4] = { 0 }, *next[4] = { 0 };
+    const char *row[4], *next[4];
     for (int l = 0; l < 4; l++) row[l] = w->data + n[l] * w->stride;
     if (soon) for (int l = 0; l < 4; l++) next[l] = w->data + soon[l] * w->stride;
     switch (kind) {
