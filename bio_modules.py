@@ -913,7 +913,7 @@ class DendriticAttention(Stepwise, Attention):
         return self.c_attn.sound() and self.c_proj.sound()
 
     def many(self, x, ctx):
-        q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
+        q, k, v = self.by_head(self.c_attn(x)).split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = self.to_heads(q, ctx), self.to_heads(k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
@@ -932,7 +932,8 @@ class DendriticAttention(Stepwise, Attention):
         q = self.to_heads(self.by_head(kernels.rows_dot(x, weight, bias, rows)), ctx)
         q = self.query_gain(q, heads)
         k, v, mask = self.write_kv(x, ctx)
-        y = self.gated(self.attention(q, k[:, heads], v[:, heads], mask, 0.0), gates)
+        shared = heads // (self.heads // self.kv_heads)
+        y = self.gated(self.attention(q, k[:, shared], v[:, shared], mask, 0.0), gates)
         y = kernels.rows_sum(y, self.c_proj.weight.t().to(y.dtype), cast(self.c_proj.bias, y.dtype), rows)
         return self.resid_dropout(y)
 

@@ -94,6 +94,9 @@ class GPTConfig:
     weights: str = "dense"  # 2:4: of every four weights of an output two are kept; packed when decoding
     sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
     screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens
+    n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries (GQA); 0: one each
+    rope_theta: float = 10000.0  # base of the wavelengths of pos=rope: larger for longer contexts
+    norm_eps: float = 0.0  # added to a norm's mean square; 0: 1e-5 in layernorm, 1e-6 in rmsnorm
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
     # --- the MLP's bio mechanisms ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
@@ -155,6 +158,10 @@ class GPTConfig:
         """Heads that attend on their own, and the width of each: a branch of a head is one."""
         heads = self.n_head * max(1, self.dendrites)
         return heads, self.n_embd // heads
+
+    def kv_heads(self):
+        """How many of them have keys and values of their own; heads that are neighbours share."""
+        return (self.n_kv_head or self.n_head) * max(1, self.dendrites)
 
     def exit_layers(self):
         """The numbers in `exits`."""
