@@ -460,13 +460,13 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """OpenAI's GPT-2 weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' through the transformers
-        package, or a local Hugging Face GPT-2 folder or a file of weights in one, computed as transformers
-        does or refused. override_args may hold dropout alone, as in nanoGPT."""
+        package, or a local Hugging Face folder of GPT-2 or of Llama's family or a file of weights in one,
+        computed as transformers does or refused. override_args may hold dropout alone, as in nanoGPT."""
         override = override_args or {}
         require(set(override) <= {"dropout"},
                 f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
         args, weights = pretrained.read(model_type)
-        config = GPTConfig(**args, bias=True, **override)
+        config = GPTConfig(**{"bias": True} | args | override)
         with torch.device("meta"):              # a config.json that lies about sizes takes no memory
             expected = {name: t.shape for name, t in cls(config, init=False).state_dict().items()}
         pretrained.check_shapes(weights, expected, model_type)

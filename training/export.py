@@ -112,7 +112,8 @@ def safetensors(cfg, loaded, path):
 
 
 def hf(cfg, loaded, path):
-    """-> a function that writes a dense model in the layout of transformers' GPT2LMHeadModel."""
+    """-> a function that writes a dense model in the layout of transformers' GPT2LMHeadModel, or of its
+    LlamaForCausalLM."""
     model = build_model(loaded, path).to(DTYPES[cfg.dtype])
     weights, about = pretrained.to_hf(model)
     dataset = (loaded.get("config") or {}).get("dataset")
@@ -177,7 +178,7 @@ def main(cfg):
     write(folder)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"{folder}: {size / 2**20:.2f} MiB; " + (
-        f"read it with transformers.GPT2LMHeadModel.from_pretrained('{folder}'), sample with: "
+        f"read it with transformers.AutoModelForCausalLM.from_pretrained('{folder}'), sample with: "
         f"python sample.py --init_from={folder}" if cfg.to == "hf" else
         f"sample with: python sample.py --out_dir={folder}"))
 

@@ -1,6 +1,6 @@
 """Models in Hugging Face's layout, config.json beside model.safetensors: OpenAI's GPT-2 weights, read from a
-folder or downloaded; ours, written and read; and what a pretrained model needs for a vocabulary that has
-grown."""
+folder or downloaded; Llama's family (llama.py), from a folder or a GGUF file; ours, written and read; and
+what a pretrained model needs for a vocabulary that has grown."""
 import dataclasses
 import itertools
 import json
@@ -13,6 +13,7 @@ import torch
 
 from configurator import ConfigError, require
 from data import tokenizer as tokenizers
+from training import llama
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -23,8 +24,8 @@ GPT2_SIZES = {
 
 
 def read(name):
-    """A Hugging Face GPT-2 folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments,
-    our state dict). What this package would compute otherwise than transformers is a ConfigError."""
+    """A Hugging Face folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments, our
+    state dict). What this package would compute otherwise than transformers is a ConfigError."""
     return read_folder(Path(name)) if os.path.exists(name) else download(name)
 
 
@@ -92,10 +93,13 @@ def read_folder(place):
     """A Hugging Face folder, or a file of weights in one -> GPTConfig arguments, our state dict."""
     folder = place if os.path.isdir(place) else place.parent
     path = folder / "config.json"
-    require(os.path.isfile(path), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
+    require(os.path.isfile(path), f"{folder} has no config.json: not a Hugging Face GPT-2 folder or one of "
+            "Llama's family")
     require(folder != place or not (folder / "ckpt.pt").exists(), f"{folder} holds a run (ckpt.pt) and a "
                                                                   "Hugging "
             f"Face model: name the file, {folder / 'ckpt.pt'} or {folder / 'model.safetensors'}")
+    if config_of(path).get("model_type") in [*llama.DEFAULTS]:
+        return read_llama(place, folder, config_of(path))
     c = fields_of(config_of(path), path)
     weights = read_shards(folder) if folder == place else read_tensors(place)
     said = config_of(path).get("shared", {})
@@ -111,11 +115,19 @@ def read_folder(place):
     return args | units, from_hf_names(weights, c, place)
 
 
+def read_llama(place, folder, said):
+    """A folder of Llama's family -> GPTConfig arguments, our state dict."""
+    c = llama.fields_of(said, folder / "config.json", NO_PART | {OURS})
+    weights = read_shards(folder) if folder == place else read_tensors(place)
+    return llama.arguments(c), llama.to_ours(plain_names(weights, place), c, place)
+
+
 def fields_of(said, path):
     """The fields of a GPT-2 config.json that decide the logits, each one checked -> dict like "
       "GPT2_DEFAULTS."""
     kind = said.get("model_type")
-    require(kind == "gpt2", f"{path.parent} holds a '{kind}' model, expected 'gpt2'")
+    require(kind == "gpt2", f"{path.parent} holds a '{kind}' model, expected gpt2, "
+                            f"{' or '.join(llama.DEFAULTS)}")
     c = GPT2_DEFAULTS | {name: said[name] for name in GPT2_DEFAULTS if name in said}
     for other, name in SAME_FIELD.items():
         require(other not in said or name not in said or said[other] == said[name],
@@ -320,13 +332,17 @@ SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "drop
 
 
 def to_hf(model):
-    """A dense model -> (state dict, config) of transformers' GPT2LMHeadModel with the same logits; biases
-    that it lacks are zeros. A flag that GPT-2 has no name for is a ConfigError."""
+    """A dense model -> (state dict, config) of transformers' GPT2LMHeadModel with the same logits, where
+    biases that it lacks are zeros, or of its LlamaForCausalLM. A flag that these have no name for is a
+    ConfigError."""
     c = model.config
+    same, kind = (llama.SAME, "Llama") if llama.is_llama(c) else (SAME_IN_GPT2, "GPT-2")
     for field in dataclasses.fields(c):
-        require(field.name in SAME_IN_GPT2 or getattr(c, field.name) == field.default,
-                f"{field.name}={getattr(c, field.name)} has no counterpart in GPT-2, to=hf is for dense "
+        require(field.name in same or getattr(c, field.name) == field.default,
+                f"{field.name}={getattr(c, field.name)} has no counterpart in {kind}, to=hf is for dense "
                 "models: type --to=safetensors")
+    if kind == "Llama":
+        return llama.to_hf(model)
     act = {"gelu": "gelu", "gelu_tanh": "gelu_new"}.get(c.act)
     require(act, f"act={c.act} has no counterpart in GPT-2, to=hf is for dense models: type --to=safetensors")
     weights = {}
@@ -403,7 +419,7 @@ def check_shapes(weights, expected, place):
     lacks = [name for name in expected if name not in weights]
     more = [name for name in weights if name not in expected]
     wrong = [f"lack {name}" for name in lacks[:1]] + [f"have {name}, which it does not" for name in more[:1]]
-    require(not wrong, f"{place} does not hold the weights of the GPT-2 of its config.json: they "
+    require(not wrong, f"{place} does not hold the weights of the model of its config.json: they "
                        f"{' and '.join(wrong)}")
     for name, shape in expected.items():
         check_shape(weights, name, shape, place)
