@@ -13,7 +13,8 @@ import torch
 
 from configurator import ConfigError, require
 from data import tokenizer as tokenizers
-from training import llama
+from training import gguf_file, llama
+from training.gguf_file import is_gguf
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -24,8 +25,11 @@ GPT2_SIZES = {
 
 
 def read(name):
-    """A Hugging Face folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments, our
-    state dict). What this package would compute otherwise than transformers is a ConfigError."""
+    """A Hugging Face folder, a file of weights in one, a GGUF file, or one of GPT2_SIZES -> (GPTConfig
+    arguments, our state dict). What this package would compute otherwise than transformers, or llama.cpp, is
+    a ConfigError."""
+    if is_gguf(name):
+        return read_gguf(Path(name))
     return read_folder(Path(name)) if os.path.exists(name) else download(name)
 
 
@@ -122,6 +126,12 @@ def read_llama(place, folder, said):
     return llama.arguments(c), llama.to_ours(plain_names(weights, place), c, place)
 
 
+def read_gguf(path):
+    """The same of a GGUF file."""
+    c = llama.fields_of(gguf_file.config_of(path), path, ())
+    return llama.arguments(c), llama.to_ours(gguf_file.weights_of(path, c), c, path)
+
+
 def fields_of(said, path):
     """The fields of a GPT-2 config.json that decide the logits, each one checked -> dict like "
       "GPT2_DEFAULTS."""
@@ -162,8 +172,11 @@ def fields_of(said, path):
 
 
 def folder_of(name):
-    """The folder of what `read` reads from one; None for a name of GPT2_SIZES that is downloaded."""
-    return None if not os.path.exists(name) else Path(name) if os.path.isdir(name) else Path(name).parent
+    """The folder of what `read` reads from one; None for a name of GPT2_SIZES that is downloaded, and for a
+    GGUF file, which has all in itself."""
+    if is_gguf(name) or not os.path.exists(name):
+        return None
+    return Path(name) if os.path.isdir(name) else Path(name).parent
 
 
 def carried(name):
@@ -181,12 +194,22 @@ def tokenizer_of(name, vocab_size):
     where it has none."""
     folder = folder_of(name)
     if folder is None:
-        return tokenizers.GPT2Tokenizer()
+        return gguf_file.tokenizer_of(Path(name)) if is_gguf(name) else tokenizers.GPT2Tokenizer()
     found = tokenizers.in_folder(folder, config_of(folder / "config.json").get("eos_token_id"))
     if found is None and vocab_size == 50257:
         note(f"{folder} has no tokenizer files; of 50257 ids, so GPT-2's tokenizer is taken")
         return tokenizers.GPT2Tokenizer()
     return found
+
+
+def chat_template_of(name):
+    """The text of a model's template for conversations, where its file or folder has one; else None."""
+    if is_gguf(name):
+        return gguf_file.chat_template_of(Path(name))
+    folder = folder_of(name)
+    said = config_of(folder / "tokenizer_config.json").get("chat_template") if folder else None
+    path = folder / "chat_template.jinja" if folder else None
+    return path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else said
 
 
 def description_of(name, vocab_size):
@@ -261,9 +284,11 @@ OURS = "nanocortex"     # model_type in the config.json of a model of ours; in t
 
 
 def is_gpt2(name):
-    """Is it one of GPT2_SIZES, or a folder (or a file of weights in one) whose config.json is not that of a
-    model of ours?"""
+    """Is it a model of others: one of GPT2_SIZES, a GGUF file, or a folder (or a file of weights in one)
+    whose config.json is not that of a model of ours?"""
     place = Path(name)
+    if is_gguf(name):
+        return True
     folder = place.parent if place.suffix in (".safetensors", ".bin") and os.path.isfile(place) else place
     path = folder / "config.json"
     return name in GPT2_SIZES or (os.path.isfile(path) and not is_ours(config_of(path)))
@@ -444,7 +469,8 @@ def fit_vocabulary(model, old, meta):
         made = tokenizers.from_meta(new)
         return grow_vocabulary(model, made.extends, made.pieces())
     tokenizers.require_same(old, new, "the model of --init_from and the data", "take data that is encoded as "
-                            "the model's was, or start with --init_from=scratch")
+                            "the model's was (data/prepare.py --tokenizer=THAT_MODEL), or start with "
+                            "--init_from=scratch")
     return model
 
 
