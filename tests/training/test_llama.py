@@ -2,15 +2,22 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
 from arms import tokens
+from conftest import TEXT, Job, one_sentence, words
 from torch.nn import functional as F
 
+import sample
 from configurator import ConfigError
+from data import dataset
+from data import tokenizer as tokenizers
+from data.tokenizer import bytes_of_characters
 from model import GPT, GPTConfig
-from training import checkpoint, export, llama, pretrained
+from training import checkpoint, export, gguf_file, llama, pretrained
+from viz.chat import Chat
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 SMALL = dict(model_type="llama", vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -273,9 +280,283 @@ def test_what_export_writes_is_read_by_us_and_by_transformers_as_the_same_model(
 
 
 def test_a_mechanism_has_no_counterpart_in_llama(tmp_path):
-    for flags, words in ((dict(mlp_topk=0.5), "mlp_topk"), (dict(window=4), "window"),
-                         (dict(qk_norm=True), "qk_norm")):
+    for flags, name in ((dict(mlp_topk=0.5), "mlp_topk"), (dict(window=4), "window"),
+                        (dict(qk_norm=True), "qk_norm")):
         model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=16, norm="rmsnorm",
                               pos="rope", act="swiglu", **flags))
-        with pytest.raises(ConfigError, match=f"{words}=.*Llama.*to=safetensors"):
+        with pytest.raises(ConfigError, match=f"{name}=.*Llama.*to=safetensors"):
             pretrained.to_hf(model)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GGUF files
+
+def as_gguf(folder, path, arch="llama", kind="F32", keys=(), tokenizer=(), drop=()):
+    """The model of a folder as llama.cpp's converter lays it out -> the path. keys: more fields, or others.
+    """
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    said, weights = (json.loads((folder / "config.json").read_text()),
+                     safetensors_torch.load_file(folder / "model.safetensors"))
+    heads, writer = said["num_attention_heads"], gguf.GGUFWriter(path, arch)
+    fields = {"block_count": said["num_hidden_layers"], "context_length": said["max_position_embeddings"],
+              "embedding_length": said["hidden_size"], "feed_forward_length": said["intermediate_size"],
+              "attention.head_count": heads, "attention.head_count_kv": said["num_key_value_heads"] or heads,
+              "attention.layer_norm_rms_epsilon": said["rms_norm_eps"], "vocab_size": said["vocab_size"],
+              "rope.freq_base": said["rope_theta"], "rope.dimension_count": said["hidden_size"] // heads}
+    for name, value in (fields | dict(keys)).items():
+        write = (writer.add_bool if isinstance(value, bool) else
+                 writer.add_float32 if isinstance(value, float) else
+                 writer.add_string if isinstance(value, str) else writer.add_uint32)
+        if name not in drop:
+            write(f"{arch}.{name}", value)
+    for name, value in dict(tokenizer).items():
+        write = (writer.add_array if isinstance(value, list) else writer.add_bool if isinstance(value, bool)
+                 else writer.add_string if isinstance(value, str) else writer.add_uint32)
+        write(f"tokenizer.{name}", value)
+    short = {theirs: ours for ours, theirs in (gguf_file.WORDS | gguf_file.OUTSIDE).items()}
+    for name, t in weights.items():
+        parts = name.rsplit(".", 1)[0].removeprefix("model.layers.").split(".", 1)
+        if name.startswith("model.layers."):
+            at = f"blk.{parts[0]}.{short[parts[1]]}.{name.rpartition('.')[2]}"
+        else:
+            at = f"{short[name.removesuffix('.weight')]}.weight"
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            t = t.unflatten(0, (-1, 2, said["hidden_size"] // heads // 2)).transpose(1, 2).flatten(0, 2)
+        of = getattr(gguf.GGMLQuantizationType, kind if t.dim() == 2 else "F32")
+        writer.add_tensor(at, gguf.quants.quantize(t.contiguous().numpy(), of), raw_dtype=of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["grouped", "one key", "a key each", "tied", "biases", "another base"])
+def test_a_gguf_file_holds_the_model_that_it_was_made_from(tmp_path, name):
+    folder = written(tmp_path / "hf", **MODELS[name])
+    same(as_gguf(folder, tmp_path / "model.gguf"), folder)
+
+
+def test_a_gguf_file_of_qwen2_has_its_pairs_apart(tmp_path):
+    folder = written(tmp_path / "hf", **MODELS["qwen2"] | dict(sliding_window=None))
+    same(as_gguf(folder, tmp_path / "model.gguf", "qwen2"), folder)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+def test_a_quantised_gguf_file_is_what_its_numbers_stand_for(tmp_path, kind):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    folder = written(tmp_path / "hf", hidden_size=64, intermediate_size=96)
+    of, weights = (getattr(gguf.GGMLQuantizationType, kind),
+                   safetensors_torch.load_file(folder / "model.safetensors"))
+    rounded = shutil.copytree(folder, tmp_path / "rounded")
+    with_weights(rounded, {n: t if t.dim() == 1 else torch.from_numpy(gguf.quants.dequantize(
+        gguf.quants.quantize(t.numpy(), of), of).copy()) for n, t in weights.items()})
+    path = as_gguf(folder, tmp_path / "model.gguf", kind=kind)
+    same(path, rounded)
+    assert path.stat().st_size < 0.6 * sum(t.nbytes for t in weights.values()) + 9999
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+
+
+GGUFS = {
+    "another architecture": (dict(arch="gemma"), "'gemma'"),
+    "scaled rotations": (dict(keys={"rope.scaling.type": "linear"}), "rope.scaling.type"),
+    "a factor of rotations": (dict(keys={"rope.scaling.factor": 8.0}), "rope.scaling.factor"),
+    "a part of a head turns": (dict(keys={"rope.dimension_count": 2}), "head_dim=2"),
+    "two widths": (dict(keys={"attention.key_length": 8}), "width of a head"),
+    "wide heads": (dict(keys={"attention.key_length": 8}), "head_dim=8"),
+    "experts": (dict(keys={"expert_count": 8}), "expert_count"),
+    "one layer more": (dict(keys={"block_count": 3}), "num_hidden_layers=3"),
+    "no layers": (dict(drop=("block_count",)), "num_hidden_layers"),
+    "other heads": (dict(keys={"attention.head_count": 8}), "k_proj"),
+    "other ids": (dict(keys={"vocab_size": 32}), "embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_a_gguf_file_of_another_model_is_refused_in_a_sentence(plain, tmp_path, name):
+    options, said = GGUFS[name]
+    options = dict(keys={}) | options
+    if name in ("wide heads", "other heads"):
+        options["drop"] = ("rope.dimension_count",)
+    refused(as_gguf(plain, tmp_path / "model.gguf", **options), "model.gguf", said)
+
+
+def test_a_gguf_file_that_is_damaged_is_refused_in_a_sentence(plain, tmp_path):
+    refused(tmp_path / "none.gguf", "none.gguf", "does not exist")
+    for share in (0.0, 0.001, 0.1, 0.5, 0.95):
+        path = as_gguf(plain, tmp_path / "model.gguf")
+        cut(path, share)
+        refused(path, "model.gguf")
+    path.write_text("not a model")
+    refused(path, "model.gguf", "damaged")
+
+
+def test_without_the_package_a_gguf_file_says_what_to_install(plain, tmp_path, monkeypatch):
+    path = as_gguf(plain, tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    gguf_file.read.cache_clear()
+    refused(path, "model.gguf", "pip install gguf")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# their tokenizers
+
+def vocabulary(*added):
+    """Tokens of byte pairs in GPT-2's spelling, some words among them, and added tokens in front."""
+    letters = sorted(bytes_of_characters(), key=bytes_of_characters().get)
+    merges = ["t h", "th e", "Ġ the", "1 9", "Ġ a"]
+    return [*added, *letters, *(pair.replace(" ", "") for pair in merges)], merges
+
+
+def gguf_tokenizer(pre="smollm", **more):
+    tokens, merges = vocabulary("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    return {"ggml.model": "gpt2", "ggml.pre": pre, "ggml.tokens": tokens, "ggml.merges": merges,
+            "ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3), "ggml.eos_token_id": 2} | more
+
+
+def talking(tmp_path, **more):
+    """A GGUF file of a model with a tokenizer -> (its path, how many ids)."""
+    tokenizer = gguf_tokenizer(**more)
+    ids = len(tokenizer["ggml.tokens"])
+    folder = written(tmp_path / "hf", vocab_size=ids, max_position_embeddings=64, tie_word_embeddings=True)
+    return as_gguf(folder, tmp_path / "model.gguf", tokenizer=tokenizer), ids
+
+
+def test_a_gguf_files_tokenizer_is_the_one_of_its_own_lists(tmp_path):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    path, size = talking(tmp_path)
+    own = pretrained.tokenizer_of(str(path), size)
+    assert own.vocab_size == size and own.end_of_text == 2 and own.begin == []
+    text = "the 1984 <|im_end|>, é\n\x00"
+    plain, special = own.encode(text), own.encode(text, True)
+    assert own.decode(plain) == own.decode(special) == text and special.count(2) == 1 and 2 not in plain
+    digits = [own.encode(c)[0] for c in "1984"]
+    assert digits == [i for i in plain if i in digits]            # smollm cuts numbers into digits: no "19"
+    other = pretrained.tokenizer_of(str(talking(tmp_path, pre="llama-bpe")[0]), size)
+    assert own.encode("1984") != other.encode("1984") and other.decode(other.encode(text)) == text
+    begun = pretrained.tokenizer_of(str(talking(tmp_path, **{
+        "ggml.add_bos_token": True, "ggml.bos_token_id": 1})[0]), size)
+    assert begun.begin == [1] and tokenizers.begun(begun, "a") == [1, *begun.encode("a")]
+    assert tokenizers.begun(begun, "<|im_start|>a", True) == begun.encode("<|im_start|>a", True)
+    for pre, model in (("odd", "gpt2"), ("smollm", "llama")):
+        with pytest.raises(ConfigError, match="init_from=FOLDER"):
+            pretrained.tokenizer_of(str(talking(tmp_path, pre=pre, **{"ggml.model": model})[0]), size)
+
+
+def test_a_description_of_a_tokenizer_rebuilds_it(tmp_path):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    path, size = talking(tmp_path, **{"ggml.add_bos_token": True, "ggml.bos_token_id": 1})
+    own = pretrained.tokenizer_of(str(path), size)
+    again = tokenizers.from_meta(json.loads(json.dumps(own.meta())))
+    assert again.meta() == own.meta() and again.encode("the 19", True) == own.encode("the 19", True)
+    assert (again.begin, again.end_of_text, again.vocab_size) == ([1], 2, size)
+    for damage in (None, {}, {"file": 3, "begin": []}, {"file": {}, "begin": []}):
+        with pytest.raises(ConfigError):
+            tokenizers.from_meta({"tokenizer": "hf", "hf": damage})
+
+
+def byte_fallback(folder):
+    """tokenizer.json as Llama 2's: spaces are underlines, unknown letters are bytes, <s> begins a text."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)),
+              "\u2581", "a", "b", "\u2581a", "ab"]
+    rules = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    said = {"version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
+            "added_tokens": [dict(id=i, content=tokens[i]) | rules for i in range(3)],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+            "post_processor": {"type": "TemplateProcessing",
+                               "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                          {"Sequence": {"id": "A", "type_id": 0}}],
+                               "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
+                      "byte_fallback": True, "vocab": {token: i for i, token in enumerate(tokens)},
+                      "merges": ["\u2581 a", "a b"]}}
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    return len(tokens)
+
+
+def test_a_tokenizer_that_falls_back_to_bytes_is_read_from_a_folder(tmp_path):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    folder = written(tmp_path / "hf", vocab_size=264)
+    with_config(folder, SMALL | dict(vocab_size=264, eos_token_id=[2, 1]))
+    assert byte_fallback(folder) == 264
+    own = pretrained.tokenizer_of(str(folder), 264)
+    assert own.begin == [1] and own.end_of_text == 2 and own.vocab_size == 264
+    for text in ("ab a", "é\n", "a  b"):
+        assert own.decode(own.encode(text)).removeprefix(" ") == text
+    assert b"".join(map(own.token_bytes, own.encode("é"))).decode() == " é"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the commands
+
+def test_a_run_goes_on_from_a_gguf_file_and_speaks_with_its_tokenizer(train, tmp_path):
+    """Data with the model's tokenizer, training, a flag switched on, sampling from the file and the run."""
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    path, size = talking(tmp_path)
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    data = tmp_path / "data"
+    meta = dataset.write_text(data, text, dataset.tokenizer_place(str(path)), 0.1)
+    assert meta["tokenizer"] == "hf" and meta["vocab_size"] == size and dataset.check(data, 8, size)
+    shape = dict(n_layer=2, n_head=4, n_embd=16, dataset=data, dtype="float32")
+    run = train(init_from=path, max_iters=2, out="on", **shape)
+    args = train.checkpoint("on")["model_args"]
+    assert args["n_kv_head"] == 2 and args["norm_eps"] == pytest.approx(1e-3) and args["block_size"] == 8
+    assert train.checkpoint("on")["tokenizer"]["tokenizer"] == "hf" and "val loss" in run.out
+    train.resume(out="on", max_iters=3, **shape)
+    train(init_from=path, max_iters=1, out="window", window=4, **shape)
+    assert train.checkpoint("window")["model_args"]["window"] == 4
+    one_sentence(train(init_from=path, status=2, out="no", n_layer=2, n_head=4, n_embd=16), "train.py",
+                 "tokenizer.json of", "'byte'", "--tokenizer=")
+    for place in (dict(init_from=path), dict(out_dir=train.folder / "on")):
+        said = Job("sample.py", words(num_samples=1, max_new_tokens=5, start="the", device="cpu", **place),
+                   tmp_path).wait()
+        assert said.status == 0 and said.out.startswith("the")
+
+
+TEMPLATE = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe "
+            "kind.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + "
+            "'<|im_end|>'}}")
+
+
+def test_a_conversation_has_the_marks_that_the_model_has_learnt(tmp_path):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    path, size = talking(tmp_path, chat_template=TEMPLATE)
+    tokenizer, asked = pretrained.tokenizer_of(str(path), size), []
+
+    def stream(prompt):
+        asked.append(tokenizer.decode(prompt[0].tolist()))
+        yield from ([*tokenizer.encode("a b"), 2] if len(asked) == 1 else
+                    tokenizer.encode("c<|im_end|>d", True))
+
+    cfg = sample.SampleConfig(init_from=str(path), chat=True)
+    frame, start = sample.framed(cfg, sample.prompt_of(cfg.start))
+    assert start == "Be kind."
+    chat = Chat(stream, tokenizer, "cpu", 1, start, frame=frame)
+    assert ["".join(chat.answer(line)) for line in ("Hi", "And?")] == ["a b", "c"]
+    system = "<|im_start|>system\nBe kind.<|im_end|>\n"
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert asked[0] == system + turn.format("Hi")
+    assert asked[1] == asked[0] + "a b<|im_end|>\n" + turn.format("And?")
+    assert chat.text == asked[1] + "c<|im_end|>\n"
+    chat.reset()
+    assert chat.text == system
+    for keys, expected in ((dict(start="Rhyme."), (frame, "Rhyme.")), (dict(template="none"), (None, "\n")),
+                           (dict(stop="x"), (None, "\n")), (dict(special=False), (None, "\n"))):
+        cfg = sample.SampleConfig(init_from=str(path), chat=True, **keys)
+        assert sample.framed(cfg, cfg.start) == expected
+    for keys, words_ in ((dict(template="odd"), "template='odd'"),
+                         (dict(template="chatml", chat=False), "--chat"),
+                         (dict(template="chatml", stop="x"), "--template=none")):
+        with pytest.raises(ConfigError, match=words_):
+            sample.SampleConfig(**dict(chat=True) | keys)
