@@ -5,6 +5,7 @@
     python -m training.export --out_dir=out --to=safetensors   any model, for sample.py, train.py, other tools
     python -m training.export --out_dir=out --to=hf            a dense model, for transformers
 """
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -120,7 +121,13 @@ def hf(cfg, loaded, path):
     needed = {"tokenizer": loaded.get("tokenizer"), "config": dataset and {"dataset": dataset}}
     about |= {"torch_dtype": cfg.dtype, "_name_or_path": MADE_HERE,
               pretrained.OURS: {key: said for key, said in needed.items() if said}}
-    return lambda folder: pretrained.write_folder(folder, weights, about)
+    own = (loaded.get("tokenizer") or {}).get("hf")
+
+    def write(folder):
+        pretrained.write_folder(folder, weights, about)
+        if own:                                  # for transformers; sample.py reads what config.json carries
+            (folder / "tokenizer.json").write_text(json.dumps(own["file"]), encoding="utf-8")
+    return write
 
 
 FORMS = {"packed": packed, "safetensors": safetensors, "hf": hf}

@@ -1,8 +1,10 @@
 """Llama's family: the model that its folder or its GGUF file holds, or one sentence; and back."""
 import json
 import math
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -560,3 +562,52 @@ def test_a_conversation_has_the_marks_that_the_model_has_learnt(tmp_path):
                          (dict(template="chatml", stop="x"), "--template=none")):
         with pytest.raises(ConfigError, match=words_):
             sample.SampleConfig(**dict(chat=True) | keys)
+
+
+def test_a_run_that_went_on_is_exported_with_its_tokenizer(train, tmp_path):
+    """Both sample.py and transformers read what they need there."""
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    path, size = talking(tmp_path, **{"ggml.add_bos_token": True, "ggml.bos_token_id": 1})
+    (tmp_path / "text").write_text(TEXT)
+    dataset.write_text(tmp_path / "data", tmp_path / "text", dataset.tokenizer_place(str(path)), 0.1)
+    train(init_from=path, max_iters=1, n_layer=2, n_head=4, n_embd=16, dataset=tmp_path / "data")
+    export.main(export.ExportConfig(out_dir=str(tmp_path / "out"), to="hf", dtype="float32"))
+    folder, own = tmp_path / "out-hf", pretrained.tokenizer_of(str(path), size)
+    model, tokenizer = sample.load(str(folder), "")
+    assert model.config.n_kv_head == 2 and tokenizer.begin == [1]
+    text = "the <|im_end|> 1984"
+    assert tokenizer.encode(text, True) == own.encode(text, True) == pretrained.tokenizer_of(
+        str(folder), size).encode(text, True)
+
+
+REAL = os.environ.get("NANOCORTEX_GGUF", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(REAL).is_file(), reason="NANOCORTEX_GGUF names no GGUF file of a real model")
+def test_a_real_model_goes_on_as_llama_cpp_does(tmp_path):
+    """The greedy continuation of the same weights in fp32 is llama.cpp's; of the file itself, whose products
+    round their inputs there, nearly all of the chosen tokens are."""
+    gguf, llama_cpp = map(pytest.importorskip, ("gguf", "llama_cpp"))
+    reader, path = gguf.GGUFReader(REAL), tmp_path / "fp32.gguf"
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+            of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], of)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    model = GPT.from_pretrained(REAL).eval()
+    tokenizer = pretrained.tokenizer_of(REAL, model.config.vocab_size)
+    text = "Once upon a time, in 1984, there were 3 mice"
+    ids = tokenizers.begun(tokenizer, text)
+    ours = model.generate(torch.tensor([ids]), 100, temperature=0)[0]
+    for place, share in ((path, 1.0), (REAL, 0.95)):
+        peer = llama_cpp.Llama(str(place), n_ctx=256, verbose=False, logits_all=True)
+        assert peer.tokenize(text.encode(), add_bos=True, special=True) == ids
+        peer.eval(ours[:-1].tolist())
+        best = torch.from_numpy(peer.scores[:len(ours) - 1].copy()).argmax(-1)
+        assert (best == ours[1:])[len(ids) - 1:].float().mean() >= share
+        peer.close()
