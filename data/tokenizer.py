@@ -510,7 +510,7 @@ def spelled(token, path):
 def is_model(place):
     """Is a path a GGUF file, or a Hugging Face folder, of a model that has a tokenizer of its own?"""
     data = any((place / name).exists() for name in ("meta.json", "meta.pkl"))
-    return (place.suffix == ".gguf" and place.is_file()) or ((place / "config.json").is_file() and not data)
+    return (place.suffix.lower() == ".gguf" and place.is_file()) or ((place / "config.json").is_file() and not data)
 
 
 def in_folder(folder, end=None):

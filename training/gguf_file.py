@@ -28,7 +28,7 @@ OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "out
 
 def is_gguf(place):
     """Is it the path of a file of that kind?"""
-    return str(place).endswith(".gguf")
+    return str(place).lower().endswith(".gguf")
 
 
 def opened(path):
