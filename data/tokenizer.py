@@ -510,7 +510,8 @@ def spelled(token, path):
 def is_model(place):
     """Is a path a GGUF file, or a Hugging Face folder, of a model that has a tokenizer of its own?"""
     data = any((place / name).exists() for name in ("meta.json", "meta.pkl"))
-    return (place.suffix.lower() == ".gguf" and place.is_file()) or ((place / "config.json").is_file() and not data)
+    in_file = place.suffix.lower() == ".gguf" and place.is_file()
+    return in_file or ((place / "config.json").is_file() and not data)
 
 
 def in_folder(folder, end=None):

@@ -73,7 +73,7 @@ SAME_FIELD = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_atte
 GELUS = {"gelu": "gelu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_tanh")
 # what GPT-2 is not, so anything else here is another model
-NEVER = {"layer_norm_epsilon": [1e-5], "add_cross_attention": [False], "is_encoder_decoder": [False],
+NEVER = {"add_cross_attention": [False], "is_encoder_decoder": [False],
          "pruned_heads": [{}, None], "cross_attention_hidden_size": [None]}
 EXPECTED = {bool: "true or false", str: "a name", float: "a number", int: "a whole number from 1 on"}
 HEADS = "GPT2LMHeadModel", "GPT2Model"
@@ -113,6 +113,7 @@ def read_folder(place):
     require(len(layers) == c["n_layer"], f"{path}: n_layer={c['n_layer']}, but the weights of {place} are of "
             f"{len(layers)} layers: the two do not belong together")
     units = {"mlp_units": c["n_inner"]} if c["n_inner"] not in (None, 4 * c["n_embd"]) else {}
+    units |= {"norm_eps": c["layer_norm_epsilon"]} if c["layer_norm_epsilon"] != 1e-5 else {}
     args = dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
                 block_size=c["n_positions"], act=GELUS[c["activation_function"]],
                 tie_weights=c["tie_word_embeddings"])
@@ -158,6 +159,8 @@ def fields_of(said, path):
         fits = type(value) is kind or (name == "n_inner" and type(value) is int)
         require(fits and not (type(value) is int and value < 1),
                 f"{path}: {name}={str(value)[:40]!r}, expected {EXPECTED.get(kind, EXPECTED[int])}")
+    require(0 < c["layer_norm_epsilon"] < 1, f"{path}: layer_norm_epsilon={c['layer_norm_epsilon']} must lie "
+            "between 0 and 1")
     require(c["activation_function"] in GELUS, f"{path}: activation_function='{c['activation_function']}' "
                                                "is not "
             f"computed here, only {', '.join(GELUS)}: use transformers for this model")
@@ -353,7 +356,7 @@ def write_folder(folder, weights, about):
 
 
 SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",
-                "tie_weights", "act", "screen", "mlp_units", "zero_init", "sr_ste")
+                "tie_weights", "act", "screen", "mlp_units", "norm_eps", "zero_init", "sr_ste")
 
 
 def to_hf(model):
@@ -380,7 +383,7 @@ def to_hf(model):
     return weights, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
                      "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
                      "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": act,
-                     "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tie_weights,
+                     "layer_norm_epsilon": c.norm_eps or 1e-5, "tie_word_embeddings": c.tie_weights,
                      "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
                      "bos_token_id": None, "eos_token_id": None}
 
