@@ -841,7 +841,7 @@ class DendriticAttention(Attention):
         self.c_proj = NeuronMajor(config.n_embd, config.n_embd, config.bias, std=residual_std(config))
 
     def forward(self, x, ctx):
-        q, k, v = self.by_head(self.c_attn(x)).chunk(3, dim=2)
+        q, k, v = self.by_head(self.c_attn(x)).split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = self.to_heads(q, ctx), self.to_heads(k, ctx)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)

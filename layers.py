@@ -561,14 +561,22 @@ class RotaryPositions(nn.Module):
     """Cosines and signed sines of the angles by which q and k turn, (block_size, 1, D), half-split layout
     (2104.09864)."""
 
+    @staticmethod
+    def check(c):
+        require(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0: 10000 is usual")
+        require(c.pos == "rope" or c.rope_theta == type(c).rope_theta,
+                f"rope_theta={c.rope_theta} has no effect without pos='rope': type --pos=rope too, or leave "
+                "rope_theta out")
+
     def __init__(self, config):
         super().__init__()
         _, self.width = config.heads()
+        self.theta = config.rope_theta
         for name, table in zip(("cos", "sin"), self.tables(config.block_size)):
             self.register_buffer(name, table, persistent=False)
 
     def tables(self, length):
-        frequencies = 10000.0 ** (-torch.arange(0, self.width, 2) / self.width)
+        frequencies = self.theta ** (-torch.arange(0, self.width, 2) / self.width)
         angles = torch.arange(length)[:, None, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
@@ -605,16 +613,21 @@ class RotaryPositions(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias; statistics in fp32 whatever the stream's dtype (1607.06450)."""
 
+    @staticmethod
+    def check(c):
+        require(c.norm_eps >= 0, f"norm_eps={c.norm_eps} must not be negative; 0 takes the norm's own")
+
     def __init__(self, config):
         super().__init__()
+        self.eps = config.norm_eps or 1e-5
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x.dtype), 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), cast(self.bias, x.dtype), self.eps)
 
     def emit(self, p, x):
-        return p.norm(x, len(self.weight), self.weight, self.bias, 1e-5)
+        return p.norm(x, len(self.weight), self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -622,13 +635,14 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.eps = config.norm_eps or 1e-6
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def emit(self, p, x):
-        return p.norm(x, len(self.weight), self.weight, None, 1e-6, by_root=True)
+        return p.norm(x, len(self.weight), self.weight, None, self.eps, by_root=True)
 
 
 def project(x, weight, bias):
@@ -718,9 +732,22 @@ def attend_short(q, k, v, dropout):
     return kernels.in_fp32(torch.bmm, weights, v).view(B, H, T, D)
 
 
-def attention(window):
-    """What computes a layer's attention: attend, or the same over a window."""
-    return partial(attend_window, window) if window else attend
+def attention(window, groups=False):
+    """What computes a layer's attention: attend, or the same over a window; groups: of queries that share
+    their key and value."""
+    one = partial(attend_window, window) if window else attend
+    return partial(attend_groups, one) if groups else one
+
+
+def attend_groups(attention, q, k, v, mask, dropout):
+    """attend, where H / G neighbours of q's H heads look at one of the G heads of k and v (2305.13245). A
+    single query reads those as they lie; else each query has a copy."""
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    if kernels.takes_attend_one(q, k, v, mask):
+        k, v = (t.reshape(B * G, 1, S, D).expand(-1, H // G, -1, -1) for t in (k, v))
+        return kernels.attend_one(q.reshape(B * G, H // G, T, D), k, v).reshape(B, H, T, D)
+    k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+    return attention(q, k, v, mask, dropout)
 
 
 def attend_window(window, q, k, v, mask, dropout):
@@ -775,14 +802,16 @@ class Attention(nn.Module):
         require(c.window_pattern and set(c.window_pattern) <= {"S", "L"},
                 f"window_pattern='{c.window_pattern}' must be letters S (the window) and L (everything): "
                 "type --window_pattern=SSSL, for example")
+        require(c.n_kv_head >= 0 and c.n_head % (c.n_kv_head or 1) == 0, f"n_kv_head={c.n_kv_head} must "
+                f"divide n_head={c.n_head}: so many queries share a key and a value; 0 is one for each")
 
     def __init__(self, config, layer):
         super().__init__()
-        self.heads, self.width = config.heads()
+        (self.heads, self.width), self.kv_heads = config.heads(), config.kv_heads()
         self.layer, self.dropout, self.window = layer, config.dropout, config.window_of(layer)
-        self.attention = attention(self.window)
+        self.attention = attention(self.window, self.kv_heads < self.heads)
         of = Linear if self.gathers else attention_linear(config)
-        self.c_attn = of(config.n_embd, 3 * config.n_embd, config.bias)
+        self.c_attn = of(config.n_embd, config.n_embd + 2 * self.kv_heads * self.width, config.bias)
         self.resid_dropout = dropout(config)
         self.normalised = config.qk_norm
         self.normalise = rms if config.qk_norm else as_is
@@ -798,9 +827,9 @@ class Attention(nn.Module):
         return self.rotate(self.normalise(t), ctx).transpose(1, 2)
 
     def attend(self, flat, ctx):
-        """Queries, keys and values (B, T, 3 C) -> what each token attends to, (B, T, C)."""
-        qk, v = self.by_head(flat).split((2 * self.heads, self.heads), dim=2)
-        q, k = self.to_heads(qk, ctx).chunk(2, dim=1)
+        """Queries, keys and values (B, T, C + 2 G D) -> what each token attends to, (B, T, C)."""
+        qk, v = self.by_head(flat).split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        q, k = self.to_heads(qk, ctx).split((self.heads, self.kv_heads), dim=1)
         k, v, mask = ctx.extend(self.layer, k, v.transpose(1, 2))
         y = self.attention(self.query_gain(q), k, v, mask, self.dropout * self.training)
         return y.transpose(1, 2).flatten(2)
@@ -867,4 +896,4 @@ def normal_by_name_(tensor, std, seed, name):
 
 
 # whose flags a GPTConfig is asked about, by their `check`
-CHECKED = QueryGain, TwoOfFour, Screened, Attention, LargestInputs
+CHECKED = QueryGain, TwoOfFour, Screened, Attention, LargestInputs, RotaryPositions, LayerNorm

@@ -94,6 +94,9 @@ class GPTConfig:
     weights: str = "dense"  # 2:4: of every four weights of an output two are kept; packed when decoding
     sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
     screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens
+    n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries (GQA); 0: one each
+    rope_theta: float = 10000.0  # base of the wavelengths of pos=rope: larger for longer contexts
+    norm_eps: float = 0.0  # added to a norm's mean square; 0: 1e-5 in layernorm, 1e-6 in rmsnorm
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
     # --- the MLP's bio mechanisms ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
@@ -155,6 +158,10 @@ class GPTConfig:
         """Heads that attend on their own, and the width of each: a branch of a head is one."""
         heads = self.n_head * max(1, self.dendrites)
         return heads, self.n_embd // heads
+
+    def kv_heads(self):
+        """How many of them have keys and values of their own; heads that are neighbours share."""
+        return (self.n_kv_head or self.n_head) * max(1, self.dendrites)
 
     def exit_layers(self):
         """The numbers in `exits`."""
@@ -453,13 +460,13 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """OpenAI's GPT-2 weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' through the transformers
-        package, or a local Hugging Face GPT-2 folder or a file of weights in one, computed as transformers
-        does or refused. override_args may hold dropout alone, as in nanoGPT."""
+        package, or a local Hugging Face folder of GPT-2 or of Llama's family or a file of weights in one,
+        computed as transformers does or refused. override_args may hold dropout alone, as in nanoGPT."""
         override = override_args or {}
         require(set(override) <= {"dropout"},
                 f"from_pretrained: {sorted(override)} cannot be overridden, only dropout can")
         args, weights = pretrained.read(model_type)
-        config = GPTConfig(**args, bias=True, **override)
+        config = GPTConfig(**{"bias": True} | args | override)
         with torch.device("meta"):              # a config.json that lies about sizes takes no memory
             expected = {name: t.shape for name, t in cls(config, init=False).state_dict().items()}
         pretrained.check_shapes(weights, expected, model_type)

@@ -26,13 +26,13 @@ from training import checkpoint as ckpt
 from training import continual, estimate, export, pretrained, retrofit, runtime
 from training.pretrained import is_gpt2
 from viz import tracing
-from viz.chat import Chat, converse, show
+from viz.chat import FRAMES, Chat, converse, frame_of, show
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """Every key of sample.py."""
-    init_from: str = "resume"  # resume (from out_dir), gpt2[-medium|-large|-xl], checkpoint or GPT-2 folder
+    init_from: str = "resume"  # resume (out_dir), gpt2[-medium|-large|-xl], checkpoint, .gguf, HF folder
     out_dir: str = "out"  # run to sample from when init_from is resume
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     special: bool = True  # <|endoftext|> in a text is the one token, if the model has it; False: plain text
@@ -63,6 +63,7 @@ class SampleConfig:
     trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
     chat: bool = False  # answer lines as they are typed; the text so far begins with start
+    template: str = "auto"  # with chat, marks of who speaks: chatml, llama3, none; start: the system's text
     stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
     enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
     quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
@@ -101,7 +102,12 @@ class SampleConfig:
         require(self.overflow in ("exact", "slide"), f"overflow='{self.overflow}' must be exact or slide")
         sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
                                 self.draws)
-        for key in ("stop", "enter"):
+        require(self.template in ("auto", "none", *FRAMES),
+                f"template='{self.template}' must be auto, none, {' or '.join(FRAMES)}")
+        require(self.template not in FRAMES or (self.special and not self.stop and self.enter == "\n"),
+                f"template='{self.template}' has a stop and an enter of its own, and needs special=True: "
+                "leave --stop, --enter and --special out, or type --template=none")
+        for key in ("stop", "enter", "template"):
             require(self.chat or getattr(self, key) == getattr(type(self), key),
                     f"{key}={getattr(self, key)!r} has no effect without chat: type --chat too")
         require(not self.chat or self.num_samples == type(self).num_samples,
@@ -263,10 +269,11 @@ def main(cfg):
         model.trunk = torch.compile(model.trunk, dynamic=True)
     if cfg.chat:
         continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
-        converse(Chat(continued, tokenizer, place.device, cfg.seed, prompt_of(cfg.start), cfg.stop, cfg.enter,
-                      cfg.special))
+        frame, start = framed(cfg, prompt_of(cfg.start))
+        converse(Chat(continued, tokenizer, place.device, cfg.seed, start, cfg.stop, cfg.enter, cfg.special,
+                      frame))
         return show_program(model)
-    ids = tokenizer.encode(prompt_of(cfg.start), cfg.special)
+    ids = tokenizers.begun(tokenizer, prompt_of(cfg.start), cfg.special)
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)
     torch.manual_seed(cfg.seed)
@@ -378,6 +385,22 @@ def untrained(model, cfg, flags, about, val):
     before = estimate.validation_loss(own.to(device=weight.device, dtype=weight.dtype), stream)
     return estimate.beside(before, estimate.validation_loss(model, stream), what,
                            settings.get("dataset") if val is True else val)
+
+
+def framed(cfg, start):
+    """What stands around the lines of a conversation -> (a chat.Frame or None, what it begins with): by
+    default what a pretrained model has learnt, with the system's text that its template has."""
+    place = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    others = is_gpt2(place) and cfg.special and not cfg.stop and cfg.enter == type(cfg).enter
+    template = pretrained.chat_template_of(place) if others else None
+    own, system = frame_of(template if isinstance(template, str) else None)
+    name = own if cfg.template == "auto" else cfg.template
+    if template and cfg.template == "auto" and name is None:
+        pretrained.note(f"{place} has a template for conversations that is not {' or '.join(FRAMES)}: lines "
+                        "stand as they are; --enter and --stop say what stands between them")
+    if name not in FRAMES:
+        return None, start
+    return FRAMES[name], start if start != type(cfg).start else system if name == own else ""
 
 
 def streaming(model, cfg):

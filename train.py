@@ -159,7 +159,7 @@ def open_model(key, source):
     else:
         require(os.path.exists(Path(source)), f"{key}='{source}' must be "
                 + "scratch, resume, auto, " * (key == "init_from") + f"{', '.join(GPT2_SIZES)}, or the path "
-                "of a checkpoint, a run or a Hugging Face GPT-2 folder")
+                "of a checkpoint, a run, a Hugging Face folder or a .gguf file")
         loaded, path = ckpt.read(Path(source))
         model = build_model(loaded, path, learns=key == "init_from")
         known, iteration = loaded.get("tokenizer"), loaded.get("iter_num")

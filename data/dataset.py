@@ -24,7 +24,15 @@ import numpy as np
 
 from configurator import ConfigError, close_match, require
 from data import inputs, vocabulary
-from data.tokenizer import TOKENIZERS, described, from_meta, is_decomposed, meta_of, require_same
+from data.tokenizer import (
+    TOKENIZERS,
+    described,
+    from_meta,
+    is_decomposed,
+    is_model,
+    meta_of,
+    require_same,
+)
 from training.processes import born, fate, machine
 
 DATA = Path(__file__).resolve().parent
@@ -98,8 +106,11 @@ def is_there(name):
 
 
 def tokenizer_place(name):
-    """What --tokenizer names, for vocabulary.chosen: a kind as it is, a data set as its folder."""
-    return name if name in TOKENIZERS else os.path.abspath(find(name))
+    """What --tokenizer names, for vocabulary.chosen: a kind as it is, a data set or a pretrained model as its
+    path."""
+    if name in TOKENIZERS:
+        return name
+    return os.path.abspath(expanded(name) if is_model(expanded(name)) else find(name))
 
 
 def how_to_make(name):
@@ -295,8 +306,9 @@ def new_meta(tokenizer, source):
 def text_files(meta):
     """What a meta dict becomes on disk -> {file name: bytes}; a vocabulary of byte pairs is a file of its
     own."""
-    files = {"meta.json": json.dumps({k: v for k, v in meta.items() if k != "bpe"}, indent=1).encode()}
-    return files | ({"tokenizer.json": from_meta(meta).file()} if "bpe" in meta else {})
+    own = meta.keys() & {"bpe", "hf"}
+    files = {"meta.json": json.dumps({k: v for k, v in meta.items() if k not in own}, indent=1).encode()}
+    return files | ({"tokenizer.json": from_meta(meta).file()} if own else {})
 
 
 def dtype_for(vocab_size):

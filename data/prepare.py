@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import close_match, configure, require, run_script
 from data import corpus, dataset, inputs, vocabulary
-from data.tokenizer import TOKENIZERS
+from data.tokenizer import TOKENIZERS, is_model
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Prepare:
     """Write data/NAME from text of your own."""
     input: str = ""                         # a text, a .jsonl, .json, .parquet, .csv or .tsv, or a folder
     name: str = ""                          # name of the new folder in data/
-    tokenizer: str = "byte"                 # byte, char, gpt2, bpe (learned), or a data folder that has one
+    tokenizer: str = "byte"                 # byte, char, gpt2, bpe (learned), a folder that has one, or .gguf
     vocab_size: int = 0                     # of --tokenizer=bpe: 500 or 1000 suit tiny models
     column: str = "text"                    # what holds the text in tables
     val_fraction: float = 0.1               # the part held out for validation
@@ -36,9 +36,10 @@ class Prepare:
         require(re.fullmatch(r"\w[\w.-]{0,99}", composed(self.name)),
                 f"name={self.name!r} must be a plain folder name (letters, digits, '_', '-', '.'): "
                 "type --name=mydata")
-        require(self.tokenizer in TOKENIZERS or dataset.is_there(self.tokenizer),
+        place = self.tokenizer
+        require(place in TOKENIZERS or is_model(dataset.expanded(place)) or dataset.is_there(place),
                 f"unknown tokenizer '{self.tokenizer}'{close_match(self.tokenizer, TOKENIZERS)}; expected "
-                f"one of {', '.join(TOKENIZERS)}, or a data folder")
+                f"one of {', '.join(TOKENIZERS)}, a data folder, or a pretrained model's folder or GGUF file")
         require(self.tokenizer != "bpe" or self.vocab_size,
                 "tokenizer='bpe' is learned from the text: type --vocab_size=1000, for example")
         require(self.tokenizer == "bpe" or not self.vocab_size,

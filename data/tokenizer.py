@@ -29,7 +29,7 @@ BPE_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 END_OF_TEXT = "<|endoftext|>"
 SPACES = 50_000             # in a row, which tiktoken surely cuts into words; near a million it fails
 DOWNLOAD_SECONDS = 60       # a vocabulary of 1.5 MB that takes longer has not been reached
-DESCRIPTION = ("tokenizer", "chars", "tokenizer_sha256", "bpe")     # what of a meta says how to encode
+DESCRIPTION = ("tokenizer", "chars", "tokenizer_sha256", "bpe", "hf")     # what of a meta says how to encode
 
 
 class ByteTokenizer:
@@ -221,17 +221,18 @@ def merge(word, ranks):
 
 
 TOKENIZERS = {"byte": ByteTokenizer, "char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": TrainedTokenizer}
-VOCABULARY = {"char": ["chars"], "bpe": ["bpe"]}     # the fields of a meta that a tokenizer is made from
+VOCABULARY = {"char": ["chars"], "bpe": ["bpe"], "hf": ["hf"]}    # fields of a meta that one is made from
 
 
 def from_meta(meta):
     """The tokenizer that wrote `meta` (a dict with "tokenizer", for characters "chars", for byte pairs of our
-    own "bpe")."""
+    own "bpe", for those of a pretrained model "hf")."""
     kind = meta.get("tokenizer")
-    require(isinstance(kind, str) and kind in TOKENIZERS,
+    kinds = TOKENIZERS | {"hf": FolderTokenizer.described_by}
+    require(isinstance(kind, str) and kind in kinds,
             f"unknown tokenizer {kind!r}{close_match(str(kind), TOKENIZERS)}; "
             f"expected one of {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind](*[meta.get(field) for field in VOCABULARY.get(kind, ())])
+    return kinds[kind](*[meta.get(field) for field in VOCABULARY.get(kind, ())])
 
 
 def described(meta):
@@ -242,8 +243,10 @@ def described(meta):
 def name_of(meta):
     """A tokenizer in a few words, different ones in different words."""
     kind, size = meta["tokenizer"], len(meta.get("chars") or meta.get("bpe", {}).get("tokens", ()))
+    size = meta["hf"]["ids"] if "hf" in meta else size
     sha = meta.get("tokenizer_sha256") or hashlib.sha256(json.dumps(meta.get("chars")).encode()).hexdigest()
-    return f"'{kind}' of {size:,} ids, sha256 {sha[:8]}" if kind in VOCABULARY else f"'{kind}'"
+    named = "a model's tokenizer.json" if kind == "hf" else f"'{kind}'"
+    return f"{named} of {size:,} ids, sha256 {sha[:8]}" if kind in VOCABULARY else f"'{kind}'"
 
 
 def require_same(ours, theirs, where, what_to_do):
@@ -270,7 +273,8 @@ def meta_of(folder):
         path = Path(folder) / name
         if path.is_file():
             meta = typed(read(path), path)
-            return meta | ({"bpe": read_vocabulary(path, meta)} if meta.get("tokenizer") == "bpe" else {})
+            kind = meta.get("tokenizer")
+            return meta | ({kind: read_vocabulary(path, meta)} if kind in ("bpe", "hf") else {})
     return {}
 
 
@@ -338,6 +342,12 @@ def typed(meta, path):
     require(size > 0, f"{path}: vocab_size is {size}, expected 1 or more: prepare the data set again")
     require(version == 1, f"{path} has format {version!r}, expected 1: prepare the data set again")
     return meta
+
+
+def begun(tokenizer, text, allow_special=False):
+    """The ids of a text that begins here: behind those that a pretrained model wants in front of any."""
+    ids, begin = tokenizer.encode(text, allow_special), getattr(tokenizer, "begin", [])
+    return ids if ids[:len(begin)] == begin else [*begin, *ids]
 
 
 class StreamDecoder:
@@ -413,12 +423,14 @@ def gpt2_encoding(tiktoken, ranks):
 
 class FolderTokenizer:
     """The byte pairs of a Hugging Face folder, by the tokenizers package as transformers takes them. Added
-    tokens are plain text in a prompt unless allow_special. text: what tokenizer.json holds, or would hold."""
+    tokens are plain text in a prompt unless allow_special. text: what tokenizer.json holds, or would hold;
+    end: the id that ends a document; begin: the ids that a model wants in front of any text, [] or [BOS];
+    None: those that tokenizer.json says."""
 
-    def __init__(self, path, text, end=None):
-        self.path, self.tokens = path, None
+    def __init__(self, path, text, end=None, begin=None):
+        self.path, self.tokens, self.text = path, None, text
         try:
-            self.tokens = need("tokenizers", f"the tokenizer of {path} would").Tokenizer.from_str(text)
+            self.tokens = need("tokenizers", f"the tokens of {path}").Tokenizer.from_str(text)
         except ConfigError:
             raise
         except Exception as error:
@@ -426,12 +438,30 @@ class FolderTokenizer:
         self.tokens.no_truncation()
         self.tokens.no_padding()
         decoder = json.loads(text).get("decoder") or {}
-        require(decoder.get("type") == "ByteLevel", f"{path} is a tokenizer whose decoder is "
-                f"{decoder.get('type')}, expected GPT-2's ByteLevel: use transformers for this model")
+        parts = [part.get("type") for part in decoder.get("decoders", [decoder])]
+        self.by_bytes = "ByteLevel" in parts
+        require(self.by_bytes or "ByteFallback" in parts, f"{path} is a tokenizer whose decoder is "
+                f"{decoder.get('type')}, expected GPT-2's ByteLevel or Llama's ByteFallback: use "
+                "transformers for this model")
         vocabulary = self.tokens.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.added = {i: token.content for i, token in self.tokens.get_added_tokens_decoder().items()}
-        self.end_of_text = end if type(end) is int else vocabulary.get(END_OF_TEXT)
+        ends = [i for i in (end if isinstance(end, list) else [end]) if type(i) is int]
+        self.end_of_text = ends[0] if ends else vocabulary.get(END_OF_TEXT)
+        self.begin = self.put_in_front() if begin is None else begin
+
+    @classmethod
+    def described_by(cls, said):
+        """Of what `meta` says under "hf"."""
+        fits = isinstance(said, dict) and isinstance(said.get("file"), dict)
+        require(fits and isinstance(said.get("begin"), list), "the description of a pretrained model's "
+                f"tokenizer is damaged: {str(said)[:60]!r}")
+        return cls("the tokenizer", json.dumps(said["file"]), said.get("end"), said["begin"])
+
+    def put_in_front(self):
+        """The ids that tokenizer.json puts before a text."""
+        plain, full = (self.tokens.encode("a", add_special_tokens=on).ids for on in (False, True))
+        return full[:full.index(plain[0])] if plain and plain[0] in full else []
 
     def encode(self, text, allow_special=False):
         utf8(text)
@@ -445,10 +475,20 @@ class FolderTokenizer:
         [token_id] = known([token_id], self.vocab_size)
         if token_id in self.added:
             return self.added[token_id].encode()
-        return spelled(self.tokens.id_to_token(token_id) or "", self.path)
+        token = self.tokens.id_to_token(token_id) or ""
+        if self.by_bytes:
+            return spelled(token, self.path)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
     def meta(self):
-        return {"tokenizer": f"that of {self.path}"}
+        said = json.loads(self.file())
+        return {"tokenizer": "hf", "tokenizer_sha256": hashlib.sha256(self.file()).hexdigest(), "hf": said}
+
+    def file(self):
+        """The bytes of tokenizer.json in a data folder: theirs, and what else a model wants."""
+        return json.dumps({"ids": self.vocab_size, "begin": self.begin, "end": self.end_of_text,
+                           "file": json.loads(self.text)}).encode()
 
 
 @functools.cache
@@ -465,6 +505,13 @@ def spelled(token, path):
     require(all(char in table for char in token), f"{path}: token {token[:40]!r} is not spelled in "
                                                   "GPT-2's bytes")
     return bytes(table[char] for char in token)
+
+
+def is_model(place):
+    """Is a path a GGUF file, or a Hugging Face folder, of a model that has a tokenizer of its own?"""
+    data = any((place / name).exists() for name in ("meta.json", "meta.pkl"))
+    in_file = place.suffix.lower() == ".gguf" and place.is_file()
+    return in_file or ((place / "config.json").is_file() and not data)
 
 
 def in_folder(folder, end=None):

@@ -7,6 +7,7 @@ import functools
 import json
 from collections import Counter
 from math import log2
+from pathlib import Path
 
 from configurator import ConfigError, close_match, require
 from data.tokenizer import (
@@ -16,11 +17,13 @@ from data.tokenizer import (
     GPT2Tokenizer,
     TrainedTokenizer,
     from_meta,
+    is_model,
     load,
     meta_of,
     name_of,
     need,
 )
+from training import pretrained
 
 LEARN_CHARS = 100_000_000       # read of a text: more changes little, and the table of words grows
 LONGEST = 1000                  # characters of a word that is learned from: counting takes their square
@@ -214,6 +217,10 @@ def chosen(name, pieces, vocab_size=0):
         return from_meta({"tokenizer": name, "chars": sorted(set().union(*pieces()))})
     if name in TOKENIZERS:
         return from_meta({"tokenizer": name})
+    if is_model(Path(name)):
+        found = pretrained.tokenizer_of(name, 0)
+        require(found, f"tokenizer='{name}' is a model without a tokenizer (tokenizer.json): copy it there")
+        return found
     require(meta_of(name), f"tokenizer='{name}' is neither a folder with a tokenizer nor one of "
                            f"{', '.join(TOKENIZERS)}{close_match(name, TOKENIZERS)}")
     return load(name)

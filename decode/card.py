@@ -151,6 +151,8 @@ class Card:
         if alone:
             raise NotWritten("keys and values alone")
         kept, tile = self.cache.layers[layer], self.k.attend_tile(width)
+        if kept.size(2) != heads:
+            raise NotWritten("queries that share keys and values")
         size = kept.size(3)
         splits = max(1, min(self.k.MOST_SPLITS, -(-size // self.k.SPLIT),
                             2 * self.processors // (self.rows * heads)))

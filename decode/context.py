@@ -127,11 +127,11 @@ def add_up(values, kept, real=None):
 class Cache:
     """What decoding keeps of the tokens it has read.
 
-    layers: keys and values of each layer, (2, B, H, S, D), views of one tensor. S is `length`, or for a layer
-    with a window no more than that: column c then lies in place c % S. A layer that runs on groups of tokens
-    has a column for each group; behind the layers come the later runs of a block that ponders. states: what
-    else a module keeps, by name. choices: of the calls that read and write it; None: those of the model as it
-    is now.
+    layers: keys and values of each layer, (2, B, G, S, D) of G heads, views of one tensor. S is `length`, or
+    for a layer with a window no more than that: column c then lies in place c % S. A layer that runs on
+    groups of tokens has a column for each group; behind the layers come the later runs of a block that
+    ponders. states: what else a module keeps, by name. choices: of the calls that read and write it; None:
+    the model's as they are.
     copies: what modules have computed from their weights, by module. They live as long as the keys and values
     that the same weights have made, a stream long: nothing that changes weights between two streams, in place
     or not, noticed by torch or not, can leave one behind.
@@ -144,7 +144,7 @@ class Cache:
         windows, columns = [block.attn.window for block in model.transformer.h], c.columns_of_layers(length)
         self.windows = [windows[layer] for layer in of_layers]
         sizes = [min(columns[layer], windows[layer] or columns[layer]) for layer in of_layers]
-        heads, D = c.heads()
+        heads, D = c.kv_heads(), c.heads()[1]
         flat = zeros(2 * batch_size * heads * D * sum(sizes), weight.device,
                      model.compute_dtype or weight.dtype)                  # 0 times what is masked must be 0
         parts = flat.split([2 * batch_size * heads * D * size for size in sizes])

@@ -296,15 +296,15 @@ class Program:
         return y
 
     def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):
-        """Attention of queries, keys and values (3, heads, width) over the cache of a layer, to which it adds
-        keys and values. eps: of the norm of queries and keys, or None; rotation: tables of cosines and sines,
-        or None; gain: of each head, or None. alone: they are keys and values (2, heads, width), to be added
-        and no more."""
+        """Attention of queries (heads, width), keys and values (2, G, width) over the cache of a layer, to
+        which it adds keys and values of its G heads, each for heads / G neighbours. eps: of the norm of
+        queries and keys, or None; rotation: tables of cosines and sines, or None; gain: of each head, or
+        None. alone: they are keys and values, to be added and no more."""
         kept, y = self.kv(layer), None if alone else self.value(heads * width)
         size = kept.size(3)
         cos, sin = rotation or (None, None)
         self.add("attend", (qkv,), (y,), 4 * (3 * width + size + 64), (heads, width, size, alone,
-                 self.dtype == torch.bfloat16), (-1.0 if eps is None else eps,),
+                 self.dtype == torch.bfloat16, 0, 0, kept.size(2)), (-1.0 if eps is None else eps,),
                  (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
                  **{"in": qkv, "out": y})
         return y
@@ -336,13 +336,14 @@ class Program:
 
     def attend_open(self, q, kv, units, branch, layer, heads, width, eps, rotation, gain):
         """gelu of the attention of the queries q of Listed units alone, times their factors. kv: keys and
-        values (2, heads, width) of all heads, which the cache gets. branch: units of one that is open or not.
+        values (2, G, width) of all heads, which the cache gets. branch: units of one that is open or not.
         The rest: see attend."""
         kept, y = self.kv(layer), self.value(units.size)
         size = kept.size(3)
         cos, sin = rotation or (None, None)
         self.add("attend_open", (q, kv, units.list, units.by), (y,), 4 * (3 * width + size + 64),
-                 (heads, width, size, 0, self.dtype == torch.bfloat16, branch, units.size),
+                 (heads, width, size, 0, self.dtype == torch.bfloat16, branch, units.size,
+                  kept.size(2)),
                  (-1.0 if eps is None else eps,),
                  (kept.data_ptr(), self.vector(cos), self.vector(sin), self.vector(gain)),
                  onto=kv, list=units.list, by=units.by, **{"in": q, "out": y})

@@ -1242,30 +1242,39 @@ static void look_pairs(const float *q, const uint16_t *K, const uint16_t *V, flo
 }
 #endif
 
-/* Attention of one token: in is queries, keys and values (3, H, D), out (H, D). Keys and values are written to
-   p[0] (2, rows, H, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size; n[3]: in is keys
-   and values alone (2, H, D), and there is nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
+/* A key and a value (D) into column `place` of a cache's head, floats or bf16. */
+static void keep_kv(const float *key, const float *value, char *keys, char *values, long place, long D, long bf16) {
+    if (bf16) for (long d = 0; d < D; d++) {
+        ((uint16_t *)keys)[place * D + d] = down_bf16(key[d]);
+        ((uint16_t *)values)[place * D + d] = down_bf16(value[d]);
+    } else {
+        memcpy((float *)keys + place * D, key, D * sizeof(float));
+        memcpy((float *)values + place * D, value, D * sizeof(float));
+    }
+}
+
+/* Attention of one token: in is queries (H, D), keys and values (2, G, D), out (H, D). Keys and values are written
+   to p[0] (2, rows, G, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size; n[7]: G, each for
+   H / G queries in turn; threads that share one write the same. n[3]: in is keys and values alone, and there is
+   nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
    (columns, D); p[3]: gains (H). */
 static void op_attend(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long H = o->n[0], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, width = o->n[4] ? 2 : 4;
+    long G = o->n[7], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, width = o->n[4] ? 2 : 4;
+    long H = alone ? G : o->n[0], group = H / G;
     const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
     part(me, alone ? 0 : o->out, p->rows * H, 1, &from, &to);
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
     for (long j = from; j < to; j++) {
-        long r = j / H, h = j % H, column = p->columns[r], row = me->lanes[me->level].row[r];
+        long r = j / H, h = j % H, g = h / group, column = p->columns[r], row = me->lanes[me->level].row[r];
         long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *x = at(me, o->in) + (r * (3 - alone) - alone) * H * D;
-        char *keys = (char *)o->p[0] + (row * H + h) * size * D * width;
-        char *values = keys + me->whole->rows * H * size * D * width;
+        const float *x = at(me, o->in) + r * ((alone ? 0 : H) + 2 * G) * D, *kv = x + (alone ? 0 : H) * D;
+        char *keys = (char *)o->p[0] + (row * G + g) * size * D * width;
+        char *values = keys + me->whole->rows * G * size * D * width;
         const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
-        turned(me, x + (H + h) * D, q, D, (float)o->f[0], c, s, 1);
-        if (o->n[4]) for (long d = 0; d < D; d++) {
-            ((uint16_t *)keys)[place * D + d] = down_bf16(q[d]);
-            ((uint16_t *)values)[place * D + d] = down_bf16(x[(2 * H + h) * D + d]);
-        } else {
-            memcpy((float *)keys + place * D, q, D * sizeof(float));
-            memcpy((float *)values + place * D, x + (2 * H + h) * D, D * sizeof(float));
+        if (j == from || h % group == 0) {
+            turned(me, kv + g * D, q, D, (float)o->f[0], c, s, 1);
+            keep_kv(q, kv + (G + g) * D, keys, values, place, D, o->n[4]);
         }
         if (alone) continue;
         turned(me, x + h * D, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
@@ -1658,31 +1667,26 @@ static void op_branches(const struct op *o, struct thread *me) {
 }
 
 /* Attention of one token by the open branches alone: `in` holds the queries of the list's units, `onto` keys and
-   values (2, H, D) of all heads, which are written as op_attend writes them. A list holds whole branches of n[5]
+   values (2, G, D) of all heads, which are written as op_attend writes them. A list holds whole branches of n[5]
    units, n[6] units at most. out: gelu of what a listed unit's head attends to, times `by`. n, f and p else:
    those of op_attend. Threads take heads in turn, because the open ones lie together. */
 static void op_attend_open(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
     long H = o->n[0], D = o->n[1], size = o->n[2], width = o->n[4] ? 2 : 4, branch = o->n[5], most = o->n[6];
+    long G = o->n[7];
     const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
     for (long j = me->number; j < p->rows * H; j += me->threads) {
-        long r = j / H, h = j % H, column = p->columns[r], found = 0;
+        long r = j / H, h = j % H, g = h / (H / G), column = p->columns[r], found = 0;
         long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *kv = at(me, o->onto) + r * 2 * H * D;
+        const float *kv = at(me, o->onto) + r * 2 * G * D;
         long row = me->lanes[me->level].row[r];
-        char *keys = (char *)o->p[0] + (row * H + h) * size * D * width;
-        char *values = keys + me->whole->rows * H * size * D * width;
+        char *keys = (char *)o->p[0] + (row * G + g) * size * D * width;
+        char *values = keys + me->whole->rows * G * size * D * width;
         const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
         const int32_t *list = list_of(o, me, r, most);
-        turned(me, kv + h * D, q, D, (float)o->f[0], c, s, 1);
-        if (o->n[4]) for (long d = 0; d < D; d++) {
-            ((uint16_t *)keys)[place * D + d] = down_bf16(q[d]);
-            ((uint16_t *)values)[place * D + d] = down_bf16(kv[(H + h) * D + d]);
-        } else {
-            memcpy((float *)keys + place * D, q, D * sizeof(float));
-            memcpy((float *)values + place * D, kv + (H + h) * D, D * sizeof(float));
-        }
+        turned(me, kv + g * D, q, D, (float)o->f[0], c, s, 1);
+        keep_kv(q, kv + (G + g) * D, keys, values, place, D, o->n[4]);
         long first = h * D / branch * branch;                   /* of its branch's units */
         while (found < list[0] && list[1 + found] != first) found += branch;
         if (found >= list[0]) continue;

@@ -5,6 +5,7 @@
     python -m training.export --out_dir=out --to=safetensors   any model, for sample.py, train.py, other tools
     python -m training.export --out_dir=out --to=hf            a dense model, for transformers
 """
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -112,14 +113,21 @@ def safetensors(cfg, loaded, path):
 
 
 def hf(cfg, loaded, path):
-    """-> a function that writes a dense model in the layout of transformers' GPT2LMHeadModel."""
+    """-> a function that writes a dense model in the layout of transformers' GPT2LMHeadModel, or of its
+    LlamaForCausalLM."""
     model = build_model(loaded, path).to(DTYPES[cfg.dtype])
     weights, about = pretrained.to_hf(model)
     dataset = (loaded.get("config") or {}).get("dataset")
     needed = {"tokenizer": loaded.get("tokenizer"), "config": dataset and {"dataset": dataset}}
     about |= {"torch_dtype": cfg.dtype, "_name_or_path": MADE_HERE,
               pretrained.OURS: {key: said for key, said in needed.items() if said}}
-    return lambda folder: pretrained.write_folder(folder, weights, about)
+    own = (loaded.get("tokenizer") or {}).get("hf")
+
+    def write(folder):
+        pretrained.write_folder(folder, weights, about)
+        if own:                                  # for transformers; sample.py reads what config.json carries
+            (folder / "tokenizer.json").write_text(json.dumps(own["file"]), encoding="utf-8")
+    return write
 
 
 FORMS = {"packed": packed, "safetensors": safetensors, "hf": hf}
@@ -177,7 +185,7 @@ def main(cfg):
     write(folder)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"{folder}: {size / 2**20:.2f} MiB; " + (
-        f"read it with transformers.GPT2LMHeadModel.from_pretrained('{folder}'), sample with: "
+        f"read it with transformers.AutoModelForCausalLM.from_pretrained('{folder}'), sample with: "
         f"python sample.py --init_from={folder}" if cfg.to == "hf" else
         f"sample with: python sample.py --out_dir={folder}"))
 

@@ -1,6 +1,6 @@
 """Models in Hugging Face's layout, config.json beside model.safetensors: OpenAI's GPT-2 weights, read from a
-folder or downloaded; ours, written and read; and what a pretrained model needs for a vocabulary that has
-grown."""
+folder or downloaded; Llama's family (llama.py), from a folder or a GGUF file; ours, written and read; and
+what a pretrained model needs for a vocabulary that has grown."""
 import dataclasses
 import itertools
 import json
@@ -13,6 +13,8 @@ import torch
 
 from configurator import ConfigError, require
 from data import tokenizer as tokenizers
+from training import gguf_file, llama
+from training.gguf_file import is_gguf
 
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -23,8 +25,11 @@ GPT2_SIZES = {
 
 
 def read(name):
-    """A Hugging Face GPT-2 folder, a file of weights in one, or one of GPT2_SIZES -> (GPTConfig arguments,
-    our state dict). What this package would compute otherwise than transformers is a ConfigError."""
+    """A Hugging Face folder, a file of weights in one, a GGUF file, or one of GPT2_SIZES -> (GPTConfig
+    arguments, our state dict). What this package would compute otherwise than transformers, or llama.cpp, is
+    a ConfigError."""
+    if is_gguf(name):
+        return read_gguf(Path(name))
     return read_folder(Path(name)) if os.path.exists(name) else download(name)
 
 
@@ -68,7 +73,7 @@ SAME_FIELD = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_atte
 GELUS = {"gelu": "gelu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_tanh")
 # what GPT-2 is not, so anything else here is another model
-NEVER = {"layer_norm_epsilon": [1e-5], "add_cross_attention": [False], "is_encoder_decoder": [False],
+NEVER = {"add_cross_attention": [False], "is_encoder_decoder": [False],
          "pruned_heads": [{}, None], "cross_attention_hidden_size": [None]}
 EXPECTED = {bool: "true or false", str: "a name", float: "a number", int: "a whole number from 1 on"}
 HEADS = "GPT2LMHeadModel", "GPT2Model"
@@ -92,10 +97,13 @@ def read_folder(place):
     """A Hugging Face folder, or a file of weights in one -> GPTConfig arguments, our state dict."""
     folder = place if os.path.isdir(place) else place.parent
     path = folder / "config.json"
-    require(os.path.isfile(path), f"{folder} has no config.json: not a Hugging Face GPT-2 folder")
+    require(os.path.isfile(path), f"{folder} has no config.json: not a Hugging Face GPT-2 folder or one of "
+            "Llama's family")
     require(folder != place or not (folder / "ckpt.pt").exists(), f"{folder} holds a run (ckpt.pt) and a "
                                                                   "Hugging "
             f"Face model: name the file, {folder / 'ckpt.pt'} or {folder / 'model.safetensors'}")
+    if config_of(path).get("model_type") in [*llama.DEFAULTS]:
+        return read_llama(place, folder, config_of(path))
     c = fields_of(config_of(path), path)
     weights = read_shards(folder) if folder == place else read_tensors(place)
     said = config_of(path).get("shared", {})
@@ -105,17 +113,32 @@ def read_folder(place):
     require(len(layers) == c["n_layer"], f"{path}: n_layer={c['n_layer']}, but the weights of {place} are of "
             f"{len(layers)} layers: the two do not belong together")
     units = {"mlp_units": c["n_inner"]} if c["n_inner"] not in (None, 4 * c["n_embd"]) else {}
+    units |= {"norm_eps": c["layer_norm_epsilon"]} if c["layer_norm_epsilon"] != 1e-5 else {}
     args = dict(n_layer=c["n_layer"], n_head=c["n_head"], n_embd=c["n_embd"], vocab_size=c["vocab_size"],
                 block_size=c["n_positions"], act=GELUS[c["activation_function"]],
                 tie_weights=c["tie_word_embeddings"])
     return args | units, from_hf_names(weights, c, place)
 
 
+def read_llama(place, folder, said):
+    """A folder of Llama's family -> GPTConfig arguments, our state dict."""
+    c = llama.fields_of(said, folder / "config.json", NO_PART | {OURS})
+    weights = read_shards(folder) if folder == place else read_tensors(place)
+    return llama.arguments(c), llama.to_ours(plain_names(weights, place), c, place)
+
+
+def read_gguf(path):
+    """The same of a GGUF file."""
+    c = llama.fields_of(gguf_file.config_of(path), path, ())
+    return llama.arguments(c), llama.to_ours(gguf_file.weights_of(path, c), c, path)
+
+
 def fields_of(said, path):
     """The fields of a GPT-2 config.json that decide the logits, each one checked -> dict like "
       "GPT2_DEFAULTS."""
     kind = said.get("model_type")
-    require(kind == "gpt2", f"{path.parent} holds a '{kind}' model, expected 'gpt2'")
+    require(kind == "gpt2", f"{path.parent} holds a '{kind}' model, expected gpt2, "
+                            f"{' or '.join(llama.DEFAULTS)}")
     c = GPT2_DEFAULTS | {name: said[name] for name in GPT2_DEFAULTS if name in said}
     for other, name in SAME_FIELD.items():
         require(other not in said or name not in said or said[other] == said[name],
@@ -136,6 +159,8 @@ def fields_of(said, path):
         fits = type(value) is kind or (name == "n_inner" and type(value) is int)
         require(fits and not (type(value) is int and value < 1),
                 f"{path}: {name}={str(value)[:40]!r}, expected {EXPECTED.get(kind, EXPECTED[int])}")
+    require(0 < c["layer_norm_epsilon"] < 1, f"{path}: layer_norm_epsilon={c['layer_norm_epsilon']} must lie "
+            "between 0 and 1")
     require(c["activation_function"] in GELUS, f"{path}: activation_function='{c['activation_function']}' "
                                                "is not "
             f"computed here, only {', '.join(GELUS)}: use transformers for this model")
@@ -150,8 +175,11 @@ def fields_of(said, path):
 
 
 def folder_of(name):
-    """The folder of what `read` reads from one; None for a name of GPT2_SIZES that is downloaded."""
-    return None if not os.path.exists(name) else Path(name) if os.path.isdir(name) else Path(name).parent
+    """The folder of what `read` reads from one; None for a name of GPT2_SIZES that is downloaded, and for a
+    GGUF file, which has all in itself."""
+    if is_gguf(name) or not os.path.exists(name):
+        return None
+    return Path(name) if os.path.isdir(name) else Path(name).parent
 
 
 def carried(name):
@@ -169,12 +197,22 @@ def tokenizer_of(name, vocab_size):
     where it has none."""
     folder = folder_of(name)
     if folder is None:
-        return tokenizers.GPT2Tokenizer()
+        return gguf_file.tokenizer_of(Path(name)) if is_gguf(name) else tokenizers.GPT2Tokenizer()
     found = tokenizers.in_folder(folder, config_of(folder / "config.json").get("eos_token_id"))
     if found is None and vocab_size == 50257:
         note(f"{folder} has no tokenizer files; of 50257 ids, so GPT-2's tokenizer is taken")
         return tokenizers.GPT2Tokenizer()
     return found
+
+
+def chat_template_of(name):
+    """The text of a model's template for conversations, where its file or folder has one; else None."""
+    if is_gguf(name):
+        return gguf_file.chat_template_of(Path(name))
+    folder = folder_of(name)
+    said = config_of(folder / "tokenizer_config.json").get("chat_template") if folder else None
+    path = folder / "chat_template.jinja" if folder else None
+    return path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else said
 
 
 def description_of(name, vocab_size):
@@ -249,9 +287,11 @@ OURS = "nanocortex"     # model_type in the config.json of a model of ours; in t
 
 
 def is_gpt2(name):
-    """Is it one of GPT2_SIZES, or a folder (or a file of weights in one) whose config.json is not that of a
-    model of ours?"""
+    """Is it a model of others: one of GPT2_SIZES, a GGUF file, or a folder (or a file of weights in one)
+    whose config.json is not that of a model of ours?"""
     place = Path(name)
+    if is_gguf(name):
+        return True
     folder = place.parent if place.suffix in (".safetensors", ".bin") and os.path.isfile(place) else place
     path = folder / "config.json"
     return name in GPT2_SIZES or (os.path.isfile(path) and not is_ours(config_of(path)))
@@ -316,17 +356,21 @@ def write_folder(folder, weights, about):
 
 
 SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",
-                "tie_weights", "act", "screen", "mlp_units", "zero_init", "sr_ste")
+                "tie_weights", "act", "screen", "mlp_units", "norm_eps", "zero_init", "sr_ste")
 
 
 def to_hf(model):
-    """A dense model -> (state dict, config) of transformers' GPT2LMHeadModel with the same logits; biases
-    that it lacks are zeros. A flag that GPT-2 has no name for is a ConfigError."""
+    """A dense model -> (state dict, config) of transformers' GPT2LMHeadModel with the same logits, where
+    biases that it lacks are zeros, or of its LlamaForCausalLM. A flag that these have no name for is a
+    ConfigError."""
     c = model.config
+    same, kind = (llama.SAME, "Llama") if llama.is_llama(c) else (SAME_IN_GPT2, "GPT-2")
     for field in dataclasses.fields(c):
-        require(field.name in SAME_IN_GPT2 or getattr(c, field.name) == field.default,
-                f"{field.name}={getattr(c, field.name)} has no counterpart in GPT-2, to=hf is for dense "
+        require(field.name in same or getattr(c, field.name) == field.default,
+                f"{field.name}={getattr(c, field.name)} has no counterpart in {kind}, to=hf is for dense "
                 "models: type --to=safetensors")
+    if kind == "Llama":
+        return llama.to_hf(model)
     act = {"gelu": "gelu", "gelu_tanh": "gelu_new"}.get(c.act)
     require(act, f"act={c.act} has no counterpart in GPT-2, to=hf is for dense models: type --to=safetensors")
     weights = {}
@@ -339,7 +383,7 @@ def to_hf(model):
     return weights, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": c.n_layer,
                      "n_head": c.n_head, "n_embd": c.n_embd, "n_positions": c.block_size,
                      "vocab_size": c.vocab_size, "n_inner": c.units(), "activation_function": act,
-                     "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tie_weights,
+                     "layer_norm_epsilon": c.norm_eps or 1e-5, "tie_word_embeddings": c.tie_weights,
                      "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
                      "bos_token_id": None, "eos_token_id": None}
 
@@ -403,7 +447,7 @@ def check_shapes(weights, expected, place):
     lacks = [name for name in expected if name not in weights]
     more = [name for name in weights if name not in expected]
     wrong = [f"lack {name}" for name in lacks[:1]] + [f"have {name}, which it does not" for name in more[:1]]
-    require(not wrong, f"{place} does not hold the weights of the GPT-2 of its config.json: they "
+    require(not wrong, f"{place} does not hold the weights of the model of its config.json: they "
                        f"{' and '.join(wrong)}")
     for name, shape in expected.items():
         check_shape(weights, name, shape, place)
@@ -428,7 +472,8 @@ def fit_vocabulary(model, old, meta):
         made = tokenizers.from_meta(new)
         return grow_vocabulary(model, made.extends, made.pieces())
     tokenizers.require_same(old, new, "the model of --init_from and the data", "take data that is encoded as "
-                            "the model's was, or start with --init_from=scratch")
+                            "the model's was (data/prepare.py --tokenizer=THAT_MODEL), or start with "
+                            "--init_from=scratch")
     return model
 
 

@@ -6,30 +6,68 @@ answer depends on that text and the seed alone: sample.py gives the same one whe
 import contextlib
 import locale
 import os
+import re
 import signal
 import sys
+from typing import NamedTuple
 
 import torch
 
 from configurator import ConfigError, require
-from data.tokenizer import StreamDecoder
+from data.tokenizer import StreamDecoder, begun
 from decode.sampling import Damaged
 
 PROMPT = "> "
 HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C ends an answer"
 
 
+class Frame(NamedTuple):
+    """What an instruct model has seen around messages: a system's, with {} for its text; before and behind a
+    line; what ends an answer, and what follows that."""
+    system: str
+    before: str
+    enter: str
+    stop: str
+    after: str
+
+
+FRAMES = {
+    "chatml": Frame("<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n",
+                    "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
+    "llama3": Frame("<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+                    "<|start_header_id|>user<|end_header_id|>\n\n",
+                    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", ""),
+}
+SAYS = r"<\|im_start\|>system(?:\n|\\n)([^{}']+?)<\|im_end\|>"     # the text that a template has for a system
+
+
+def frame_of(template):
+    """The name in FRAMES of a model's own template (jinja), None for another -> (it, the system's text)."""
+    for name, frame in FRAMES.items():
+        if template and frame.stop in template and frame.before.partition("user")[0] in template:
+            said = re.search(SAYS, template)
+            return name, said[1] if said else ""
+    return None, ""
+
+
 class Chat:
     """The text so far, and what goes on with it.
 
     stream: a function of a prompt (1, T) that yields token ids; stop: a text that ends an answer, it stays in
-    the text but is not shown; enter: what a typed line ends with; special: <|endoftext|> is the one token.
+    the text but is not shown; enter: what a typed line ends with; special: <|endoftext|> is the one token;
+    frame: instead of stop and enter, see Frame; start is its system's text then, empty: none.
     """
 
-    def __init__(self, stream, tokenizer, device, seed, start="", stop="", enter="\n", special=True):
+    def __init__(self, stream, tokenizer, device, seed, start="", stop="", enter="\n", special=True,
+                 frame=None):
         self.stream, self.tokenizer, self.device, self.seed = stream, tokenizer, device, seed
-        self.start = self.text = start
+        self.before, self.closes = "", ""
         self.stop, self.enter = newlines(stop), newlines(enter)
+        if frame:
+            start = start and frame.system.format(start)
+            self.before, self.enter, self.stop = frame.before, frame.enter, frame.stop
+            self.closes = frame.stop + frame.after
+        self.start = self.text = start
         self.special, self.end = special, tokenizer.end_of_text
 
     def reset(self):
@@ -38,9 +76,10 @@ class Chat:
     def answer(self, line, interrupted=lambda: False):
         """Yield the answer to a line piece by piece, whole characters at a time; `interrupted` is asked
         behind each token. ConfigError where the line has characters that the model does not know."""
-        ids = self.tokenizer.encode(self.text + line + self.enter, self.special)
+        line = self.before + line + self.enter
+        ids = begun(self.tokenizer, self.text + line, self.special)
         require(ids, "there is no text yet to go on with: type a line")
-        self.text += line + self.enter
+        self.text += line
         torch.manual_seed(self.seed)
         decoder, waiting = StreamDecoder(self.tokenizer), ""
         for token in self.stream(torch.tensor([ids], device=self.device)):
@@ -49,9 +88,10 @@ class Chat:
             said, waiting, over = until(self.stop, waiting + decoder.feed(int(token)))
             yield self.say(said)
             if over:
-                self.text += self.stop
+                self.text += self.closes or self.stop
                 return
         yield self.say(waiting) + decoder.flush()        # half a character is shown, but not read again
+        self.text += self.closes
 
     def say(self, text):
         self.text += text

@@ -11,7 +11,7 @@ import layers
 import sparse_kernels
 from bio_modules import Oscillating
 from configurator import ConfigError
-from decode.context import Context
+from decode.context import Cache, Context
 from layers import rotate
 from model import GPT, SIZES, GPTConfig, SwiGLU
 from training import optimizers
@@ -318,3 +318,79 @@ def test_a_bf16_model_is_one_graph_whatever_multiplies_it(native, monkeypatch):
     idx = tokens(2, 8)
     loss = torch.compile(model, fullgraph=True, backend="eager")(idx, idx)[1]
     torch.testing.assert_close(loss, model(idx, idx)[1])
+
+
+# ------------------------------------------------ queries that share keys and values ---------------------
+
+SHARING = {"one": dict(n_kv_head=1), "two": dict(n_kv_head=2), "rope": dict(n_kv_head=2, pos="rope"),
+           "window": dict(n_kv_head=2, window=3, window_pattern="SL"), "dendrites": dict(
+               n_kv_head=2, dendrites=2, dendrites_active=1), "gain": dict(
+               n_kv_head=2, qk_norm=True, qk_gain=2.0), "ponder": dict(n_kv_head=1, ponder=3)}
+
+
+def with_keys_for_each(model, arm):
+    """The same function as a model in which each query has a key and a value: copies of those it shares."""
+    c, full = model.config, build(SHARING[arm] | dict(n_head=4, n_kv_head=0))
+    weights = model.state_dict()
+    for name, t in weights.items():
+        if ".c_attn." in name:
+            q, kv = t[:c.n_embd], t[c.n_embd:].unflatten(0, (2, -1, c.heads()[1]))
+            kv = kv.repeat_interleave(4 // c.n_kv_head, 1)
+            weights[name] = torch.cat((q, kv.flatten(0, 2)))
+    full.load_state_dict(weights)
+    return full
+
+
+@pytest.mark.parametrize("arm", SHARING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_queries_that_share_a_key_see_what_copies_of_it_would_show_them(arm, dtype, threads):
+    """In a forward, in its gradients, and in steps of one row and of several behind a prompt."""
+    model = build(SHARING[arm] | dict(n_head=4), std=0.3)
+    full, idx = with_keys_for_each(model, arm), tokens(3, 16)
+    torch.testing.assert_close(model(idx, idx)[0], full(idx, idx)[0])
+    for twin in (model, full):
+        twin(idx, idx)[1].backward()
+    torch.testing.assert_close(model.transformer.wte.weight.grad, full.transformer.wte.weight.grad)
+    model, full = (twin.to(dtype).choose(threads=threads) for twin in (model, full))
+    for rows, lengths in ((1, None), (3, torch.tensor([5, 1, 3]))):
+        for choices in ("", "by modules"):
+            ids = [twin.choose(forward=choices).generate(idx[:rows, :5], 9, 0.0, lengths=lengths)
+                   for twin in (model, full)]
+            assert torch.equal(*ids)
+
+
+def test_the_cache_of_shared_keys_is_so_much_smaller():
+    sizes = [Cache(build(dict(n_head=8, n_kv_head=n)), 1, 16).nbytes() for n in (0, 8, 4, 1)]
+    assert sizes == [sizes[0], sizes[0], sizes[0] // 2, sizes[0] // 8]
+    assert build(dict(n_kv_head=2)).state_dict().keys() == build({}).state_dict().keys()
+
+
+@pytest.mark.parametrize("arm, parts", [
+    (dict(n_head=4, n_kv_head=3), ["n_kv_head=3", "n_head=4"]),
+    (dict(n_kv_head=4), ["n_kv_head=4", "n_head=2"]), (dict(n_kv_head=-1), ["n_kv_head=-1"]),
+    (dict(rope_theta=5e5), ["rope_theta=500000.0", "pos='rope'"]),
+    (dict(rope_theta=0.0, pos="rope"), ["rope_theta=0.0"]), (dict(norm_eps=-1e-5), ["norm_eps=-1e-05"]),
+], ids=str)
+def test_what_the_switches_do_not_mean_is_refused(arm, parts):
+    with pytest.raises(ConfigError) as error:
+        build(arm)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+def test_rope_theta_is_the_base_of_the_wavelengths():
+    """The last pair of 8 dimensions turns by theta ** (-3/4) a token."""
+    for theta in (10000.0, 100.0):
+        positions = build(dict(pos="rope", rope_theta=theta)).transformer.wpe
+        assert positions.cos[5, 0, 3] == pytest.approx(math.cos(5 * theta ** -0.75))
+        again = positions.to(torch.bfloat16).to(torch.float32)
+        assert again.cos[5, 0, 3] == pytest.approx(math.cos(5 * theta ** -0.75))
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_norm_eps_is_added_to_the_mean_square(norm):
+    x = 1e-3 * torch.randn(3, 16)
+    for eps, own in ((0.0, {"layernorm": 1e-5, "rmsnorm": 1e-6}[norm]), (1e-3, 1e-3)):
+        found = build(dict(norm=norm, norm_eps=eps)).transformer.ln_f(x)
+        y = x - x.mean(-1, keepdim=True) * (norm == "layernorm")
+        torch.testing.assert_close(found, y * (y.square().mean(-1, keepdim=True) + own).rsqrt())

@@ -16,8 +16,9 @@ from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, build_model
 from training import checkpoint, estimate, retrofit
 
-REFUSED = {"rope": "pos", "swiglu": "act", "zero_init": "zero_init", "compartments": "compartments",
-           "dendrites": "dendrites", "energy": "dendrites"}
+REFUSED = {"rope": "pos", "rope_theta": "pos", "grouped": "n_kv_head", "swiglu": "act",
+           "zero_init": "zero_init", "compartments": "compartments", "dendrites": "dendrites",
+           "energy": "dendrites"}
 PARENT = {"mlp_screen": dict(act="relu2"), "qk_gain": dict(qk_norm=True)}   # what an arm needs, beside depth
 # the function is the dense model's, bit for bit; or within so many of a loss of 3.4 nats
 EXACT = ("gpt2", "untied", "ngram", "recompute", "mlp_screen", "exits", "screen", "adapters")
