@@ -529,3 +529,17 @@ def test_screened_units_beside_another_flag_are_part_of_what_it_costs(dense):
     both = sampled(dense, val=True, mlp_screen=4, mlp_live=1.0, window=3, window_pattern="S")
     assert "untrained with window=3, window_pattern=S, mlp_screen=4, mlp_live=1.0" in both.err
     assert "screened units: " in both.err
+
+
+def test_no_iterations_write_what_the_flags_make_of_the_dense_model(dense):
+    said = fit(dense, event_gate=True, event_rate=0.3, max_iters=0, out="untouched").out
+    model = build_model(*checkpoint.read(dense.folder / "untouched")).eval()
+    parent = build_model(*checkpoint.read(dense.folder / "dense")).eval()
+    for name, tensor in parent.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert dense.checkpoint("untouched")["iter_num"] == 0 and "no iteration was trained" not in said
+    result = Job("sample.py", words(out_dir=dense.folder / "untouched", device="cpu", dtype="float32",
+                                    num_samples=1, max_new_tokens=4), dense.folder).wait()
+    assert result.status == 0, result.err
+    dense.resume(out="untouched", max_iters=2)
+    assert dense.checkpoint("untouched")["iter_num"] == 2
