@@ -25,6 +25,7 @@ from configurator import ConfigError, require
 from viz.figures import drawing, pyplot
 
 TIMED = 8                                        # points whose decode steps are timed, at most
+NOTABLE = 0.99                                   # of the bytes, that a point may read at most
 STEPS, FEWEST = 60, 20                           # iterations of a retrofit that are wanted, at the least
 BESIDE, BEGIN = 1.5, 10                          # of a step: times a forward and backward; of a run: seconds
 
@@ -55,7 +56,7 @@ class Sparsify(Timed):
         require(0 <= self.max_loss < 1, f"max_loss={self.max_loss} must be in [0, 1), a share of the dense "
                 "model's loss: type --max_loss=0.01 for one percent")
         for key in ("minutes", "retrofits"):
-            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative; 0 trains none")
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must be 0 (trains nothing) or more")
         unknown = [word for word in self.only.split(",") if word and word not in AXES]
         require(not unknown, f"only='{self.only}': {unknown[:1]} must be among {', '.join(AXES)}")
         require(self.tokens >= 2, f"tokens={self.tokens} must be at least 2: type --tokens=8192")
@@ -190,7 +191,9 @@ class Search:
                 if not self.look(trial, axis):
                     self.bar.update(len(trials) - place - 1)
                     break
-        self.best = self.combined(Trial(), self.passed)
+        alone = [*self.passed]
+        self.combined(Trial(), sorted(alone, key=lambda trial: -self.promise(self.axis_of[trial], trial)))
+        self.best = self.combined(Trial(), sorted(alone, key=lambda trial: cost_of(self.lab.known(trial))))
         if self.cfg.minutes and self.cfg.retrofits:
             self.train_on()
 
@@ -203,7 +206,7 @@ class Search:
             self.axis_of[trial] = axis
             self.tried.append(trial)
         found, dense = self.lab.beside(trial), self.lab.known(Trial())
-        passes = found.share <= self.cfg.max_loss and cost_of(record) < min(below, cost_of(dense))
+        passes = found.share <= self.cfg.max_loss and cost_of(record) < min(below, NOTABLE * cost_of(dense))
         if passes and trial not in self.passed:
             self.passed.append(trial)
         self.bar.update()
@@ -212,9 +215,8 @@ class Search:
         return passes
 
     def combined(self, start, parts):
-        """Greedily add to a trial what has passed alone, what reads least first -> the combination."""
+        """Greedily add to a trial what has passed alone, in the order of `parts` -> the combination."""
         best, axes = start, {self.axis_of.get(start)} - {"", None, "bits"}
-        parts = sorted(parts, key=lambda trial: cost_of(self.lab.known(trial)))
         self.bar.total += len(parts)
         for part in parts:
             axis, trial = self.axis_of[part], best.with_(part.flags, part.bits)
@@ -339,9 +341,13 @@ class Search:
                 self.bar.set_postfix_str(f"other windows: {trial}", refresh=sys.stderr.isatty())
                 self.lab.confirm(trial)
                 self.bar.update()
-                found = self.best_known(trial)
-                if found.share > self.cfg.max_loss:
-                    self.notes.append(f"{trial}: {said(found)} on the other windows, which is too much")
+
+    def not_confirmed(self):
+        """Sentences on what has passed and loses more on windows that chose nothing."""
+        for trial in self.passed:
+            found = self.best_known(trial)
+            if found.share > self.cfg.max_loss:
+                yield f"left out, {trial}: {said(found)} on windows that chose nothing"
 
     def finish(self):
         """Losses of the front on windows that chose nothing, and its tokens/s in turns -> the measurement."""
@@ -390,7 +396,7 @@ class Search:
         if self.lab.control is not None:
             print("  trained ones stand beside the dense model trained on as long, whose loss is "
                   f"{said(self.beside_itself())} to the dense model's")
-        for note in self.notes:
+        for note in (*self.not_confirmed(), *self.notes):
             print(note)
         for trial in front[1:]:
             print(f"{trial}:", *self.lab.commands(trial), sep="\n    ")
@@ -450,7 +456,8 @@ class Search:
                     "passes": trial in self.passed}
         commands = {str(trial): [cut(text) for text in lab.commands(trial)] for trial in front[1:]}
         return {"measurements": {"decode": timed} if timed else {}, "points": points,
-                "front": [str(trial) for trial in front], "commands": commands, "notes": self.notes,
+                "front": [str(trial) for trial in front], "commands": commands,
+                "notes": [*self.not_confirmed(), *self.notes],
                 "training": lab.plan, "stopped": stopped, "seeds": [self.cfg.seed],
                 "model": {"sha256": lab.key[1], "args": lab.dense.config.model_args(),
                           "data": lab.folder.name},

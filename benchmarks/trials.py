@@ -1,5 +1,5 @@
-"""Trials of bench.py sparsify: a trained dense model with flags and weight bits, its loss on the windows of the
-dense model's, what a decode step of it reads; each is measured once and kept in a file."""
+"""Trials of bench.py sparsify: a trained dense model with flags and weight bits, its loss on the same windows
+as the dense model's own, what a decode step reads; each is measured once and kept in a file."""
 import copy
 import dataclasses
 import hashlib
@@ -37,6 +37,7 @@ LOOKS = 8                                        # times that a trial's loss is 
 SURE = 0.99                                      # of an interval that ends a trial before its last window
 AT_SAMPLING = {"mlp_screen", "mlp_live", "mlp_topk", "attn_topk", "window", "window_pattern", "weights",
                "screen"}                         # flags that sample.py switches on by itself
+SAME_TENSORS = AT_SAMPLING - {"weights"} | {"mlp_topk_group"}        # and that need no start
 RECIPE = ("optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "muon_momentum", "muon_steps",
           "documents", "dropout")                # keys of the run's training that training on takes over
 RATE = 0.5                                       # of the run's highest learning rates, at batches of its size
@@ -140,7 +141,8 @@ class Lab:
         model = copy.deepcopy(dense)
         if trial.flags:
             config = dataclasses.replace(dense.config, **dict(trial.flags))
-            model, _ = retrofit.retrofit(dense, config, self.text[count], self.cfg.seed)
+            model = (pretrained.rebuilt(dense, config).eval() if {*dict(trial.flags)} <= SAME_TENSORS else
+                     retrofit.retrofit(dense, config, self.text[count], self.cfg.seed)[0])
         if trial.bits != WHOLE:
             quantize(model, kind_of(trial.bits), moments=self.moments if 4 in trial.bits else None)
         model.to(self.dtype)
