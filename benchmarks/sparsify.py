@@ -188,7 +188,8 @@ class Search:
         self.look(Trial(), "", math.inf)
         for axis, trials in self.ladders:
             for place, trial in enumerate(trials):
-                if not self.look(trial, axis):
+                self.look(trial, axis)
+                if self.lab.beside(trial).share > self.cfg.max_loss:
                     self.bar.update(len(trials) - place - 1)
                     break
         alone = [*self.passed]
@@ -238,15 +239,14 @@ class Search:
         budget, lab = 60 * self.cfg.minutes, self.lab
         lab.plan = self.planned(len(chosen))
         chosen = chosen[:lab.plan["count"]]
-        control, spent, slowest = Trial(trained=()), 0.0, 0.0
+        control, done = Trial(trained=()), []
         self.bar.total += 1 + len(chosen)
         for axis, trial in [("", control), *((axis, Trial(trained=trial.flags)) for axis, trial in chosen)]:
-            if spent and spent + slowest > 1.5 * budget:
+            if len(done) > 1 and sum(done) + max(done) > budget:     # one beside the dense model at least
                 self.notes.append(f"{trial}: not trained, the {self.cfg.minutes:g} minutes are over")
                 continue
             self.bar.set_postfix_str(f"training {trial}", refresh=sys.stderr.isatty())
-            seconds = lab.train(trial)
-            spent, slowest = spent + seconds, max(seconds, slowest)
+            done.append(lab.train(trial))
             if trial == control:
                 self.look(trial, axis, math.inf)
                 if lab.beside(trial).share < 0:
@@ -267,8 +267,9 @@ class Search:
         pool = [(self.axis_of[trial], trial) for trial in self.tried
                 if trial.flags and trial not in self.passed and self.axis_of[trial] in AXES]
         pool += [(axis, trial) for axis, trial in self.trained if trial not in self.tried]
-        self.bar.total += len(pool)
-        for axis, trial in pool:
+        untried = [(axis, trial) for axis, trial in pool if trial not in self.tried]
+        self.bar.total += len(untried)
+        for axis, trial in untried:
             self.look(trial, axis)
         pool = [(axis, trial) for axis, trial in pool if trial not in self.passed]
         pool.sort(key=lambda one: -self.promise(*one))
