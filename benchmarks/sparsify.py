@@ -41,7 +41,7 @@ class Sparsify(Timed):
     only: str = ""  # of what is tried, by commas: bits, head, units, attention, window, 2:4; empty: all
     tokens: int = 8192  # of held-out text that a trial's loss is of at most; as many others confirm the front
     new: int = 128  # tokens that every point of the front decodes in a round
-    threads: int = 2  # CPU threads
+    threads: int = 2  # CPU threads, of training runs too
     dtype: str = "bfloat16"  # of the weights and the cache that decode: bfloat16 or float32
     trials: str = "out-sparsify"  # folder where finished trials are kept, and found again
     loss_only: bool = False  # losses and counted bytes, no times: for a machine that is busy
