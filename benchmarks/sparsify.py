@@ -202,8 +202,8 @@ class Search:
         """Measure a trial -> does it pass: lose little enough, read less than `below` and the dense one?"""
         limit = self.cfg.max_loss if limit is None else limit
         self.bar.set_postfix_str(str(trial), refresh=sys.stderr.isatty())
-        record = self.lab.measure(trial, limit, below)
-        if trial not in self.axis_of:
+        record, again = self.lab.measure(trial, limit, below), trial in self.axis_of
+        if not again:
             self.axis_of[trial] = axis
             self.tried.append(trial)
         found, dense = self.lab.beside(trial), self.lab.known(Trial())
@@ -211,8 +211,9 @@ class Search:
         if passes and trial not in self.passed:
             self.passed.append(trial)
         self.bar.update()
-        tqdm.write(f"{trial!s:44} {said(found):>32}  {cost_of(record) / cost_of(dense):5.0%} of the bytes"
-                   + "  passes" * passes)
+        if not again:
+            tqdm.write(f"{trial!s:58} {said(found):>25} {cost_of(record) / cost_of(dense):5.0%} of the bytes"
+                       + "  passes" * passes)
         return passes
 
     def combined(self, start, parts):
@@ -246,7 +247,13 @@ class Search:
                 self.notes.append(f"{trial}: not trained, the {self.cfg.minutes:g} minutes are over")
                 continue
             self.bar.set_postfix_str(f"training {trial}", refresh=sys.stderr.isatty())
-            done.append(lab.train(trial))
+            try:
+                done.append(lab.train(trial))
+            except ConfigError as error:         # of a run of its own; what is known stays
+                self.notes.append(f"{trial}: not trained: {error}")
+                if trial == control:
+                    break
+                continue
             if trial == control:
                 self.look(trial, axis, math.inf)
                 if lab.beside(trial).share < 0:
@@ -387,12 +394,12 @@ class Search:
         rows = {trial: self.row(trial, timed) for trial in front}
         print(f"loss above the dense model's (95%), of {self.lab.count} windows"
               + " that chose nothing" * all(r.fresh for r in rows.values())
-              + "; MB a decode step reads (weights, keys and values); million multiply-adds"
+              + "; MB that a decode step reads (weights, keys, values); million multiply-adds"
               + "; tokens/s (greedy, batch 1)" * bool(timed))
         wide = max(len(r.name) for r in rows.values())
         for r in rows.values():
             rate = f"{r.rate:9.0f}{r.times:7.2f}x" if r.rate else ""
-            print(f"  {r.name:{wide}}{r.loss:9.4f}{said(r.found):>28}{r.mb:9.2f}{r.share:5.0%}{r.macs:9.2f}"
+            print(f"  {r.name:{wide}}{r.loss:9.4f}{said(r.found):>28}{r.mb:9.4g}{r.share:5.0%}{r.macs:9.4g}"
                   f"{rate}")
         if self.lab.control is not None:
             print("  trained ones stand beside the dense model trained on as long, whose loss is "
@@ -468,7 +475,9 @@ class Search:
 def said(found):
     """A share and its 95% interval for people."""
     if not math.isfinite(found.share):
-        return "not measured" if math.isnan(found.share) else "not a number"
+        return "reads no less" if math.isnan(found.share) else "not a number"
+    if found.interval == [0, 0]:
+        return "+0.00%"
     between = "({:+.2%}, {:+.2%})".format(*found.interval) if found.interval else ""
     return f"{found.share:+.2%} {between}".rstrip()
 

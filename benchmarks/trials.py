@@ -195,7 +195,9 @@ class Lab:
         return None if trial.trained is None else sorted(self.plan.items())
 
     def file_of(self, trial):
-        return self.place / f"{digest([self.key, *trial, self.recipe_key(trial)])}.json"
+        flags = dict(trial.flags) | dict(trial.trained or ())
+        packs = sparse_kernels.packing_pays(torch.device("cpu"))[0] if "weights" in flags else None
+        return self.place / f"{digest([self.key, *trial, self.recipe_key(trial), packs])}.json"
 
     def is_decided(self, trial, limit):
         return "bytes" in self.known(trial) and self.beside(trial, limit).decided

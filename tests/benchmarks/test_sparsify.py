@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, Job, Trainer, one_sentence, words
+from conftest import ROOT, TEXT, Job, Trainer, one_sentence, run_real, words
 
 from benchmarks import sparsify, trials
 from benchmarks.trials import WHOLE, Lab, Trial, cost_of
@@ -310,3 +311,30 @@ def test_intervals_of_pairs_decide_early_and_only_where_they_are_sure(dense):
         assert lab.beside(trial, limit=0.01).decided == decided
     lab.records[trial] = {"of_windows": base[:3] + [None]}
     assert lab.beside(trial).share == float("inf")
+
+
+@pytest.mark.slow
+def test_the_pages_search_prints_what_stands_there(tmp_path):
+    page = (ROOT / "docs" / "retrofit.md").read_text(encoding="utf-8")
+    first, search = (block.split("```")[0].replace("\\\n", " ") for block in page.split("```console\n")[1:3])
+    numbers = re.compile(r"[-+]?\d+(?:\.\d+)?%?")
+    for part in (first.split("$ python ")[1], search.split("$ python ")[1]):
+        command, *expected = part.strip().splitlines()
+        script, *rest = shlex.split(command)
+        run = run_real(script, [str(ROOT / word) if word.startswith("config/") else word for word in rest],
+                       tmp_path)
+        out, err = run.communicate(timeout=900)
+        assert run.returncode == 0, err
+    printed = out.splitlines()
+    for text in expected:
+        blank = re.sub(r" +", " ", numbers.sub("", text))
+        near = [other for other in printed if re.sub(r" +", " ", numbers.sub("", other)) == blank]
+        assert any(like(numbers.findall(text), numbers.findall(other)) for other in near), f"{text}\n{near}"
+
+
+def like(ours, theirs):
+    """Are numbers of two lines alike, shares of a loss to 0.3%, those of bytes to 1%, others to 3%?"""
+    values = [(float(a.rstrip("%")), float(b.rstrip("%")), a.endswith("%") and "." in a) for a, b in zip(
+        ours, theirs)]
+    return len(ours) == len(theirs) and all(
+        abs(a - b) <= (0.3 + 0.1 * abs(a) if share else max(1, 0.03 * abs(a))) for a, b, share in values)
