@@ -377,7 +377,10 @@ class Search:
         record, dense = self.lab.known(trial), self.lab.known(Trial())
         fresh, found = "fresh" in record, self.best_known(trial)
         side, base = (timed.get("sides", {}).get(name) for name in (str(trial), str(Trial())))
-        loss = statistics.fmean(record["fresh"] if fresh else record["of_windows"])
+        if fresh:
+            loss = statistics.fmean(record["fresh"])
+        else:                                    # of the windows that it has seen, as if it had seen all
+            loss = statistics.fmean(self.lab.beside_whom(trial)["of_windows"]) * (1 + found.share)
         return SimpleNamespace(name=str(trial), loss=loss, found=found, fresh=fresh, mb=cost_of(record) / 1e6,
                                share=cost_of(record) / cost_of(dense), macs=record["macs"] / 1e6,
                                rate=side and side["median"],
@@ -430,7 +433,7 @@ class Search:
         """What training on gains the dense model."""
         gained, lab = self.lab.control, self.lab
         lab.control = None
-        found = lab.beside(gained)
+        found = lab.beside(gained)               # the dense model as it was
         lab.control = gained
         return found
 

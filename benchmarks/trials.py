@@ -219,11 +219,9 @@ class Lab:
         return record
 
     def beside(self, trial, limit=math.inf, key="of_windows"):
-        """A trial's loss beside the dense model's on the windows that are known of it -> Found. Beside a
-        trained one stands the dense model trained on as long, where that is the better one."""
+        """A trial's loss beside the dense model's on the windows that are known of it -> Found."""
         losses = self.known(trial).get(key, [])
-        against = Trial() if trial.trained is None or self.control is None else self.control
-        baseline = self.known(against).get(key) or losses
+        baseline = self.beside_whom(trial).get(key) or losses
         if not losses or None in losses:         # not measured, or not a number
             return Found(math.inf if losses else math.nan, None, bool(losses))
         base = statistics.fmean(baseline[:len(losses)])
@@ -231,6 +229,12 @@ class Lab:
         found, sure = mean_interval(each), mean_interval(each, SURE)["interval"]
         early = limit < math.inf and len(each) >= 4 and (sure[0] > limit or sure[1] <= limit)
         return Found(found["mean"], found["interval"], early or len(losses) == self.count)
+
+    def beside_whom(self, trial):
+        """The record of the dense model that a trial stands beside: the one trained on, if that is better and
+        the trial's weights have learnt too, which those under exits have not."""
+        learnt = trial.trained is not None and "exits" not in dict(trial.trained)
+        return self.known(self.control if learnt and self.control is not None else Trial())
 
     def costs(self, decodes):
         """Bytes of weights and multiply-adds of a decode step, and bytes of keys and values that it reads."""

@@ -220,6 +220,18 @@ def test_what_a_model_has_or_cannot_have_is_not_tried(dense):
 
 # -------------------------------------------------- training ------------------------------------------------
 
+def test_what_has_learnt_stands_beside_the_dense_model_that_has_learnt_as_long_if_that_is_better(dense):
+    lab = lab_of(dense)
+    before = lab.known(Trial())["of_windows"]
+    taught, exits, control = (Trial(trained=flags) for flags in ((("window", 4),), (("exits", "1"),), ()))
+    for trial, factor in ((control, 0.9), (taught, 0.95), (exits, 0.95)):
+        lab.records[trial] = {"of_windows": [factor * loss for loss in before]}
+    assert lab.beside(taught).share == pytest.approx(-0.05)
+    lab.control = control
+    assert lab.beside(taught).share == pytest.approx(0.95 / 0.9 - 1)
+    assert lab.beside(exits).share == pytest.approx(-0.05) == lab.beside(Trial(), limit=1).share - 0.05
+
+
 TRAINED = dict(loss_only=True, trials="trained", minutes=0.05, retrofits=1, only="depth,attention")
 
 
