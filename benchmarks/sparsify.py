@@ -77,13 +77,15 @@ def sparsify(cfg):
     print(search.announced(), flush=True)
     if cfg.dry_run:
         return search.record({}, False)
+    search.lab.make_folder()
     stopped, timed = False, {}
     try:
         search.run()
         timed = search.finish()
     except KeyboardInterrupt:
         stopped = True
-    search.bar.close()
+    finally:
+        search.bar.close()
     search.tell(timed, stopped)
     if cfg.plot:
         search.draw(timed)
@@ -311,7 +313,7 @@ class Search:
             if iters >= FEWEST:
                 break
         plan = {"iters": min(iters, 5000), "rows": rows, "count": some}
-        lab.place.mkdir(parents=True, exist_ok=True)
+        lab.make_folder()
         write_atomically(path, json.dumps(plan) + "\n")
         return plan
 
@@ -406,7 +408,7 @@ class Search:
                   f"{rate}")
         if self.lab.control is not None:
             print("  trained ones stand beside the dense model trained on as long, whose loss is "
-                  f"{said(self.beside_itself())} to the dense model's")
+                  f"{said(self.best_known(self.lab.control))} to the dense model's")
         for note in (*self.not_confirmed(), *self.notes):
             print(note)
         for trial in front[1:]:
@@ -428,14 +430,6 @@ class Search:
             trial, r = min(inside, key=lambda one: one[1].mb)
             what = f"{r.share:.0%} of the dense model's bytes a step"
         return f"{r.name}: {what} at {r.found.share:+.2%} loss: {self.lab.commands(trial)[-1]}"
-
-    def beside_itself(self):
-        """What training on gains the dense model."""
-        gained, lab = self.lab.control, self.lab
-        lab.control = None
-        found = lab.beside(gained)               # the dense model as it was
-        lab.control = gained
-        return found
 
     def draw(self, timed):
         """The loss against ms a token, or where no times are known against bytes a token."""

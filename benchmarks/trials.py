@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shlex
 import statistics
 from functools import cached_property
@@ -188,8 +189,16 @@ class Lab:
 
     def keep(self, trial, record):
         self.records[trial] = record
-        self.place.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         write_atomically(self.file_of(trial), json.dumps(record) + "\n")
+
+    def make_folder(self):
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            require(False, f"trials={self.cfg.trials} cannot be made ({error.strerror}): name another folder")
+        require(os.access(self.place, os.W_OK), f"trials={self.cfg.trials}: {self.place} cannot be written: "
+                "name another folder")
 
     def recipe_key(self, trial):
         return None if trial.trained is None else sorted(self.plan.items())
@@ -233,7 +242,7 @@ class Lab:
     def beside_whom(self, trial):
         """The record of the dense model that a trial stands beside: the one trained on, if that is better and
         the trial's weights have learnt too, which those under exits have not."""
-        learnt = trial.trained is not None and "exits" not in dict(trial.trained)
+        learnt = trial.trained and "exits" not in dict(trial.trained)
         return self.known(self.control if learnt and self.control is not None else Trial())
 
     def costs(self, decodes):
@@ -283,7 +292,7 @@ class Lab:
 
     def recipe_file(self):
         """Write the recipe as a config file of train.py -> its path."""
-        self.place.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         path = self.place / f"recipe-{self.plan['iters']}x{self.plan['rows']}.py"
         head = f"# {self.plan['iters']} iterations of {self.plan['rows']} rows, by bench.py sparsify\n"
         write_atomically(path, head + "".join(f"{key} = {value!r}\n" for key, value in self.recipe().items()))
