@@ -189,7 +189,8 @@ def sparsify_rows(record):
         if p["interval"]:
             fresh = ""
             if "fresh" in p and not p["trained"]:
-                fresh = f"{statistics.fmean(p['fresh']) / statistics.fmean(points['dense']['fresh']) - 1:+.2%}"
+                own, of = (statistics.fmean(each["fresh"]) for each in (p, points["dense"]))
+                fresh = f"{own / of - 1:+.2%}"
             low, high = p["interval"]
             size = p["bytes"] + p["kv_bytes"]
             yield (f"{name} | {p['share']:+.2%} ({low:+.2%} to {high:+.2%}) | {fresh} | {size / 1e6:.1f} "
