@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import sparse_kernels
 from benchmarks import Timed
+from benchmarks.compare import FOLDERS
 from benchmarks.record import without_folders, write_atomically
 from benchmarks.screen import Reader, rewind
 from benchmarks.timing import interleave, measurement
@@ -462,7 +464,7 @@ class Search:
         commands = {str(trial): [cut(text) for text in lab.commands(trial)] for trial in front[1:]}
         return {"measurements": {"decode": timed} if timed else {}, "points": points,
                 "front": [str(trial) for trial in front], "commands": commands,
-                "notes": [*self.not_confirmed(), *self.notes],
+                "notes": [re.sub(FOLDERS, "", note) for note in (*self.not_confirmed(), *self.notes)],
                 "training": lab.plan, "stopped": stopped, "seeds": [self.cfg.seed],
                 "model": {"sha256": lab.key[1], "args": lab.dense.config.model_args(),
                           "data": lab.folder.name},

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TEXT, Job, Trainer, one_sentence, run_real, words
 
 from benchmarks import readme, sparsify, trials
-from benchmarks.trials import WHOLE, Lab, Trial, cost_of
+from benchmarks.trials import WHOLE, Lab, Trial, cost_of, digest
 from configurator import ConfigError
 from data.dataset import write_dataset
 from data.tokenizer import ByteTokenizer
@@ -246,6 +246,24 @@ def test_a_budget_trains_the_promising_ones_beside_the_dense_model_and_finds_the
     assert record["training"]["iters"] >= 1 and "trained on as long" in result.out
     again = typed(dense, **TRAINED).wait()
     assert json.loads(again.out.splitlines()[-1])["points"] == record["points"]
+
+
+def test_a_retrofit_that_does_not_run_is_told_of_and_the_front_stays(dense):
+    keys = dict(TRAINED, trials="locked", only="attention")
+    lab = lab_of(dense, trials="locked", minutes=keys["minutes"])
+    first = typed(dense, **keys, dry_run=True).wait()
+    place = dense.folder / re.search(r"kept in (\S+?)[,;]", first.out)[1]
+    assert place.name == lab.place.name
+    plan = {"iters": 1, "rows": 1, "count": 1}
+    name = digest([keys["minutes"], keys["retrofits"], keys["only"]])
+    place.mkdir(parents=True)
+    (place / f"plan-{name}.json").write_text(json.dumps(plan))
+    (place / "dense-1x1").write_text("in the way")
+    result = typed(dense, **keys).wait()
+    record = json.loads(result.out.splitlines()[-1])
+    assert result.status == 0 and "dense, trained: not trained: " in result.out, result.out
+    assert "in the way" not in record["notes"][-1] and str(dense.folder) not in json.dumps(record)
+    assert record["front"][0] == "dense"
 
 
 @pytest.mark.slow
