@@ -248,6 +248,7 @@ def test_a_budget_trains_the_promising_ones_beside_the_dense_model_and_finds_the
     assert json.loads(again.out.splitlines()[-1])["points"] == record["points"]
 
 
+@pytest.mark.slow
 def test_a_retrofit_that_does_not_run_is_told_of_and_the_front_stays(dense):
     keys = dict(TRAINED, trials="locked", only="attention")
     lab = lab_of(dense, trials="locked", minutes=keys["minutes"])
