@@ -51,8 +51,8 @@ def found(dense):
 
 
 def lab_of(dense, **keys):
-    cfg = sparsify.Sparsify(**{"out_dir": str(dense.folder / "run"), "trials": str(dense.folder / "own"),
-                               **SMALL, **keys})
+    keys["trials"] = str(dense.folder / keys.get("trials", "own"))
+    cfg = sparsify.Sparsify(**{"out_dir": str(dense.folder / "run"), **SMALL, **keys})
     lab = Lab(cfg)
     lab.measure(Trial())
     return lab
@@ -257,7 +257,7 @@ def test_a_retrofit_that_does_not_run_is_told_of_and_the_front_stays(dense):
     assert place.name == lab.place.name
     plan = {"iters": 1, "rows": 1, "count": 1}
     name = digest([keys["minutes"], keys["retrofits"], keys["only"]])
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     (place / f"plan-{name}.json").write_text(json.dumps(plan))
     (place / "dense-1x1").write_text("in the way")
     result = typed(dense, **keys).wait()
@@ -271,8 +271,7 @@ def test_a_retrofit_that_does_not_run_is_told_of_and_the_front_stays(dense):
 def test_the_commands_of_what_was_trained_make_the_same_model_again(dense):
     typed(dense, **TRAINED).wait()
     lab = lab_of(dense, trials="trained")
-    lab.plan = json.loads(next((dense.folder / lab.place).glob("plan-*.json")).read_text())
-    lab.place = dense.folder / lab.place
+    lab.plan = json.loads(next(lab.place.glob("plan-*.json")).read_text())
     trial = next(t for t in (Trial(trained=tuple(some.flags)) for _, some in sparsify.in_training(
         lab.dense.config)) if (lab.folder_of(t) / "trained.json").is_file())
     loaded = build_model(*checkpoint.read(lab.folder_of(trial)))
