@@ -27,6 +27,7 @@ COMMANDS = {
     "mlp": "Mlp",
     "screen": "Screen",
     "compare": "Compare",
+    "sparsify": "Sparsify",
     "window": "Window",
     "quality": "Quality",
     "steps": "Steps",

@@ -619,8 +619,9 @@ while True:
                        + "".join(f", {k} {row[k]:.4g}" for k in row if k in seen))
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
+        begun = iter_num > 0 or (account and cfg.max_iters == 0)     # what flags make of a dense model alone
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
-                and iter_num > 0 and not cfg.eval_only):
+                and begun and not cfg.eval_only):
             save_checkpoint(out_dir / "ckpt.pt")
     if tasks.over(iter_num) and not cfg.eval_only:
         row |= finish_task()

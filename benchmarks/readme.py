@@ -181,6 +181,22 @@ def screen_rows(record):
             yield f"{name} | {p['loss']:.4f} | {change} | {p['bytes'] / 1e6:.1f} | {rate}"
 
 
+def sparsify_rows(record):
+    """Every trial of a search: what it loses, on the windows of the search and on others, and reads."""
+    points = record["points"]
+    first = points["dense"]["bytes"] + points["dense"]["kv_bytes"]
+    for name, p in points.items():
+        if p["interval"]:
+            fresh = ""
+            if "fresh" in p and not p["trained"]:
+                own, of = (statistics.fmean(each["fresh"]) for each in (p, points["dense"]))
+                fresh = f"{own / of - 1:+.2%}"
+            low, high = p["interval"]
+            size = p["bytes"] + p["kv_bytes"]
+            yield (f"{name} | {p['share']:+.2%} ({low:+.2%} to {high:+.2%}) | {fresh} | {size / 1e6:.1f} "
+                   f"| {size / first:.0%}")
+
+
 def step_rows(record):
     for arm, s in record["measurements"]["training step"]["sides"].items():
         yield f"{arm} | {figure(s)} ({s['min']:.4g} to {s['max']:.4g}) | {s['to_twin']:.2f}x"
@@ -314,6 +330,8 @@ TABLES = (
     ("a training step with the block | ms | its dense twin's time", ("steps",), step_rows),
     ("a trained run's weights, and a copy that picks a share of the units | held-out loss | to the run's own "
      "weights, nats (95%, paired) | % | MB a token | tokens/s", ("screen",), screen_rows),
+    ("a trained run made sparse | held-out loss to the run's own (95%, paired) | on windows that chose "
+     "nothing | MB a decode step reads | of the run's own", ("sparsify",), sparsify_rows),
     (f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read", ("mlp",),
      mlp_rows),
     (f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache", ("window",),

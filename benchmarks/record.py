@@ -42,6 +42,8 @@ def measure(function, cfg, words):
     print(record, flush=True)
     if cfg.out:
         write_atomically(cfg.out, record + "\n")
+    if result.get("stopped"):                    # the record says so; the script ends as others do on Ctrl-C
+        raise KeyboardInterrupt
 
 
 def read(path):

@@ -109,12 +109,12 @@ def judged(out_dir, data):
     began = loaded.get("parent") or {}
     if "untouched" in began:
         found["untouched"] = began["untouched"] - began["val_loss"]
-    if model.config.mlp_predict or model.config.mlp_screen:
+    if model.config.mlp_predict or model.config.mlp_screen or model.config.exits:
         if calibrate.screened(model):
             rows = max(1, retrofitting.TOKENS // validation["block_size"])
             ids, _ = datasets.TokenStream(data, "train", validation["block_size"], rows, seed=0).batch(0)
             calibrate.calibrate(model, ids, model.config.mlp_live)
-        found["decoding"] = fixed_loss(model.choose(predict=True), data, validation)
+        found["decoding"] = fixed_loss(model.use_policy(), data, validation)
     return found
 
 
@@ -122,7 +122,7 @@ def show(cfg, dense, runs):
     """The table, for people."""
     on = statistics.fmean(run["val_loss"] for run in runs[TWIN])
     print(f"the dense model: val loss {dense['val_loss']:.4f} after {dense['iters']} iterations, {on:.4f} "
-          f"after {cfg.more} more (means of {cfg.repeats} seeds)")
+          f"after {cfg.more} more (" + (f"means of {cfg.repeats} seeds)" if cfg.repeats > 1 else "one seed)"))
     print(f"{'block':16}{'untouched':>11}{'after ' + str(cfg.more):>14}{'to dense':>10}{'with a teacher':>16}"
           f"{'as it decodes':>15}")
     for side, found in runs.items():
@@ -134,4 +134,4 @@ def show(cfg, dense, runs):
         decoded = [run["decoding"] for run in found if "decoding" in run]
         print(f"{side:16}{began:>11}{mean:>14.4f}{mean - on:>+10.4f}"
               f"{f'{statistics.fmean(taught) - on:+.4f}' if taught else '':>16}"
-              f"{f'{statistics.fmean(decoded):.4f}' if decoded else '':>15}")
+              f"{f'{statistics.fmean(decoded):.4f}' if decoded else '':>15}".rstrip())

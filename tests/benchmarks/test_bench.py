@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import TEXT, Job, one_sentence
+from conftest import TEXT, Job, one_sentence, run_real
 
 import bench
 import layers
@@ -658,15 +658,21 @@ def test_bad_keys_of_screen_say_what_to_type(tmp_path, words, parts):
 
 @pytest.mark.slow
 def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_path):
-    (tmp_path / "recipe.py").write_text("n_layer, n_head, n_embd, block_size, act = 2, 2, 16, 16, 'relu2'\n"
+    (tmp_path / "recipe.py").write_text("n_layer, n_head, n_embd, block_size, act = 3, 2, 16, 16, 'relu2'\n"
                                         "batch_size, gradient_accumulation_steps, eval_iters = 8, 1, 2\n"
                                         "learning_rate, min_lr, warmup_iters = 1e-2, 0.0, 0\n"
                                         "max_iters = lr_decay_iters = eval_interval = 8\n")
     words = ["retrofit", f"--config={tmp_path / 'recipe.py'}", "--repeats=1", "--more=2",
-             "--arms=screened units,topk"]
-    result = run(tmp_path, *words)
-    record = record_of(result)
-    assert record["runs"].keys() == {TWIN, "screened units", "screened units, taught", "topk", "topk, taught"}
+             "--arms=screened units,exits"]
+    process = run_real("bench.py", words, tmp_path)                     # six runs of new processes
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    record = json.loads(out.splitlines()[-1])
+    sides = [arm + taught for arm in ("screened units", "exits") for taught in ("", ", taught")]
+    assert list(record["runs"]) == [TWIN, *sides]
+    table = [line.split() for line in out.splitlines() if line.startswith(("screened", "exits"))]
+    assert [len(cells) for cells in table] == [7, 6] and "after 2 more (one seed)" in out
+    assert all(run["decoding"] > 0 for run in record["runs"]["exits"])
     assert record["runs"]["screened units"][0]["untouched"] == 0 and record["dense"]["iters"] == 8
     assert "untouched" not in record["runs"][TWIN][0] and "decoding" in record["runs"]["screened units"][0]
 

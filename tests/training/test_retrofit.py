@@ -2,10 +2,11 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 from arms import ARMS, TINY, build, tokens
-from conftest import ROOT, Job, Trainer, in_parallel, one_sentence, same, words
+from conftest import ROOT, Job, Trainer, in_parallel, one_sentence, run_real, same, words
 from conftest import TINY as RUN
 from torch.nn import functional as F
 
@@ -420,6 +421,63 @@ def test_a_hugging_face_folder_and_an_export_take_flags_too(dense):
     assert dense.checkpoint("of-export")["parent"]["name"] == "exported"
 
 
+def gpt2_folder(folder, **shape):
+    """A Hugging Face folder of GPT-2's shape, but for what is named, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [
+    dict(event_gate=True, event_rate=0.3), dict(exits="1", train_only="new"),
+    dict(mlp_topk=0.25, mlp_predict=4),
+    pytest.param(dict(columns=8, columns_active=4, window=4), marks=pytest.mark.slow),
+    pytest.param(dict(experts=4, experts_active=2), marks=pytest.mark.slow),
+    pytest.param(dict(mlp_topk=0.5, mlp_topk_group=4, attn_topk=0.5), marks=pytest.mark.slow),
+    pytest.param(dict(weights="2:4", ponder=3), marks=pytest.mark.slow)], ids=str)
+def test_gpt2s_shape_in_a_local_folder_takes_flags_and_trains(dense, flags):
+    folder = gpt2_folder(dense.folder / "gpt2-tiny", n_layer=2, n_head=2, n_embd=16, n_positions=16,
+                         vocab_size=256)
+    fit(dense, init_from=folder, out="of-tiny", max_iters=12, learning_rate=0.03, lr_decay_iters=12,
+        eval_interval=12, warmup_iters=0, **flags)
+    losses = dense.losses("of-tiny")
+    assert losses[11] < losses[0] - 0.05 * ("train_only" not in flags)
+    kept = dense.checkpoint("of-tiny")
+    assert kept["model_args"]["act"] == "gelu_tanh" and kept["model_args"]["bias"]
+    assert kept["parent"]["name"] == "gpt2-tiny" and all(
+        kept["model_args"][key] == value for key, value in flags.items() if key != "train_only")
+
+
+@pytest.mark.slow
+def test_gpt2s_real_shape_takes_flags_and_trains(dense):
+    """124 million random weights: one iteration with four blocks at once, in a process of its own."""
+    folder, data = gpt2_folder(dense.folder / "gpt2-small"), dense.folder / "of-gpt2s-ids"
+    data.mkdir()
+    for split in ("train", "val"):               # as nanoGPT writes them
+        np.random.default_rng(1).integers(0, 50257, 5000).astype(np.uint16).tofile(data / f"{split}.bin")
+    keys = dict(init_from=folder, dataset=data, out_dir=dense.folder / "of-gpt2", block_size=64,
+                batch_size=1, gradient_accumulation_steps=1, max_iters=1, eval_iters=1, eval_interval=1,
+                device="cpu", dtype="float32", compile=False, window=16, mlp_topk=0.2, weights="2:4",
+                exits="6")
+    run = run_real("train.py", words(**keys), dense.folder)
+    out, err = run.communicate(timeout=900)
+    assert run.returncode == 0, err
+    assert "from gpt2-small: tensors: 149 taken, 2 new, 0 dropped" in out and "exits=6" in out
+    kept = dense.checkpoint("of-gpt2")
+    assert kept["iter_num"] == 1 and kept["model_args"]["n_embd"] == 768
+    assert kept["model_args"]["exits"] == "6"
+
+
+def test_gpt2_by_name_with_flags_is_one_sentence_without_a_network(dense, tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    keys = dict(init_from="gpt2", window=256, weights="2:4", dataset=dense.data, out_dir=tmp_path / "out",
+                device="cpu", dtype="float32")
+    result = Job("train.py", words(**keys), tmp_path, env=offline).wait()
+    one_sentence(result, "train.py", "'gpt2' could not be downloaded", "a local Hugging Face GPT-2 folder")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_quantised_or_packed_teacher_teaches(dense):
     written = dense.folder / "whole-numbers"
     Job("training/export.py", words(out_dir=dense.folder / "dense", to="packed", quantize="int8",
@@ -530,3 +588,17 @@ def test_screened_units_beside_another_flag_are_part_of_what_it_costs(dense):
     both = sampled(dense, val=True, mlp_screen=4, mlp_live=1.0, window=3, window_pattern="S")
     assert "untrained with window=3, window_pattern=S, mlp_screen=4, mlp_live=1.0" in both.err
     assert "screened units: " in both.err
+
+
+def test_no_iterations_write_what_the_flags_make_of_the_dense_model(dense):
+    said = fit(dense, event_gate=True, event_rate=0.3, max_iters=0, out="untouched").out
+    model = build_model(*checkpoint.read(dense.folder / "untouched")).eval()
+    parent = build_model(*checkpoint.read(dense.folder / "dense")).eval()
+    for name, tensor in parent.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert dense.checkpoint("untouched")["iter_num"] == 0 and "no iteration was trained" not in said
+    result = Job("sample.py", words(out_dir=dense.folder / "untouched", device="cpu", dtype="float32",
+                                    num_samples=1, max_new_tokens=4), dense.folder).wait()
+    assert result.status == 0, result.err
+    dense.resume(out="untouched", max_iters=2)
+    assert dense.checkpoint("untouched")["iter_num"] == 2
