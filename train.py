@@ -1,6 +1,7 @@
 """Train a GPT on one process or many, with nanoGPT's keys.
 
     python train.py                                             the built-in data and config/train_pylib.py
+    python train.py book.txt --block=predict                    a text of yours, and a block of config/
     python train.py config/train_shakespeare_char.py --batch_size=32
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import sparse_kernels
-from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
+from configurator import ConfigError, begin_script, convert, require, say_and_exit
 from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode.counters import by_layer, counters, depth_used, summary
@@ -26,16 +27,17 @@ from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training import continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
 from training.pretrained import GPT2_SIZES
+from training.words import Words
 
-DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
 # never taken from a checkpoint
-HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", "compile", "backend", "fsdp")
+HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", "compile", "backend", "fsdp",
+             "download")
 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """Every key of a training run: the model's (above all nanoGPT's), then the run's. With no arguments at
-    all the built-in run config/train_pylib.py starts."""
+    """Every key of a training run: the model's (above all nanoGPT's), then the run's. Where no config and no
+    word names data, config/train_pylib.py is the base."""
     bias: bool = False  # biases in Linears and LayerNorms; nanoGPT trains without
     vocab_size: int = 0  # number of token ids; 0: the dataset's, or 50304 where it does not say
     out_dir: str = "out"  # folder of the checkpoint and of metrics.jsonl
@@ -54,6 +56,7 @@ class TrainConfig(GPTConfig):
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
     dataset: str = "openwebtext"  # folder below data/ or path of one; several by weight: NAME:3,NAME:1
+    download: bool = False  # let a data set's prepare.py take more than 100 MB from the network
     tasks: str = ""  # data sets to learn one after the other, by commas, lr_decay_iters iterations each
     ewc: float = 0.0  # pull to the weights that earlier tasks ended with, by their Fisher information; 0: off
     ewc_samples: int = 256  # sequences of a task that its Fisher information is estimated from
@@ -152,7 +155,8 @@ class TrainConfig(GPTConfig):
 
 def open_model(key, source):
     """The model that --init_from or --teacher names -> (GPT on the CPU, in eval mode, the description of its
-    tokenizer or None, what is kept of where it comes from)."""
+    tokenizer or None, what is kept of where it comes from, {"dataset": what it was trained on} if known)."""
+    data = {}
     if pretrained.is_gpt2(source):
         model, path = GPT.from_pretrained(source), source
         known, iteration = pretrained.description_of(source, model.config.vocab_size), None
@@ -163,32 +167,42 @@ def open_model(key, source):
         loaded, path = ckpt.read(Path(source))
         model = build_model(loaded, path, learns=key == "init_from")
         known, iteration = loaded.get("tokenizer"), loaded.get("iter_num")
+        data = {key: value for key, value in (loaded.get("config") or {}).items()
+                if key == "dataset" and isinstance(value, str)}
     return model.eval(), known, {"name": retrofit.name_of(path), "iter_num": iteration,
-                                 "sha256": retrofit.sha_of(path)}
+                                 "sha256": retrofit.sha_of(path)}, data
 
 
 # -------------------------------------------------- configuration and run directory -------------------------
 
 begin_script()
-argv = sys.argv[1:] or [DEFAULT_RUN]
-given = typed_words(TrainConfig, argv, files=True)             # what the user typed, to tell it from defaults
-for key in ("n_layer", "n_head", "n_embd"):
-    require(not given.get("size") or key not in given,
-            f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
+words = Words(sys.argv[1:], TrainConfig, GPTConfig)
+given = words.given                                            # what the user typed, to tell it from defaults
 world, device_name = runtime.join_world(*(given.get(key, getattr(TrainConfig, key)) for key in
                                           ("backend", "device")))
+say = print if world.master else (lambda *text, **how: None)
+for turn in (world.master, not world.master) if words.text else ():
+    said = words.prepare_text() if turn else ""
+    say(*[said] * bool(said))
+    world.barrier()
+given["out_dir"] = words.out_dir()
+start = ckpt.start_of(given.get("init_from", TrainConfig.init_from), given["out_dir"], world.restarted())
+given = words.keys(start) | {"init_from": start, "out_dir": given["out_dir"]}
+if words.about_base(start):
+    say(words.about_base(start))
+for key in ("n_layer", "n_head", "n_embd"):
+    require(not given.get("size") or key not in words.named or key not in given,
+            f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
 resumed, base, dense, parent = None, {}, None, None
-given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from),
-                                   given.get("out_dir", TrainConfig.out_dir), world.restarted())
-if given["init_from"] == "resume":
-    before_reading = ckpt.stamps(given.get("out_dir", TrainConfig.out_dir))
-    resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
+if start == "resume":
+    before_reading = ckpt.stamps(given["out_dir"])
+    resumed, resumed_path = ckpt.read(given["out_dir"], resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items()
             if k in known and k not in given}                  # so typing a key mends one that is damaged
-elif given["init_from"] != "scratch":
-    dense, dense_tokenizer, parent = open_model("init_from", given["init_from"])
-    base = {k: v for k, v in asdict(dense.config).items() if k != "dropout"}
+elif start != "scratch":
+    dense, dense_tokenizer, parent, base = open_model("init_from", start)
+    base |= {k: v for k, v in asdict(dense.config).items() if k != "dropout"}
 world.require_same(resumed["iter_num"] if resumed else 0, "starts at iteration {}", "out_dir")
 cfg = TrainConfig(**{**base, **given})
 require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
@@ -217,14 +231,13 @@ looks_only = cfg.eval_only or cfg.dry_run                      # nothing is writ
 lock = None if looks_only else world.by_master(open_folder)
 for turn in (world.master, world.local_rank == 0):             # hosts may have data folders of their own
     for name in cfg.task_names() if turn else ():
-        datasets.prepare_sources(name)
+        datasets.prepare_sources(name, cfg.download)
     world.barrier()
-say = print if world.master else (lambda *words, **how: None)
 say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
-task_sources = [datasets.prepare_sources(name) for name in cfg.task_names()]  # [(folder, weight)] each
+task_sources = [datasets.prepare_sources(name, cfg.download) for name in cfg.task_names()]
 folders = [folder for sources in task_sources for folder, _ in sources]
 continual.one_vocabulary(folders if cfg.tasks else folders[:1])
 meta = datasets.common_meta([source for sources in task_sources for source in sources])

@@ -34,7 +34,7 @@ QUICK = dict(tokens=4096, repeats=5)
 SECONDS, QUICK_SECONDS, FEWEST = 15, 3, 3        # of timing for all sides together; rounds at the least
 WARM = 4                                         # tokens ahead of those that are timed: prompt, recording
 FOLDERS = r"(?<![\w.~-])/(?:[^/\s']+/)+"           # of absolute paths: a record names none
-USAGE = "type python bench.py compare out-pylib out-bio-predict, for example"
+USAGE = "type python bench.py compare out-pylib out-pylib-predict, for example"
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,9 @@ def how_to_make(name):
             f"`python data/prepare.py --input=FILE.txt --name={name or 'NAME'}` for a text of your own")
 
 
-def prepare_if_missing(dataset):
-    """find(dataset), once the folder's own prepare.py has made train.bin and val.bin if either is missing."""
+def prepare_if_missing(dataset, download=False):
+    """find(dataset), once the folder's own prepare.py has made train.bin and val.bin if either is missing.
+    One that says DOWNLOAD = "24 GB", more than 100 MB, does so only where `download` allows it."""
     folder = find(dataset)
     lacks = f"{folder} has no {' and no '.join(missing_files(folder))}"
     if not missing_files(folder):
@@ -117,21 +118,25 @@ def prepare_if_missing(dataset):
     require(script.is_file(), f"{lacks} and no prepare.py to make it; {how_to_make(folder.name)}")
     if wait_for_other(folder) and not missing_files(folder):
         return folder
+    size = re.search(r'^DOWNLOAD = "(.+)"', script.read_text(encoding="utf-8", errors="replace"), re.M)
+    require(download or not size, f"{lacks}, and its text is a download of {size and size[1]}: type "
+            f"python {os.path.relpath(script)}, or --download=True; the built-in data takes none: python "
+            "train.py")
     print(f"{lacks}: running {script}", flush=True)
     child = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE,
                            text=True, errors="replace")
     last = (child.stderr.strip().splitlines() or [f"status {child.returncode} and no message"])[-1]
     if child.returncode and BUSY in last:       # another process was faster by a moment
         wait_for_other(folder)
-        return prepare_if_missing(dataset)
+        return prepare_if_missing(dataset, download)
     require(child.returncode == 0, f"{script} failed: {last}")
     require(not missing_files(folder), f"{script} ended and {lacks} still")
     return folder
 
 
-def prepare_sources(dataset):
+def prepare_sources(dataset, download=False):
     """What --dataset names -> [(folder, weight)]: one data set, or several as NAME:WEIGHT,NAME:WEIGHT."""
-    sources = [(prepare_if_missing(name), weight) for name, weight in named(dataset)]
+    sources = [(prepare_if_missing(name, download), weight) for name, weight in named(dataset)]
     folders = [folder for folder, _ in sources]
     require(len(set(folders)) == len(folders), f"dataset='{dataset}' names a data set twice: "
                                                "give it one weight")
@@ -341,7 +346,19 @@ def write_text(folder, path, kind, val_fraction, vocab_size=0):
     tokenizer = vocabulary.chosen(kind, learned_from, vocab_size)
     splits = {split: map(tokenizer.encode, whole_words(between(path, start, stop)))
               for split, start, stop in (("train", 0, cut), ("val", cut, length))}
-    return write_dataset(folder, splits, tokenizer, f"text file {Path(path).name}")
+    return write_dataset(folder, splits, tokenizer, text_source(path))
+
+
+def text_source(path):
+    """What the meta.json of a text says of where it comes from: the file's name and bytes."""
+    path, sha = expanded(path), hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return f"text file {path.name}, sha256 {sha.hexdigest()}"
 
 
 def report(folder, meta, seconds):
