@@ -332,12 +332,13 @@ class GPT(nn.Module):
     is drawn from its own generator, seeded by `seed` (default: torch's current seed) and the parameter's
     name, so two models that differ in one mechanism share every other weight bit for bit.
     compute_dtype: dtype of the residual stream and the matmuls; None means the weights' own.
+    auxiliary: what mechanisms added to the last training forward's cross-entropy; None: nothing.
     """
 
     def __init__(self, config, init=True, seed=None):
         super().__init__()
         self.config = config
-        self.compute_dtype, self.choices = None, Choices()
+        self.compute_dtype, self.choices, self.auxiliary = None, Choices(), None
         self.transformer = nn.ModuleDict(dict(
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
@@ -390,6 +391,7 @@ class GPT(nn.Module):
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
         also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets), *self.over_budget(ctx)
+        self.auxiliary = sum(term.detach() for term in also) if also else None
         return logits, sum(also, start=cross_entropy(logits, targets))
 
     def exit_losses(self, ctx, logits, targets):

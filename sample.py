@@ -19,6 +19,7 @@ from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import calibrate, card, engine, sampling
+from decode.counters import step_macs
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, settle
 from model import GPT, build_model
@@ -272,18 +273,20 @@ def main(cfg):
     clock, count = time.perf_counter(), 0
     recorder = tracing.Recorder(model, sampler) if cfg.trace else None
     for _ in range(cfg.num_samples):
+        made = list(ids)
         text = tokenizers.StreamDecoder(tokenizer)
         spoken = "".join(text.feed(token) for token in ids)
         show(spoken)
         pieces = (recorder.stream(stream, prompt, cfg.max_new_tokens, spoken, text, overflow=cfg.overflow)
-                  if recorder else (text.feed(int(token)) for token in
+                  if recorder else (text.feed(made.append(int(token)) or made[-1]) for token in
                                     stream(prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow)))
         for piece in pieces:
             show(piece)
             count += 1
         show(text.flush() + "\n---------------\n")
     seconds = time.perf_counter() - clock
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s{depth_used(model, stream)}",
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s"
+          f"{'' if place.compile else share_of_dense(model, stream, made)}{depth_used(model, stream)}",
           file=sys.stderr)
     show_program(model)
     if recorder:
@@ -441,6 +444,16 @@ def show_program(model):
     """Where it was asked for, the table of ops."""
     if model.choices.watch is not None:
         print(model.choices.watch, file=sys.stderr)
+
+
+def share_of_dense(model, stream, ids):
+    """What the last line adds of a model whose decode steps leave weights out, counted on the end of a text;
+    drafts cost otherwise."""
+    if hasattr(stream.stream, "__self__"):
+        return ""
+    text = torch.tensor([ids[-min(64, model.config.block_size):]], device=model.lm_head.weight.device)
+    macs, whole = step_macs(model, text)
+    return f", {macs / whole:.0%} of the dense multiply-adds" if macs < 0.995 * whole else ""
 
 
 def depth_used(model, stream):

@@ -22,16 +22,16 @@ import sparse_kernels
 from configurator import ConfigError, begin_script, convert, require, say_and_exit
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode.counters import by_layer, counters, depth_used, summary
+from decode.counters import by_layer, counters, depth_used, summary, trained_step_macs
 from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
-from training import continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
+from training import console, continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
 from training.pretrained import GPT2_SIZES
 from training.words import Words
 
 # never taken from a checkpoint
 HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", "compile", "backend", "fsdp",
-             "download")
+             "download", "verbose")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class TrainConfig(GPTConfig):
     sampling: str = "random"  # of windows: random (nanoGPT's), or epoch: all of them once, then all again
     documents: bool = False  # a sample stays in one document; data sets of documents have the marks for it
     seed: int = 1337  # decides weights, batches and dropout
+    verbose: bool = False  # say why this device, dtype and compilation were chosen
     max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
 
     def __post_init__(self):
@@ -233,7 +234,7 @@ for turn in (world.master, world.local_rank == 0):             # hosts may have 
     for name in cfg.task_names() if turn else ():
         datasets.prepare_sources(name, cfg.download)
     world.barrier()
-say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
+say(console.place_line(place, torch.get_num_threads(), world.size, cfg.verbose))
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
@@ -422,12 +423,13 @@ def share_gradients(now):
 
 
 def train_step(iteration, batch):
-    """One optimizer step -> (global mean loss, gradient norm, next step's first batch, does any rank stop).
+    """One optimizer step -> (global mean loss, what mechanisms added to it, gradient norm, next step's first
+    batch, does any rank stop).
 
     Where either is not finite the weights and the optimizer stay as they are, on all ranks alike.
     """
     torch.manual_seed(((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank) % 2**63)  # stateless dropout
-    total = torch.zeros((), device=place.device)
+    total, extra = torch.zeros(2, device=place.device)
     for micro in range(accumulation):
         share_gradients(micro == accumulation - 1)
         tasks.listen(numbered(iteration, micro))
@@ -436,18 +438,19 @@ def train_step(iteration, batch):
         batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
         total += loss.detach()
+        extra += 0 if raw_model.auxiliary is None else raw_model.auxiliary / accumulation
     scaler.unscale_(optimizer)
     raw_model.regularise()
     tasks.pull()
     norms = [runtime.whole(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf))
              for part in clipped]
-    total, norm = torch.stack((total, sum(norms).to(total.dtype))).tolist()
-    total, stops = world.sum([total / world.size, float(stop_signal)])
+    total, extra, norm = torch.stack((total, extra, sum(norms).to(total.dtype))).tolist()
+    total, extra, stops = world.sum([total / world.size, extra / world.size, float(stop_signal)])
     if (math.isfinite(total) and math.isfinite(norm)) or scaler.is_enabled():
         scaler.step(optimizer)                                              # a scaler skips by itself
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm, batch, stops > 0
+    return total, extra, norm, batch, stops > 0
 
 
 def grow(iteration):
@@ -520,10 +523,10 @@ def log(row):
 
 def what_is_saved():
     """The end of a run's last sentence: what its folder holds, and what it does not."""
-    sample = f"sample with: python sample.py --out_dir={cfg.out_dir}"
+    sample = f"sample with: {console.sample_command(raw_model, cfg.out_dir)}"
     there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
     if iter_num in saved.values() and "ckpt_last.pt" not in saved:
-        return sample
+        return f"{out_dir / 'ckpt.pt'}, best val loss {best_val_loss:.4f}; {sample}"
     if saved.get("ckpt_last.pt") == iter_num:
         return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
                 "--init_from=resume goes on; " + ("ckpt.pt holds the best; " * ("ckpt.pt" in there)) + sample)
@@ -562,7 +565,7 @@ def timed_step(micro_batches):
     """One training step of so many micro-batches -> its seconds; the loop's state goes on: for dry runs."""
     global accumulation, batch
     accumulation, clock = micro_batches, time.perf_counter()
-    batch = train_step(iter_num, batch)[2]
+    batch = train_step(iter_num, batch)[3]
     return time.perf_counter() - clock
 
 
@@ -621,15 +624,15 @@ while True:
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
+        work = []
         if world.master and not cfg.fsdp:                       # these look at whole weights
             example = to_device(streams["val"].batch(0))[0]
             seen = counters(raw_model, example)
             row |= summary(seen) | depth_used(raw_model, example)
             row |= {"by_layer": by_layer(seen, model_config.n_layer)} if seen else {}
+            work = console.work_lines(raw_model, row, trained_step_macs(raw_model, example[:1]))
         if world.master:
-            seen = row.keys() - {"iter", "tokens", "epochs", "train_loss", "val_loss", "by_layer"}
-            tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-                       + "".join(f", {k} {row[k]:.4g}" for k in row if k in seen))
+            tqdm.write(console.evaluation_line(iter_num, cfg.max_iters, losses, work))
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
         if ((better or (cfg.always_save_checkpoint and math.isfinite(losses["val"])))
@@ -650,7 +653,7 @@ while True:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     step_clock = time.perf_counter()
-    loss, norm, batch, stop = train_step(iter_num, batch)
+    loss, extra, norm, batch, stop = train_step(iter_num, batch)
     step_seconds = time.perf_counter() - step_clock
     finite = math.isfinite(loss) and math.isfinite(norm)
     skipped = 0 if finite else skipped + 1
@@ -662,7 +665,7 @@ while True:
     row |= {"mfu": mfu} if mfu else {}                         # only where the device's peak is known
     if iter_num % cfg.log_interval == 0 or row.keys() & {"val_loss", "after_task"} or not finite:
         log(row)
-    bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+    bar.set_postfix_str(console.bar_text(loss, extra, row["tokens_per_s"]), refresh=False)
     bar.update()
     iter_num += 1
 
@@ -684,5 +687,5 @@ elif status:
         + (f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}"
            if iter_num in saved.values() else what_is_saved()))
 elif not cfg.eval_only:
-    say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; {what_is_saved()}")
+    say(f"done in {seconds():.0f} s{f', {meter}' * bool(meter.read or cfg.verbose)}: {what_is_saved()}")
 runtime.leave(world, status)
