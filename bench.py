@@ -2,7 +2,8 @@
 
     git clone https://github.com/karpathy/nanoGPT
     python bench.py decode --nanogpt=nanoGPT
-    python bench.py train --nanogpt=nanoGPT --out=results/train.json
+    python bench.py train --nanogpt=nanoGPT --out=train.json
+    python bench.py compare out-pylib out-pylib-predict --sparse_decode=True
 
 Lines for people come first; the last line of stdout is the same result as one JSON object. Without --nanogpt
 ours alone is measured and no ratio is printed. Absolute times mean little on another machine: quote ratios.
@@ -63,8 +64,13 @@ def purpose(name):
 def menu():
     lines = [f"  {name:10}{purpose(name)}" for name in COMMANDS]
     lines += [f"  {PLOT:10}What runs have logged and learnt, drawn; its words are their folders."]
-    return "\n".join(["python bench.py SUBCOMMAND [--key=value ...]", "", *lines, "",
+    return "\n".join(["python bench.py SUBCOMMAND [--key=value ...]", "", *examples(), "", *lines, "",
                       "python bench.py SUBCOMMAND --help lists its keys."])
+
+
+def examples():
+    """The commands of this file's docstring."""
+    return [line for line in __doc__.splitlines() if line.startswith("    python ")]
 
 
 def main(words):

@@ -72,6 +72,7 @@ SIZES = {
 @dataclass(frozen=True)
 class GPTConfig:
     """What a model is made of. The first seven are nanoGPT's; every other default is the plain GPT-2."""
+    # --- model: shape ---
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # number of token ids; GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12  # number of blocks
@@ -79,7 +80,7 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     dropout: float = 0.0  # share of activations dropped in training; 0 for pretraining, 0.1+ for finetuning
     bias: bool = True  # biases in Linears and norms, like GPT-2; False: a bit better and faster
-    # --- architecture switches ---
+    # --- model: architecture switches ---
     norm: str = "layernorm"  # layernorm or rmsnorm
     pos: str = "learned"  # position table (learned), or rotation of queries and keys (rope)
     qk_norm: bool = False  # RMS-normalise queries and keys per head
@@ -95,40 +96,52 @@ class GPTConfig:
     sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
     screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
-    # --- the MLP's bio mechanisms ---
+    # --- block: the largest units fire ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
     mlp_topk_group: int = 0  # winners in groups of so many neighbours (4, mlp_topk=0.5: 2 of 4); 0: of all
+    # --- block: event gates ---
     event_gate: bool = False  # units fire only above a learned threshold of their own
     event_rate: float = 0.1  # the share of units that the event gates aim at
     event_cost: float = 0.1  # weight of that aim in the loss
+    # --- block: cortical columns ---
     columns: int = 0  # cortical columns: the units in so many groups, gated before the up projection; 0: off
     columns_active: int = 0  # columns that answer each token
+    # --- block: dendritic MLP ---
     compartments: int = 0  # dendritic branches of each MLP, which each see a part of the stream; 0: off
+    # --- block: routed experts ---
     experts: int = 0  # routed experts; 0: off
     experts_active: int = 0  # experts that each token visits
     expert_width: int = 0  # units of an expert; 0: a dense MLP's units divided by experts
+    # --- block: predicted units ---
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
+    # --- block: screened units ---
     mlp_screen: int = 0  # bits of a copy of W_up that decides which units decoding reads (relu2): 2, 3, 4, 8
     mlp_live: float = 0.15  # mean share of the units that it picks; 0: all that fire by themselves
-    # --- attention's bio mechanisms ---
+    # --- block: the larger inputs of attention ---
     attn_topk: float = 1.0  # share of the inputs that attention's projections read per token, the largest
+    # --- block: windows ---
     window: int = 0  # tokens that a local layer sees, itself included; 0: all layers see everything
     window_pattern: str = "SSSL"  # layers in turn: S sees the window, L everything
+    # --- block: dendritic attention ---
     dendrites: int = 0  # dendritic branches of each head, gated per token; 0: off
     dendrites_active: int = 0  # branches that each token may open
     dendrite_cost: float = 0.1  # weight in the loss of the aim that so many are open
-    # --- depth ---
+    # --- block: hierarchy ---
     hierarchy: int = 0  # tokens in a group that the middle layers run on; 0: off
+    # --- block: early exits ---
     exits: str = ""  # layers after which a token may be done, such as "2,4"
     exit_cost: float = 0.5  # weight of the exits' losses together, each in proportion to its depth
     exit_threshold: float = 0.9  # how sure an exit's probe must be for a token to leave
+    # --- block: pondering ---
     ponder: int = 0  # most runs of the middle layer's block, as many as each token needs; 0: off
     ponder_cost: float = 0.01  # weight in the loss of the mean number of runs
+    # --- block: random depth ---
     layer_dropout: float = 0.0  # in training, share of sequences that skip the last layer; less the earlier
-    # --- tasks and energy ---
+    # --- block: adapters ---
     adapters: str = ""  # names of bottlenecks behind each block, by commas, one for each task or language
     adapter_width: int = 16  # their units
+    # --- block: an energy budget ---
     energy_budget: float = 0.0  # share of what all gates can close that they may leave open; 0: off
     energy_cost: float = 0.5  # weight of that aim in the loss
 

@@ -36,64 +36,72 @@ HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """Every key of a training run: the model's (above all nanoGPT's), then the run's. Where no config and no
-    word names data, config/train_pylib.py is the base."""
+    """Words, read from left to right, the last one wins: a config file (.py), --key=value, a text to train
+    or --block=NAME, which is config/bio_NAME.py: columns, compartments, dendrites, energy, event, exits,
+    experts, growth, hierarchy, inputs, osc, ponder, predict, topk, two_of_four, window, winners; several by
+    commas. Where neither a word nor a config names data, config/train_pylib.py is the base."""
     bias: bool = False  # biases in Linears and LayerNorms; nanoGPT trains without
     vocab_size: int = 0  # number of token ids; 0: the dataset's, or 50304 where it does not say
+    # --- run ---
     out_dir: str = "out"  # folder of the checkpoint and of metrics.jsonl
+    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2[-medium...], a run or file
+    max_iters: int = 600000  # iterations of the whole run
     eval_interval: int = 2000  # iterations between evaluations; does not change the training curve
-    log_interval: int = 1  # iterations between rows of metrics.jsonl
     eval_iters: int = 200  # batches per evaluation and split, always the same ones
+    log_interval: int = 1  # iterations between rows of metrics.jsonl
     eval_only: bool = False  # evaluate once and stop
     dry_run: bool = False  # print parameters, memory, tokens and time of the run from a few steps, and stop
     always_save_checkpoint: bool = True  # save after every evaluation; False: only when the val loss improves
     keep_checkpoints: int = 2  # saves that stay: ckpt.pt and, as ckpt-ITERATION.pt, those before it
-    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2[-medium...], a run or file
-    train_only: str = ""  # new: train the tensors alone that the flags behind --init_from added; empty: all
-    teacher: str = ""  # a run or a GPT-2 whose predictions are learnt too, beside the data; empty: none
-    distill: float = 0.5  # the share of the loss that is the divergence from the teacher
+    seed: int = 1337  # decides weights, batches and dropout
+    max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
+    verbose: bool = False  # say why this device, dtype and compilation were chosen
     wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
+    # --- data ---
     dataset: str = "openwebtext"  # folder below data/ or path of one; several by weight: NAME:3,NAME:1
     download: bool = False  # let a data set's prepare.py take more than 100 MB from the network
+    batch_size: int = 12  # sequences per micro-batch
+    gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
+    sampling: str = "random"  # of windows: random (nanoGPT's), or epoch: all of them once, then all again
+    documents: bool = False  # a sample stays in one document; data sets of documents have the marks for it
     tasks: str = ""  # data sets to learn one after the other, by commas, lr_decay_iters iterations each
+    # --- optimizer ---
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
+    learning_rate: float = 6e-4  # highest learning rate
+    min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
+    lr_schedule: str = "cosine"  # cosine, linear, wsd (constant, then linear), constant
+    decay_lr: bool = True  # warm up and decay the learning rate; False: constant
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # iteration where the schedule reaches min_lr
+    lr_decay_share: float = 0.3  # wsd: the share of the run that decays
+    weight_decay: float = 1e-1  # on tensors of two or more dimensions
+    beta1: float = 0.9  # Adam's decay of the mean
+    beta2: float = 0.95  # Adam's decay of the mean square
+    grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
+    muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
+    muon_momentum: float = 0.95  # muon's decay of the mean gradient
+    muon_steps: int = 5  # muon's Newton-Schulz iterations; 4 lose little and save time on small models
+    # --- machine ---
+    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
+    compile: bool | str = "auto"  # torch.compile: auto, True, False
+    backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
+    fsdp: bool = False  # split weights, gradients and optimizer among the processes: FSDP2
+    # --- training with blocks ---
+    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk, columns_active fall from all to theirs
+    grow: str = ""  # grow up: "2:0.2,4:0.3" trains 2 layers for 0.2 of lr_decay_iters, 4 for 0.3, then all
+    train_only: str = ""  # new: train the tensors alone that the flags behind --init_from added; empty: all
+    teacher: str = ""  # a run or a GPT-2 whose predictions are learnt too, beside the data; empty: none
+    distill: float = 0.5  # the share of the loss that is the divergence from the teacher
     ewc: float = 0.0  # pull to the weights that earlier tasks ended with, by their Fisher information; 0: off
     ewc_samples: int = 256  # sequences of a task that its Fisher information is estimated from
     replay: float = 0.0  # share of each batch's rows that come from earlier tasks
     replay_blocks: int = 1024  # rows of all earlier tasks that are kept for that
     freeze: bool = False  # from the second task on train that task's adapter alone
-    gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
-    batch_size: int = 12  # sequences per micro-batch
-    learning_rate: float = 6e-4  # highest learning rate
-    max_iters: int = 600000  # iterations of the whole run
-    weight_decay: float = 1e-1  # on tensors of two or more dimensions
-    beta1: float = 0.9  # Adam's decay of the mean
-    beta2: float = 0.95  # Adam's decay of the mean square
-    grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
-    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk, columns_active fall from all to theirs
-    grow: str = ""  # grow up: "2:0.2,4:0.3" trains 2 layers for 0.2 of lr_decay_iters, 4 for 0.3, then all
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
-    muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
-    muon_momentum: float = 0.95  # muon's decay of the mean gradient
-    muon_steps: int = 5  # muon's Newton-Schulz iterations; 4 lose little and save time on small models
-    lr_schedule: str = "cosine"  # cosine, linear, wsd (constant, then linear), constant
-    lr_decay_share: float = 0.3  # wsd: the share of the run that decays
+    # --- model: shape ---
     size: str = ""  # small, medium, large, xlarge, gpt2[-medium|-large|-xl]: sets n_layer, n_head and n_embd
-    decay_lr: bool = True  # warm up and decay the learning rate; False: constant
-    warmup_iters: int = 2000  # iterations of linear warm-up
-    lr_decay_iters: int = 600000  # iteration where the schedule reaches min_lr
-    min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
-    backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
-    fsdp: bool = False  # split weights, gradients and optimizer among the processes: FSDP2
-    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
-    compile: bool | str = "auto"  # torch.compile: auto, True, False
-    sampling: str = "random"  # of windows: random (nanoGPT's), or epoch: all of them once, then all again
-    documents: bool = False  # a sample stays in one document; data sets of documents have the marks for it
-    seed: int = 1337  # decides weights, batches and dropout
-    verbose: bool = False  # say why this device, dtype and compilation were chosen
-    max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
 
     def __post_init__(self):
         self.check_growth(self.model_config(vocab_size=self.vocab_size or 50304).n_layer)
