@@ -5,8 +5,9 @@
     python bench.py train --nanogpt=nanoGPT --out=train.json
     python bench.py compare out-pylib out-pylib-predict --sparse_decode=True
 
-Lines for people come first; the last line of stdout is the same result as one JSON object. Without --nanogpt
-ours alone is measured and no ratio is printed. Absolute times mean little on another machine: quote ratios.
+What it prints is for people; the same result is one JSON object in --out, or out-bench/SUBCOMMAND.json.
+Without --nanogpt ours alone is measured and no ratio is printed. Absolute times mean little on another
+machine: quote ratios.
 """
 import ast
 import importlib
@@ -74,7 +75,7 @@ def examples():
 
 
 def main(words):
-    """Run the subcommand that the words name; the JSON record is the last line of stdout."""
+    """Run the subcommand that the words name; the last line of stdout says where its record is."""
     if words[:1] in (["--help"], ["-h"]):
         return print(menu())
     choice = f"type python bench.py {' or '.join([*COMMANDS, PLOT])}; --help says what they measure"

@@ -255,9 +255,9 @@ def meanings(cls):
 
 
 def groups(cls):
-    """{heading: its keys}: what stands below `# --- heading ---` in `cls` and the dataclasses that it extends,
-    its own first; a key stays where it was defined first. Keys above the first heading are `keys`, and those
-    of a class that it extends below the first line of that one's docstring."""
+    """{heading: its keys}: what stands below `# --- heading ---` in `cls` and the dataclasses that it
+    extends, its own first; a key stays where it was defined first. Keys above the first heading are `keys`,
+    and those of a class that it extends below the first line of that one's docstring."""
     found = {}
     for part in (part for part in cls.__mro__[:-1] if dataclasses.is_dataclass(part)):
         doc = inspect.getdoc(part) or part.__name__

@@ -36,10 +36,10 @@ HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """Words, read from left to right, the last one wins: a config file (.py), --key=value, a text to train
-    or --block=NAME, which is config/bio_NAME.py: columns, compartments, dendrites, energy, event, exits,
-    experts, growth, hierarchy, inputs, osc, ponder, predict, topk, two_of_four, window, winners; several by
-    commas. Where neither a word nor a config names data, config/train_pylib.py is the base."""
+    """Words, read from left to right, the last one wins: a config file (.py), --key=value, a text to
+    train on, or --block=NAME, which is config/bio_NAME.py: columns, compartments, dendrites, energy, event,
+    exits, experts, growth, hierarchy, inputs, osc, ponder, predict, topk, two_of_four, window, winners;
+    several by commas. Where neither a word nor a config names data, config/train_pylib.py is the base."""
     bias: bool = False  # biases in Linears and LayerNorms; nanoGPT trains without
     vocab_size: int = 0  # number of token ids; 0: the dataset's, or 50304 where it does not say
     # --- run ---

@@ -136,12 +136,12 @@ nursery = Nursery() if hasattr(os, "fork") else None
 
 
 class Job:
-    """A script that runs: .pid, .wait() -> SimpleNamespace(status, out, err)."""
+    """A script that runs: .pid, .wait() -> SimpleNamespace(status, out, err, folder)."""
 
     def __init__(self, script, argv, cwd, env=None, before="", name="job"):
         self.out, self.err = Path(cwd) / f"{name}.stdout", Path(cwd) / f"{name}.stderr"
         script, argv, env = Path(ROOT, script), [str(word) for word in argv], env or {}
-        self.child = None
+        self.child, self.folder = None, Path(cwd)
         for path in (self.out, self.err):                       # it may be killed before it has made them
             path.write_bytes(b"")
         if nursery:
@@ -156,7 +156,8 @@ class Job:
 
     def wait(self):
         status = self.child.wait(LIMIT) if self.child else nursery.ask("wait", self.pid)
-        return SimpleNamespace(status=status, out=self.out.read_text(encoding="utf-8", errors="replace"),
+        return SimpleNamespace(status=status, folder=self.folder,
+                               out=self.out.read_text(encoding="utf-8", errors="replace"),
                                err=self.err.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -272,6 +273,14 @@ def same(a, b, where="", skip=()):
             same(one, other, f"{where}/{i}", skip)
     else:
         assert a == b, f"{where}: {a!r} and {b!r}"
+
+
+def record_of(result):
+    """The record of a run of bench.py: its last line says where it is."""
+    assert result.status == 0, result.err
+    last = result.out.splitlines()[-1]
+    assert last.startswith("record: "), last
+    return json.loads((result.folder / last.removeprefix("record: ")).read_text(encoding="utf-8"))
 
 
 def one_sentence(result, script, *parts):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TEXT, Job, Trainer, one_sentence, run_real, words
+from conftest import ROOT, TEXT, Job, Trainer, one_sentence, record_of, run_real, words
 
 import bench
 from benchmarks import compare as comparing
@@ -59,11 +59,6 @@ def compared(folder, *names, **keys):
     keys = dict(quick=True, device="cpu", dtype="float32", threads=1, repeats=3) | keys
     cfg = configure(comparing.Compare, words(**keys), base={"runs": tuple(str(folder / n) for n in names)})
     return comparing.compare(cfg)
-
-
-def record_of(result):
-    assert result.status == 0, result.err
-    return json.loads(result.out.splitlines()[-1])
 
 
 def table_of(out, first="dense"):

@@ -148,8 +148,43 @@ def test_iterations_are_the_most_that_fit_the_time():
 
 
 def test_a_budget_that_holds_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"0.2 minutes.*larger --budget"):
+    with pytest.raises(ConfigError, match=r"0.2 minutes.*--budget=\d+ or more"):
         store.iterations(12.0, RUNS, COSTS, jobs=1)
+
+
+@pytest.mark.parametrize("spent", [0.0, 90.0])
+@pytest.mark.parametrize("costs", [COSTS, {"a": (9.0, 500.0), "b": (20.0, 5.0)}])
+def test_the_budget_that_a_refused_plan_names_is_the_least_that_is_taken(costs, spent):
+    def left(minutes):
+        return store.SAFE * (60 * minutes - store.timing_of(60 * minutes) - spent)
+    with pytest.raises(ConfigError) as refused:
+        store.iterations(left(0.1), RUNS, costs, 2, spent)
+    named = int(re.search(r"--budget=(\d+)", str(refused.value))[1])
+    assert store.iterations(left(named), RUNS, costs, 2, spent) >= store.LEAST
+    if named > 1:
+        with pytest.raises(ConfigError):
+            store.iterations(left(named - 1), RUNS, costs, 2, spent)
+
+
+def test_iterations_that_do_not_fit_name_the_budget_that_would(capsys):
+    cfg = SimpleNamespace(jobs=1, budget=1.0)
+    for iters, fits in ((10, True), (1000, False)):
+        table.tell_plan(cfg, RUNS, iters, COSTS, 60.0, store.timing_of(60.0))
+        said = capsys.readouterr().out
+        assert ("does not fit --budget=1" in said) == (not fits)
+    total = sum(store.estimate(run, 1000, COSTS) for run in RUNS)
+    minutes = int(re.search(r"it takes --budget=(\d+)", said)[1])
+    assert 60 * minutes - store.timing_of(60 * minutes) >= total
+
+
+def test_published_runs_are_read_and_never_written(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PUBLISHED", tmp_path / "published")
+    found, done = kept
+    (tmp_path / "published").mkdir()
+    run = Run("dense", 1)
+    name = found.place(run, 40) + ".json"
+    (tmp_path / "published" / name).write_text('{"val_loss": 1.5}')
+    assert found.read(run, 40) == {"val_loss": 1.5} and not (tmp_path / "runs" / name).exists()
 
 
 @pytest.fixture
@@ -620,7 +655,7 @@ def test_a_whole_table_is_made_and_made_again_from_what_is_kept(tmp_path):
     assert leaky["sees_the_future"] and not record["rows"]["topk"]["sees_the_future"]
     assert record["rows"]["slow"]["macs"] > max(twin["macs"], record["rows"]["topk"]["macs"])
     assert "no: it sees the future" in said and not record["missing"] and (tmp_path / "t.html").is_file()
-    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").iterdir()}
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out-bench" / "runs").iterdir()}
     assert len(runs) == 1 + 2 * (4 + len(table.LONGER))                    # the plan, and the runs
     again, _ = made()
     assert runs == {path: path.stat().st_mtime_ns for path in runs}
@@ -639,4 +674,4 @@ def test_a_queue_trains_and_makes_no_table(tmp_path):
         record = json.loads((tmp_path / "t.json").read_text())
         assert record["trained"] == record["wanted"] == 3 and "rows" not in record
         assert "3 of 3 runs are trained" in done.stdout and not (tmp_path / "t.html").is_file()
-    assert len([*(tmp_path / "results" / "runs").glob("dense*")]) == 3
+    assert len([*(tmp_path / "out-bench" / "runs").glob("dense*")]) == 3
