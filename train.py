@@ -191,7 +191,7 @@ world, device_name = runtime.join_world(*(given.get(key, getattr(TrainConfig, ke
                                           ("backend", "device")))
 say = print if world.master else (lambda *text, **how: None)
 for turn in (world.master, not world.master) if words.text else ():
-    said = words.prepare_text() if turn else ""
+    said = words.prepare_text(given.get("dry_run")) if turn else ""
     say(*[said] * bool(said))
     world.barrier()
 given["out_dir"] = words.out_dir()
@@ -239,14 +239,17 @@ def open_folder():
 looks_only = cfg.eval_only or cfg.dry_run                      # nothing is written, so no lock is needed
 lock = None if looks_only else world.by_master(open_folder)
 for turn in (world.master, world.local_rank == 0):             # hosts may have data folders of their own
-    for name in cfg.task_names() if turn else ():
+    for name in cfg.task_names() if turn and not cfg.dry_run else ():
         datasets.prepare_sources(name, cfg.download)
     world.barrier()
 say(console.place_line(place, torch.get_num_threads(), world.size, cfg.verbose))
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
-task_sources = [datasets.prepare_sources(name, cfg.download) for name in cfg.task_names()]
+lacking = []                                                   # data sets that a dry run goes without
+task_sources = [datasets.prepare_sources(name, cfg.download) if not cfg.dry_run else
+                datasets.sources_or_random(name, cfg.vocab_size, cfg.block_size, lacking)
+                for name in cfg.task_names()]
 folders = [folder for sources in task_sources for folder, _ in sources]
 continual.one_vocabulary(folders if cfg.tasks else folders[:1])
 meta = datasets.common_meta([source for sources in task_sources for source in sources])
@@ -325,8 +328,8 @@ raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
     say(sparse_kernels.winners_path(place.device))
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
-    f"parameters without positions; data {', '.join(map(str, folders))}, vocabulary "
-    f"{model_config.vocab_size}")
+    f"parameters without positions; data {', '.join(map(str, folders)) if not lacking else 'random tokens, '}"
+    f"{' and '.join(lacking)}{' is not here' * bool(lacking)}, vocabulary {model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 clipped = optimizers.by_clipping(raw_model)                    # each list has a gradient norm of its own
@@ -344,7 +347,8 @@ accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
 train_streams = [datasets.open_stream(sources, "train", *shape, seed=cfg.seed, sampling=cfg.sampling,
-                                      vocab_size=model_config.vocab_size, documents=cfg.documents)
+                                      vocab_size=model_config.vocab_size,
+                                      documents=cfg.documents and not lacking)
                  for sources in task_sources]
 eval_streams = [{split: datasets.open_stream(sources, split, *shape, seed=0,   # the same for every sampling
                                              vocab_size=model_config.vocab_size)
@@ -599,13 +603,15 @@ if cfg.wandb_log and world.master and not looks_only:
 stop_signal, skipped, status = 0, 0, 0
 saved, asked = {}, None                                        # {file: iteration} by the master; iteration
 HANG_UP = getattr(signal, "SIGHUP", 0)                         # the terminal has gone; Windows has none
-signal.signal(signal.SIGINT, request_stop)
-signal.signal(signal.SIGTERM, request_stop)
-if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:     # ignored under nohup, and left so
+for number in () if cfg.dry_run else (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, request_stop)
+if cfg.dry_run:                                                # it has nothing to save: it ends at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+elif HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:     # ignored under nohup, and left so
     signal.signal(HANG_UP, request_stop)
 world.barrier()                                                # all have read what the run starts from
 metrics = None if looks_only else world.by_master(open_metrics)
-if account:
+if account and not cfg.dry_run:
     tell_retrofit()
 dense = None                                                    # frees its weights
 terminal = sys.stderr.isatty()
@@ -617,8 +623,10 @@ batch, meter = micro_batch(iter_num, 0), energy.Meter(place.device)
 model.train()
 started = time.perf_counter()
 if cfg.dry_run:
-    say(*estimate.dry_run(cfg, model, optimizer, batch, timed_step, tokens_per_iter,
-                          sum(stream.tokens for stream in train_streams), world.size), sep="\n")
+    tokens = None if lacking else sum(stream.tokens for stream in train_streams)
+    for line in estimate.dry_run(cfg, raw_model, optimizer, batch, timed_step, tokens_per_iter, tokens,
+                                 world.size, quiet=not world.master):
+        say(line, flush=True)
     runtime.leave(world, 0)
 
 while True:

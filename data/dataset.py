@@ -4,6 +4,7 @@ A data set is a folder with train.bin and val.bin, flat arrays of token ids exac
 (uint16; uint32 for vocabularies above 65,536), and meta.json with the tokenizer, the counts and the hashes.
 Folders made by nanoGPT, with meta.pkl or no meta file at all, work as they are.
 """
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -12,8 +13,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 import urllib.request
@@ -141,6 +144,42 @@ def prepare_sources(dataset, download=False):
     require(len(set(folders)) == len(folders), f"dataset='{dataset}' names a data set twice: "
                                                "give it one weight")
     return sources
+
+
+def sources_or_random(dataset, vocab_size, block_size, lacking):
+    """As prepare_sources, but nothing is prepared: where a data set is not here, random tokens of a temporary
+    folder stand for it, and its name goes into the list `lacking`. vocab_size: theirs; 0: what its prepare.py
+    says in a line VOCAB_SIZE = N, else GPT-2's."""
+    sources = []
+    for name, weight in named(dataset):
+        folder = find(name) if is_there(name) else Path(name)
+        if not os.path.isdir(folder) or missing_files(folder):
+            lacking.append(name)
+            folder = random_tokens(vocab_size or said_size(folder) or 50304, block_size)
+        sources.append((folder, weight))
+    return sources
+
+
+def said_size(folder):
+    """The vocabulary that a folder's prepare.py makes, 0 where it does not say."""
+    try:
+        said = (folder / "prepare.py").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(r"^VOCAB_SIZE = (\d+)", said, re.M)
+    return int(found[1]) if found else 0
+
+
+def random_tokens(vocab_size, block_size):
+    """A temporary folder with a few windows of random ids, until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="random-tokens-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dtype = DTYPES[dtype_for(vocab_size)]
+    ids = np.random.default_rng(0).integers(vocab_size, size=4 * block_size + 4).astype(dtype)
+    for split in SPLITS:
+        ids.tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size, "dtype": dtype_for(vocab_size)}))
+    return folder
 
 
 def named(dataset):

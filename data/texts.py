@@ -9,14 +9,14 @@ from pathlib import Path
 from configurator import ConfigError, close_match, require
 from data import dataset, inputs
 
-VAL_FRACTION = 0.1
+VAL_FRACTION, BYTES = 0.1, 256
 
 
-def data_of(path):
+def data_of(path, looks_only=False):
     """The data set of a text, prepared where there is none yet -> (its name below data/, what to print).
 
     It is called as the text is; where another data set has that name, NAME-2 and so on. One that was made
-    from the same bytes is taken as it is.
+    from the same bytes is taken as it is. looks_only: nothing is prepared.
     """
     path = dataset.expanded(path)
     near = [str(entry) for entry in (path.parent.glob("*.txt") if os.path.isdir(path.parent) else ())]
@@ -37,6 +37,8 @@ def data_of(path):
             if any(folder.iterdir()) and made != wanted:
                 taken.append(f"data/{name} is {made or 'another data set'}")
                 continue
+        if looks_only:
+            return name, f"{path} becomes data/{name}"
         try:
             clock = time.time()
             meta = dataset.write_text(folder, path, "byte", VAL_FRACTION)

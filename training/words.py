@@ -89,9 +89,11 @@ class Words:
                     f"{found and found[0]} and --{key} both name what is trained on: leave one of them out")
         return found[0] if found else ""
 
-    def prepare_text(self):
-        """Make the text a data set below data/ -> what to print."""
-        name, said = texts.data_of(self.text)
+    def prepare_text(self, looks_only=False):
+        """Make the text a data set below data/ -> what to print. looks_only: nothing is written."""
+        name, said = texts.data_of(self.text, looks_only)
+        if looks_only:
+            self.given.setdefault("vocab_size", texts.BYTES)
         self.given["dataset"] = name
         self.named.add("dataset")
         return said

@@ -133,12 +133,21 @@ def test_a_text_is_trained_on_wherever_it_lies(tmp_path):
     assert result.status == 0, result.err
     assert (tmp_path / "out-my-book-topk" / "ckpt.pt").is_file() and "is data/my-book now" in result.out
     written = (tmp_path / "data" / "my-book" / "train.bin").read_bytes()
+    assert (tmp_path / "data" / "my-book").is_dir()
     again = run(place / "my book.txt", *SMALL, "--dry_run", folder=tmp_path)
     assert again.status == 0 and "is data/my-book\n" in again.out
     assert (tmp_path / "data" / "my-book" / "train.bin").read_bytes() == written
     sampled = Job("sample.py", words(out_dir=tmp_path / "out-my-book-topk", num_samples=1, max_new_tokens=3,
                                      device="cpu"), tmp_path).wait()
     assert sampled.status == 0, sampled.err
+
+
+def test_a_dry_run_of_a_text_writes_nothing(tmp_path):
+    (tmp_path / "book.txt").write_text(TEXT)
+    result = run("book.txt", *SMALL, "--dry_run", folder=tmp_path)
+    assert result.status == 0 and "becomes data/book" in result.out, result.err
+    assert "vocabulary 256" in result.out
+    assert not [*(tmp_path / "data").iterdir()] and not (tmp_path / "out-book").exists()
 
 
 def test_a_run_is_gone_on_from_with_a_block_on_its_own_data(tmp_path):
