@@ -560,14 +560,28 @@ class GPT(nn.Module):
         return sampling.join(idx, new, lengths)
 
 
-def build_model(checkpoint, path, learns=False, **overrides):
-    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
-    it is to be trained, so packed weights will not do."""
+def config_of(checkpoint, path, **overrides):
+    """The config of a checkpoint's model; overrides replace model arguments."""
     for field in dataclasses.fields(GPTConfig):
         value, kind = checkpoint["model_args"].get(field.name, field.default), type(field.default)
         require(type(value) is kind or (kind is float and type(value) is int),
                 f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
                 f"expected {kind.__name__})")
+    try:
+        return GPTConfig(**{**checkpoint["model_args"], **overrides})
+    except (TypeError, ConfigError) as error:
+        raise misfit(path, error) from error
+
+
+def misfit(path, error):
+    return ConfigError(f"{path}: model_args and weights do not fit this version "
+                       f"({str(error).splitlines()[-1].strip()})")
+
+
+def build_model(checkpoint, path, learns=False, **overrides):
+    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
+    it is to be trained, so packed weights will not do."""
+    config = config_of(checkpoint, path, **overrides)
     packed = any(key.endswith(".meta") for key in checkpoint["model"])
     kind = checkpoint.get("quantize")
     require(not (kind and learns), f"{path} holds quantised weights, which cannot learn: name the checkpoint "
@@ -575,13 +589,12 @@ def build_model(checkpoint, path, learns=False, **overrides):
     require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
                                      "checkpoint that was packed")
     try:
-        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
+        model = GPT(config, init=packed)
         model = settle(model) if packed else model
         model = quantize(model, kind, empty=True) if kind else model
         model.load_state_dict(checkpoint["model"])
         require(kind or not model.config.tie_weights or is_tied(checkpoint["model"]),
                 "tie_weights=True, but its head is not its embedding")
     except (TypeError, RuntimeError, ConfigError) as error:
-        raise ConfigError(f"{path}: model_args and weights do not fit this version "
-                          f"({str(error).splitlines()[-1].strip()})") from error
+        raise misfit(path, error) from error
     return model

@@ -19,11 +19,12 @@ import sparse_kernels
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode import calibrate, card, engine, sampling
+from decode import calibrate, engine, sampling
 from decode.counters import step_macs
+from decode.way import choose_way
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, settle
-from model import GPT, build_model
+from model import GPT, build_model, config_of
 from training import checkpoint as ckpt
 from training import continual, estimate, export, pretrained, retrofit, runtime
 from training.pretrained import is_gpt2
@@ -143,7 +144,7 @@ def load_run(init_from, out_dir, folder="", **flags):
         return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size), {}
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
     if flags:
-        check_flags(build_model(loaded, path).config, flags, path, kind_of(loaded))
+        check_flags(config_of(loaded, path), flags, path, kind_of(loaded))
     model = build_model(loaded, path, **flags).eval()
     about = {key: value for key, value in loaded.items() if key not in ("model", "optimizer")}
     return model, tokenizer_of(loaded, folder, model.config.vocab_size), about
@@ -433,19 +434,11 @@ def decoding(model, cfg, device):
         torch.set_num_threads(cfg.threads)
     if cfg.speculate:
         return "forward decodes (--speculate drafts and verifies with the layers themselves, draws by torch)"
-    if device.type == "cuda":
-        made = card.trial(model, device)
-        return f"{len(made.launches)} kernels a token" if made else f"forward decodes ({made.args[0]})"
-    program = engine.trial(model, device, torch.get_num_threads())
-    if not program:
-        return f"forward decodes ({program})"
-    timed, threads = "", cfg.threads
-    if not threads:
-        took = engine.time_threads(program)
-        threads = engine.fewest(took)
-        timed = f" ({', '.join(f'{n}: {seconds * 1e6:,.0f}' for n, seconds in took.items())} us a step)"
-    model.choose(threads=threads)
-    return f"decode engine, {threads} thread{'s' * (threads != 1)}{timed}"
+    way, threads, took = choose_way(model, device, cfg.threads)
+    if way != "decode engine":
+        return way
+    timed = f" ({', '.join(f'{n}: {seconds * 1e6:,.0f}' for n, seconds in took.items())} us a step)"
+    return f"{way}, {threads} thread{'s' * (threads != 1)}{timed * bool(took)}"
 
 
 def show_program(model):
