@@ -275,6 +275,18 @@ def same(a, b, where="", skip=()):
         assert a == b, f"{where}: {a!r} and {b!r}"
 
 
+def train_config():
+    """train.py's TrainConfig, whose script cannot be imported, from its source."""
+    from dataclasses import dataclass
+
+    from model import GPTConfig
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    lines = source[source.index("class TrainConfig"):source.index("    def __post_init__")].splitlines()
+    scope = {"GPTConfig": GPTConfig, "dataclass": dataclass}
+    exec("\n".join(["@dataclass(frozen=True)", *lines]), scope)
+    return scope["TrainConfig"]
+
+
 def record_of(result):
     """The record of a run of bench.py: its last line says where it is."""
     assert result.status == 0, result.err

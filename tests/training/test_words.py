@@ -1,9 +1,8 @@
 """The words of train.py: what is trained on where nothing says so, a text, a block, the folder of a run."""
 import os
-from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, Job, one_sentence, words
+from conftest import ROOT, Job, one_sentence, train_config, words
 
 from configurator import ConfigError
 from data import dataset, texts
@@ -21,12 +20,7 @@ OWN = "batch_size = 12\nmax_iters = 600000\nwandb_log = False\n"             # a
 
 @pytest.fixture(scope="module")
 def config():
-    """TrainConfig, whose script cannot be imported, from its source."""
-    source = (ROOT / "train.py").read_text(encoding="utf-8")
-    lines = source[source.index("class TrainConfig"):source.index("    def __post_init__")].splitlines()
-    scope = {"GPTConfig": GPTConfig, "dataclass": dataclass}
-    exec("\n".join(["@dataclass(frozen=True)", *lines]), scope)
-    return scope["TrainConfig"]
+    return train_config()
 
 
 @pytest.fixture
