@@ -595,9 +595,40 @@ def test_the_report_is_one_file_that_needs_no_network(result, tmp_path):
     page = (tmp_path / "t.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
     assert len(sources) == 4 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
-    assert not re.search(r"https?://|@import|<script", page) and "&lt;x&gt;" in page
+    assert not re.search(r"https?://|@import|<script [^>]", page) and "Measured on &lt;x&gt;." in page
     assert all(f"<td>{name}</td>" in page for name in result["rows"])
+    assert page.index("<img") < page.index("<table")               # the figures come first
+    first = page[page.index("<table"):page.index("</table>")]
+    assert first.count("<th>") == len(report.BRIEF) == 7
+    rows = re.findall(r"<tr><td>([^<]*)</td>.*?</tr>", first)
+    broken = [name for name, row in result["rows"].items() if row["kind"] == "broken"]
+    assert sorted(rows) == sorted(result["rows"]) and broken and rows[-len(broken):] == broken
+    verdicts = {name: mark for name, mark in re.findall(
+        r"<tr><td>([^<]*)</td>.*?<td(?: class=(yes|no))?>[^<]*</td></tr>", first)}
+    assert verdicts["good"] == "yes" and verdicts["bad"] == verdicts["leaky"] == "no" and verdicts[TWIN] == ""
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".html", ".png"}
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node on the PATH")
+def test_a_click_on_a_head_sorts_the_rows_by_number_and_keeps_empty_cells_below(tmp_path):
+    """The page's own script, on a table that stands for the browser's."""
+    stand_in = """
+const rows = [["a", "1,200 (0.5x)"], ["b", ""], ["c", "-3.5"], ["d", "90"]].map(cells => ({
+  children: cells.map(textContent => ({textContent}))}));
+const body = {rows, append(...sorted) { this.rows = sorted; }};
+const heads = ["arm", "speed"].map(() => ({dataset: {}, closest: () => ({tBodies: [body]})}));
+for (const head of heads) head.parentNode = {children: heads};
+const document = {querySelectorAll: () => heads};
+"""
+    asks = """
+const order = () => body.rows.map(row => row.children[0].textContent).join("");
+const said = [];
+for (const n of [1, 1, 0, 0]) { heads[n].onclick(); said.push(order()); }
+console.log(said.join(" "));
+"""
+    (tmp_path / "sort.js").write_text(stand_in + report.SORT + asks)
+    done = subprocess.run(["node", tmp_path / "sort.js"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["cdab", "adcb", "abcd", "dcba"], done.stderr
 
 
 def test_gpt2s_shape_is_told_apart_from_the_trained_scale(tmp_path):
