@@ -1,6 +1,7 @@
 """Pages of docs/ promise: every arm has one, their links lead somewhere, their defaults are the code's."""
 import ast
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -42,6 +43,22 @@ def test_every_mechanism_has_a_page_with_its_rows():
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert readme.BEGIN.format(name) in text, name
         assert f"]({name}.md)" in (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", pages.MECHANISMS)
+def test_a_mechanisms_page_opens_with_a_verdict_and_what_to_type(name):
+    """The verdict of an arm of the main table is that of its record: benchmarks.pages.verdict_line."""
+    lines = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    record = json.loads((ROOT / "results" / pages.TABLE).read_text(encoding="utf-8"))
+    said = pages.verdict_line(pages.MECHANISMS[name], record)
+    assert "```" in lines[:14]
+    if name != "presets":
+        assert lines[2].startswith("**Verdict:** ") and lines[3] == "" and lines[2] == (said or lines[2])
+
+
+@pytest.mark.parametrize("name", ["compare", "data", "looking", "nanogpt", "retrofit", "scaling", "switches"])
+def test_a_page_on_use_shows_what_to_type_before_it_explains(name):
+    assert "```" in (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()[:10]
 
 
 def test_every_arm_of_the_table_that_is_no_rival_has_a_page():
