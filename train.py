@@ -498,26 +498,17 @@ def save_checkpoint(path):
 
 def open_metrics():
     """metrics.jsonl, opened to append; a resumed run drops rows past its checkpoint: iterations only rise."""
-    path, kept = out_dir / rundir.LOG, []
+    path, kept = out_dir / rundir.LOG, ""
     if cfg.init_from != "resume":
         rundir.begin(out_dir, run_id, cfg.init_from)
     try:
         if cfg.init_from == "resume" and path.is_file() and not rundir.kept_as_another(path, run_id):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and iteration_of(line) < iter_num]
-        path.write_text("".join(kept), encoding="utf-8")
+            kept = rundir.rows_before(path, iter_num)
+        path.write_text(kept, encoding="utf-8")
         return open(path, "a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): type "
                           "--out_dir=ANOTHER_FOLDER") from error
-
-
-def iteration_of(line):
-    """The iteration of a row of metrics.jsonl; a row that a crash has torn counts as one to drop."""
-    try:
-        return json.loads(line)["iter"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def log(row):
@@ -534,18 +525,7 @@ def log(row):
 
 
 def what_is_saved():
-    """The end of a run's last sentence: what its folder holds, and what it does not."""
-    sample = f"sample with: {console.sample_command(raw_model, cfg.out_dir)}"
-    there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
-    if iter_num in saved.values() and "ckpt_last.pt" not in saved:
-        return f"{out_dir / 'ckpt.pt'}, best val loss {best_val_loss:.4f}; {sample}"
-    if saved.get("ckpt_last.pt") == iter_num:
-        return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
-                "--init_from=resume goes on; " + ("ckpt.pt holds the best; " * ("ckpt.pt" in there)) + sample)
-    why = ("no iteration was trained" if iter_num == iter_before else
-           f"the weights of iteration {iter_num} were not saved")
-    return f"{why}; " + (f"{out_dir / there[0]} is an earlier save; {sample}" if there else
-                         f"{out_dir} holds no checkpoint")
+    return console.saved_line(raw_model, out_dir, saved, iter_num, iter_before, best_val_loss)
 
 
 def seconds():
@@ -585,18 +565,7 @@ loss_of = own_loss
 if teacher:
     teacher, loss_of = teacher.to(place.device), loss_beside_teacher
     teacher.compute_dtype = place.dtype
-wandb = None
-if cfg.wandb_log and world.master and not looks_only:
-    try:
-        import wandb
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
-    except ImportError as error:
-        raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
-                          "--wandb_log=False") from error
-    except Exception as error:                  # no key, no network, no answer; a folder of that name
-        why = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise ConfigError(f"wandb does not start ({why}): type wandb login, or set WANDB_MODE=offline, or "
-                          "type --wandb_log=False") from error
+wandb = console.start_wandb(cfg, settings) if cfg.wandb_log and world.master and not looks_only else None
 
 # -------------------------------------------------- the loop ------------------------------------------------
 

@@ -1,9 +1,11 @@
 """What a run says: where it computes, how far it is, what an evaluation found, how it ended. All the numbers
 are in metrics.jsonl too, under names of their own."""
 import shlex
+from pathlib import Path
 
 import torch
 
+from configurator import ConfigError
 from layers import NeuronMajor
 
 
@@ -62,3 +64,36 @@ def sample_command(model, out_dir):
     c = model.config
     sparse = " --sparse_decode=True" * bool(c.mlp_predict or c.exits or c.mlp_screen)
     return f"python sample.py --out_dir={shlex.quote(str(out_dir))}{sparse}"
+
+
+def saved_line(model, out_dir, saved, iteration, began, best):
+    """The end of a run's last sentence: what its folder holds, what it does not, and what samples from it.
+
+    saved: {file: iteration} of this run; began: the iteration that it began with; best: its best val loss.
+    """
+    out_dir, sample = Path(out_dir), f"sample with: {sample_command(model, out_dir)}"
+    there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
+    if iteration in saved.values() and "ckpt_last.pt" not in saved:
+        return f"{out_dir / 'ckpt.pt'}, best val loss {best:.4f}; {sample}"
+    if saved.get("ckpt_last.pt") == iteration:
+        return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
+                "--init_from=resume goes on; " + ("ckpt.pt holds the best; " * ("ckpt.pt" in there)) + sample)
+    why = ("no iteration was trained" if iteration == began else
+           f"the weights of iteration {iteration} were not saved")
+    return f"{why}; " + (f"{out_dir / there[0]} is an earlier save; {sample}" if there else
+                         f"{out_dir} holds no checkpoint")
+
+
+def start_wandb(cfg, settings):
+    """Weights & Biases' module, its run begun; a ConfigError where it does not start."""
+    try:
+        import wandb
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
+    except ImportError as error:
+        raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
+                          "--wandb_log=False") from error
+    except Exception as error:                  # no key, no network, no answer; a folder of that name
+        why = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise ConfigError(f"wandb does not start ({why}): type wandb login, or set WANDB_MODE=offline, or "
+                          "type --wandb_log=False") from error
+    return wandb
