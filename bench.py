@@ -2,10 +2,12 @@
 
     git clone https://github.com/karpathy/nanoGPT
     python bench.py decode --nanogpt=nanoGPT
-    python bench.py train --nanogpt=nanoGPT --out=results/train.json
+    python bench.py train --nanogpt=nanoGPT --out=train.json
+    python bench.py compare out-pylib out-pylib-predict --sparse_decode=True
 
-Lines for people come first; the last line of stdout is the same result as one JSON object. Without --nanogpt
-ours alone is measured and no ratio is printed. Absolute times mean little on another machine: quote ratios.
+What it prints is for people; the same result is one JSON object in --out, or out-bench/SUBCOMMAND.json.
+Without --nanogpt ours alone is measured and no ratio is printed. Absolute times mean little on another
+machine: quote ratios.
 """
 import ast
 import importlib
@@ -64,7 +66,7 @@ def purpose(name):
 def menu():
     lines = [f"  {name:10}{purpose(name)}" for name in COMMANDS]
     lines += [f"  {PLOT:10}What runs have logged and learnt, drawn; its words are their folders."]
-    return "\n".join(["python bench.py SUBCOMMAND [--key=value ...]", "", *lines, "",
+    return "\n".join(["python bench.py SUBCOMMAND [--key=value ...]", "", *examples(), "", *lines, "",
                       "python bench.py SUBCOMMAND --help lists its keys."])
 
 
@@ -81,8 +83,13 @@ def keys_of(kind, words):
     return configure(kind, words, base=runs, files=True)
 
 
+def examples():
+    """The commands of this file's docstring."""
+    return [line for line in __doc__.splitlines() if line.startswith("    python ")]
+
+
 def main(words):
-    """Run the subcommand that the words name; the JSON record is the last line of stdout."""
+    """Run the subcommand that the words name; the last line of stdout says where its record is."""
     if words[:1] in (["--help"], ["-h"]):
         return print(menu())
     choice = f"type python bench.py {' or '.join([*COMMANDS, PLOT])}; --help says what they measure"

@@ -254,11 +254,36 @@ def meanings(cls):
     return found
 
 
+def groups(cls):
+    """{heading: its keys}: what stands below `# --- heading ---` in `cls` and the dataclasses that it
+    extends, its own first; a key stays where it was defined first. Keys above the first heading are `keys`,
+    and those of a class that it extends below the first line of that one's docstring."""
+    found = {}
+    for part in (part for part in cls.__mro__[:-1] if dataclasses.is_dataclass(part)):
+        doc = inspect.getdoc(part) or part.__name__
+        heading = "keys" if part is cls else doc.partition("\n")[0].rstrip(".:")
+        inherited = {f.name for base in part.__mro__[1:-1] if dataclasses.is_dataclass(base)
+                     for f in dataclasses.fields(base)}
+        for title, key in re.findall(r"^    (?:# --- (.+) ---|(\w+): )", inspect.getsource(part), re.M):
+            heading = title or heading
+            if key in part.__dataclass_fields__ and key not in inherited:
+                found.setdefault(heading, []).append(key)
+    return found
+
+
+def examples(cls):
+    """The commands in the docstring of a script."""
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    return re.findall(r"^    (?:python|torchrun) .+$", doc, re.M)
+
+
 def help_text(cls, files=False):
-    """The text behind --help: every key with its default and meaning."""
-    about = meanings(cls)
-    rows = [f"  --{f.name}={f.default!r}".ljust(40) + " " + about.get(f.name, "")
-            for f in dataclasses.fields(cls)]
+    """The text behind --help: commands, then every key with its default and meaning, in groups."""
+    about, known = meanings(cls), {f.name: f for f in dataclasses.fields(cls)}
     doc = textwrap.dedent(inspect.getdoc(cls) or "").strip()
     usage = f"python {sys.argv[0]} {'[config/file.py ...] ' * files}[--key=value ...]"
-    return f"{usage}\n\n{doc}\n\n" + "\n".join(rows)
+    parts = [usage, doc, "\n".join(examples(cls))]
+    for heading, keys in groups(cls).items():
+        rows = [f"  --{key}={known[key].default!r}".ljust(40) + " " + about.get(key, "") for key in keys]
+        parts.append("\n".join([f"{heading}:", *rows]))
+    return "\n\n".join(filter(None, parts))

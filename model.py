@@ -72,6 +72,7 @@ SIZES = {
 @dataclass(frozen=True)
 class GPTConfig:
     """What a model is made of. The first seven are nanoGPT's; every other default is the plain GPT-2."""
+    # --- model: shape ---
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # number of token ids; GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12  # number of blocks
@@ -79,7 +80,7 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     dropout: float = 0.0  # share of activations dropped in training; 0 for pretraining, 0.1+ for finetuning
     bias: bool = True  # biases in Linears and norms, like GPT-2; False: a bit better and faster
-    # --- architecture switches ---
+    # --- model: architecture switches ---
     norm: str = "layernorm"  # layernorm or rmsnorm
     pos: str = "learned"  # position table (learned), or rotation of queries and keys (rope)
     qk_norm: bool = False  # RMS-normalise queries and keys per head
@@ -98,40 +99,52 @@ class GPTConfig:
     rope_theta: float = 10000.0  # base of the wavelengths of pos=rope: larger for longer contexts
     norm_eps: float = 0.0  # added to a norm's mean square; 0: 1e-5 in layernorm, 1e-6 in rmsnorm
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
-    # --- the MLP's bio mechanisms ---
+    # --- block: the largest units fire ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
     mlp_topk_group: int = 0  # winners in groups of so many neighbours (4, mlp_topk=0.5: 2 of 4); 0: of all
+    # --- block: event gates ---
     event_gate: bool = False  # units fire only above a learned threshold of their own
     event_rate: float = 0.1  # the share of units that the event gates aim at
     event_cost: float = 0.1  # weight of that aim in the loss
+    # --- block: cortical columns ---
     columns: int = 0  # cortical columns: the units in so many groups, gated before the up projection; 0: off
     columns_active: int = 0  # columns that answer each token
+    # --- block: dendritic MLP ---
     compartments: int = 0  # dendritic branches of each MLP, which each see a part of the stream; 0: off
+    # --- block: routed experts ---
     experts: int = 0  # routed experts; 0: off
     experts_active: int = 0  # experts that each token visits
     expert_width: int = 0  # units of an expert; 0: a dense MLP's units divided by experts
+    # --- block: predicted units ---
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
+    # --- block: screened units ---
     mlp_screen: int = 0  # bits of a copy of W_up that decides which units decoding reads (relu2): 2, 3, 4, 8
     mlp_live: float = 0.15  # mean share of the units that it picks; 0: all that fire by themselves
-    # --- attention's bio mechanisms ---
+    # --- block: the larger inputs of attention ---
     attn_topk: float = 1.0  # share of the inputs that attention's projections read per token, the largest
+    # --- block: windows ---
     window: int = 0  # tokens that a local layer sees, itself included; 0: all layers see everything
     window_pattern: str = "SSSL"  # layers in turn: S sees the window, L everything
+    # --- block: dendritic attention ---
     dendrites: int = 0  # dendritic branches of each head, gated per token; 0: off
     dendrites_active: int = 0  # branches that each token may open
     dendrite_cost: float = 0.1  # weight in the loss of the aim that so many are open
-    # --- depth ---
+    # --- block: hierarchy ---
     hierarchy: int = 0  # tokens in a group that the middle layers run on; 0: off
+    # --- block: early exits ---
     exits: str = ""  # layers after which a token may be done, such as "2,4"
     exit_cost: float = 0.5  # weight of the exits' losses together, each in proportion to its depth
     exit_threshold: float = 0.9  # how sure an exit's probe must be for a token to leave
+    # --- block: pondering ---
     ponder: int = 0  # most runs of the middle layer's block, as many as each token needs; 0: off
     ponder_cost: float = 0.01  # weight in the loss of the mean number of runs
+    # --- block: random depth ---
     layer_dropout: float = 0.0  # in training, share of sequences that skip the last layer; less the earlier
-    # --- tasks and energy ---
+    # --- block: adapters ---
     adapters: str = ""  # names of bottlenecks behind each block, by commas, one for each task or language
     adapter_width: int = 16  # their units
+    # --- block: an energy budget ---
     energy_budget: float = 0.0  # share of what all gates can close that they may leave open; 0: off
     energy_cost: float = 0.5  # weight of that aim in the loss
 
@@ -345,12 +358,13 @@ class GPT(nn.Module):
     is drawn from its own generator, seeded by `seed` (default: torch's current seed) and the parameter's
     name, so two models that differ in one mechanism share every other weight bit for bit.
     compute_dtype: dtype of the residual stream and the matmuls; None means the weights' own.
+    auxiliary: what mechanisms added to the last training forward's cross-entropy; None: nothing.
     """
 
     def __init__(self, config, init=True, seed=None):
         super().__init__()
         self.config = config
-        self.compute_dtype, self.choices = None, Choices()
+        self.compute_dtype, self.choices, self.auxiliary = None, Choices(), None
         self.transformer = nn.ModuleDict(dict(
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
@@ -403,6 +417,7 @@ class GPT(nn.Module):
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
         also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets), *self.over_budget(ctx)
+        self.auxiliary = sum(term.detach() for term in also) if also else None
         return logits, sum(also, start=cross_entropy(logits, targets))
 
     def exit_losses(self, ctx, logits, targets):
@@ -552,14 +567,28 @@ class GPT(nn.Module):
         return sampling.join(idx, new, lengths)
 
 
-def build_model(checkpoint, path, learns=False, **overrides):
-    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
-    it is to be trained, so packed weights will not do."""
+def config_of(checkpoint, path, **overrides):
+    """The config of a checkpoint's model; overrides replace model arguments."""
     for field in dataclasses.fields(GPTConfig):
         value, kind = checkpoint["model_args"].get(field.name, field.default), type(field.default)
         require(type(value) is kind or (kind is float and type(value) is int),
                 f"{path}: model_args and weights do not fit this version ({field.name}={str(value)[:40]!r}, "
                 f"expected {kind.__name__})")
+    try:
+        return GPTConfig(**{**checkpoint["model_args"], **overrides})
+    except (TypeError, ConfigError) as error:
+        raise misfit(path, error) from error
+
+
+def misfit(path, error):
+    return ConfigError(f"{path}: model_args and weights do not fit this version "
+                       f"({str(error).splitlines()[-1].strip()})")
+
+
+def build_model(checkpoint, path, learns=False, **overrides):
+    """A checkpoint's model; overrides replace model arguments that do not change shapes (dropout). learns:
+    it is to be trained, so packed weights will not do."""
+    config = config_of(checkpoint, path, **overrides)
     packed = any(key.endswith(".meta") for key in checkpoint["model"])
     kind = checkpoint.get("quantize")
     require(not (kind and learns), f"{path} holds quantised weights, which cannot learn: name the checkpoint "
@@ -567,13 +596,12 @@ def build_model(checkpoint, path, learns=False, **overrides):
     require(not (packed and learns), f"{path} holds packed 2:4 weights, which cannot learn: name the "
                                      "checkpoint that was packed")
     try:
-        model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides}), init=packed)
+        model = GPT(config, init=packed)
         model = settle(model) if packed else model
         model = quantize(model, kind, empty=True) if kind else model
         model.load_state_dict(checkpoint["model"])
         require(kind or not model.config.tie_weights or is_tied(checkpoint["model"]),
                 "tie_weights=True, but its head is not its embedding")
     except (TypeError, RuntimeError, ConfigError) as error:
-        raise ConfigError(f"{path}: model_args and weights do not fit this version "
-                          f"({str(error).splitlines()[-1].strip()})") from error
+        raise misfit(path, error) from error
     return model

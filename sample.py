@@ -1,6 +1,7 @@
 """Sample from a checkpoint of ours or nanoGPT's, or from GPT-2, with nanoGPT's keys.
 
     python sample.py --out_dir=out-pylib --start="def main(" --num_samples=2
+    python sample.py --out_dir=out-pylib-predict --sparse_decode=True --quantize=int8
     python sample.py --out_dir=out-pylib --chat
 """
 import dataclasses
@@ -18,10 +19,12 @@ import sparse_kernels
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode import calibrate, card, engine, sampling
+from decode import calibrate, engine, sampling
+from decode.counters import step_macs
+from decode.way import choose_way
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, settle
-from model import GPT, build_model
+from model import GPT, build_model, config_of
 from training import checkpoint as ckpt
 from training import continual, estimate, export, pretrained, retrofit, runtime
 from training.pretrained import is_gpt2
@@ -32,20 +35,36 @@ from viz.chat import FRAMES, Chat, converse, frame_of, show
 @dataclass(frozen=True)
 class SampleConfig:
     """Every key of sample.py."""
+    # --- run ---
     init_from: str = "resume"  # resume (out_dir), gpt2[-medium|-large|-xl], checkpoint, .gguf, HF folder
     out_dir: str = "out"  # run to sample from when init_from is resume
+    tokenizer: str = ""  # data folder of the model, if its checkpoint names none or it has moved
+    adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
+    # --- text ---
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     special: bool = True  # <|endoftext|> in a text is the one token, if the model has it; False: plain text
     num_samples: int = 10  # samples to draw
     max_new_tokens: int = 500  # tokens in each sample
+    seed: int = 1337  # decides what is drawn
+    chat: bool = False  # answer lines as they are typed; the text so far begins with start
+    template: str = "auto"  # with chat, marks of who speaks: chatml, llama3, none; start: the system's text
+    stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
+    enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
+    # --- sampling ---
     temperature: float = 0.8  # below 1 less random, above 1 more; 0 is greedy
     top_k: int = 200  # keep only the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0  # keep tokens of at least min_p times the most likely one's probability
     repetition_penalty: float = 1.0  # CTRL's: above 1 makes tokens that already occurred less likely
-    tokenizer: str = ""  # data folder of the model, if its checkpoint names none or it has moved
     draws: str = "engine"  # what chooses ids: the decode engine's generator, or torch's, as nanoGPT does
     overflow: str = "slide"  # past block_size: slide (keep half), or exact (recomputed per token: nanoGPT's)
+    # --- faster, as the model was trained for ---
+    sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
+    exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
+    speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
+    screen: bool = False  # look at 8 bits of the head first, then at rows that can win: same tokens
+    # --- faster, any model ---
+    quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
     mlp_screen: int = 0  # any model with squared ReLU: bits of a copy that picks the units read: 4; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     measure: bool = True  # with screened units, first measure and print what they save; False: begin at once
@@ -54,24 +73,15 @@ class SampleConfig:
     window: int = 0  # untrained: tokens that local layers see; 0: as the model has it
     window_pattern: str = "SSSL"  # with window, layers in turn: S sees the window, L everything
     weights: str = ""  # untrained: 2:4 keeps two of every four weights, chosen on training text; empty: all
-    screen: bool = False  # look at 8 bits of the head first, then at rows that can win: same tokens
-    sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
-    exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
-    adapter: str = ""  # of a model with adapters, the name of the one that is on; empty: the first
-    threads: int = 0  # of a CPU's decode steps; 0: as many as decode this model fastest, timed at the start
-    show_program: bool = False  # afterwards list the ops of a decode step, what they read, what they took
-    trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
-    speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
-    chat: bool = False  # answer lines as they are typed; the text so far begins with start
-    template: str = "auto"  # with chat, marks of who speaks: chatml, llama3, none; start: the system's text
-    stop: str = ""  # with chat, a text that ends an answer, such as "\n"; empty: none
-    enter: str = "\n"  # with chat, what is added to a typed line; empty: the model goes on in the same line
-    quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
     val: bool | str = False  # print the validation loss without and with these and quantize; or of a FOLDER
-    seed: int = 1337  # decides what is drawn
+    # --- machine ---
     device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     compile: bool | str = False  # torch.compile
+    threads: int = 0  # of a CPU's decode steps; 0: as many as decode this model fastest, timed at the start
+    # --- looking ---
+    trace: str = ""  # also write what each token cost into this HTML page (on a CPU)
+    show_program: bool = False  # afterwards list the ops of a decode step, what they read, what they took
 
     def __post_init__(self):
         require(self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1")
@@ -140,7 +150,7 @@ def load_run(init_from, out_dir, folder="", **flags):
         return model, pretrained_tokenizer(init_from, folder, model.config.vocab_size), {}
     loaded, path = ckpt.read(out_dir if init_from == "resume" else init_from)
     if flags:
-        check_flags(build_model(loaded, path).config, flags, path, kind_of(loaded))
+        check_flags(config_of(loaded, path), flags, path, kind_of(loaded))
     model = build_model(loaded, path, **flags).eval()
     about = {key: value for key, value in loaded.items() if key not in ("model", "optimizer")}
     return model, tokenizer_of(loaded, folder, model.config.vocab_size), about
@@ -279,18 +289,20 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     clock, count = time.perf_counter(), 0
     for _ in range(cfg.num_samples):
+        made = list(ids)
         text = tokenizers.StreamDecoder(tokenizer)
         spoken = "".join(text.feed(token) for token in ids)
         show(spoken)
         pieces = (recorder.stream(stream, prompt, cfg.max_new_tokens, spoken, text, overflow=cfg.overflow)
-                  if recorder else (text.feed(int(token)) for token in
+                  if recorder else (text.feed(made.append(int(token)) or made[-1]) for token in
                                     stream(prompt, cfg.max_new_tokens, sampler, overflow=cfg.overflow)))
         for piece in pieces:
             show(piece)
             count += 1
         show(text.flush() + "\n---------------\n")
     seconds = time.perf_counter() - clock
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s{depth_used(model, stream)}",
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s"
+          f"{'' if place.compile else share_of_dense(model, stream, made)}{depth_used(model, stream)}",
           file=sys.stderr)
     show_program(model)
     if recorder:
@@ -443,25 +455,27 @@ def decoding(model, cfg, device):
         torch.set_num_threads(cfg.threads)
     if cfg.speculate:
         return "forward decodes (--speculate drafts and verifies with the layers themselves, draws by torch)"
-    if device.type == "cuda":
-        made = card.trial(model, device)
-        return f"{len(made.launches)} kernels a token" if made else f"forward decodes ({made.args[0]})"
-    program = engine.trial(model, device, torch.get_num_threads())
-    if not program:
-        return f"forward decodes ({program})"
-    timed, threads = "", cfg.threads
-    if not threads:
-        took = engine.time_threads(program)
-        threads = engine.fewest(took)
-        timed = f" ({', '.join(f'{n}: {seconds * 1e6:,.0f}' for n, seconds in took.items())} us a step)"
-    model.choose(threads=threads)
-    return f"decode engine, {threads} thread{'s' * (threads != 1)}{timed}"
+    way, threads, took = choose_way(model, device, cfg.threads)
+    if way != "decode engine":
+        return way
+    timed = f" ({', '.join(f'{n}: {seconds * 1e6:,.0f}' for n, seconds in took.items())} us a step)"
+    return f"{way}, {threads} thread{'s' * (threads != 1)}{timed * bool(took)}"
 
 
 def show_program(model):
     """Where it was asked for, the table of ops."""
     if model.choices.watch is not None:
         print(model.choices.watch, file=sys.stderr)
+
+
+def share_of_dense(model, stream, ids):
+    """What the last line adds of a model whose decode steps leave weights out, counted on the end of a text;
+    drafts cost otherwise."""
+    if hasattr(stream.stream, "__self__"):
+        return ""
+    text = torch.tensor([ids[-min(64, model.config.block_size):]], device=model.lm_head.weight.device)
+    macs, whole = step_macs(model, text)
+    return f", {macs / whole:.0%} of the dense multiply-adds" if macs < 0.995 * whole else ""
 
 
 def depth_used(model, stream):

@@ -1,6 +1,7 @@
 """Train a GPT on one process or many, with nanoGPT's keys.
 
     python train.py                                             the built-in data and config/train_pylib.py
+    python train.py book.txt --block=predict                    a text of yours, and a block of config/
     python train.py config/train_shakespeare_char.py --batch_size=32
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
 """
@@ -18,78 +19,89 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import sparse_kernels
-from configurator import ConfigError, begin_script, convert, require, say_and_exit, typed_words
+from configurator import ConfigError, begin_script, convert, require, say_and_exit
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode.counters import by_layer, counters, depth_used, summary
+from decode.counters import by_layer, counters, depth_used, summary, trained_step_macs
 from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
-from training import continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
+from training import console, continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
 from training.pretrained import GPT2_SIZES
+from training.words import Words
 
-DEFAULT_RUN = str(Path(__file__).with_name("config") / "train_pylib.py")
 # never taken from a checkpoint
-HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", "compile", "backend", "fsdp")
+HERE_ONLY = ("init_from", "out_dir", "eval_only", "dry_run", "device", "dtype", "compile", "backend", "fsdp",
+             "download", "verbose")
 
 
 @dataclass(frozen=True)
 class TrainConfig(GPTConfig):
-    """Every key of a training run: the model's (above all nanoGPT's), then the run's. With no arguments at
-    all the built-in run config/train_pylib.py starts."""
+    """Words, read from left to right, the last one wins: a config file (.py), --key=value, a text to
+    train on, or --block=NAME, which is config/bio_NAME.py: columns, compartments, dendrites, energy, event,
+    exits, experts, growth, hierarchy, inputs, osc, ponder, predict, topk, two_of_four, window, winners;
+    several by commas. Where neither a word nor a config names data, config/train_pylib.py is the base."""
     bias: bool = False  # biases in Linears and LayerNorms; nanoGPT trains without
     vocab_size: int = 0  # number of token ids; 0: the dataset's, or 50304 where it does not say
+    # --- run ---
     out_dir: str = "out"  # folder of the checkpoint and of metrics.jsonl
+    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2[-medium...], a run or file
+    max_iters: int = 600000  # iterations of the whole run
     eval_interval: int = 2000  # iterations between evaluations; does not change the training curve
-    log_interval: int = 1  # iterations between rows of metrics.jsonl
     eval_iters: int = 200  # batches per evaluation and split, always the same ones
+    log_interval: int = 1  # iterations between rows of metrics.jsonl
     eval_only: bool = False  # evaluate once and stop
     dry_run: bool = False  # print parameters, memory, tokens and time of the run from a few steps, and stop
     always_save_checkpoint: bool = True  # save after every evaluation; False: only when the val loss improves
     keep_checkpoints: int = 2  # saves that stay: ckpt.pt and, as ckpt-ITERATION.pt, those before it
-    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2[-medium...], a run or file
-    train_only: str = ""  # new: train the tensors alone that the flags behind --init_from added; empty: all
-    teacher: str = ""  # a run or a GPT-2 whose predictions are learnt too, beside the data; empty: none
-    distill: float = 0.5  # the share of the loss that is the divergence from the teacher
+    seed: int = 1337  # decides weights, batches and dropout
+    max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
+    verbose: bool = False  # say why this device, dtype and compilation were chosen
     wandb_log: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run name
+    # --- data ---
     dataset: str = "openwebtext"  # folder below data/ or path of one; several by weight: NAME:3,NAME:1
+    download: bool = False  # let a data set's prepare.py take more than 100 MB from the network
+    batch_size: int = 12  # sequences per micro-batch
+    gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
+    sampling: str = "random"  # of windows: random (nanoGPT's), or epoch: all of them once, then all again
+    documents: bool = False  # a sample stays in one document; data sets of documents have the marks for it
     tasks: str = ""  # data sets to learn one after the other, by commas, lr_decay_iters iterations each
+    # --- optimizer ---
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
+    learning_rate: float = 6e-4  # highest learning rate
+    min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
+    lr_schedule: str = "cosine"  # cosine, linear, wsd (constant, then linear), constant
+    decay_lr: bool = True  # warm up and decay the learning rate; False: constant
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # iteration where the schedule reaches min_lr
+    lr_decay_share: float = 0.3  # wsd: the share of the run that decays
+    weight_decay: float = 1e-1  # on tensors of two or more dimensions
+    beta1: float = 0.9  # Adam's decay of the mean
+    beta2: float = 0.95  # Adam's decay of the mean square
+    grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
+    muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
+    muon_momentum: float = 0.95  # muon's decay of the mean gradient
+    muon_steps: int = 5  # muon's Newton-Schulz iterations; 4 lose little and save time on small models
+    # --- machine ---
+    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
+    compile: bool | str = "auto"  # torch.compile: auto, True, False
+    backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
+    fsdp: bool = False  # split weights, gradients and optimizer among the processes: FSDP2
+    # --- training with blocks ---
+    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk, columns_active fall from all to theirs
+    grow: str = ""  # grow up: "2:0.2,4:0.3" trains 2 layers for 0.2 of lr_decay_iters, 4 for 0.3, then all
+    train_only: str = ""  # new: train the tensors alone that the flags behind --init_from added; empty: all
+    teacher: str = ""  # a run or a GPT-2 whose predictions are learnt too, beside the data; empty: none
+    distill: float = 0.5  # the share of the loss that is the divergence from the teacher
     ewc: float = 0.0  # pull to the weights that earlier tasks ended with, by their Fisher information; 0: off
     ewc_samples: int = 256  # sequences of a task that its Fisher information is estimated from
     replay: float = 0.0  # share of each batch's rows that come from earlier tasks
     replay_blocks: int = 1024  # rows of all earlier tasks that are kept for that
     freeze: bool = False  # from the second task on train that task's adapter alone
-    gradient_accumulation_steps: int = 40  # micro-batches per iteration, over all processes together
-    batch_size: int = 12  # sequences per micro-batch
-    learning_rate: float = 6e-4  # highest learning rate
-    max_iters: int = 600000  # iterations of the whole run
-    weight_decay: float = 1e-1  # on tensors of two or more dimensions
-    beta1: float = 0.9  # Adam's decay of the mean
-    beta2: float = 0.95  # Adam's decay of the mean square
-    grad_clip: float = 1.0  # largest gradient norm; 0.0 does not clip
-    anneal: float = 0.0  # share of lr_decay_iters in which mlp_topk, columns_active fall from all to theirs
-    grow: str = ""  # grow up: "2:0.2,4:0.3" trains 2 layers for 0.2 of lr_decay_iters, 4 for 0.3, then all
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks with adamw for the rest
-    muon_learning_rate: float = 0.02  # highest learning rate of muon; follows the same schedule
-    muon_momentum: float = 0.95  # muon's decay of the mean gradient
-    muon_steps: int = 5  # muon's Newton-Schulz iterations; 4 lose little and save time on small models
-    lr_schedule: str = "cosine"  # cosine, linear, wsd (constant, then linear), constant
-    lr_decay_share: float = 0.3  # wsd: the share of the run that decays
+    # --- model: shape ---
     size: str = ""  # small, medium, large, xlarge, gpt2[-medium|-large|-xl]: sets n_layer, n_head and n_embd
-    decay_lr: bool = True  # warm up and decay the learning rate; False: constant
-    warmup_iters: int = 2000  # iterations of linear warm-up
-    lr_decay_iters: int = 600000  # iteration where the schedule reaches min_lr
-    min_lr: float = 6e-5  # lowest learning rate, about a tenth of learning_rate
-    backend: str = "nccl"  # of torch.distributed on GPUs; CPUs use gloo
-    fsdp: bool = False  # split weights, gradients and optimizer among the processes: FSDP2
-    device: str = "auto"  # auto, cpu, cuda, cuda:0, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with a gradient scaler, CUDA only)
-    compile: bool | str = "auto"  # torch.compile: auto, True, False
-    sampling: str = "random"  # of windows: random (nanoGPT's), or epoch: all of them once, then all again
-    documents: bool = False  # a sample stays in one document; data sets of documents have the marks for it
-    seed: int = 1337  # decides weights, batches and dropout
-    max_skipped_steps: int = 8  # stop after so many steps in a row with a loss or gradient that is not finite
 
     def __post_init__(self):
         self.check_growth(self.model_config(vocab_size=self.vocab_size or 50304).n_layer)
@@ -152,7 +164,8 @@ class TrainConfig(GPTConfig):
 
 def open_model(key, source):
     """The model that --init_from or --teacher names -> (GPT on the CPU, in eval mode, the description of its
-    tokenizer or None, what is kept of where it comes from)."""
+    tokenizer or None, what is kept of where it comes from, {"dataset": what it was trained on} if known)."""
+    data = {}
     if pretrained.is_gpt2(source):
         model, path = GPT.from_pretrained(source), source
         known, iteration = pretrained.description_of(source, model.config.vocab_size), None
@@ -163,32 +176,42 @@ def open_model(key, source):
         loaded, path = ckpt.read(Path(source))
         model = build_model(loaded, path, learns=key == "init_from")
         known, iteration = loaded.get("tokenizer"), loaded.get("iter_num")
+        data = {key: value for key, value in (loaded.get("config") or {}).items()
+                if key == "dataset" and isinstance(value, str)}
     return model.eval(), known, {"name": retrofit.name_of(path), "iter_num": iteration,
-                                 "sha256": retrofit.sha_of(path)}
+                                 "sha256": retrofit.sha_of(path)}, data
 
 
 # -------------------------------------------------- configuration and run directory -------------------------
 
 begin_script()
-argv = sys.argv[1:] or [DEFAULT_RUN]
-given = typed_words(TrainConfig, argv, files=True)             # what the user typed, to tell it from defaults
-for key in ("n_layer", "n_head", "n_embd"):
-    require(not given.get("size") or key not in given,
-            f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
+words = Words(sys.argv[1:], TrainConfig, GPTConfig)
+given = words.given                                            # what the user typed, to tell it from defaults
 world, device_name = runtime.join_world(*(given.get(key, getattr(TrainConfig, key)) for key in
                                           ("backend", "device")))
+say = print if world.master else (lambda *text, **how: None)
+for turn in (world.master, not world.master) if words.text else ():
+    said = words.prepare_text(given.get("dry_run")) if turn else ""
+    say(*[said] * bool(said))
+    world.barrier()
+given["out_dir"] = words.out_dir()
+start = ckpt.start_of(given.get("init_from", TrainConfig.init_from), given["out_dir"], world.restarted())
+given = words.keys(start) | {"init_from": start, "out_dir": given["out_dir"]}
+if words.about_base(start):
+    say(words.about_base(start))
+for key in ("n_layer", "n_head", "n_embd"):
+    require(not given.get("size") or key not in words.named or key not in given,
+            f"size='{given.get('size')}' and {key}={given.get(key)} both set {key}: type one of them")
 resumed, base, dense, parent = None, {}, None, None
-given["init_from"] = ckpt.start_of(given.get("init_from", TrainConfig.init_from),
-                                   given.get("out_dir", TrainConfig.out_dir), world.restarted())
-if given["init_from"] == "resume":
-    before_reading = ckpt.stamps(given.get("out_dir", TrainConfig.out_dir))
-    resumed, resumed_path = ckpt.read(given.get("out_dir", TrainConfig.out_dir), resume=True)
+if start == "resume":
+    before_reading = ckpt.stamps(given["out_dir"])
+    resumed, resumed_path = ckpt.read(given["out_dir"], resume=True)
     known = {f.name: f for f in fields(TrainConfig) if f.name not in HERE_ONLY}
     base = {k: convert(known[k], v, f"{resumed_path}", v) for k, v in resumed["config"].items()
             if k in known and k not in given}                  # so typing a key mends one that is damaged
-elif given["init_from"] != "scratch":
-    dense, dense_tokenizer, parent = open_model("init_from", given["init_from"])
-    base = {k: v for k, v in asdict(dense.config).items() if k != "dropout"}
+elif start != "scratch":
+    dense, dense_tokenizer, parent, base = open_model("init_from", start)
+    base |= {k: v for k, v in asdict(dense.config).items() if k != "dropout"}
 world.require_same(resumed["iter_num"] if resumed else 0, "starts at iteration {}", "out_dir")
 cfg = TrainConfig(**{**base, **given})
 require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dataset}' is not the first of "
@@ -216,15 +239,17 @@ def open_folder():
 looks_only = cfg.eval_only or cfg.dry_run                      # nothing is written, so no lock is needed
 lock = None if looks_only else world.by_master(open_folder)
 for turn in (world.master, world.local_rank == 0):             # hosts may have data folders of their own
-    for name in cfg.task_names() if turn else ():
-        datasets.prepare_sources(name)
+    for name in cfg.task_names() if turn and not cfg.dry_run else ():
+        datasets.prepare_sources(name, cfg.download)
     world.barrier()
-say = print if world.master else (lambda *words, **how: None)
-say(place, f"threads {torch.get_num_threads()}, processes {world.size}", sep=", ")
+say(console.place_line(place, torch.get_num_threads(), world.size, cfg.verbose))
 
 # -------------------------------------------------- what the flags select, built once -----------------------
 
-task_sources = [datasets.prepare_sources(name) for name in cfg.task_names()]  # [(folder, weight)] each
+lacking = []                                                   # data sets that a dry run goes without
+task_sources = [datasets.prepare_sources(name, cfg.download) if not cfg.dry_run else
+                datasets.sources_or_random(name, cfg.vocab_size, cfg.block_size, lacking)
+                for name in cfg.task_names()]
 folders = [folder for sources in task_sources for folder, _ in sources]
 continual.one_vocabulary(folders if cfg.tasks else folders[:1])
 meta = datasets.common_meta([source for sources in task_sources for source in sources])
@@ -303,8 +328,8 @@ raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
     say(sparse_kernels.winners_path(place.device))
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
-    f"parameters without positions; data {', '.join(map(str, folders))}, vocabulary "
-    f"{model_config.vocab_size}")
+    f"parameters without positions; data {', '.join(map(str, folders)) if not lacking else 'random tokens, '}"
+    f"{' and '.join(lacking)}{' is not here' * bool(lacking)}, vocabulary {model_config.vocab_size}")
 
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 clipped = optimizers.by_clipping(raw_model)                    # each list has a gradient norm of its own
@@ -322,7 +347,8 @@ accumulation = cfg.gradient_accumulation_steps // world.size
 tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * model_config.block_size
 shape = (model_config.block_size, cfg.batch_size)
 train_streams = [datasets.open_stream(sources, "train", *shape, seed=cfg.seed, sampling=cfg.sampling,
-                                      vocab_size=model_config.vocab_size, documents=cfg.documents)
+                                      vocab_size=model_config.vocab_size,
+                                      documents=cfg.documents and not lacking)
                  for sources in task_sources]
 eval_streams = [{split: datasets.open_stream(sources, split, *shape, seed=0,   # the same for every sampling
                                              vocab_size=model_config.vocab_size)
@@ -409,12 +435,13 @@ def share_gradients(now):
 
 
 def train_step(iteration, batch):
-    """One optimizer step -> (global mean loss, gradient norm, next step's first batch, does any rank stop).
+    """One optimizer step -> (global mean loss, what mechanisms added to it, gradient norm, next step's first
+    batch, does any rank stop).
 
     Where either is not finite the weights and the optimizer stay as they are, on all ranks alike.
     """
     torch.manual_seed(((cfg.seed * 1_000_003 + iteration) * 1009 + world.rank) % 2**63)  # stateless dropout
-    total = torch.zeros((), device=place.device)
+    total, extra = torch.zeros(2, device=place.device)
     for micro in range(accumulation):
         share_gradients(micro == accumulation - 1)
         tasks.listen(numbered(iteration, micro))
@@ -423,18 +450,19 @@ def train_step(iteration, batch):
         batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
         total += loss.detach()
+        extra += 0 if raw_model.auxiliary is None else raw_model.auxiliary / accumulation
     scaler.unscale_(optimizer)
     raw_model.regularise()
     tasks.pull()
     norms = [runtime.whole(torch.nn.utils.clip_grad_norm_(part, cfg.grad_clip or math.inf))
              for part in clipped]
-    total, norm = torch.stack((total, sum(norms).to(total.dtype))).tolist()
-    total, stops = world.sum([total / world.size, float(stop_signal)])
+    total, extra, norm = torch.stack((total, extra, sum(norms).to(total.dtype))).tolist()
+    total, extra, stops = world.sum([total / world.size, extra / world.size, float(stop_signal)])
     if (math.isfinite(total) and math.isfinite(norm)) or scaler.is_enabled():
         scaler.step(optimizer)                                              # a scaler skips by itself
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm, batch, stops > 0
+    return total, extra, norm, batch, stops > 0
 
 
 def grow(iteration):
@@ -470,26 +498,17 @@ def save_checkpoint(path):
 
 def open_metrics():
     """metrics.jsonl, opened to append; a resumed run drops rows past its checkpoint: iterations only rise."""
-    path, kept = out_dir / rundir.LOG, []
+    path, kept = out_dir / rundir.LOG, ""
     if cfg.init_from != "resume":
         rundir.begin(out_dir, run_id, cfg.init_from)
     try:
         if cfg.init_from == "resume" and path.is_file() and not rundir.kept_as_another(path, run_id):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and iteration_of(line) < iter_num]
-        path.write_text("".join(kept), encoding="utf-8")
+            kept = rundir.rows_before(path, iter_num)
+        path.write_text(kept, encoding="utf-8")
         return open(path, "a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): type "
                           "--out_dir=ANOTHER_FOLDER") from error
-
-
-def iteration_of(line):
-    """The iteration of a row of metrics.jsonl; a row that a crash has torn counts as one to drop."""
-    try:
-        return json.loads(line)["iter"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def log(row):
@@ -506,18 +525,7 @@ def log(row):
 
 
 def what_is_saved():
-    """The end of a run's last sentence: what its folder holds, and what it does not."""
-    sample = f"sample with: python sample.py --out_dir={cfg.out_dir}"
-    there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
-    if iter_num in saved.values() and "ckpt_last.pt" not in saved:
-        return sample
-    if saved.get("ckpt_last.pt") == iter_num:
-        return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
-                "--init_from=resume goes on; " + ("ckpt.pt holds the best; " * ("ckpt.pt" in there)) + sample)
-    why = ("no iteration was trained" if iter_num == iter_before else
-           f"the weights of iteration {iter_num} were not saved")
-    return f"{why}; " + (f"{out_dir / there[0]} is an earlier save; {sample}" if there else
-                         f"{out_dir} holds no checkpoint")
+    return console.saved_line(raw_model, out_dir, saved, iter_num, iter_before, best_val_loss)
 
 
 def seconds():
@@ -549,7 +557,7 @@ def timed_step(micro_batches):
     """One training step of so many micro-batches -> its seconds; the loop's state goes on: for dry runs."""
     global accumulation, batch
     accumulation, clock = micro_batches, time.perf_counter()
-    batch = train_step(iter_num, batch)[2]
+    batch = train_step(iter_num, batch)[3]
     return time.perf_counter() - clock
 
 
@@ -557,31 +565,22 @@ loss_of = own_loss
 if teacher:
     teacher, loss_of = teacher.to(place.device), loss_beside_teacher
     teacher.compute_dtype = place.dtype
-wandb = None
-if cfg.wandb_log and world.master and not looks_only:
-    try:
-        import wandb
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings)
-    except ImportError as error:
-        raise ConfigError("wandb_log=True needs wandb: pip install wandb, or type "
-                          "--wandb_log=False") from error
-    except Exception as error:                  # no key, no network, no answer; a folder of that name
-        why = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise ConfigError(f"wandb does not start ({why}): type wandb login, or set WANDB_MODE=offline, or "
-                          "type --wandb_log=False") from error
+wandb = console.start_wandb(cfg, settings) if cfg.wandb_log and world.master and not looks_only else None
 
 # -------------------------------------------------- the loop ------------------------------------------------
 
 stop_signal, skipped, status = 0, 0, 0
 saved, asked = {}, None                                        # {file: iteration} by the master; iteration
 HANG_UP = getattr(signal, "SIGHUP", 0)                         # the terminal has gone; Windows has none
-signal.signal(signal.SIGINT, request_stop)
-signal.signal(signal.SIGTERM, request_stop)
-if HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:     # ignored under nohup, and left so
+for number in () if cfg.dry_run else (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, request_stop)
+if cfg.dry_run:                                                # it has nothing to save: it ends at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+elif HANG_UP and signal.getsignal(HANG_UP) != signal.SIG_IGN:     # ignored under nohup, and left so
     signal.signal(HANG_UP, request_stop)
 world.barrier()                                                # all have read what the run starts from
 metrics = None if looks_only else world.by_master(open_metrics)
-if account:
+if account and not cfg.dry_run:
     tell_retrofit()
 dense = None                                                    # frees its weights
 terminal = sys.stderr.isatty()
@@ -593,8 +592,10 @@ batch, meter = micro_batch(iter_num, 0), energy.Meter(place.device)
 model.train()
 started = time.perf_counter()
 if cfg.dry_run:
-    say(*estimate.dry_run(cfg, model, optimizer, batch, timed_step, tokens_per_iter,
-                          sum(stream.tokens for stream in train_streams), world.size), sep="\n")
+    tokens = None if lacking else sum(stream.tokens for stream in train_streams)
+    for line in estimate.dry_run(cfg, raw_model, optimizer, batch, timed_step, tokens_per_iter, tokens,
+                                 world.size, quiet=not world.master):
+        say(line, flush=True)
     runtime.leave(world, 0)
 
 while True:
@@ -608,15 +609,15 @@ while True:
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
+        work = []
         if world.master and not cfg.fsdp:                       # these look at whole weights
             example = to_device(streams["val"].batch(0))[0]
             seen = counters(raw_model, example)
             row |= summary(seen) | depth_used(raw_model, example)
             row |= {"by_layer": by_layer(seen, model_config.n_layer)} if seen else {}
+            work = console.work_lines(raw_model, row, trained_step_macs(raw_model, example[:1]))
         if world.master:
-            seen = row.keys() - {"iter", "tokens", "epochs", "train_loss", "val_loss", "by_layer"}
-            tqdm.write(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-                       + "".join(f", {k} {row[k]:.4g}" for k in row if k in seen))
+            tqdm.write(console.evaluation_line(iter_num, cfg.max_iters, losses, work))
         better = losses["val"] < best_val_loss
         best_val_loss = losses["val"] if better else best_val_loss    # a NaN is never better
         begun = iter_num > 0 or (account and cfg.max_iters == 0)     # what flags make of a dense model alone
@@ -638,7 +639,7 @@ while True:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     step_clock = time.perf_counter()
-    loss, norm, batch, stop = train_step(iter_num, batch)
+    loss, extra, norm, batch, stop = train_step(iter_num, batch)
     step_seconds = time.perf_counter() - step_clock
     finite = math.isfinite(loss) and math.isfinite(norm)
     skipped = 0 if finite else skipped + 1
@@ -650,7 +651,7 @@ while True:
     row |= {"mfu": mfu} if mfu else {}                         # only where the device's peak is known
     if iter_num % cfg.log_interval == 0 or row.keys() & {"val_loss", "after_task"} or not finite:
         log(row)
-    bar.set_postfix_str(f"loss {loss:.4f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+    bar.set_postfix_str(console.bar_text(loss, extra, row["tokens_per_s"]), refresh=False)
     bar.update()
     iter_num += 1
 
@@ -672,5 +673,5 @@ elif status:
         + (f"go on with: python train.py --init_from=resume --out_dir={cfg.out_dir}"
            if iter_num in saved.values() else what_is_saved()))
 elif not cfg.eval_only:
-    say(f"done in {seconds():.0f} s, {meter}, best val loss {best_val_loss:.4f}; {what_is_saved()}")
+    say(f"done in {seconds():.0f} s{f', {meter}' * bool(meter.read or cfg.verbose)}: {what_is_saved()}")
 runtime.leave(world, status)

@@ -32,7 +32,7 @@ class Bench:
     nanogpt: str = ""  # folder of a nanoGPT checkout; without it ours alone is measured, no ratio
     repeats: int = 5  # measurements of each side, in turns A B A B; told as median, quartiles, min, max
     threads: int = 0  # CPU threads of both sides; 0: torch's default; 1 where the machine is shared
-    out: str = ""  # also write the JSON record to this file
+    out: str = ""  # file of the JSON record; empty: out-bench/SUBCOMMAND.json
 
     def __post_init__(self):
         require(self.repeats >= 1, f"repeats={self.repeats} must be at least 1: type --repeats=5")

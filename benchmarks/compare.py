@@ -22,7 +22,8 @@ from benchmarks.verdict import HEAD, PICTURE, about_of, cells, drawn, text_table
 from configurator import ConfigError, close_match, require
 from data import dataset as datasets
 from data import tokenizer as tokenizers
-from decode import calibrate, card, engine, sampling
+from decode import calibrate, engine, sampling
+from decode.way import choose_way
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, check_quantize, forms_of, is_quantized, kinds_in, quantize, settle
 from model import GPT, build_model
@@ -34,7 +35,7 @@ QUICK = dict(tokens=4096, repeats=5)
 SECONDS, QUICK_SECONDS, FEWEST = 15, 3, 3        # of timing for all sides together; rounds at the least
 WARM = 4                                         # tokens ahead of those that are timed: prompt, recording
 FOLDERS = r"(?<![\w.~-])/(?:[^/\s']+/)+"           # of absolute paths: a record names none
-USAGE = "type python bench.py compare out-pylib out-bio-predict, for example"
+USAGE = "type python bench.py compare out-pylib out-pylib-predict, for example"
 
 
 @dataclass(frozen=True)
@@ -277,23 +278,9 @@ def make_ready(side, cfg, place, notes):
         settle(model, pack=sparse_kernels.packing_pays(place.device)[0])
     if place.device.type == "cpu":
         move_weights(model)
-    side.found["way"], side.found["threads"] = way_of(model, cfg, place.device)
+    side.found["way"], side.found["threads"], _ = choose_way(model, place.device, cfg.threads)
     if side.found["way"].startswith("forward"):
         notes.append(f"{side.name}: {side.found['way']}")
-
-
-def way_of(model, cfg, device):
-    """Choose the threads of a model's decode steps -> (what decodes, how many threads)."""
-    program = engine.trial(model, device, torch.get_num_threads())
-    if device.type == "cuda":
-        made = card.trial(model, device)
-        return (f"{len(made.launches)} kernels a token" if made else
-                f"forward decodes ({made.args[0]})"), None
-    if not program:
-        return f"forward decodes ({program})", torch.get_num_threads()
-    threads = cfg.threads or engine.fewest(engine.time_threads(program))
-    model.choose(threads=threads)
-    return "decode engine", threads
 
 
 # -------------------------------------------------- decoding ----------------------------------------------

@@ -343,3 +343,19 @@ LANGUAGES = {
         no_rounds=" 이 기록은 회차별 시간을 남기지 않아 시간의 구간이 시드만 담고 있어 너무 좁습니다. 다음 "
                   "측정부터는 회차도 담습니다."),
 }
+
+
+def verdict_line(page, record):
+    """The sentence that a mechanism's page opens with, of the main table's record; "" where no arm of the
+    page is in it."""
+    arms = [arm for arm in page.arms if arm in record["rows"]]
+    if not arms:
+        return ""
+    found = {axis: record["axes"][axis]["to_frontier"] for axis in report.SHOWN}
+    won = {arm: [axis for axis in found if found[axis].get(arm, {}).get("pays")] for arm in arms}
+    if won[arms[0]]:
+        said = f"pays in {' and '.join(won[arms[0]])} at one small scale"
+    else:
+        more = [f"as `{arm}` it pays in {' and '.join(won[arm])}" for arm in arms if won[arm]]
+        said = "; ".join(["does not pay alone at one small scale", *more[:1]])
+    return f"**Verdict:** {said} ([table](table.md))."

@@ -24,9 +24,12 @@ DENSE, DENSE_FP32 = "F.linear, bfloat16", "F.linear, float32"
 CAUSAL = "causal SDPA"
 
 
+FOLDER = Path("out-bench")                      # of records that nobody has named a file for; git ignores it
+
+
 def measure(function, cfg, words):
-    """Run a subcommand: function(cfg) -> the record's own fields. The record is the last line of stdout and
-    in the file cfg.out. words: the command line behind bench.py."""
+    """Run a subcommand: function(cfg) -> the record's own fields. The record is written to the file cfg.out,
+    else into FOLDER; the last line of stdout says where. words: the command line behind bench.py."""
     import torch  # here, so that reading records needs none
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -39,11 +42,22 @@ def measure(function, cfg, words):
             for key, value in asdict(cfg).items()}
     record = json.dumps({"schema": SCHEMA, "subcommand": words[0], "command": command, "config": keys,
                          **where, **result}, allow_nan=False)
-    print(record, flush=True)
-    if cfg.out:
-        write_atomically(cfg.out, record + "\n")
+    keep(cfg.out or FOLDER / f"{words[0]}.json", record + "\n")
     if result.get("stopped"):                    # the record says so; the script ends as others do on Ctrl-C
         raise KeyboardInterrupt
+
+
+def keep(path, text):
+    """Write a record and say where it is; where it cannot be written it goes to stdout, so it is not lost."""
+    try:
+        if Path(path).parent == FOLDER:
+            FOLDER.mkdir(exist_ok=True)
+        write_atomically(path, text)
+    except (ConfigError, OSError) as error:
+        print(text, end="", flush=True)
+        raise ConfigError(f"out='{path}' could not be written ({getattr(error, 'strerror', None) or error}): "
+                          "the record is the last line of stdout, save it from there") from error
+    print(f"record: {path}", flush=True)
 
 
 def read(path):
@@ -124,8 +138,7 @@ def write_atomically(path, text):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"out='{path}' could not be written ({error.strerror}): the record is the last "
-                          "line of stdout, save it from there") from error
+        raise ConfigError(f"{path} could not be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -322,27 +322,84 @@ def beside(out, name):
     return out.with_name(f"{out.stem}_{name.replace(' ', '_')}.png")
 
 
+BRIEF = ("arm", "val loss, nats (95%)", "to its dense twin", "training tokens/s", "decode tokens/s, batch 1",
+         "MB of weights a token", "pays: nats beyond the dense frontier in")
+
+
+def brief(result):
+    """The page's first table: BRIEF's seven columns of HEAD; arms that are broken on purpose come last."""
+    at = [HEAD.index(column) for column in BRIEF]
+    rows = [[row[i] for i in at] for row in main_rows(result)]
+    return sorted(rows, key=lambda row: result["rows"][row[0]]["kind"] == "broken")
+
+
 def page(result, where, pictures):
-    """One HTML file; pictures: {title: PNG}, written into it."""
-    return document("every arm beside its dense twin", where, told(result),
+    """One HTML file; pictures: {title: PNG}, written into it. The figures come first, then seven columns of
+    the table, then everything."""
+    broken = [name for name, row in result["rows"].items() if row["kind"] == "broken"]
+    parts = [(title, said, head, sorted(rows, key=lambda row: row[0] in broken))
+             for title, said, head, rows in told(result)]
+    said = [f"Broken on purpose, to be told apart: {', '.join(broken)}."] * bool(broken)
+    parts.insert(0, ("Which arm pays", said, BRIEF, brief(result)))
+    return document("every arm beside its dense twin", where, parts,
                     {title: Path(path).read_bytes() for title, path in pictures.items()})
 
 
+def machine(where):
+    """The sentence of the hardware and versions that a page's numbers belong to."""
+    on = where.get("gpu") or where.get("cpu") or "an unknown machine"
+    more = [f"{where[key]} {key}" for key in ("cores", "threads") if where.get(key)]
+    more += [f"{name} {where[name.lower()]}" for name in ("torch", "Python") if where.get(name.lower())]
+    said = f"Measured on {', '.join([on, *more])}"
+    rest = {key: value for key, value in where.items()
+            if value and key not in ("gpu", "cpu", "cores", "threads", "torch", "python")}
+    return said + "".join(f"; {key} {value if isinstance(value, str) else json.dumps(value)}"
+                          for key, value in rest.items()) + "."
+
+
 def document(name, where, parts, pictures):
-    """One HTML file that needs no other: parts as `told` gives them; pictures: {title: PNG's bytes}."""
-    body = [f"<p>{html.escape(json.dumps(where))}</p>"]
-    for title, said, head, rows in parts:
-        body += [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in said if line),
-                 "<div><table>", row_of("th", head), *(row_of("td", row) for row in rows), "</table></div>"]
+    """One HTML file that needs no other: parts as `told` gives them; pictures: {title: PNG's bytes}, which
+    come first. A click on a head sorts its table."""
+    body = [f"<p>{html.escape(machine(where))}</p>"]
     for title, content in pictures.items():
         data = base64.b64encode(content).decode()
         body += [f"<h2>{html.escape(title)}</h2>",
                  f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">']
-    return PAGE.format(name=html.escape(name), body="\n".join(body))
+    for title, said, head, rows in parts:
+        body += [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in said if line),
+                 "<div><table>", f"<thead>{row_of('th', head)}</thead><tbody>",
+                 *(row_of("td", row, head) for row in rows), "</tbody></table></div>"]
+    return PAGE.format(name=html.escape(name), body="\n".join(body), script=SORT)
 
 
-def row_of(tag, values):
-    return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
+def row_of(tag, values, head=()):
+    """A table's row; the cell below a head that begins with `pays` has its verdict's colour."""
+    def cell(n, value):
+        mark = verdict_of(value) if n < len(head) and head[n].startswith("pays") else ""
+        return f"<{tag}{f' class={mark}' * bool(mark)}>{html.escape(str(value))}</{tag}>"
+    return "<tr>" + "".join(cell(n, value) for n, value in enumerate(values)) + "</tr>"
+
+
+def verdict_of(said):
+    """The class of a verdict's colour: it pays, it does not, or it is neither: a rival, an empty cell."""
+    if not said or said.startswith("is the rival"):
+        return ""
+    return "no" if said.startswith("no") else "yes"
+
+
+SORT = """
+for (const head of document.querySelectorAll("th")) head.onclick = () => {
+  const n = [...head.parentNode.children].indexOf(head), body = head.closest("table").tBodies[0];
+  const text = row => row.children[n].textContent;
+  const number = row => +(text(row).replace(/,/g, "").match(/-?\\d+(\\.\\d+)?/) || [NaN])[0];
+  const down = head.dataset.down = head.dataset.down === "1" ? "" : "1";
+  const rows = [...body.rows], numbers = n && rows.some(row => !isNaN(number(row)));
+  rows.sort((a, b) => { const [x, y] = numbers ? [number(a), number(b)] : [text(a), text(b)];
+    if (numbers && (isNaN(x) || isNaN(y))) return isNaN(x) - isNaN(y);            // empty cells stay below
+    return (x < y ? -1 : x > y ? 1 : 0) * (down ? 1 : -1); });
+  body.append(...rows);
+};
+"""
 
 
 PAGE = """<!doctype html>
@@ -354,8 +411,12 @@ table {{ border-collapse: collapse; font-size: 12px }}
 td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: right; white-space: nowrap }}
 td:first-child, th:first-child {{ text-align: left }}
 img {{ max-width: 100% }}
+th {{ cursor: pointer }}
+td.yes {{ background: #d9f2d9 }}
+td.no {{ background: #f7dcdc }}
 </style></head><body>
 <h1>nanoCortex: {name}</h1>
 {body}
+<script>{script}</script>
 </body></html>
 """

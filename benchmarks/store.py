@@ -6,6 +6,7 @@ of. No source file is part of it: one that moves or is written anew keeps its ru
 moves a golden curve and does not.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from configurator import ConfigError, require
 from data import dataset as datasets
 
 GOLDEN = ROOT / "tests" / "golden.json"
+PUBLISHED = ROOT / "results" / "runs"            # only read, unless --runs names it
 TRIAL = 12                                       # iterations of the short runs that a plan is made from
 LEAST = 20                                       # iterations below which a loss says nothing
 
@@ -87,6 +89,7 @@ class Store:
         """A finished run's record, or None: it, or the checkpoint that later measurements need, is missing.
         """
         path = self.kept(self.records, run, iters, ".json")
+        path = path if path.is_file() else self.kept(PUBLISHED, run, iters, ".json")
         weights = run.seed or run.share != 1 or (self.checkpoint(run, iters) / "ckpt.pt").is_file()
         return json.loads(path.read_text(encoding="utf-8")) if weights and path.is_file() else None
 
@@ -184,18 +187,30 @@ def curve_of(rows):
 
 # -------------------------------------------------- the plan ------------------------------------------------
 
-def iterations(seconds, runs, costs, jobs):
+def iterations(seconds, runs, costs, jobs, spent=0.0):
     """The most iterations, in tens, with which all runs end within so many seconds, `jobs` at a time.
 
-    costs: {arm: (seconds of an iteration, seconds of all else in a run)}.
+    costs: {arm: (seconds of an iteration, seconds of all else in a run)}; spent: what finding them took.
     """
     fixed = sum(costs[run.arm][1] for run in runs)
     each = sum(costs[run.arm][0] * run.share for run in runs)
     count = int((seconds * jobs - fixed) / each) // 10 * 10
     require(count >= LEAST, f"{seconds / 60:.3g} minutes of the budget are left for training and hold "
-            f"{max(0, count)} iterations of {len(runs)} runs, fewer than {LEAST}: type a larger --budget, "
-            "fewer --seeds or some --arms")
+            f"{max(0, count)} iterations of {len(runs)} runs, fewer than {LEAST}: type "
+            f"--budget={enough(LEAST, runs, costs, jobs, spent)} or more, fewer --seeds or some --arms")
     return count
+
+
+def enough(iters, runs, costs, jobs, spent=0.0):
+    """The smallest whole --budget, in minutes, whose runs hold so many iterations, if the short runs that
+    costs come from take `spent` seconds; see timing_of."""
+    wanted = sum(estimate(run, iters, costs) for run in runs) / jobs / SAFE + spent
+    return next(minutes for minutes in itertools.count(1) if 60 * minutes - timing_of(60 * minutes) >= wanted)
+
+
+def timing_of(seconds, train_only=False):
+    """What a budget of so many seconds keeps for timing."""
+    return 0.0 if train_only else min(480.0, 0.3 * seconds)
 
 
 def estimate(run, iters, costs):
@@ -235,8 +250,8 @@ def plan(store, runs, seconds):
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept["iters"], {arm: tuple(cost) for arm, cost in kept["costs"].items()}
     costs = measure_costs(store, list(dict.fromkeys(run.arm for run in runs)), cfg.jobs)
-    left = seconds - (time.perf_counter() - clock)
-    iters = cfg.iters or iterations(SAFE * left, runs, costs, cfg.jobs)
+    spent = time.perf_counter() - clock
+    iters = cfg.iters or iterations(SAFE * (seconds - spent), runs, costs, cfg.jobs, spent)
     write_atomically(path, json.dumps({"iters": iters, "costs": costs}) + "\n")
     return iters, costs
 

@@ -12,7 +12,7 @@ from benchmarks.judge import JUDGED
 from benchmarks.measured import measured
 from benchmarks.record import TWIN, hardware
 from benchmarks.stats import mean_interval, paired
-from benchmarks.store import Run, open_store, plan, train_all
+from benchmarks.store import Run, enough, open_store, plan, timing_of, train_all
 from configurator import require
 from data import dataset as datasets
 from data import tokenizer
@@ -33,7 +33,7 @@ class Table(Recipe):
     arms: str = ""  # some of the arms, by commas; empty: all; broken: two that must look bad
     corpus: str = "pylib"  # folder below data/, or a path to one
     config: str = "config/compare_pylib.py,config/longer_context.py"
-    runs: str = "results/runs"  # folder of the records of finished training runs
+    runs: str = "out-bench/runs"  # folder of the records of finished runs; those in results/runs are read too
     cache: str = "out-table"  # folder of their checkpoints
     train_only: bool = False  # train what is missing and make no table; type the same without it for that
 
@@ -54,7 +54,7 @@ def table(cfg):
     data = datasets.prepare_if_missing(cfg.corpus).resolve()
     store, runs = open_store(cfg, data), runs_of(cfg)
     seconds = 60 * cfg.budget
-    timing = 0.0 if cfg.train_only else min(480.0, 0.3 * seconds)
+    timing = timing_of(seconds, cfg.train_only)
     print(hint_of_niceness(), end="", flush=True)
     iters, costs = plan(store, runs, seconds - timing)
     tell_plan(cfg, runs, iters, costs, seconds, timing)
@@ -111,6 +111,9 @@ def tell_plan(cfg, runs, iters, costs, seconds, timing):
     print(f"plan: {len(runs)} runs of {iters} iterations, {cfg.jobs} at a time, about {total / 60:.1f} "
           f"minutes if none is kept; then {timing / 60:.1f} minutes of timing; {seconds / 60:.3g} minutes in "
           "all", flush=True)
+    if total > seconds - timing:                                # --iters asks for more
+        print(f"plan: that does not fit --budget={cfg.budget:g}; if none is kept it takes "
+              f"--budget={enough(iters, runs, costs, cfg.jobs)}", flush=True)
 
 
 def bytes_per_token(data):

@@ -1,4 +1,3 @@
 # Neurons with four dendritic branches. python train.py config/train_pylib.py config/bio_compartments.py
-out_dir = 'out-bio-compartments'
 act = 'relu2'
 compartments = 4

@@ -1,5 +1,4 @@
 # Units with learned thresholds, a tenth open. python train.py config/train_pylib.py config/bio_event.py
-out_dir = 'out-bio-event'
 act = 'relu2'
 event_gate = True
 event_rate = 0.1

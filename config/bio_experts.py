@@ -1,5 +1,4 @@
 # Eight experts, two answer; a dense MLP's parameters. python train.py config/train_pylib.py config/bio_experts.py
-out_dir = 'out-bio-experts'
 act = 'relu2'
 experts = 8
 experts_active = 2

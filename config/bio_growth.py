@@ -1,3 +1,2 @@
 # Four layers that grow up: one, then two, then all. python train.py config/train_pylib.py config/bio_growth.py
-out_dir = 'out-bio-growth'
 grow = '1:0.2,2:0.3'

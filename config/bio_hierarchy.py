@@ -1,3 +1,2 @@
 # The middle layers run on groups of four tokens. python train.py config/train_pylib.py config/bio_hierarchy.py
-out_dir = 'out-bio-hierarchy'
 hierarchy = 4

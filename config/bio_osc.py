@@ -1,3 +1,2 @@
 # Oscillating units. Goes behind a recipe: python train.py config/train_pylib.py config/bio_osc.py
-out_dir = 'out-bio-osc'
 act = 'osc'

@@ -1,7 +1,6 @@
 # The predictive sparse MLP: 448 units and a predictor of rank 32 have a dense MLP's weights at 128 wide.
 # python train.py config/train_pylib.py config/bio_predict.py, then
-# python sample.py --out_dir=out-bio-predict --sparse_decode=True
-out_dir = 'out-bio-predict'
+# python sample.py --out_dir=out-pylib-predict --sparse_decode=True
 act = 'relu2'
 mlp_units = 448
 mlp_topk = 0.1

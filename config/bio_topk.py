@@ -1,4 +1,3 @@
 # The 10% largest units of each token fire. python train.py config/train_pylib.py config/bio_topk.py
-out_dir = 'out-bio-topk'
 act = 'relu2'
 mlp_topk = 0.1

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 if not __package__:                          # typed as a file: the checkout is where modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -104,29 +105,32 @@ def shape_of(size):
     return rows, -(-size // rows)
 
 
-def run(model, coder):
+def run(model, coder, quiet):
     """Lead every row of the coder's table past the model, which knows a 0 byte, the end of a document, before
-    it."""
+    it. quiet: without a bar."""
     rows, length = coder.table.shape
     prompt = torch.zeros(rows, 1, dtype=torch.int64)
-    for _ in sampling.stream(model, prompt, length, coder, overflow="slide"):
-        pass
+    steps = sampling.stream(model, prompt, length, coder, overflow="slide")
+    with tqdm(total=coder.size, unit="B", unit_scale=True, dynamic_ncols=True, disable=quiet,
+              mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
+        for step, _ in enumerate(steps):
+            bar.update(rows_alive(coder.table.shape, step, coder.size))
 
 
-def compress(model, content):
-    """bytes -> the bytes of the range coder."""
+def compress(model, content, quiet=True):
+    """bytes -> the bytes of the range coder. quiet: without a bar."""
     rows, length = shape_of(len(content))
     table = np.zeros(rows * length, np.uint8)
     table[:len(content)] = np.frombuffer(content, np.uint8)
     coder = Encoder(table.reshape(rows, length), len(content))
-    run(model, coder)
+    run(model, coder, quiet)
     return coder.coder.get_compressed().astype("<u4").tobytes()
 
 
-def decompress(model, payload, size):
+def decompress(model, payload, size, quiet=True):
     coder = Decoder(shape_of(size), size, np.frombuffer(payload, "<u4").astype(np.uint32))
     try:
-        run(model, coder)
+        run(model, coder, quiet)
     except AssertionError:                      # constriction's: these bytes cannot follow from these chances
         return b""
     return coder.table.tobytes()[:size]
@@ -176,7 +180,7 @@ def compress_file(path, cfg):
     require(content, f"{path} is empty: there is nothing to compress")
     set_threads(cfg.threads)
     model, sha = load_model(cfg.out_dir)
-    payload = compress(model, content)
+    payload = compress(model, content, quiet=False)
     header = {"model": sha, "size": len(content), "sha256": hashlib.sha256(content).hexdigest(), **where()}
     archive = pack(header, payload)
     write(target, archive)
@@ -191,7 +195,7 @@ def decompress_file(path, cfg):
     require(sha == header["model"], f"{path} was made with the model {header['model'][:12]}, {cfg.out_dir} "
                                     f"holds {sha[:12]}: type --out_dir=THE_RUN_IT_WAS_MADE_WITH")
     set_threads(header["threads"])
-    content = decompress(model, payload, header["size"])
+    content = decompress(model, payload, header["size"], quiet=False)
     made = {key: header[key] for key in where()}
     require(hashlib.sha256(content).hexdigest() == header["sha256"],
             f"{path} does not come out right: it was made with {made}, here is {where()}, and other "

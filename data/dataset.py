@@ -4,6 +4,7 @@ A data set is a folder with train.bin and val.bin, flat arrays of token ids exac
 (uint16; uint32 for vocabularies above 65,536), and meta.json with the tokenizer, the counts and the hashes.
 Folders made by nanoGPT, with meta.pkl or no meta file at all, work as they are.
 """
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -12,8 +13,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 import urllib.request
@@ -118,8 +121,9 @@ def how_to_make(name):
             f"`python data/prepare.py --input=FILE.txt --name={name or 'NAME'}` for a text of your own")
 
 
-def prepare_if_missing(dataset):
-    """find(dataset), once the folder's own prepare.py has made train.bin and val.bin if either is missing."""
+def prepare_if_missing(dataset, download=False):
+    """find(dataset), once the folder's own prepare.py has made train.bin and val.bin if either is missing.
+    One that says DOWNLOAD = "24 GB", more than 100 MB, does so only where `download` allows it."""
     folder = find(dataset)
     lacks = f"{folder} has no {' and no '.join(missing_files(folder))}"
     if not missing_files(folder):
@@ -128,25 +132,65 @@ def prepare_if_missing(dataset):
     require(script.is_file(), f"{lacks} and no prepare.py to make it; {how_to_make(folder.name)}")
     if wait_for_other(folder) and not missing_files(folder):
         return folder
+    size = re.search(r'^DOWNLOAD = "(.+)"', script.read_text(encoding="utf-8", errors="replace"), re.M)
+    require(download or not size, f"{lacks}, and its text is a download of {size and size[1]}: type "
+            f"python {os.path.relpath(script)}, or --download=True; the built-in data takes none: python "
+            "train.py")
     print(f"{lacks}: running {script}", flush=True)
     child = subprocess.run([sys.executable, str(script)], check=False, stderr=subprocess.PIPE,
                            text=True, errors="replace")
     last = (child.stderr.strip().splitlines() or [f"status {child.returncode} and no message"])[-1]
     if child.returncode and BUSY in last:       # another process was faster by a moment
         wait_for_other(folder)
-        return prepare_if_missing(dataset)
+        return prepare_if_missing(dataset, download)
     require(child.returncode == 0, f"{script} failed: {last}")
     require(not missing_files(folder), f"{script} ended and {lacks} still")
     return folder
 
 
-def prepare_sources(dataset):
+def prepare_sources(dataset, download=False):
     """What --dataset names -> [(folder, weight)]: one data set, or several as NAME:WEIGHT,NAME:WEIGHT."""
-    sources = [(prepare_if_missing(name), weight) for name, weight in named(dataset)]
+    sources = [(prepare_if_missing(name, download), weight) for name, weight in named(dataset)]
     folders = [folder for folder, _ in sources]
     require(len(set(folders)) == len(folders), f"dataset='{dataset}' names a data set twice: "
                                                "give it one weight")
     return sources
+
+
+def sources_or_random(dataset, vocab_size, block_size, lacking):
+    """As prepare_sources, but nothing is prepared: where a data set is not here, random tokens of a temporary
+    folder stand for it, and its name goes into the list `lacking`. vocab_size: theirs; 0: what its prepare.py
+    says in a line VOCAB_SIZE = N, else GPT-2's."""
+    sources = []
+    for name, weight in named(dataset):
+        folder = find(name) if is_there(name) else Path(name)
+        if not os.path.isdir(folder) or missing_files(folder):
+            lacking.append(name)
+            folder = random_tokens(vocab_size or said_size(folder) or 50304, block_size)
+        sources.append((folder, weight))
+    return sources
+
+
+def said_size(folder):
+    """The vocabulary that a folder's prepare.py makes, 0 where it does not say."""
+    try:
+        said = (folder / "prepare.py").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(r"^VOCAB_SIZE = (\d+)", said, re.M)
+    return int(found[1]) if found else 0
+
+
+def random_tokens(vocab_size, block_size):
+    """A temporary folder with a few windows of random ids, until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="random-tokens-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dtype = DTYPES[dtype_for(vocab_size)]
+    ids = np.random.default_rng(0).integers(vocab_size, size=4 * block_size + 4).astype(dtype)
+    for split in SPLITS:
+        ids.tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size, "dtype": dtype_for(vocab_size)}))
+    return folder
 
 
 def named(dataset):
@@ -353,7 +397,19 @@ def write_text(folder, path, kind, val_fraction, vocab_size=0):
     tokenizer = vocabulary.chosen(kind, learned_from, vocab_size)
     splits = {split: map(tokenizer.encode, whole_words(between(path, start, stop)))
               for split, start, stop in (("train", 0, cut), ("val", cut, length))}
-    return write_dataset(folder, splits, tokenizer, f"text file {Path(path).name}")
+    return write_dataset(folder, splits, tokenizer, text_source(path))
+
+
+def text_source(path):
+    """What the meta.json of a text says of where it comes from: the file's name and bytes."""
+    path, sha = expanded(path), hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return f"text file {path.name}, sha256 {sha.hexdigest()}"
 
 
 def report(folder, meta, seconds):

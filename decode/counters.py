@@ -1,4 +1,5 @@
 """What the layers of a model did: silent units, open groups, and the work that a decode step executes."""
+import functools
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -6,7 +7,7 @@ from functools import partial
 import torch
 
 import sparse_kernels as kernels
-from decode import engine, sampling
+from decode import calibrate, engine, sampling
 from decode.context import Cache, CachedContext
 from layers import NeuronMajor
 
@@ -80,6 +81,44 @@ def count_step(model, idx, rows):
             model.trunk(idx[:, -1:], CachedContext(cache, T - 1, 1, idx))
     for hook in hooks:
         hook.remove()
+
+
+STEPS = 8                                        # whose multiply-adds are counted
+
+
+@torch.inference_mode()
+def step_macs(model, idx):
+    """Multiply-adds of weights of a decode step as the model's choices say, head included, counted as the
+    last tokens of idx (1, T) run -> (their mean, and whole_macs of its config)."""
+    training, T = model.training, idx.size(1)
+    cache, first = Cache(model.eval(), 1, T), max(0, T - STEPS)
+    if first:
+        model.trunk(idx[:, :first], CachedContext(cache, 0, first, idx))
+    with kernels.counting() as tally:
+        for at in range(first, T):
+            states = model.trunk(idx[:, at:at + 1], CachedContext(cache, at, 1, idx))
+            model.largest(states[:, 0], 1, model.config.vocab_size, cache)
+    model.train(training)
+    return tally.macs / (T - first), whole_macs(type(model), model.config)
+
+
+def trained_step_macs(model, idx):
+    """The same with all shortcuts that the model was trained for."""
+    before = model.choices
+    found = step_macs(model.use_policy(not calibrate.needs_thresholds(model)), idx)
+    model.choices = before
+    return found
+
+
+@functools.cache
+def whole_macs(kind, config):
+    """Multiply-adds of a token that meets every weight of every layer once, and of the head; what predicts
+    which units fire is no part of that. kind: the model's class."""
+    with torch.device("meta"):
+        model = kind(config, init=False)
+    return model.lm_head.weight.numel() + sum(
+        p.numel() for name, p in model.transformer.h.named_parameters()
+        if p.dim() > 1 and not {"guess", "sense"} & set(name.split(".")))
 
 
 def count(tally, row, part, sign, *_):

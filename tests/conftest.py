@@ -143,12 +143,12 @@ nursery = Nursery() if hasattr(os, "fork") else None
 
 
 class Job:
-    """A script that runs: .pid, .wait() -> SimpleNamespace(status, out, err)."""
+    """A script that runs: .pid, .wait() -> SimpleNamespace(status, out, err, folder)."""
 
     def __init__(self, script, argv, cwd, env=None, before="", name="job"):
         self.out, self.err = Path(cwd) / f"{name}.stdout", Path(cwd) / f"{name}.stderr"
         script, argv, env = Path(ROOT, script), [str(word) for word in argv], env or {}
-        self.child = None
+        self.child, self.folder = None, Path(cwd)
         for path in (self.out, self.err):                       # it may be killed before it has made them
             path.write_bytes(b"")
         if nursery:
@@ -163,7 +163,8 @@ class Job:
 
     def wait(self):
         status = self.child.wait(LIMIT) if self.child else nursery.ask("wait", self.pid)
-        return SimpleNamespace(status=status, out=self.out.read_text(encoding="utf-8", errors="replace"),
+        return SimpleNamespace(status=status, folder=self.folder,
+                               out=self.out.read_text(encoding="utf-8", errors="replace"),
                                err=self.err.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -279,6 +280,26 @@ def same(a, b, where="", skip=()):
             same(one, other, f"{where}/{i}", skip)
     else:
         assert a == b, f"{where}: {a!r} and {b!r}"
+
+
+def train_config():
+    """train.py's TrainConfig, whose script cannot be imported, from its source."""
+    from dataclasses import dataclass
+
+    from model import GPTConfig
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    lines = source[source.index("class TrainConfig"):source.index("    def __post_init__")].splitlines()
+    scope = {"GPTConfig": GPTConfig, "dataclass": dataclass}
+    exec("\n".join(["@dataclass(frozen=True)", *lines]), scope)
+    return scope["TrainConfig"]
+
+
+def record_of(result, status=0):
+    """The record of a run of bench.py: its last line says where it is."""
+    assert result.status == status, result.err
+    last = result.out.splitlines()[-1]
+    assert last.startswith("record: "), last
+    return json.loads((result.folder / last.removeprefix("record: ")).read_text(encoding="utf-8"))
 
 
 def one_sentence(result, script, *parts):

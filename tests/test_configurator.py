@@ -307,9 +307,43 @@ def test_help_gives_every_key_a_meaning_and_writes_nothing(tmp_path, classes, sc
     result = Job(script, ["--n_layer=3", word], tmp_path).wait()
     assert (result.status, result.err) == (0, "")
     meaning = dict(re.findall(r"^  --(\w+)=(?:'(?:[^'\\]|\\.)*'|\S+) +(\S.*)$", result.out, re.MULTILINE))
-    assert list(meaning) == [field.name for field in dataclasses.fields(classes[script.removesuffix(".py")])]
+    kind = classes[script.removesuffix(".py")]
+    assert sorted(meaning) == sorted(field.name for field in dataclasses.fields(kind))
     assert "--out_dir='out'" in result.out and "--seed=1337" in result.out
     assert {path.suffix for path in tmp_path.iterdir()} == {".stdout", ".stderr"}
+
+
+HEADINGS = {"train.py": ["run:", "data:", "optimizer:", "model: shape:", "block: cortical columns:"],
+            "sample.py": ["run:", "text:", "sampling:"]}
+
+
+@pytest.mark.parametrize("script", HEADINGS)
+def test_help_is_in_groups_behind_three_examples(tmp_path, script):
+    lines = Job(script, ["--help"], tmp_path).wait().out.splitlines()
+    at = [lines.index(heading) for heading in HEADINGS[script]]
+    first = next(n for n, line in enumerate(lines) if line.startswith("  --"))
+    assert at == sorted(at)
+    assert sum(line.startswith("    python ") for line in lines[:first]) >= 3
+    under = {line.split("=")[0]: next(h for h in reversed(lines[:n]) if h.endswith(":") and h[0] != " ")
+             for n, line in enumerate(lines) if line.startswith("  --")}
+    assert all(heading in lines for heading in set(under.values()))
+    if script == "train.py":
+        assert under["  --learning_rate"] == "optimizer:" and under["  --n_layer"] == "model: shape:"
+        assert under["  --columns_active"] == under["  --columns"] == "block: cortical columns:"
+        assert under["  --bias"] == "model: shape:"                # it has another default here
+
+
+def test_help_of_training_names_every_block(tmp_path):
+    from training.words import blocks
+    said = Job("train.py", ["--help"], tmp_path).wait().out.partition("run:")[0]
+    assert [name for name in blocks() if not re.search(rf"\b{name}\b", said)] == []
+
+
+def test_the_menu_of_benchmarks_has_three_examples_that_name_subcommands(tmp_path):
+    from bench import COMMANDS
+    said = Job("bench.py", ["--help"], tmp_path).wait().out
+    named = re.findall(r"^    python bench.py (\w+)", said, re.M)
+    assert len(named) >= 3 and set(named) <= set(COMMANDS)
 
 
 # -------------------------------------------------- bad command lines ---------------------------------------

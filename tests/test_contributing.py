@@ -83,7 +83,7 @@ def test_the_worked_example_trains(copy, blocks, data):
     command = "".join(blocks["bash"]).splitlines()[1]
     said = run(copy, command, *SHORT, f"--dataset={data}", "--out_dir=out")
     saved = torch.load(copy / "out" / "ckpt.pt", weights_only=True)
-    assert "step 3:" in said and saved["iter_num"] == 3 and saved["model_args"]["divisive"] == 8
+    assert "step 3/" in said and saved["iter_num"] == 3 and saved["model_args"]["divisive"] == 8
     assert all((saved["model"][f"transformer.h.{i}.mlp.log_sigma"] != 0).any() for i in range(2))
 
 

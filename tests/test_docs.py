@@ -1,14 +1,25 @@
 """Pages of docs/ promise: every arm has one, their links lead somewhere, their defaults are the code's."""
 import ast
+import importlib
+import json
 import re
+import shlex
+import shutil
+from dataclasses import fields, is_dataclass
 from functools import cache
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, train_config
 from test_table import result  # noqa: F401  what a table finds, for the pages
 
+import bench
 from benchmarks import arms, broken, pages, readme, report
 from benchmarks.record import TWIN
+from configurator import ConfigError, parse, require
+from model import GPTConfig
+from sample import SampleConfig
+from training.words import Words
+from viz import plots
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TOLD = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CONTRIBUTING.md", *PAGES]
@@ -32,6 +43,22 @@ def test_every_mechanism_has_a_page_with_its_rows():
         text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert readme.BEGIN.format(name) in text, name
         assert f"]({name}.md)" in (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", pages.MECHANISMS)
+def test_a_mechanisms_page_opens_with_a_verdict_and_what_to_type(name):
+    """The verdict of an arm of the main table is that of its record: benchmarks.pages.verdict_line."""
+    lines = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    record = json.loads((ROOT / "results" / pages.TABLE).read_text(encoding="utf-8"))
+    said = pages.verdict_line(pages.MECHANISMS[name], record)
+    assert "```" in lines[:14]
+    if name != "presets":
+        assert lines[2].startswith("**Verdict:** ") and lines[3] == "" and lines[2] == (said or lines[2])
+
+
+@pytest.mark.parametrize("name", ["compare", "data", "looking", "nanogpt", "retrofit", "scaling", "switches"])
+def test_a_page_on_use_shows_what_to_type_before_it_explains(name):
+    assert "```" in (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()[:10]
 
 
 def test_every_arm_of_the_table_that_is_no_rival_has_a_page():
@@ -72,6 +99,126 @@ def test_both_readmes_have_the_same_sections_commands_and_blocks():
     assert english.count("\n## ") == korean.count("\n## ") and english.count("\n- ") == korean.count("\n- ")
     assert re.findall(r"<!-- rows: (\w+)", english) == re.findall(r"<!-- rows: (\w+)", korean)
     assert max(len(text.splitlines()) for text in (english, korean)) <= 130
+
+
+# ------------------------------------------------ the commands -------------------------------
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+RUNS = r"(?:python|torchrun)\s"
+OURS = ("train.py", "sample.py", "bench.py", "data/prepare.py", "training/export.py", "data/compress.py")
+
+
+def commands_of(path):
+    """Every command that a page shows, in a block or in a line, as its words."""
+    text = path.read_text(encoding="utf-8")
+    blocks = "\n".join(body for language, body in FENCE.findall(text) if not language or language == "bash")
+    lines = blocks.replace("\\\n", " ").splitlines()
+    shown = [line.partition("  ")[0] if "=" not in line.partition("  ")[2] else line for line in lines
+             if re.match(rf"(\$ )?(\w+=\S+ )*{RUNS}", line)]
+    shown += re.findall(rf"`({RUNS}[^`]+)`", FENCE.sub("", text))
+    for line in shown:
+        for part in line.removeprefix("$ ").split("&&"):
+            words = [word for word in shlex.split(part) if word not in ("...", "|")]
+            while re.match(r"[A-Z_]+=", words[0]):
+                words.pop(0)
+            yield words
+
+
+def split_command(words):
+    """A command's words -> (the script, the words behind it); "" for what is no script of ours."""
+    if words[0] == "torchrun":
+        at = next((n for n, word in enumerate(words) if word.endswith(".py")), len(words))
+        return (words[at], words[at + 1:]) if at < len(words) else ("", [])
+    if words[1] == "-m":
+        name = words[2].replace(".", "/") + ".py"
+        return (name, words[3:]) if "." in words[2] else ("", [])
+    return words[1], words[2:]
+
+
+def check_command(script, words):
+    """ConfigError where a script of ours does not take these words; values are not looked at."""
+    require((ROOT / script).is_file(), f"{script} does not exist")
+    if script == "train.py":
+        files = [word for word in words if word.endswith(".py") and not (ROOT / word).is_file()]
+        require(files == [] or files == ["config/bio_divisive.py"], f"{files} do not exist")
+        Words([str(ROOT / word) if word.endswith(".py") else word for word in words
+               if word not in files and word != "--help"], train_config(), GPTConfig)
+    elif script == "bench.py" and words[:1] != ["--help"]:
+        name, *rest = words
+        require(name in bench.COMMANDS or name == bench.PLOT, f"bench.py has no {name}")
+        keys = plots.Plots if name == bench.PLOT else bench.load(name)[0]
+        parse(keys, [word for word in rest if word.startswith("-")])
+    elif script != "bench.py":
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        keys = next(kind for kind in reversed(list(vars(module).values())) if is_dataclass(kind)
+                    and isinstance(kind, type) and kind.__module__ == module.__name__)
+        parse(keys, [word for word in words if word.startswith("-")])
+
+
+@every_page
+def test_every_command_of_a_page_exists(path):
+    found = [split_command(words) for words in commands_of(path)]
+    for script, words in found:
+        if script.startswith("tests/"):
+            assert (ROOT / script).is_file(), script
+        elif script:
+            check_command(script, words)
+    assert found or path.name not in ("README.md", "README.ko.md", "data.md", "compare.md", "nanogpt.md")
+
+
+@pytest.mark.parametrize("line", [
+    "python trian.py", "python train.py --n_hed=4", "python train.py config/none.py", "python bench.py decod",
+    "python bench.py decode --shpe=x", "python sample.py --sparse=1", "python -m data.compres c FILE",
+    "torchrun --nproc_per_node=2 train.py --fspd", "python train.py --block=none",
+    "python data/prepare.py --nme=x", "python bench.py plot x --oot=y"])
+def test_a_command_that_does_not_exist_is_noticed(tmp_path, line):
+    page = tmp_path / "page.md"
+    for text in (f"```\n{line}\n```\n", f"Type `{line}`.\n", f"```\npython train.py && {line}\n```\n"):
+        page.write_text(text)
+        with pytest.raises(ConfigError):
+            for words in commands_of(page):
+                check_command(*split_command(words))
+
+
+KNOWN = {"help", "val", "standalone", "nproc_per_node", "max", "nnodes", "rdzv_backend", "rdzv_endpoint",
+         "rdzv_id", "suite", "score", "key"}                         # of torchrun, pytest, or any key
+
+
+@every_page
+def test_every_flag_that_a_page_names_is_a_key_of_some_script(path):
+    kinds = train_config(), SampleConfig, plots.Plots, *(bench.load(name)[0] for name in bench.COMMANDS)
+    keys = {f.name for kind in kinds for f in fields(kind)} | KNOWN | {"block"}
+    for script in ("data/prepare.py", "training/export.py", "data/compress.py", "data/bilingual/prepare.py",
+                   "data/pylib/prepare.py", "data/fineweb_edu/prepare.py", "data/corpus.py"):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        keys |= set(re.findall(r"^    (\w+): \w+ = ", source, re.M))
+    spans = re.findall(r"`([^`\n]*--[^`\n]*)`", path.read_text(encoding="utf-8"))
+    named = {flag for span in spans for flag in re.findall(r"(?<![\w-])--(\w+)", span)}
+    assert sorted(named - keys) == []
+
+
+def python_of(path):
+    """The Python snippets of a page; CONTRIBUTING.md's are applied by tests/test_contributing.py."""
+    blocks = FENCE.findall(path.read_text(encoding="utf-8"))
+    return [body for language, body in blocks if language == "python"]
+
+
+SNIPPETS = [(path, number) for path in TOLD if path.name != "CONTRIBUTING.md"
+            for number in range(len(python_of(path)))]
+
+
+@pytest.mark.parametrize("path, number", SNIPPETS, ids=lambda value: getattr(value, "name", value))
+def test_a_snippet_of_a_page_runs(path, number, finished, monkeypatch):
+    """Beside a run called out-pylib."""
+    place = finished.folder / "pages"
+    place.mkdir(exist_ok=True)
+    shutil.copytree(finished.folder / "out", place / "out-pylib", dirs_exist_ok=True)
+    monkeypatch.chdir(place)
+    exec(compile(python_of(path)[number], f"{path.name}, snippet {number}", "exec"), {})
+
+
+def test_there_are_snippets_to_run():
+    assert len(SNIPPETS) >= 2
 
 
 # ------------------------------------------------ the main table -----------------------------

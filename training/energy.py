@@ -91,7 +91,7 @@ class Meter:
                                  in zip(self.read(), self.begin))
 
     def __str__(self):
-        return f"{self.joules():,.0f} J ({self.source})" if self.read else f"joules n/a ({self.source})"
+        return f"{self.joules():,.0f} J ({self.source})" if self.read else f"no joules ({self.source})"
 
 
 def cpu_joules(powercap):

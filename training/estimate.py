@@ -2,6 +2,7 @@
 import statistics
 
 import torch
+from tqdm import tqdm
 
 from configurator import ConfigError
 
@@ -35,42 +36,52 @@ def bytes_of(tensors):
     return sum(here(t).numel() * t.element_size() for t in tensors)
 
 
-def moments(optimizer):
-    """The tensors of an optimizer's state."""
-    parts = getattr(optimizer, "parts", [optimizer])
-    return [value for part in parts for state in part.state.values() for value in state.values()
-            if isinstance(value, torch.Tensor)]
+def moments_bytes(optimizer):
+    """What the moments of an optimizer take once it has stepped: AdamW keeps two of each weight, Muon one."""
+    return sum((2 if isinstance(part, torch.optim.AdamW) else 1) * bytes_of(group["params"])
+               for part in getattr(optimizer, "parts", [optimizer]) for group in part.param_groups)
 
 
-def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, processes):
-    """Take a few real steps of a run and say what all of it needs; nothing is written -> lines.
+def kept_bytes(model, batch):
+    """What a forward of a batch (B, T) keeps for backward, reckoned from two rows and three of it (one row
+    needs fewer copies): at a GPT-2's shape that takes seconds, a batch a minute."""
+    rows = len(batch[0])
+    few = saved_bytes(model, *(ids[:2].clone() for ids in batch))
+    if rows <= 2:
+        return few
+    return few + (rows - 2) * (saved_bytes(model, *(ids[:3].clone() for ids in batch)) - few)
+
+
+def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, processes, quiet=False):
+    """Say what a run needs: parameters and memory, then, behind a few real steps, tokens and time; nothing is
+    written. Yields lines.
 
     step: a function that trains one step of so many micro-batches and returns its seconds. The model is
-    changed by it. A step of many is reckoned from steps of one and of two.
+    changed by it. A step of many is reckoned from steps of one and of two. data_tokens: None where there are
+    no data here. quiet: without a bar.
     """
     parameters = list(model.parameters())
-    kept = saved_bytes(model, *batch)
+    yield (f"parameters: {sum(p.numel() for p in parameters):,}, {model.get_num_params():,} without "
+           "positions")
+    weights, states = bytes_of(parameters), moments_bytes(optimizer)
+    kept, logits = kept_bytes(model, batch), 4 * batch[0].numel() * model.config.vocab_size
+    yield (f"memory of a process: {mib(2 * weights + states + kept + logits)}: weights {mib(weights)}, "
+           f"gradients {mib(weights)}, optimizer {mib(states)}, kept for backward {mib(kept)}, gradient of "
+           f"the logits {mib(logits)}; counted from this run's tensors")
+    tokens, data = cfg.max_iters * tokens_per_iter, ""
+    if data_tokens:
+        data = f", data {data_tokens:,}: {tokens / data_tokens:.2f} epochs"
+    yield f"tokens: {tokens_per_iter:,} an iteration, {tokens:,} in all{data}"
     micro = cfg.gradient_accumulation_steps // processes
-    one, two = (statistics.median([step(count) for _ in range(WARM_UP + STEPS)][WARM_UP:])
-                for count in (1, min(2, micro)))
+    counts = [count for count in (1, min(2, micro)) for _ in range(WARM_UP + STEPS)]
+    took = [step(count) for count in tqdm(counts, "steps", disable=quiet, dynamic_ncols=True)]
+    one, two = (statistics.median(part[WARM_UP:]) for part in (took[:len(took) // 2], took[len(took) // 2:]))
     seconds = one + (micro - 1) * max(0.0, two - one)
-    weights, states = bytes_of(parameters), bytes_of(moments(optimizer))
-    logits = 4 * batch[0].numel() * model.config.vocab_size
-    total = 2 * weights + states + kept + logits
-    tokens = cfg.max_iters * tokens_per_iter
-    lines = [f"parameters: {sum(p.numel() for p in parameters):,}, {model.get_num_params():,} without "
-             "positions",
-             f"memory of a process: {mib(total)}: weights {mib(weights)}, gradients {mib(weights)}, "
-             f"optimizer {mib(states)}, kept for backward {mib(kept)}, gradient of the logits {mib(logits)}; "
-             "counted from this run's tensors"]
     if model.lm_head.weight.device.type == "cuda":
-        lines.append(f"peak that the device measured: {mib(torch.cuda.max_memory_allocated())}")
-    lines += [f"tokens: {tokens_per_iter:,} an iteration, {tokens:,} in all, data {data_tokens:,}: "
-              f"{tokens / data_tokens:.2f} epochs",
-              f"time: {1e3 * seconds:,.0f} ms an iteration (processes {processes}, medians of {STEPS}), "
-              f"{tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * cfg.max_iters)} in all "
-              "without evaluations"]
-    return lines
+        yield f"peak that the device measured: {mib(torch.cuda.max_memory_allocated())}"
+    yield (f"time: {1e3 * seconds:,.0f} ms an iteration (processes {processes}, medians of {STEPS}), "
+           f"{tokens_per_iter / seconds:,.0f} tokens/s, {duration(seconds * cfg.max_iters)} in all "
+           "without evaluations")
 
 
 VAL_TOKENS = 16_384                              # or a few more, of a loss that is printed beside another

@@ -7,6 +7,7 @@ says that it is gone, and takes the folder. Nothing here waits longer than PATIE
 import atexit
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -181,6 +182,19 @@ def kept_as_another(path, run):
         os.replace(path, other)
         ckpt.note(f"{path} was of another run than the checkpoint: it is kept as {other}")
     return bool(ids - {run})
+
+
+def rows_before(path, iteration):
+    """The rows of a log that come before an iteration, as text; a row that a crash has torn is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return "".join(line for line in lines if line.endswith("\n") and iteration_of(line) < iteration)
+
+
+def iteration_of(line):
+    try:
+        return json.loads(line)["iter"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def row_of(line):

@@ -39,8 +39,7 @@ class Runtime:
 
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
-        return (f"device {self.device}, dtype {dtype}, compile {self.compile} ({self.reasons}), "
-                f"torch {torch.__version__}")
+        return f"device {self.device}, {dtype}" + ", compiled" * self.compile
 
 
 def choose(device="auto", dtype="auto", compile="auto", decodes=False):

@@ -34,7 +34,7 @@ USAGE = "type python bench.py plot out-pylib, for example; --help lists the keys
 @dataclass(frozen=True)
 class Plots:
     """Draw the runs whose folders are named: losses, sparsity, gates, frequencies."""
-    out: str = "plots"  # folder that the figures are written into
+    out: str = "out-plots"  # folder that the figures are written into
     smooth: float = 0.08  # the training loss is the mean over this share of its rows; 0: as it was logged
     tokens: int = 1024  # tokens of the validation data that gates are looked at with
 

@@ -130,6 +130,15 @@ def totals(samples, config):
             "macs": macs / max(1, len(steps)), "share": macs / max(1, dense)}
 
 
+def varying(samples, dense):
+    """The page's measures that differ from token to token, work first: what it colours by is the first one.
+    dense: multiply-adds of a token in the dense twin's blocks; less than 1% of them is no difference."""
+    steps = [token for sample in samples for token in sample["tokens"] if token["macs"] is not None]
+    work, layers = [sum(token["macs"]) for token in steps], [token["layers"] for token in steps]
+    return (["active share"] * bool(work and max(work) - min(work) > 0.01 * dense)
+            + ["layers used"] * (len(set(layers)) > 1) + ["surprise"])
+
+
 def write(path, recorder, about):
     """The page of what a Recorder has seen; about: {name: value} for its head."""
     config = recorder.model.config
@@ -141,6 +150,7 @@ def write(path, recorder, about):
         about["note"] = f"past {config.block_size} tokens --overflow=exact reads the window anew every step"
     data = {"about": about, "layers": config.n_layer, "dense": dense_macs(config),
             "groups": config.columns or config.experts, "group": "column" if config.columns else "expert",
+            "vary": varying(recorder.samples, config.n_layer * dense_macs(config)),
             "totals": totals(recorder.samples, config), "samples": recorder.samples}
     said = json.dumps(data, ensure_ascii=False, default=str).replace("<", "\\u003c")
     try:

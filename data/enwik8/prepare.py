@@ -25,6 +25,8 @@ SIZE, MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
 SPLITS = {"train": (0, 90_000_000), "val": (90_000_000, 95_000_000)}
 CHUNK = 1 << 20
 
+VOCAB_SIZE = 256
+
 
 @dataclass(frozen=True)
 class Enwik8:

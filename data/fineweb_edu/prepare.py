@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import require, run_script
 from data.corpus import Corpus, column, prepare
 
+DOWNLOAD = "0.7 GB"  # of eight shards; train.py asks before it takes as much
+
 SHARDS = 1823
 
 

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_script
 from data.corpus import Corpus, column, prepare
 
+DOWNLOAD = "24 GB"  # of parquet files; train.py asks before it takes as much
+
 
 @dataclass(frozen=True)
 class OpenWebText(Corpus):

@@ -23,6 +23,8 @@ from data.tokenizer import ByteTokenizer
 
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 
+VOCAB_SIZE = 256
+
 
 @dataclass(frozen=True)
 class PyLib:

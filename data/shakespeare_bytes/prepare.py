@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure, run_script
 from data.dataset import SHAKESPEARE, expanded, report, text_file, write_text
 
+VOCAB_SIZE = 256
+
 
 @dataclass(frozen=True)
 class ShakespeareBytes:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import TEXT, Job, one_sentence, run_real
+from conftest import ROOT, TEXT, Job, one_sentence, record_of, run_real
 
 import bench
 import layers
@@ -36,11 +36,6 @@ SHORT = ["decode", "--shape=baby", "--prompt=8", "--new=6", "--repeats=2", "--de
 
 def run(folder, *words):
     return Job("bench.py", words, folder).wait()
-
-
-def record_of(result):
-    assert result.status == 0, result.err
-    return json.loads(result.out.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def test_a_folder_that_is_no_nanogpt_checkout_is_refused_with_the_clone_command(
 
 def test_help_lists_every_subcommand_with_one_line(tmp_path):
     result = run(tmp_path, "--help")
-    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if re.match(r"  \w", line)]
     assert result.status == 0 and [name for name, _ in lines] == [*bench.COMMANDS, bench.PLOT]
     assert all(line.endswith(".") for _, line in lines)
 
@@ -138,11 +133,13 @@ def test_records_name_no_folder_of_the_machine(word, kept):
 
 # ------------------------------------------------ the record ----------------------------------
 
-def test_the_last_line_is_the_record_and_out_holds_the_same(alone):
+def test_out_holds_the_record_alone_and_the_last_line_says_where(alone):
     result, record, path = alone
+    assert result.out.splitlines()[-1] == "record: record.json"
+    assert not any(line.startswith("{") for line in result.out.splitlines())
     assert record["schema"] == records.SCHEMA and record["subcommand"] == "decode"
     assert record["command"] == "python bench.py " + " ".join([*SHORT, "--out=record.json"])
-    assert path.read_text() == result.out.splitlines()[-1] + "\n"
+    assert json.loads(path.read_text()) == record and not (path.parent / "out-bench").exists()
     assert [entry.name for entry in path.parent.glob("record.json*")] == ["record.json"]
 
 
@@ -183,15 +180,39 @@ def test_without_nanogpt_there_is_no_ratio(alone):
     for found in record["measurements"].values():
         assert PEER not in found["sides"] and found["sides"][OURS]["median"] > 0
         assert found["ratio"] == {}
-    people = "\n".join(result.out.splitlines()[:-1])
+    people = result.out
     assert people.count("ratio") == people.count("no ratio: nanoGPT was not measured") == 2
 
 
 def test_nothing_is_left_beside_a_record_that_cannot_be_written(tmp_path):
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ConfigError, match=r"taken.*last line of stdout"):
+    with pytest.raises(ConfigError, match=r"taken could not be written"):
         records.write_atomically(tmp_path / "taken", "{}")
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_record_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "out-bench").write_text("a file")
+    for path in ("taken", records.FOLDER / "decode.json"):
+        with pytest.raises(ConfigError, match=r"could not be written.*last line of stdout"):
+            records.keep(path, '{"a": 1}\n')
+        assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+def test_a_record_that_nobody_named_goes_where_git_looks_away(tmp_path):
+    record = record_of(run(tmp_path, "memory"))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")] == [
+        "out-bench/memory.json"] and record["subcommand"] == "memory"
+    defaults = {name: bench.load(name)[0] for name in bench.COMMANDS}
+    named = [(name, key, field.default) for name, kind in defaults.items()
+             for key, field in kind.__dataclass_fields__.items()
+             if key in ("out", "plot", "html", "runs", "cache") and name != "compare" and field.default]
+    assert named == [("table", "runs", "out-bench/runs"), ("table", "cache", "out-table")]
+    ignored = subprocess.run(["git", "check-ignore", "out-bench/x.json", "out-plots/x.png"], cwd=ROOT,
+                             capture_output=True, text=True)
+    assert ignored.returncode == 128 or len(ignored.stdout.split()) == 2, ignored       # 128: no checkout
 
 
 def test_a_busy_machine_is_named(monkeypatch, capsys):
@@ -667,7 +688,7 @@ def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_pa
     process = run_real("bench.py", words, tmp_path)                     # six runs of new processes
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
-    record = json.loads(out.splitlines()[-1])
+    record = json.loads((tmp_path / out.splitlines()[-1].removeprefix("record: ")).read_text())
     sides = [arm + taught for arm in ("screened units", "exits") for taught in ("", ", taught")]
     assert list(record["runs"]) == [TWIN, *sides]
     table = [line.split() for line in out.splitlines() if line.startswith(("screened", "exits"))]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, Job, Trainer, one_sentence, run_real, words
+from conftest import ROOT, TEXT, Job, Trainer, one_sentence, record_of, run_real, words
 
 from benchmarks import readme, sparsify, trials
 from benchmarks.trials import WHOLE, Lab, Trial, cost_of, digest
@@ -47,7 +47,7 @@ def found(dense):
     """A search without training -> (its run, its record)."""
     result = typed(dense, loss_only=True, trials="kept", plot="front.png").wait()
     assert result.status == 0, result.err
-    return result, json.loads(result.out.splitlines()[-1])
+    return result, record_of(result)
 
 
 def lab_of(dense, **keys):
@@ -110,11 +110,11 @@ def test_the_same_command_finds_all_of_it_again_and_another_limit_goes_on_from_t
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     again = typed(dense, loss_only=True, trials="kept").wait()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before
-    record = json.loads(again.out.splitlines()[-1])
+    record = record_of(again)
     assert record["points"] == found[1]["points"] and record["front"] == found[1]["front"]
     assert f"where {len(before)} files are" in again.out
     wider = typed(dense, loss_only=True, trials="kept", max_loss=0.5, only="2:4").wait()
-    more = json.loads(wider.out.splitlines()[-1])["points"]["weights=2:4"]["of_windows"]
+    more = record_of(wider)["points"]["weights=2:4"]["of_windows"]
     short = found[1]["points"]["weights=2:4"]["of_windows"]
     assert more[:len(short)] == short
     other = typed(dense, loss_only=True, trials="kept", only="2:4", seed=7).wait()
@@ -128,11 +128,11 @@ def test_a_search_that_is_stopped_shows_the_front_so_far_and_goes_on_from_there(
         time.sleep(0.01)
     os.kill(job.pid, signal.SIGINT)
     result = job.wait()
-    assert result.status == 130 and "Traceback" not in result.err, result.err
-    record = json.loads(result.out.splitlines()[-1])
+    assert "Traceback" not in result.err, result.err
+    record = record_of(result, 130)
     assert record["stopped"] and "stopped; the front so far" in result.out and record["front"][0] == "dense"
     whole = typed(dense, **keys).wait()
-    after = json.loads(whole.out.splitlines()[-1])
+    after = record_of(whole)
     assert record["points"].keys() < after["points"].keys() and not after["stopped"]
     for name, point in record["points"].items():
         assert after["points"][name]["of_windows"][:len(point["of_windows"])] == point["of_windows"]
@@ -240,12 +240,12 @@ TRAINED = dict(loss_only=True, trials="trained", minutes=0.05, retrofits=1, only
 def test_a_budget_trains_the_promising_ones_beside_the_dense_model_and_finds_them_again(dense):
     result = typed(dense, **TRAINED).wait()
     assert result.status == 0, result.err
-    record = json.loads(result.out.splitlines()[-1])
+    record = record_of(result)
     ours = [point for point in record["points"].values() if point["trained"] is not None]
     assert ours[0]["trained"] == {} and len(ours) >= 2 and ours[1]["trained"], result.out
     assert record["training"]["iters"] >= 1 and "trained on as long" in result.out
     again = typed(dense, **TRAINED).wait()
-    assert json.loads(again.out.splitlines()[-1])["points"] == record["points"]
+    assert record_of(again)["points"] == record["points"]
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_a_retrofit_that_does_not_run_is_told_of_and_the_front_stays(dense):
     (place / f"plan-{name}.json").write_text(json.dumps(plan))
     (place / "dense-1x1").write_text("in the way")
     result = typed(dense, **keys).wait()
-    record = json.loads(result.out.splitlines()[-1])
+    record = record_of(result)
     assert result.status == 0 and "dense, trained: not trained: " in result.out, result.out
     assert "in the way" not in record["notes"][-1] and str(dense.folder) not in json.dumps(record)
     assert record["front"][0] == "dense"
@@ -292,7 +292,7 @@ def test_the_commands_of_what_was_trained_make_the_same_model_again(dense):
 def test_decode_times_are_measured_in_turns_for_the_front_alone(dense):
     result = typed(dense, trials="kept", repeats=2, only="bits").wait()
     assert result.status == 0, result.err
-    record = json.loads(result.out.splitlines()[-1])
+    record = record_of(result)
     sides = record["measurements"]["decode"]["sides"]
     assert list(sides) == record["front"] and all(side["median"] > 0 for side in sides.values())
     assert "tokens/s (greedy, batch 1)" in result.out and "1.00x" in result.out
@@ -331,7 +331,7 @@ def test_a_hugging_face_folder_is_made_sparse_too(dense):
     result = Job("bench.py", ["sparsify", dense.folder / "theirs", *words(
         **SMALL, loss_only=True, dataset=dense.data, only="window")], dense.folder).wait()
     assert result.status == 0, result.err
-    record = json.loads(result.out.splitlines()[-1])
+    record = record_of(result)
     assert "window=8" in record["points"]
 
 

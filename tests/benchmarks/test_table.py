@@ -148,8 +148,43 @@ def test_iterations_are_the_most_that_fit_the_time():
 
 
 def test_a_budget_that_holds_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"0.2 minutes.*larger --budget"):
+    with pytest.raises(ConfigError, match=r"0.2 minutes.*--budget=\d+ or more"):
         store.iterations(12.0, RUNS, COSTS, jobs=1)
+
+
+@pytest.mark.parametrize("spent", [0.0, 90.0])
+@pytest.mark.parametrize("costs", [COSTS, {"a": (9.0, 500.0), "b": (20.0, 5.0)}])
+def test_the_budget_that_a_refused_plan_names_is_the_least_that_is_taken(costs, spent):
+    def left(minutes):
+        return store.SAFE * (60 * minutes - store.timing_of(60 * minutes) - spent)
+    with pytest.raises(ConfigError) as refused:
+        store.iterations(left(0.1), RUNS, costs, 2, spent)
+    named = int(re.search(r"--budget=(\d+)", str(refused.value))[1])
+    assert store.iterations(left(named), RUNS, costs, 2, spent) >= store.LEAST
+    if named > 1:
+        with pytest.raises(ConfigError):
+            store.iterations(left(named - 1), RUNS, costs, 2, spent)
+
+
+def test_iterations_that_do_not_fit_name_the_budget_that_would(capsys):
+    cfg = SimpleNamespace(jobs=1, budget=1.0)
+    for iters, fits in ((10, True), (1000, False)):
+        table.tell_plan(cfg, RUNS, iters, COSTS, 60.0, store.timing_of(60.0))
+        said = capsys.readouterr().out
+        assert ("does not fit --budget=1" in said) == (not fits)
+    total = sum(store.estimate(run, 1000, COSTS) for run in RUNS)
+    minutes = int(re.search(r"it takes --budget=(\d+)", said)[1])
+    assert 60 * minutes - store.timing_of(60 * minutes) >= total
+
+
+def test_published_runs_are_read_and_never_written(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PUBLISHED", tmp_path / "published")
+    found, done = kept
+    (tmp_path / "published").mkdir()
+    run = Run("dense", 1)
+    name = found.place(run, 40) + ".json"
+    (tmp_path / "published" / name).write_text('{"val_loss": 1.5}')
+    assert found.read(run, 40) == {"val_loss": 1.5} and not (tmp_path / "runs" / name).exists()
 
 
 @pytest.fixture
@@ -561,9 +596,40 @@ def test_the_report_is_one_file_that_needs_no_network(result, tmp_path):
     page = (tmp_path / "t.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)', page)
     assert len(sources) == 4 and all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
-    assert not re.search(r"https?://|@import|<script", page) and "&lt;x&gt;" in page
+    assert not re.search(r"https?://|@import|<script [^>]", page) and "Measured on &lt;x&gt;." in page
     assert all(f"<td>{name}</td>" in page for name in result["rows"])
+    assert page.index("<img") < page.index("<table")               # the figures come first
+    first = page[page.index("<table"):page.index("</table>")]
+    assert first.count("<th>") == len(report.BRIEF) == 7
+    rows = re.findall(r"<tr><td>([^<]*)</td>.*?</tr>", first)
+    broken = [name for name, row in result["rows"].items() if row["kind"] == "broken"]
+    assert sorted(rows) == sorted(result["rows"]) and broken and rows[-len(broken):] == broken
+    verdicts = {name: mark for name, mark in re.findall(
+        r"<tr><td>([^<]*)</td>.*?<td(?: class=(yes|no))?>[^<]*</td></tr>", first)}
+    assert verdicts["good"] == "yes" and verdicts["bad"] == verdicts["leaky"] == "no" and verdicts[TWIN] == ""
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".html", ".png"}
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node on the PATH")
+def test_a_click_on_a_head_sorts_the_rows_by_number_and_keeps_empty_cells_below(tmp_path):
+    """The page's own script, on a table that stands for the browser's."""
+    stand_in = """
+const rows = [["a", "1,200 (0.5x)"], ["b", ""], ["c", "-3.5"], ["d", "90"]].map(cells => ({
+  children: cells.map(textContent => ({textContent}))}));
+const body = {rows, append(...sorted) { this.rows = sorted; }};
+const heads = ["arm", "speed"].map(() => ({dataset: {}, closest: () => ({tBodies: [body]})}));
+for (const head of heads) head.parentNode = {children: heads};
+const document = {querySelectorAll: () => heads};
+"""
+    asks = """
+const order = () => body.rows.map(row => row.children[0].textContent).join("");
+const said = [];
+for (const n of [1, 1, 0, 0]) { heads[n].onclick(); said.push(order()); }
+console.log(said.join(" "));
+"""
+    (tmp_path / "sort.js").write_text(stand_in + report.SORT + asks)
+    done = subprocess.run(["node", tmp_path / "sort.js"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["cdab", "adcb", "abcd", "dcba"], done.stderr
 
 
 def test_gpt2s_shape_is_told_apart_from_the_trained_scale(tmp_path):
@@ -621,7 +687,7 @@ def test_a_whole_table_is_made_and_made_again_from_what_is_kept(tmp_path):
     assert leaky["sees_the_future"] and not record["rows"]["topk"]["sees_the_future"]
     assert record["rows"]["slow"]["macs"] > max(twin["macs"], record["rows"]["topk"]["macs"])
     assert "no: it sees the future" in said and not record["missing"] and (tmp_path / "t.html").is_file()
-    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "runs").iterdir()}
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out-bench" / "runs").iterdir()}
     assert len(runs) == 1 + 2 * (4 + len(table.LONGER))                    # the plan, and the runs
     again, _ = made()
     assert runs == {path: path.stat().st_mtime_ns for path in runs}
@@ -640,7 +706,7 @@ def test_a_queue_trains_and_makes_no_table(tmp_path):
         record = json.loads((tmp_path / "t.json").read_text())
         assert record["trained"] == record["wanted"] == 3 and "rows" not in record
         assert "3 of 3 runs are trained" in done.stdout and not (tmp_path / "t.html").is_file()
-    assert len([*(tmp_path / "results" / "runs").glob("dense*")]) == 3
+    assert len([*(tmp_path / "out-bench" / "runs").glob("dense*")]) == 3
 
 
 def test_a_queue_that_yields_to_nobody_says_how(tmp_path, monkeypatch):

@@ -151,3 +151,14 @@ def test_bad_command_lines_say_what_to_type(run, tmp_path, argv, expected):
 def test_the_header_is_json_without_a_path(archive, tmp_path):
     header, payload = compress.unpack(archive.read_bytes(), archive)
     assert str(tmp_path) not in json.dumps(header) and len(payload) % 4 == 0
+
+
+def test_both_ways_show_how_far_they_are(run, tmp_path):
+    content = b"def f(x):\n    return x\n" * 40
+    (tmp_path / "text").write_bytes(content)
+    for number, (words_, new) in enumerate([(["c", "text"], "text.ncx"), (["d", "text.ncx"], "back")]):
+        keys = words(out_dir=run.folder / "out", **({"output": "back"} if number else {"threads": 1}))
+        done = Job("data/compress.py", [*words_, *keys], tmp_path, name=f"job{number}").wait()
+        assert done.status == 0, done.err
+        assert "100%" in done.err and f"/{len(content)}" in done.err and done.out.startswith(new)
+    assert (tmp_path / "back").read_bytes() == content

@@ -8,12 +8,15 @@ import torch
 from arms import ARMS, build, tokens
 from conftest import Job, one_sentence, words
 
+import sample
 from configurator import ConfigError
 from decode import calibrate, engine, sampling
 from decode.context import Cache
+from decode.way import choose_way
 from kernels.build import cpu_library
 from layers import quantize
-from sample import with_thresholds
+from model import GPT
+from sample import SampleConfig, with_thresholds
 from training import checkpoint
 
 ARM = ARMS["mlp_screen"]
@@ -257,3 +260,24 @@ def test_sampling_says_first_what_is_saved_and_lost(train, data):
     assert "that the model writes" in lost and "no held-out text here" in lost
     found = sampled(out_dir=train.folder / "moved", tokenizer=data)
     assert f"tokens of {data}" in found and "held-out tokens" in found
+
+
+def test_a_typed_flag_builds_the_model_once(tmp_path, monkeypatch):
+    model, made = build({"act": "relu2", "vocab_size": 256}, std=0.2), []
+    checkpoint.save({"model": model.state_dict(), "model_args": model.config.model_args(),
+                     "tokenizer": {"tokenizer": "byte"}}, tmp_path / "ckpt.pt")
+    start = GPT.__init__
+    monkeypatch.setattr(GPT, "__init__", lambda self, *words, **keys: made.append(1) or start(self, *words,
+                                                                                             **keys))
+    loaded = sample.load_run("resume", str(tmp_path), mlp_screen=4, mlp_live=0.5)[0]
+    assert len(made) == 1 and loaded.config.mlp_screen == 4
+
+
+@pytest.mark.parametrize("arm", ["topk", "exits", "ponder", "experts"])
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_sample_and_a_comparison_decode_alike_by_the_same_words(arm, threads):
+    device, first = torch.device("cpu"), build(ARMS[arm], std=0.2)
+    said = sample.decoding(first, SampleConfig(threads=threads), device)
+    way, count, took = choose_way(second := build(ARMS[arm], std=0.2), device, threads)
+    assert said.startswith(way) and bool(took) == (way == "decode engine" and not threads)
+    assert way != "decode engine" or (first.choices.threads and second.choices.threads == count)

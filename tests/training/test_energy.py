@@ -95,7 +95,7 @@ def test_joules_of_cpu_packages_are_added_also_where_a_counter_began_anew(tmp_pa
 
 def test_where_nothing_measures_there_is_no_number(tmp_path):
     meter = energy.Meter(torch.device("cpu"), tmp_path)
-    assert meter.joules() is None and str(meter) == "joules n/a (no RAPL counter here)"
+    assert meter.joules() is None and str(meter) == "no joules (no RAPL counter here)"
     powercap(tmp_path, 1)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("not to be read")
     assert energy.Meter(torch.device("cpu"), tmp_path).joules() is None

@@ -15,7 +15,8 @@ import torch
 from conftest import LIMIT, ONE_THREAD, ROOT, TINY, Job, in_parallel, one_sentence, run_real, same, words
 
 from configurator import ConfigError
-from training import checkpoint
+from model import GPT, GPTConfig
+from training import checkpoint, estimate
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks of POSIX")
 TIMES = ("seconds", "config", "run")  # what two equal runs may differ in
@@ -83,7 +84,7 @@ def test_a_signal_ends_a_run_at_a_step_and_resuming_goes_on_bit_for_bit(train, n
 def test_a_second_signal_ends_a_run_at_once(train, number, status, again):
     job = train.start(gradient_accumulation_steps=100_000_000, eval_interval=1)  # no step ever ends
     deadline = time.time() + LIMIT
-    while "step 0:" not in job.out.read_text() and time.time() < deadline:
+    while "step 0/" not in job.out.read_text() and time.time() < deadline:
         time.sleep(0.01)
     for _ in range(2):
         time.sleep(0.2)
@@ -192,12 +193,12 @@ def test_the_last_weights_are_saved_where_they_are_not_the_best(train, loss, alw
 
 def test_eval_only_evaluates_and_writes_nothing(train):
     result = train(eval_only=True)
-    assert "step 0: train loss" in result.out
+    assert "step 0/" in result.out
     assert not (train.folder / "out").exists()
     train(max_iters=4)
     (train.folder / "out" / "ckpt.pt.tmp").write_bytes(b"of a run beside this one")
     before = {path.name: path.read_bytes() for path in (train.folder / "out").iterdir()}
-    assert "step 4: train loss" in train.resume(eval_only=True).out
+    assert "step 4/" in train.resume(eval_only=True).out
     assert {path.name: path.read_bytes() for path in (train.folder / "out").iterdir()} == before
 
 
@@ -356,6 +357,49 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(train):
     assert any(f"weights {4 * count / 2**20:,.1f} MiB" in line for line in said)
     assert any(line.startswith("tokens: 32 an iteration, 32,000 in all") for line in said)
     assert any(line.startswith("time: ") and "tokens/s" in line for line in said)
+
+
+@pytest.mark.parametrize("flags", [{}, dict(optimizer="muon"), dict(act="relu2", mlp_topk=0.25),
+                                   dict(exits="1", n_layer=2)], ids=str)
+def test_what_a_dry_run_says_before_its_first_step_is_what_a_step_takes(train, flags):
+    """The moments are those that a checkpoint holds; what a batch keeps is reckoned from a few rows."""
+    said = train(dry_run=True, batch_size=5, **flags).out
+    train(max_iters=1, **flags)
+    optimizer = train.checkpoint()["optimizer"]
+    states = [state for part in optimizer.get("parts", [optimizer]) for state in part["state"].values()]
+    moments = sum(t.nbytes for state in states for key, t in state.items() if key != "step")
+    assert f"optimizer {moments / 2**20:,.1f} MiB" in said
+    model = GPT(GPTConfig(**train.checkpoint()["model_args"]))
+    ids = torch.randint(256, (5, model.config.block_size))
+    exact = estimate.saved_bytes(model.train(), ids, ids)
+    assert estimate.kept_bytes(model, (ids, ids)) == pytest.approx(exact, rel=0.02)
+
+
+def test_a_dry_run_needs_no_data(train):
+    (train.folder / "data" / "here").mkdir(parents=True)
+    (train.folder / "data" / "here" / "prepare.py").write_text("VOCAB_SIZE = 77\nraise SystemExit('it ran')")
+    for dataset, vocabulary in (("here", 77), ("nowhere", 50304)):
+        said = train(dry_run=True, dataset=dataset, max_iters=1000).out
+        assert f"{dataset} is not here, vocabulary {vocabulary}" in said and "epochs" not in said
+        assert "32,000 in all" in said and "time: " in said
+    assert [*train.folder.rglob("*.bin")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_dry_run_says_parameters_and_memory_at_once_and_ends_at_the_first_signal(train, number):
+    keys = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=64, dry_run=True, device="cpu",
+                dtype="float32", out_dir=train.folder / "out", dataset=train.data)
+    job = run_real("train.py", words(**keys), train.folder)
+    for line in job.stdout:
+        if line.startswith("tokens: "):
+            break
+        first = line
+    assert first.startswith("memory of a process: ") and job.poll() is None
+    began = time.time()
+    job.send_signal(number)
+    status = job.wait(60)
+    assert status == -number and time.time() - began < 20
+    assert "Traceback" not in job.stderr.read()
 
 
 # -------------------------------------------------- killed ranks --------------------------------------------

@@ -200,7 +200,7 @@ def test_init_from_a_path_starts_anew_from_its_weights(train, finished):
 def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, tolerance, arm):
     keys = dict(dropout=0.0, gradient_accumulation_steps=4, out="parallel", optimizer=optimizer, **arm)
     results = in_parallel(train, ranks, max_iters=9, **keys)
-    assert "step 0:" in results[0].out and not any(result.out for result in results[1:])  # the master speaks
+    assert "step 0/" in results[0].out and not any(result.out for result in results[1:])  # the master speaks
     in_parallel(train, ranks, resume=True, max_iters=16, **keys)
     train(**keys | dict(out="single"))
     single, parallel = train.losses("single"), train.losses("parallel")
@@ -275,7 +275,7 @@ def test_torchrun_trains_on_two_processes(train):
     done = subprocess.run(command, cwd=train.folder, env={**os.environ, **ONE_THREAD}, capture_output=True,
                           text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 0:") == 1
+    assert done.stdout.count("step 0/") == 1
     train(max_iters=3, dropout=0.0, out="single")
     assert list(train.losses().values()) == pytest.approx(list(train.losses("single").values()), rel=1e-6)
 

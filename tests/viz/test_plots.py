@@ -76,7 +76,7 @@ def test_layers_without_a_counter_and_values_that_are_not_finite_are_null():
 
 def test_the_printed_line_has_no_lists(train):
     said = train(mlp_topk=0.25, max_iters=2, eval_interval=1)
-    assert "zeros 0.75" in said.out and "by_layer" not in said.out + said.err
+    assert "MLP 25% active" in said.out and "by_layer" not in said.out + said.err
 
 
 # -------------------------------------------------- what is drawn ------------------------------------------

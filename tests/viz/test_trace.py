@@ -113,6 +113,18 @@ def test_sampling_with_a_trace_writes_a_page(train):
     assert bad.status == 2 and "trace=no/such/folder.html cannot be written" in bad.err
 
 
+def test_a_page_colours_by_the_work_where_it_varies_and_says_what_all_of_it_is():
+    def sample(*work):
+        steps = [{"macs": [macs, macs], "layers": layers} for macs, layers in work]
+        return [{"tokens": [{"macs": None, "layers": None}, *steps]}]
+    assert tracing.varying(sample((100, 2), (60, 2)), 200) == ["active share", "surprise"]
+    assert tracing.varying(sample((100, 2), (99.5, 2)), 200) == ["surprise"]
+    assert tracing.varying(sample((100, 2), (60, 1)), 200) == ["active share", "layers used", "surprise"]
+    assert tracing.varying(sample(), 200) == ["surprise"]
+    page = tracing.PAGE.read_text(encoding="utf-8")
+    assert "by: data.vary[0]" in page and page.count("100 % is ${whole()}") == 2
+
+
 # -------------------------------------------------- a browser ----------------------------------------------
 
 ASKS = """
