@@ -740,13 +740,9 @@ def attention(window, groups=False):
 
 
 def attend_groups(attention, q, k, v, mask, dropout):
-    """attend, where H / G neighbours of q's H heads look at one of the G heads of k and v (2305.13245). A
-    single query reads those as they lie; else each query has a copy."""
-    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
-    if kernels.takes_attend_one(q, k, v, mask):
-        k, v = (t.reshape(B * G, 1, S, D).expand(-1, H // G, -1, -1) for t in (k, v))
-        return kernels.attend_one(q.reshape(B * G, H // G, T, D), k, v).reshape(B, H, T, D)
-    k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+    """attend, where neighbours of q's heads look at one head of k and v (2305.13245), of which each has a
+    copy."""
+    k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
     return attention(q, k, v, mask, dropout)
 
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from decode import calibrate, engine, sampling
@@ -94,10 +95,13 @@ def step_macs(model, idx):
     cache, first = Cache(model.eval(), 1, T), max(0, T - STEPS)
     if first:
         model.trunk(idx[:, :first], CachedContext(cache, 0, first, idx))
+    program = engine.program_of(model, cache, model.config.vocab_size, 1, idx.device)
     with kernels.counting() as tally:
-        for at in range(first, T):
-            states = model.trunk(idx[:, at:at + 1], CachedContext(cache, at, 1, idx))
-            model.largest(states[:, 0], 1, model.config.vocab_size, cache)
+        if program:
+            calibrate.read(program, F.pad(idx, (0, 1)), first, T - first)
+        else:
+            for at in range(first, T):
+                model.logits_of(model.trunk(idx[:, at:at + 1], CachedContext(cache, at, 1, idx)))
     model.train(training)
     return tally.macs / (T - first), whole_macs(type(model), model.config)
 
