@@ -15,6 +15,7 @@ from configurator import require
 from decode import engine
 from decode.context import Thoughts, readable
 from decode.engine import NotWritten
+from decode.quantized import QuantizedByUnit, dense_weight
 from layers import (
     EPS,
     GELU,
@@ -22,7 +23,6 @@ from layers import (
     Linear,
     NeuronMajor,
     Packed,
-    QuantizedByUnit,
     ReLU2,
     TanhGELU,
     Winners,
@@ -30,7 +30,6 @@ from layers import (
     belong,
     cast,
     cross_entropy,
-    dense_weight,
     drop_rows,
     dropout,
     linear,

@@ -34,6 +34,7 @@ from bio_modules import (
 from configurator import ConfigError, require
 from decode import counters, engine, sampling
 from decode.context import Choices, Context
+from decode.quantized import quantize
 from layers import (
     Attention,
     Embedding,
@@ -52,7 +53,6 @@ from layers import (
     dropout,
     linear,
     normal_by_name_,
-    quantize,
     residual_std,
     settle,
     soft_cap,

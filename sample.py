@@ -21,9 +21,10 @@ from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import calibrate, engine, sampling
 from decode.counters import step_macs
+from decode.quantized import check_quantize
 from decode.way import choose_way
 from kernels.arena import move_weights
-from layers import Packed, TwoOfFour, check_quantize, settle
+from layers import Packed, TwoOfFour, settle
 from model import GPT, build_model, config_of
 from training import checkpoint as ckpt
 from training import continual, estimate, export, pretrained, retrofit, runtime

@@ -23,9 +23,10 @@ from configurator import ConfigError, close_match, require
 from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import calibrate, engine, sampling
+from decode.quantized import check_quantize, forms_of, is_quantized, kinds_in, quantize
 from decode.way import choose_way
 from kernels.arena import move_weights
-from layers import Packed, TwoOfFour, check_quantize, forms_of, is_quantized, kinds_in, quantize, settle
+from layers import Packed, TwoOfFour, settle
 from model import GPT, build_model
 from training import checkpoint, continual, pretrained, runtime
 from viz.figures import pyplot

@@ -20,9 +20,9 @@ from benchmarks.work import ready, work
 from configurator import require
 from decode import engine
 from decode.context import Cache, CachedContext
+from decode.quantized import check_quantize, kinds_in, quantize
 from decode.sampling import Step, replays
 from kernels.arena import move_weights, room
-from layers import check_quantize, kinds_in, quantize
 from model import GPT, GPTConfig
 from training import runtime
 

@@ -21,8 +21,8 @@ from configurator import ConfigError, require
 from data import dataset as datasets
 from decode import calibrate, engine
 from decode.context import Cache
+from decode.quantized import check_quantize, forms_of, kinds_in, quantize
 from kernels.arena import move_weights
-from layers import check_quantize, forms_of, kinds_in, quantize
 from model import GPT, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training.runtime import DTYPES

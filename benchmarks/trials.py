@@ -26,8 +26,9 @@ from configurator import require
 from data import dataset as datasets
 from decode import calibrate, engine
 from decode.context import Cache
+from decode.quantized import BITS, PARTS, is_quantized, quantize
 from kernels.arena import move_weights
-from layers import BITS, PARTS, Packed, TwoOfFour, is_quantized, quantize, settle
+from layers import Packed, TwoOfFour, settle
 from model import build_model
 from training import checkpoint, pretrained, retrofit
 from training.runtime import DTYPES

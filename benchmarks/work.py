@@ -1,8 +1,8 @@
 """What one decoded token costs a model, counted from what runs, and what the model holds meanwhile."""
 import torch
 
-import layers
 import sparse_kernels as kernels
+from decode import quantized
 from decode.context import Cache
 from kernels.arena import move_weights
 from layers import settle
@@ -31,4 +31,4 @@ def work(model, prompt, new):
 
 def held_bytes(model, length):
     """Bytes of weights and buffers that decoding holds, and of the cache for one row of `length` tokens."""
-    return {"weights": layers.held_bytes(model), "cache": Cache(model, 1, length).nbytes()}
+    return {"weights": quantized.held_bytes(model), "cache": Cache(model, 1, length).nbytes()}

@@ -8,7 +8,7 @@ import torch
 import sparse_kernels as kernels
 from configurator import require
 from decode import engine, sampling
-from layers import whole_parts
+from decode.quantized import whole_parts
 
 TOKENS, KEPT = 8192, 1024                        # that are read, and whose scores are kept, a layer
 AT_LOAD = 2048                                   # that are read, or written, where somebody waits for them
@@ -95,7 +95,7 @@ def run_with(model, batches, handles, head=False):
 
 @torch.no_grad()
 def input_moments(model, ids):
-    """The mean square of each input of the matrices that layers.quantize takes, over text ids (B, T) int64,
+    """The mean square of each input of the matrices that quantize takes, over text ids (B, T) int64,
     for a model in eval mode -> {name of the matrix: (n_in,) fp32}. A matrix that its module reads by code of
     its own is left out."""
     sums, counts = {}, {}

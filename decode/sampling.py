@@ -12,7 +12,7 @@ from configurator import ConfigError, require
 from decode import card, engine
 from decode import draws as counted
 from decode.context import Cache, CachedContext, take_tokens
-from layers import is_quantized
+from decode.quantized import is_quantized
 
 COLDEST = 1e-6                                   # a colder temperature divides logits beyond fp32
 STRONGEST = 1000.0                               # the largest repetition penalty, and one over the smallest

@@ -16,8 +16,9 @@ if not __package__:                          # typed as a file: the checkout is 
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from decode import calibrate
+from decode.quantized import GGML, check_quantize, forms_of, held_bytes, quantize
 from kernels.build import cpu_library
-from layers import GGML, check_quantize, forms_of, held_bytes, quantize, settle
+from layers import settle
 from model import build_model
 from training import checkpoint as ckpt
 from training import estimate, pretrained, rundir

@@ -19,13 +19,13 @@ import torch
 from conftest import ROOT, TEXT, Job, one_sentence, record_of, run_real
 
 import bench
-import layers
 import sparse_kernels
 from benchmarks import CLONE, decode, peers, quality, race, readme, timing, train, work
 from benchmarks import record as records
 from benchmarks.arms import SHAPED
 from benchmarks.record import OURS, OURS_FP32, PEER, TWIN
 from configurator import ConfigError, configure
+from decode import quantized
 from kernels.build import cpu_library
 from model import GPT, GPTConfig
 
@@ -666,7 +666,7 @@ def test_the_loss_of_a_point_is_that_of_the_tokens_that_its_program_reads(train,
     ("int8,mlp=4,attn=8,head=8,int4", ["int8", "mlp=4,attn=8,head=8", "int4"]),
     ("mlp=4,attn=8,mlp=3", ["mlp=4,attn=8", "mlp=3"])])
 def test_kinds_of_whole_numbers_are_listed_by_commas_though_their_parts_have_commas_too(text, found):
-    assert layers.kinds_in(text) == found
+    assert quantized.kinds_in(text) == found
 
 
 @pytest.mark.parametrize("words, parts", [

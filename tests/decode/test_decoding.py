@@ -14,7 +14,8 @@ import sparse_kernels as kernels
 from configurator import ConfigError
 from decode import calibrate, counters, engine, sampling
 from decode.context import Cache, CachedContext
-from layers import BITS, PARTS, Quantized, QuantizedByUnit, kinds_in, quantize, settle
+from decode.quantized import BITS, PARTS, Quantized, QuantizedByUnit, kinds_in, quantize
+from layers import settle
 from model import GPT
 from training import optimizers
 

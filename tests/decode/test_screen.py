@@ -12,9 +12,9 @@ import sample
 from configurator import ConfigError
 from decode import calibrate, engine, sampling
 from decode.context import Cache
+from decode.quantized import quantize
 from decode.way import choose_way
 from kernels.build import cpu_library
-from layers import quantize
 from model import GPT
 from sample import SampleConfig, with_thresholds
 from training import checkpoint

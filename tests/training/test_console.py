@@ -55,7 +55,7 @@ def test_a_sparse_model_is_said_to_do_less(arm):
 
 
 def test_an_integer_model_counts_as_the_one_that_it_was_made_of():
-    from layers import quantize
+    from decode.quantized import quantize
     model = build({}, std=0.2)
     whole = counters.whole_macs(GPT, model.config)
     assert counters.step_macs(quantize(model, "int8"), tokens(1, 9))[1] == whole

@@ -9,7 +9,8 @@ from conftest import Job, one_sentence, words
 
 from configurator import ConfigError
 from data.tokenizer import ByteTokenizer
-from layers import BITS, TwoOfFour, quantize
+from decode.quantized import BITS, quantize
+from layers import TwoOfFour
 from model import build_model
 from training import checkpoint, export
 from training.pretrained import GPT2_SIZES
