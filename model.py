@@ -364,7 +364,7 @@ class GPT(nn.Module):
     def __init__(self, config, init=True, seed=None):
         super().__init__()
         self.config = config
-        self.compute_dtype, self.choices, self.auxiliary = None, Choices(), None
+        self.compute_dtype, self.choices, self.auxiliary = None, Choices(), 0
         self.transformer = nn.ModuleDict(dict(
             wte=(NgramEmbedding if config.ngram_buckets else Embedding)(config),
             wpe=POSITIONS[config.pos](config),
@@ -417,7 +417,7 @@ class GPT(nn.Module):
             return self.head(x[:, [-1]]), None
         logits = self.head(x)
         also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets), *self.over_budget(ctx)
-        self.auxiliary = sum(term.detach() for term in also) if also else None
+        self.auxiliary = sum(term.detach() for term in also)           # what a log shows apart
         return logits, sum(also, start=cross_entropy(logits, targets))
 
     def exit_losses(self, ctx, logits, targets):

@@ -5,7 +5,6 @@ costs 2 us, where a library's matrix product costs 20. They share PyTorch's Open
 """
 import contextlib
 import ctypes
-import functools
 import itertools
 import weakref
 
@@ -402,7 +401,6 @@ def many_whole(x):
     return x.is_cpu and x.numel() > 0 and inferring() and prompts_in_whole_numbers()
 
 
-@functools.cache
 def prompts_in_whole_numbers():
     library = cpu_library()[0]
     return library is not None and bool(library.many_whole_products())

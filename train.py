@@ -450,7 +450,7 @@ def train_step(iteration, batch):
         batch = micro_batch(iteration + last, 0 if last else micro + 1)     # gathered while a GPU computes
         scaler.scale(loss).backward()
         total += loss.detach()
-        extra += 0 if raw_model.auxiliary is None else raw_model.auxiliary / accumulation
+        extra += raw_model.auxiliary / accumulation
     scaler.unscale_(optimizer)
     raw_model.regularise()
     tasks.pull()

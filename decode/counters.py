@@ -92,7 +92,7 @@ def step_macs(model, idx):
     """Multiply-adds of weights of a decode step as the model's choices say, head included, counted as the
     last tokens of idx (1, T) run -> (their mean, and whole_macs of its config)."""
     training, T = model.training, idx.size(1)
-    cache, first = Cache(model.eval(), 1, T), max(0, T - STEPS)
+    cache, first = Cache(model.eval(), 1, T, model.chosen(1)._replace(watch=None)), max(0, T - STEPS)
     if first:
         model.trunk(idx[:, :first], CachedContext(cache, 0, first, idx))
     program = engine.program_of(model, cache, model.config.vocab_size, 1, idx.device)

@@ -409,7 +409,7 @@ def test_a_twin_keeps_shape_and_switches_and_loses_the_mechanism():
 
 
 SWITCHES = {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "norm_eps", "grouped", "qk_norm",
-            "qk_gain", "relu2", "swiglu", "softcap",
+            "qk_gain", "gelu_tanh", "relu2", "swiglu", "softcap",
             "zero_init", "untied", "ngram", "recompute", "units"}
 
 
