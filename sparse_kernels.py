@@ -177,8 +177,7 @@ def step_of_card():
 
 
 def few_tokens(x):
-    """Are these (..., K) no more tokens than a step has, on a CPU with C kernels, with no gradient asked for?
-    """
+    """Are these (..., K) no more tokens than a step has, on a CPU with C kernels, without gradients?"""
     return x.is_cpu and 0 < x.numel() <= FEW * x.size(-1) and inferring() and cpu_library()[0] is not None
 
 
@@ -402,8 +401,7 @@ def many_whole(x):
 
 
 def prompts_in_whole_numbers():
-    library = cpu_library()[0]
-    return library is not None and bool(library.many_whole_products())
+    return cpu_library()[0] is not None and bool(cpu_library()[0].many_whole_products())
 
 
 class MatrixC(ctypes.Structure):
