@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from configurator import require
+from kernels import picked
 
 
 def cast(tensor, dtype):
@@ -153,10 +154,18 @@ class Packed(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("values", values)
         self.register_buffer("meta", meta)
+        self.register_buffer("laid", None, persistent=False)
+        self.rewritten()
 
     def _load_from_state_dict(self, *args, **keys):
         super()._load_from_state_dict(*args, **keys)
-        kernels.forget_24(self.values)           # it is written in place
+        self.rewritten()
+
+    def rewritten(self):
+        """The packed weights were written in place: what was made of them is made again."""
+        kernels.forget_24(self.values)
+        if picked.wanted(self.values.device):
+            self.laid, self.laid_as = picked.lay(self.values, self.meta, self.in_features), self.values.dtype
 
     def forward(self, x):
         bias = cast(self.bias, x.dtype)
@@ -168,7 +177,11 @@ class Packed(nn.Module):
     def emit_matrix(self, p, rows=slice(None)):
         """As Linear.emit_matrix."""
         bias = self.bias if self.bias is None else self.bias[rows]
-        return p.packed(self.values[rows], self.meta[rows], bias, self.in_features)
+        if not picked.wanted(self.values.device):
+            return p.packed(self.values[rows], self.meta[rows], bias, self.in_features)
+        laid = self.laid if self.laid_as == p.dtype else picked.lay(self.values.to(p.dtype), self.meta,
+                                                                    self.in_features)
+        return p.picked(laid[rows].contiguous(), p.dtype, self.in_features, bias)
 
     def emit_some(self, p, x, rows):
         return p.linear(x, self.emit_matrix(p, rows), act=self.act)

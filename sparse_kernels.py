@@ -516,7 +516,7 @@ def after(y, onto, act):
 
 
 def picks_24():
-    """Does the C kernel gain anything on this processor? It needs AVX-512 VBMI and BF16."""
+    """Do the C kernels gain anything on this processor? They need AVX2, or AVX-512 VBMI and BF16."""
     return cpu_library()[0] is not None and bool(cpu_library()[0].picks())
 
 
@@ -524,7 +524,7 @@ def packing_pays(device):
     """-> (does a decode step on this device gain from packed 2:4 weights, the sentence that says so)."""
     pays = picks_24() if device.type == "cpu" else device.type == "cuda" and triton_kernels() is not None
     return pays, ("2:4 weights packed" if pays else "2:4 weights pruned, not packed: packed ones gain on a "
-                  "CPU with AVX-512 VBMI and BF16 and a C compiler, or on a GPU with Triton")
+                  "CPU with AVX2 and a C compiler, or on a GPU with Triton")
 
 
 def linear_24(x, values, meta, bias=None, onto=None, act="none"):

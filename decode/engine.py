@@ -21,7 +21,9 @@ from sparse_kernels import MatrixC
 ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of rows: as in step.c
 MANY = 64                                        # threads, as in step.c
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
-KIND_NAMES = dict(enumerate(("float32", "bfloat16", "2:4 float32", "2:4 bfloat16", "int8", "int4")))
+KIND_NAMES = dict(enumerate(("float32", "bfloat16", "2:4 float32", "2:4 bfloat16", "int8", "int4",
+                             "2:4 float32", "2:4 bfloat16", "2:4 int8")))
+PICKED = {torch.float32: 6, torch.bfloat16: 7, torch.int8: 8}    # 2:4 as kernels/picked.py lays it
 CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
     "columns", "choose", "softcap", "best", "bounds", "screened", "above",
@@ -177,6 +179,13 @@ class Program:
                     data=self.keep(values), scale=self.keep(meta.contiguous()), scale_stride=meta[0].nbytes,
                     bias=self.vector(bias))
         return Matrix(c, values[0].nbytes + meta[0].nbytes, width // 2)
+
+    def picked(self, laid, dtype, width, bias, scale=None):
+        """2:4 weights as kernels/picked.py lays those of a dtype; scale: of whole numbers, as `whole` has it
+        -> Matrix."""
+        c = MatrixC(kind=PICKED[dtype], rows=len(laid), width=width, stride=laid.size(1), data=self.keep(laid),
+                    scale=None if scale is None else self.keep(scale), bias=self.vector(bias))
+        return Matrix(c, laid.size(1) + 8 * (scale is not None), width // 2)
 
     def whole(self, codes, scale, width, bias):
         """Weights (rows, width) of kernels.quantize -> Matrix."""

@@ -7,7 +7,8 @@ from torch import nn
 import sparse_kernels as kernels
 from configurator import require
 from decode.engine import NotWritten
-from layers import NeuronMajor, Packed
+from kernels import picked
+from layers import NeuronMajor, Packed, Settled, TwoOfFour
 
 PARTS = "attn", "mlp", "head"
 BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of PARTS
@@ -18,7 +19,8 @@ FORMS = {"4": 4, "8": 8, "16": 16} | {name: name for name in GGML}      # of a p
 class Quantized(nn.Module):
     """A Linear's weights as whole numbers of 8 or 4 bits (kernels.quantize), for inference. forward rounds
     its inputs to 8 bits a token, as a decode step does: the loss of this model is the loss of what decodes.
-    2:4 weights are stored dense: their zeros cost as much as other numbers."""
+    2:4 weights are stored dense; in 8 bits a decode step reads those that are kept, where kernels/picked.py
+    has a form for it."""
 
     def __init__(self, linear, bits, empty=False, moments=None):
         """linear: a Linear or a Packed. empty: a state dict is loaded next. moments: see quantize."""
@@ -27,6 +29,9 @@ class Quantized(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bits, self.bias, self.act = bits, linear.bias, getattr(linear, "act", "none")
         self.fill(weight, empty, moments)
+        self.sparse = bits == 8 and isinstance(linear, (TwoOfFour, Packed, Settled))
+        self.register_buffer("laid", None, persistent=False)
+        self.rewritten()
         # the dtype of the stream, which .to(dtype) moves with the rest of the model
         self.register_buffer("like", weight.new_empty(0), persistent=False)
 
@@ -37,6 +42,16 @@ class Quantized(nn.Module):
             codes, scale = (t.new_zeros(t.size(0) * len(rows), t.size(1)) for t in (codes, scale))
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
+
+    def _load_from_state_dict(self, *args, **keys):
+        super()._load_from_state_dict(*args, **keys)
+        self.rewritten()
+
+    def rewritten(self):
+        """The numbers were written in place: what was made of them is made again."""
+        if self.sparse and picked.wanted(self.codes.device):
+            values, meta = kernels.pack_24(self.codes[:, :self.in_features])
+            self.laid = picked.lay(values, meta, self.in_features)
 
     @property
     def weight(self):
@@ -56,6 +71,9 @@ class Quantized(nn.Module):
     def emit_matrix(self, p, rows=slice(None)):
         """As Linear.emit_matrix."""
         bias = self.bias if self.bias is None else self.bias[rows]
+        if self.laid is not None:
+            return p.picked(self.laid[rows].contiguous(), torch.int8, self.in_features, bias,
+                            self.scale[rows].contiguous())
         return p.whole(self.codes[rows], self.scale[rows], self.in_features, bias)
 
     def emit_some(self, p, x, rows):
@@ -208,7 +226,7 @@ def rewrite(linear, weight):
     if isinstance(linear, Packed):
         for old, new in zip((linear.values, linear.meta), kernels.pack_24(weight)):
             old.copy_(new)
-        kernels.forget_24(linear.values)
+        linear.rewritten()
     else:
         linear.weight.copy_(weight)
 

@@ -251,9 +251,12 @@ static inline float dot_i8(const int8_t *q, const float *x, long K) {
     return s;
 }
 
-/* does this processor pick by places in registers? Otherwise packed rows are slower than dense ones */
+/* how this processor picks by places in registers: 2 from packed rows as they are, 1 from those of picked.py, 0
+   not at all: packed rows are slower than dense ones then */
 int picks(void) {
-#ifdef PICKS
+#if defined(PICKS)
+    return 2;
+#elif defined(__AVX2__) && defined(__FMA__)
     return 1;
 #else
     return 0;

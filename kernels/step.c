@@ -19,7 +19,7 @@
 #define ROWS 8                                   /* of a batch */
 #define MANY 64                                  /* threads */
 
-enum kind { IS_F32, IS_BF16, IS_KEPT_F32, IS_KEPT_BF16, IS_I8, IS_I4 };
+enum kind { IS_F32, IS_BF16, IS_KEPT_F32, IS_KEPT_BF16, IS_I8, IS_I4, IS_PICKED_F32, IS_PICKED_BF16, IS_PICKED_I8 };
 
 struct matrix {                                  /* one row for each output, or each unit */
     int64_t kind, rows, width, stride;           /* stride: bytes from row to row */
@@ -451,8 +451,10 @@ static inline float whole(const struct matrix *w, long n, long c) {
 /* what rows of a kind are multiplied by, made of x (n) in `to` */
 static void prepare(int64_t kind, const float *x, long n, char *to) {
     float *wide = (float *)to;
-    if (kind == IS_I8 || kind == IS_I4) round_to_8_bits(kind, x, n, to);
-    if (kind == IS_F32 || kind == IS_KEPT_F32) memcpy(wide, x, n * sizeof(float));
+    if (kind == IS_I8 || kind == IS_I4 || kind == IS_PICKED_I8) round_to_8_bits(kind, x, n, to);
+    if (kind == IS_F32 || kind == IS_KEPT_F32 || kind == IS_PICKED_F32) memcpy(wide, x, n * sizeof(float));
+    if (kind == IS_PICKED_BF16) for (long i = 0; i < n; i++) wide[i] = rounded(x[i]);
+    if (kind == IS_PICKED_F32 || kind == IS_PICKED_BF16) memset(wide + n, 0, (-n & 31) * sizeof(float));
     if (kind == IS_KEPT_BF16) for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
     if (kind != IS_BF16) return;
 #ifdef BF16_AS_BF16
@@ -537,6 +539,84 @@ EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const
 #endif
 }
 
+#ifdef WHOLE_AVX2
+/* 2:4 rows as kernels/picked.py lays them: of 256 inputs the places first, two bits each, then the weights. A
+   register of places is shifted from one 32 bytes of weights to the next. s[l] = row[l] . x of four rows. */
+#define EACH_GROUP for (long k = 0, b = 0, end; (end = k + 256 < K ? k + 256 : K), k < K;)
+#define PICK(X, Y, m) _mm256_blend_ps(_mm256_permutevar_ps(X, m), _mm256_permutevar_ps(Y, m), 0xcc)
+
+static inline void places_of(const char *const *row, const char *const *next, long byte, __m256i *m) {
+    for (int l = 0; l < 4; l++) {
+        m[l] = load_ints(row[l] + byte);
+        if (next) FETCH(next[l] + byte);
+    }
+}
+
+INLINE void quad_picked_f32(const char *const *row, const char *const *next, const float *x, long K, float *s) {
+    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i m[4];
+    EACH_GROUP {
+        places_of(row, next, b, m);
+        for (b += 32; k < end; k += 16, b += 32) {
+            __m256 X = _mm256_loadu_ps(x + k), Y = _mm256_loadu_ps(x + k + 8);
+            for (int l = 0; l < 4; l++) {
+                if (next) FETCH(next[l] + b);
+                a[l] = _mm256_fmadd_ps(_mm256_loadu_ps((const float *)(row[l] + b)), PICK(X, Y, m[l]), a[l]);
+                m[l] = _mm256_srli_epi32(m[l], 2);
+            }
+        }
+    }
+    _mm_storeu_ps(s, sums_of_floats(a));
+}
+
+INLINE void quad_picked_bf16(const char *const *row, const char *const *next, const float *x, long K, float *s) {
+    const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
+    __m256i m[4];
+    EACH_GROUP {
+        places_of(row, next, b, m);
+        for (b += 32; k < end; k += 32, b += 32) {
+            __m256 X[4];
+            for (int i = 0; i < 4; i++) X[i] = _mm256_loadu_ps(x + k + 8 * i);
+            for (int l = 0; l < 4; l++) {
+                __m256i v = load_ints(row[l] + b);
+                if (next) FETCH(next[l] + b);
+                a[l] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), PICK(X[0], X[1], m[l]), a[l]);
+                m[l] = _mm256_srli_epi32(m[l], 2);
+                a[l] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(v, high)), PICK(X[2], X[3], m[l]), a[l]);
+                m[l] = _mm256_srli_epi32(m[l], 2);
+            }
+        }
+    }
+    _mm_storeu_ps(s, sums_of_floats(a));
+}
+
+INLINE void quad_picked_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
+                           const char *x, long K, float *s) {
+    const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+    const __m256i base = _mm256_set1_epi64x(0x0c0c080804040000);
+    __m256i a[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
+    __m256i m[4];
+    int32_t sum[4];
+    EACH_GROUP {
+        places_of(row, next, b, m);
+        for (b += 32; k < end; k += 64, b += 32) {
+            __m256i X = load_ints(x + 64 + k), Y = load_ints(x + 96 + k);
+            for (int l = 0; l < 4; l++) {
+                __m256i w = load_ints(row[l] + b), to = _mm256_or_si256(_mm256_and_si256(m[l], three), base);
+                __m256i v = _mm256_blend_epi32(_mm256_shuffle_epi8(X, to), _mm256_shuffle_epi8(Y, to), 0xcc);
+                if (next) FETCH(next[l] + b);
+                m[l] = _mm256_srli_epi16(m[l], 2);
+                a[l] = _mm256_add_epi32(a[l], _mm256_madd_epi16(
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), ones));
+            }
+        }
+    }
+    _mm_storeu_si128((__m128i *)sum, sums_of_ints(a));
+    for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
+}
+#endif
+
 /* s[l] = rows n[l] of w . x, prepared; soon: rows that will be wanted soon, or none. kind: w's, where it is known
    when this is compiled. */
 INLINE void quad_of(int64_t kind, const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
@@ -548,7 +628,12 @@ INLINE void quad_of(int64_t kind, const struct matrix *w, const long *n, const l
     case IS_BF16: quad_bf16(row, soon ? next : 0, x, w->width, s); break;
     case IS_I8: quad_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
     case IS_I4: quad_i4(row, soon ? next : 0, x, w->width, s); break;
-    case IS_KEPT_F32: case IS_KEPT_BF16:
+#ifdef WHOLE_AVX2
+    case IS_PICKED_F32: quad_picked_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
+    case IS_PICKED_BF16: quad_picked_bf16(row, soon ? next : 0, (const float *)x, w->width, s); break;
+    case IS_PICKED_I8: quad_picked_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
+#endif
+    default:                                     /* IS_KEPT_F32, IS_KEPT_BF16 */
         for (int l = 0; l < 4; l++) {
             const uint32_t *places = (const uint32_t *)((const char *)w->scale + n[l] * w->scale_stride);
             s[l] = kind == IS_KEPT_F32 ? dot24_f32((const float *)row[l], places, (const float *)x, w->width)
@@ -585,7 +670,10 @@ static void stream_rows(const struct matrix *w, const char *x, float *y, long fr
     case IS_I8: stream_of(IS_I8, w, x, y, from, to); break;
     case IS_I4: stream_of(IS_I4, w, x, y, from, to); break;
     case IS_KEPT_F32: stream_of(IS_KEPT_F32, w, x, y, from, to); break;
-    case IS_KEPT_BF16: stream_of(IS_KEPT_BF16, w, x, y, from, to);
+    case IS_KEPT_BF16: stream_of(IS_KEPT_BF16, w, x, y, from, to); break;
+    case IS_PICKED_F32: stream_of(IS_PICKED_F32, w, x, y, from, to); break;
+    case IS_PICKED_BF16: stream_of(IS_PICKED_BF16, w, x, y, from, to); break;
+    case IS_PICKED_I8: stream_of(IS_PICKED_I8, w, x, y, from, to);
     }
 }
 

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sparse_kernels as kernels
 from decode import engine, sampling
 from decode.context import Cache
+from decode.quantized import quantize
+from kernels import picked
 from kernels.build import cpu_library
 from layers import settle
 from training import continual
@@ -410,6 +412,53 @@ def test_packed_weights_decode_as_dense_ones(arm, stepped):
     model = settle(build(arm, std=0.2))
     assert_decodes_as_forward(model, tokens(3, 7), 9, [7, 1, 4])
     assert stepped()
+
+
+WIDE = (12, 36, 68, 132, 256, 268, 516)          # of rows of 2:4 weights: parts of 16, 32, 64, 256 inputs
+
+
+@pytest.mark.parametrize("width", WIDE)
+def test_packed_rows_of_any_width_decode_as_dense_ones(width, stepped):
+    model = settle(build(dict(weights="2:4", act="gelu", n_embd=width, mlp_units=3 * width), std=0.1))
+    assert_decodes_as_forward(model, tokens(2, 3), 5, [3, 1], atol=3e-5)
+    assert stepped()
+
+
+@pytest.mark.parametrize("kind, atol", [(None, 2e-2), ("int8", 0)], ids=["bf16", "int8"])
+@pytest.mark.parametrize("width", WIDE)
+def test_packed_rows_in_bf16_and_8_bits_decode_as_dense_ones(width, kind, atol, monkeypatch):
+    """bf16: to the rounding of its sums. Whole numbers: bit for bit."""
+    found = []
+    for pack in (False, True):
+        if not pack:
+            monkeypatch.setattr(picked, "wanted", lambda device: False)
+        model = build(dict(weights="2:4", n_embd=width, mlp_units=3 * width), std=0.05).bfloat16()
+        model = settle(model, pack)
+        found.append(by_steps_alone(quantize(model, kind) if kind else model, tokens(2, 5)))
+        monkeypatch.undo()
+    torch.testing.assert_close(*found, atol=atol, rtol=0)
+
+
+@pytest.mark.skipif(not picked.wanted(torch.device("cpu")), reason="this processor picks in another way")
+def test_a_packed_model_reads_its_packed_bytes():
+    """Of 64 inputs 32 weights and 8 bytes of places, or, in bf16, 64 bytes of weights and 8 of places."""
+    for kind, size in (None, 2), ("int8", 1):
+        model = settle(build(dict(weights="2:4", n_embd=256, mlp_units=512, act="relu2")).bfloat16())
+        model = quantize(model, kind) if kind else model
+        program = engine.program_of(model, empty_cache(model, 1, 4), 31, None, torch.device("cpu"))
+        up = [op.w for op in program.table if (op.w.rows, op.w.width) == (512, 256)]
+        assert len(up) == 2 and {w.stride for w in up} == {32 + 128 * size}
+        assert {engine.KIND_NAMES[w.kind] for w in up} == {"2:4 " + ("int8" if kind else "bfloat16")}
+
+
+def test_what_is_laid_for_a_step_follows_weights_that_are_loaded():
+    """Other weights into a model that has decoded: packed ones and quantised ones."""
+    for kind in (None, "int8"):
+        first, second = (settle(build(dict(weights="2:4"), std=std)) for std in (0.2, 0.1))
+        first, second = ((quantize(m, kind) if kind else m) for m in (first, second))
+        by_steps_alone(first, tokens(1, 4))
+        first.load_state_dict(second.state_dict())
+        assert torch.equal(by_steps_alone(first, tokens(1, 4)), by_steps_alone(second, tokens(1, 4)))
 
 
 COUNTED = {name: WRITTEN[name] for name in (
