@@ -183,8 +183,9 @@ class Program:
     def picked(self, laid, dtype, width, bias, scale=None):
         """2:4 weights as kernels/picked.py lays those of a dtype; scale: of whole numbers, as `whole` has it
         -> Matrix."""
-        c = MatrixC(kind=PICKED[dtype], rows=len(laid), width=width, stride=laid.size(1), data=self.keep(laid),
-                    scale=None if scale is None else self.keep(scale), bias=self.vector(bias))
+        c = MatrixC(kind=PICKED[dtype], rows=len(laid), width=width, stride=laid.size(1),
+                    data=self.keep(laid), scale=None if scale is None else self.keep(scale),
+                    bias=self.vector(bias))
         return Matrix(c, laid.size(1) + 8 * (scale is not None), width // 2)
 
     def whole(self, codes, scale, width, bias):

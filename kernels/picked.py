@@ -1,8 +1,8 @@
 """2:4 weights in the order in which loops of AVX2 read them (quad_picked_* in step.c).
 
-A row is cut into groups of 256 inputs: 32 bytes of places, and then the kept weights, 32 bytes at a time, of 16
+A row is cut into groups of 256 inputs: 32 bytes of places, then the kept weights, 32 bytes at a time, of 16
 (fp32), 32 (bf16) or 64 inputs (whole numbers of 8 bits). A processor without AVX-512 picks 4 bytes by their
-places inside 16 bytes of inputs, so that of every four neighbouring parts (a four of floats, four fours of bytes)
+places inside 16 bytes of inputs, so of every four neighbouring parts (a four of floats, four fours of bytes)
 the second and the third change places: a register picks from the first two and then from the last two.
 """
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kernels.build import cpu_library
 
 GROUP = 256                                      # inputs
-INPUTS = {4: 16, 2: 32, 1: 64}                   # that 32 bytes of kept weights stand for, by a weight's bytes
+INPUTS = {4: 16, 2: 32, 1: 64}                   # of 32 bytes of kept weights, by the bytes of one
 
 
 def wanted(device):

@@ -446,7 +446,8 @@ def test_a_packed_model_reads_its_packed_bytes():
         model = settle(build(dict(weights="2:4", n_embd=256, mlp_units=512, act="relu2")).bfloat16())
         model = quantize(model, kind) if kind else model
         program = engine.program_of(model, empty_cache(model, 1, 4), 31, None, torch.device("cpu"))
-        up = [op.w for op in program.table if (op.w.rows, op.w.width) == (512, 256)]
+        up = [op.w for op in program.table
+              if (op.code, op.w.rows, op.w.width) == (engine.CODES["linear"], 512, 256)]
         assert len(up) == 2 and {w.stride for w in up} == {32 + 128 * size}
         assert {engine.KIND_NAMES[w.kind] for w in up} == {"2:4 " + ("int8" if kind else "bfloat16")}
 
