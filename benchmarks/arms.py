@@ -35,7 +35,7 @@ ARMS = {                                         # a file in config/, keys, or b
     "predict+window": ("bio_predict", WINDOW),
     "columns+window+2:4": ("bio_columns", dict(weights="2:4") | WINDOW),
     "hierarchy+predict": ("bio_predict", dict(hierarchy=4)), "osc+window": ("bio_osc", WINDOW),
-    "efficient": "efficient", "quality": "quality",
+    "efficient": "efficient", "lossless": "lossless", "quality": "quality",
     # broken on purpose, see broken.py
     "leaky": {}, "slow": "bio_topk"}
 

@@ -4,13 +4,20 @@ import torch
 from benchmarks.broken import BREAK
 from benchmarks.runs import fixed_loss, trained_model, validation_of
 from data import dataset as datasets
+from decode import calibrate
+from decode.context import takes_shortcuts
 
 JUDGED = 80                                      # validation batches that a run's loss is the mean of
 
 
-def as_trained(arm, folder):
-    """A run's model in eval mode, broken as it was trained."""
-    return BREAK.get(arm, lambda model: model)(trained_model(folder)).use_policy()
+def as_trained(arm, folder, data):
+    """A run's model in eval mode, broken as it was trained; thresholds that it wants come from its data."""
+    model = BREAK.get(arm, lambda model: model)(trained_model(folder)).use_policy()
+    if calibrate.screened(model) and calibrate.needs_thresholds(model):
+        ids, _ = datasets.training_text({}, str(data), calibrate.TOKENS, model.config.block_size,
+                                        model.config.vocab_size)
+        calibrate.calibrate(model, ids, model.config.mlp_live)
+    return model
 
 
 def judge(model, data):
@@ -19,8 +26,9 @@ def judge(model, data):
     stream = datasets.TokenStream(data, "val", validation["block_size"], 1, seed=0)
     found = {"sees_the_future": sees_the_future(model, stream.batch(0)[0]),
              "val_loss": fixed_loss(model, data, validation)}
-    shortcuts = any(hasattr(module, "policy") for module in model.modules())
-    exact = fixed_loss(model.use_policy(False), data, validation) if shortcuts else found["val_loss"]
+    exact = found["val_loss"]
+    if takes_shortcuts(model.config):
+        exact = fixed_loss(model.use_policy(False), data, validation)
     return found | {"val_loss_exact": exact}
 
 

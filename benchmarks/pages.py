@@ -69,7 +69,7 @@ MECHANISMS = {
     "quantize": Page((), {"quantize_63m_cpu.json": ".*"}),
     "continual": Page((), {"continual_cpu.json": ".*"}),
     "energy_budget": Page((), {"energy_cpu.json": ".*"}),
-    "presets": Page(("efficient", "quality"),
+    "presets": Page(("efficient", "lossless", "quality"),
                     {TWO_OF_FOUR: "dense|efficient.*"} | at_gpt2s_shape(r"efficient.*|columns \+.*")),
 }
 PAGE_OF = {arm: name for name, page in reversed(MECHANISMS.items()) for arm in page.arms}
@@ -171,7 +171,7 @@ def telling(rows, axes):
     near = sorted(set(on_line) - {TWIN}, key=lambda name: abs(loss[name] - loss[TWIN]))[:2]
     arms = [name for name, row in rows.items() if row["kind"] == "arm" and not row["sees_the_future"]]
     pays = sorted((name for name in arms if won(name, axes)), key=loss.get)
-    presets = [name for name in ("efficient", "quality") if name in rows]
+    presets = [name for name in ("efficient", "lossless", "quality") if name in rows]
     worst = sorted(set(arms) - set(pays), key=loss.get)[-1:]
     named = list(dict.fromkeys([TWIN, *near, *presets, *worst, *pays]))[:MOST]
     return sorted(named, key=lambda name: (name != TWIN, rows[name]["kind"] != "dense", loss[name]))

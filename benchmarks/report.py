@@ -170,7 +170,7 @@ def aim(result):
 def presets(result):
     """Sentences: what the presets lose in bits per byte and what they save, against the dense twin."""
     rows, twin, same = result["rows"], result["rows"][TWIN], result.get("same_as", {})
-    for name in ("efficient", "quality"):
+    for name in ("efficient", "lossless", "quality"):
         if same.get(name, name) in rows:
             row = rows[same.get(name, name)]
             said = f"config/{name}.py" + f" (the same model as {same.get(name)})" * (name in same)

@@ -83,7 +83,7 @@ class Store:
 
     def model(self, run, iters):
         """The model of a run whose checkpoint is kept, in eval mode."""
-        return as_trained(run.arm, self.checkpoint(run, iters))
+        return as_trained(run.arm, self.checkpoint(run, iters), self.data)
 
     def read(self, run, iters):
         """A finished run's record, or None: it, or the checkpoint that later measurements need, is missing.
@@ -100,7 +100,7 @@ class Store:
         shutil.rmtree(work, ignore_errors=True)
         clock = time.perf_counter()
         rows = trained(self.cfg, self.data, work, run.arm, run.seed, count, eval_iters=1)
-        model = as_trained(run.arm, work)
+        model = as_trained(run.arm, work, self.data)
         found = judge(model, self.data) | described(model, rows) | dict(
             arm=run.name, seed=1337 + run.seed, curve=curve_of(rows), seconds=time.perf_counter() - clock,
             step_ms=statistics.median(row["ms"] for row in rows[2:] if "ms" in row))
@@ -226,7 +226,7 @@ def measure_costs(store, arms, jobs):
         clock = time.perf_counter()
         try:
             rows = trained(store.cfg, store.data, work, arm, 0, TRIAL, eval_iters=1)
-            judge(as_trained(arm, work), store.data)
+            judge(as_trained(arm, work, store.data), store.data)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         step = statistics.median(row["ms"] for row in rows[2:] if "ms" in row) / 1e3

@@ -38,6 +38,11 @@ class Choices(NamedTuple):
 NO_CHOICES = Choices()
 
 
+def takes_shortcuts(config):
+    """Has a model of this GPTConfig anything that GPT.use_policy switches on?"""
+    return bool(config.mlp_predict or config.mlp_screen or config.exits)
+
+
 class Context:
     """What one call carries past the blocks: positions, the attention mask, auxiliary losses, choices.
 

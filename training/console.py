@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from configurator import ConfigError
+from decode.context import takes_shortcuts
 from layers import NeuronMajor
 
 
@@ -62,7 +63,7 @@ def macs_text(macs, whole):
 def sample_command(model, out_dir):
     """What to type to sample from a run, with the shortcuts that the model was trained for."""
     c = model.config
-    sparse = " --sparse_decode=True" * bool(c.mlp_predict or c.exits or c.mlp_screen)
+    sparse = " --sparse_decode=True" * takes_shortcuts(c)
     return f"python sample.py --out_dir={shlex.quote(str(out_dir))}{sparse}"
 
 

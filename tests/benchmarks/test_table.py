@@ -21,6 +21,7 @@ from benchmarks import arms, broken, frontier, judge, measured, report, stats, s
 from benchmarks.record import TWIN
 from benchmarks.store import Run
 from configurator import ConfigError
+from decode import calibrate
 from decode.context import Cache
 
 # ------------------------------------------------ statistics ----------------------------------
@@ -465,6 +466,22 @@ def test_every_seed_of_all_arms_comes_before_the_next_and_the_twin_is_never_left
 def test_a_sound_model_does_not_see_the_future(name):
     model = build(FLAGS[name], std=0.2).use_policy()
     assert not judge.sees_the_future(model, tokens(1, 16))
+
+
+@pytest.mark.parametrize("name, shortcuts", [("relu2", False), ("predict", True), ("mlp_screen", True),
+                                             ("exits", True)])
+def test_a_run_is_judged_as_it_decodes_and_without_its_shortcuts(name, shortcuts, tmp_path, monkeypatch):
+    """Also where thresholds are still to be found, which are the same each time."""
+    for split, seed in ("train", 1), ("val", 2):
+        tokens(1, 20000, seed)[0].numpy().astype("uint16").tofile(tmp_path / f"{split}.bin")
+    model = build(FLAGS[name], std=0.2, **{"exit_threshold": 0.01} if name == "exits" else {})
+    for mlp in calibrate.screened(model):
+        mlp.edge.fill_(torch.nan)
+    monkeypatch.setattr(judge, "trained_model", lambda folder: model)
+    first, second = (judge.judge(judge.as_trained(name, None, tmp_path), tmp_path) for _ in range(2))
+    assert first == second and not first["sees_the_future"]
+    assert (first["val_loss"] != first["val_loss_exact"]) == shortcuts
+    assert first["val_loss_exact"] == judge.judge(model.use_policy(False), tmp_path)["val_loss"]
 
 
 def test_the_leaky_arm_sees_the_future():
