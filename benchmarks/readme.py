@@ -363,6 +363,7 @@ BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                                       ("lighter", pages.lighter))
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
+BLOCKS["longer"] = pages.longer_table
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))
 BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, sentence in TESTED.items()}
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

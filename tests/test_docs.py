@@ -252,6 +252,19 @@ def test_a_page_shows_its_arms_below_the_dense_twin_and_what_is_missing(records)
     assert "not measured yet" in pages.own_rows(page, {})[0] and pages.own_rows(pages.Page(), {}) == []
 
 
+def test_longer_runs_stand_beside_the_dense_model_of_the_same_seeds(tmp_path):
+    """Runs of other lengths, of arms that are none, and seeds that the dense model has not, are left out."""
+    for n, (arm, seed, loss, iters) in enumerate([
+            (TWIN, 1, 2.0, pages.LONGER), (TWIN, 2, 1.0, pages.LONGER), ("osc", 1, 1.5, pages.LONGER),
+            ("osc", 3, 9.0, pages.LONGER), ("osc", 2, 9.0, 350), ("gone", 1, 9.0, pages.LONGER),
+            ("topk", 3, 9.0, pages.LONGER)]):
+        (tmp_path / f"{n}.json").write_text(json.dumps(dict(arm=arm, seed=seed, val_loss=loss, iters=iters)))
+    (tmp_path / "plan.json").write_text(json.dumps(dict(iters=pages.LONGER)))
+    lines = pages.longer_table({}, tmp_path).splitlines()
+    assert lines[2:4] == [f"| {TWIN} | 1.5000 | 2 |  |  |",
+                          "| [osc](docs/osc.md) | 1.5000 | 1 | -0.5000 |  |"] and not lines[4]
+
+
 def test_a_page_takes_the_rows_of_other_records_that_fit_it():
     row = {"layers": 2.0, "val_loss": 1.5, "tokens_per_second": 100.0}
     record = {"subcommand": "ponder", "points": {"dense, 2 layers": row, "ponder, cost 0.1": row},
