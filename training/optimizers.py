@@ -51,7 +51,8 @@ class Muon(lean(torch.optim.Muon)):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        means, grads = [here(self.state[p]["momentum_buffer"]) for p in params], [here(p.grad) for p in params]
+        means = [here(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [here(p.grad) for p in params]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         updates = torch.stack(torch._foreach_lerp(grads, means, momentum) if nesterov else means)
         whole = partial(orthogonal, coefficients=ns_coefficients, steps=ns_steps, eps=eps)
@@ -69,16 +70,16 @@ def here(tensor):
 
 
 def by_owners(parts, rows, mesh, work):
-    """What work makes of whole matrices, where every process has some rows of each: (n, rows here, columns) ->
-    the same shape. Matrix i belongs to rank i % ranks: rows go there in one exchange and the result's come
+    """What work makes of whole matrices, where every process has some rows of each: (n, rows here, columns)
+    -> the same shape. Matrix i belongs to rank i % ranks: rows go there in one exchange and the result's come
     back in another. Rows are split as FSDP2 splits them: equal parts, the last ones shorter or empty."""
     group, ranks = mesh.get_group(), mesh.size()
     me, (n, ours, columns) = dist.get_rank(group), parts.shape
     step = -(-rows // ranks)
     heights = [max(0, min(step, rows - step * r)) for r in range(ranks)]
     owned = [len(range(r, n, ranks)) for r in range(ranks)]
-    here_sizes = [count * ours * columns for count in owned]                        # of all matrices, our rows
-    owner_sizes = [owned[me] * height * columns for height in heights]              # of our matrices, all rows
+    here_sizes = [count * ours * columns for count in owned]                       # of all matrices, our rows
+    owner_sizes = [owned[me] * height * columns for height in heights]             # of our matrices, all rows
     sent = torch.cat([parts[r::ranks].reshape(-1) for r in range(ranks)])
     gathered = sent.new_empty(sum(owner_sizes))
     dist.all_to_all_single(gathered, sent, owner_sizes, here_sizes, group=group)

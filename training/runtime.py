@@ -241,7 +241,7 @@ def leave(world, status):
 # -------------------------------------------------- sharded weights -----------------------------------------
 
 def check_sharding(cfg, world, dtype):
-    """fsdp=True with what needs all weights as a whole, or runs blocks a number of times that the data decides,
+    """fsdp=True with what needs whole weights, or runs blocks a number of times that the data decides,
     is a ConfigError."""
     if not cfg.fsdp:
         return

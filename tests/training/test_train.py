@@ -236,8 +236,8 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_muon_on_sharded_weights_gives_the_curve_of_one_process(train, ranks):
-    """Rows that no number of ranks divides; resumed by as many, and by one from their checkpoint. Newton-Schulz
-    is in bf16: it magnifies a last bit."""
+    """Rows that no number of ranks divides; resumed by as many, and by one from their checkpoint.
+    Newton-Schulz is in bf16: it magnifies a last bit."""
     keys = dict(dropout=0.0, gradient_accumulation_steps=6, n_layer=2, n_head=2, n_embd=10, optimizer="muon")
     in_parallel(train, ranks, max_iters=6, fsdp=True, out="sharded", **keys)
     shutil.copytree(train.folder / "sharded", train.folder / "alone")
@@ -252,7 +252,7 @@ def test_muon_on_sharded_weights_gives_the_curve_of_one_process(train, ranks):
         shapes = [[{key: tuple(value.shape) for key, value in state.items() if hasattr(value, "shape")}
                    for state in part["state"].values()] for part in ours["parts"]]
         assert shapes == [[{key: tuple(value.shape) for key, value in state.items() if hasattr(value, "shape")}
-                           for state in part["state"].values()] for part in theirs["parts"]]
+                          for state in part["state"].values()] for part in theirs["parts"]]
 
 
 # the first of several processes, without the others
