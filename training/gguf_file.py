@@ -55,6 +55,8 @@ def read(path, stamp):
 def config_of(path):
     """What a config.json would say of the model in it -> dict; what is not computed here is a ConfigError."""
     reader, said = opened(path)
+    require(reader.byte_order == "I", f"{path} is of the other byte order than this machine, which the "
+            "package gguf dequantises wrongly: turn it by its gguf-convert-endian")
     kind = said.get("general.architecture")
     require(kind in ARCHITECTURES, f"{path} holds a '{kind}' model, expected {' or '.join(ARCHITECTURES)}")
     require("split.count" not in said or said["split.count"] == 1,

@@ -611,3 +611,17 @@ def test_a_real_model_goes_on_as_llama_cpp_does(tmp_path):
         best = torch.from_numpy(peer.scores[:len(ours) - 1].copy()).argmax(-1)
         assert (best == ours[1:])[len(ids) - 1:].float().mean() >= share
         peer.close()
+
+
+def test_a_gguf_file_of_the_other_byte_order_is_refused_in_one_sentence(tmp_path):
+    """The package reads its keys, and dequantises its numbers without turning them."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match="of the other byte order"):
+        gguf_file.config_of(path)
