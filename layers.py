@@ -695,7 +695,7 @@ class LossInChunks(torch.autograd.Function):
             if learns[0]:
                 parts.append(kernels.in_fp32(torch.mm, slope, matrix).to(x.dtype))
             if learns[1]:
-                rows = rows * down if down < 1 else rows        # fp16 holds neither large sums nor small parts
+                rows = rows * down if down < 1 else rows       # fp16 holds neither large sums nor small parts
                 dw.add_(kernels.in_fp32(torch.mm, slope.T, rows), alpha=1 / (ctx.up * down))
         count = (targets != -1).sum()
         ctx.save_for_backward(torch.cat(parts) if learns[0] else None, dw, count)

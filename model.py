@@ -93,7 +93,7 @@ class GPTConfig:
     ngram_buckets: int = 0  # rows of a hashed n-gram table added to the embedding; 0: off
     ngram_order: int = 3  # longest n-gram in that table
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
-    loss_chunks: int = 0  # in training head and loss in so many parts of a batch's tokens: less memory; 0: off
+    loss_chunks: int = 0  # in training head and loss in so many parts of the tokens: less memory; 0: off
     weights: str = "dense"  # 2:4: of every four weights of an output two are kept; packed when decoding
     sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
     screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens

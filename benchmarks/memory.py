@@ -30,7 +30,7 @@ class Memory(Bench):
 
 def memory(cfg):
     """Bytes that autograd keeps for one sequence, summed over what a real bf16 forward saves on
-    a CPU, with and without recompute and loss_chunks; the largest batch that fits a card less 1 GiB for all else."""
+    a CPU, with or without recompute, loss_chunks; the largest batch in a card less 1 GiB for the rest."""
     found, T = {}, SHAPES[cfg.shape]["block_size"]
     for chunks, recompute in itertools.product((0, cfg.loss_chunks), (False, True)):
         config = GPTConfig(**SHAPES[cfg.shape], recompute=recompute, loss_chunks=chunks)
@@ -41,7 +41,7 @@ def memory(cfg):
         idx = torch.zeros(1, T, dtype=torch.int64)
         fixed = 16 * parameters + head
         with mock.patch.object(sparse_kernels, "NATIVE_BF16", True):     # as on a card, in no copies of fp32
-            sequence = saved_bytes(model, idx, idx) - head + logits_bytes(config, T, each=6)  # their gradients
+            sequence = saved_bytes(model, idx, idx) - head + logits_bytes(config, T, each=6)  # gradients
         fits = {card: max(0, int((int(card) - 1) * 2**30 - fixed) // sequence)
                 for card in cfg.cards.split(",")}
         name = f"recompute={recompute}" + f", loss_chunks={chunks}" * bool(chunks)

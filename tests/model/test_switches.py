@@ -167,7 +167,7 @@ def test_a_loss_in_chunks_is_the_whole_loss_and_its_gradients(arm, chunks):
 
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 2.0 ** 16)], ids=str)
 def test_a_loss_in_chunks_of_half_precision_is_as_near_the_exact_one_as_the_whole(dtype, scale):
-    """fp16 with the scale of a gradient scaler; against fp32. A vocabulary in which a probability is small."""
+    """fp16 with the scale of a gradient scaler; against fp32. A vocabulary of small probabilities."""
     for arm in ({}, dict(softcap=2.0, tie_weights=False)):
         of = lambda **how: loss_and_gradients(arm, some_ignored(), vocab_size=5003, **how)
         exact, whole, found = of(), of(dtype=dtype, scale=scale), of(dtype=dtype, scale=scale, chunks=4)
