@@ -602,3 +602,9 @@ def test_no_iterations_write_what_the_flags_make_of_the_dense_model(dense):
     assert result.status == 0, result.err
     dense.resume(out="untouched", max_iters=2)
     assert dense.checkpoint("untouched")["iter_num"] == 2
+
+
+def test_a_teacher_and_a_loss_in_chunks_are_one_sentence(train):
+    result = train(teacher="gpt2", loss_chunks=4, status=2)
+    assert "teacher=gpt2 and loss_chunks=4" in result.err and "leave --loss_chunks out" in result.err
+    assert "Traceback" not in result.err
