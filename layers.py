@@ -680,6 +680,69 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
 
 
+class LossInChunks(torch.autograd.Function):
+    """`cross_entropy` of the head's logits, of which only a chunk of tokens' exists at a time: its loss and
+    what the loss does to states and matrix are computed together, and backward scales them (2410.10989).
+    """
+
+    @staticmethod
+    def check(c):
+        require(c.loss_chunks >= 0, f"loss_chunks={c.loss_chunks} must be 1 or more; 0 is off")
+        require(not (c.loss_chunks and c.exits), f"exits='{c.exits}' and loss_chunks={c.loss_chunks}: exits "
+                "learn from the logits of all tokens at once; leave --loss_chunks out")
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunks, cap, learns):
+        """x (n, C), weight (V, C), targets (n,), cap of the logits or 0, learns: are gradients of (x, weight)
+        wanted? -> the mean over targets that are not -1, 0-dim in fp32."""
+        size = max(1, -(-len(x) // chunks))
+        ctx.up, down = (64.0, 2.0 ** -math.ceil(math.log2(size))) if x.dtype == torch.float16 else (1.0, 1.0)
+        matrix, ids = weight.to(x.dtype), torch.arange(len(weight), device=x.device)
+        total, parts = torch.zeros((), device=x.device), []
+        dw = torch.zeros_like(weight, dtype=torch.float32) if learns[1] else None
+        for rows, aims in zip(x.split(size), targets.split(size)):
+            loss, slope = loss_and_slope(project(rows, matrix, None).float(), aims, ids, cap, any(learns))
+            total = total + loss
+            if any(learns):
+                slope = (slope * ctx.up if ctx.up > 1 else slope).to(x.dtype)
+            if learns[0]:
+                parts.append(kernels.in_fp32(torch.mm, slope, matrix).to(x.dtype))
+            if learns[1]:
+                rows = rows * down if down < 1 else rows       # fp16 holds neither large sums nor small parts
+                dw.add_(kernels.in_fp32(torch.mm, slope.T, rows), alpha=1 / (ctx.up * down))
+        count = (targets != -1).sum()
+        ctx.save_for_backward(torch.cat(parts) if learns[0] else None, dw, count)
+        ctx.kept = weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw, count = ctx.saved_tensors
+        factor = gradient / count
+        dx = dx if dx is None else (dx.float() * (factor / ctx.up)).to(dx.dtype)
+        dw = dw if dw is None else (dw * factor).to(ctx.kept)
+        return dx, dw, None, None, None, None
+
+
+def loss_and_slope(logits, targets, ids, cap, learns):
+    """Logits (n, V) in fp32, which are overwritten, targets (n,), ids (V,): 0..V-1 -> (summed loss of the
+    targets that are not -1, its gradient (n, V), or None where nothing learns)."""
+    capped = soft_cap(cap, logits) if cap else logits
+    counts, norms = (targets != -1)[:, None], capped.logsumexp(-1, keepdim=True)
+    aims = torch.where(counts, targets[:, None], 0)
+    total = torch.where(counts, norms - capped.gather(1, aims), 0).sum()
+    if not learns:
+        return total, None
+    bends = (1 - (capped / cap).square()) * counts if cap else counts
+    return total, capped.sub_(norms).exp_().add_(ids == aims, alpha=-1).mul_(bends)
+
+
+def loss_in_chunks(x, weight, targets, chunks, cap):
+    """`cross_entropy` of the logits of states x (B, T, C), in so many chunks of tokens."""
+    learns = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    return LossInChunks.apply(x.flatten(0, 1), weight, targets.reshape(-1), chunks, cap, learns)
+
+
 def soft_cap(cap, logits):
     """Bound logits to (-cap, cap) smoothly (2408.00118)."""
     return cap * torch.tanh(logits / cap)
@@ -692,4 +755,5 @@ def normal_by_name_(tensor, std, seed, name):
 
 
 # whose flags a GPTConfig is asked about, by their `check`
-CHECKED = QueryGain, TwoOfFour, Screened, Attention, LargestInputs, RotaryPositions, LayerNorm
+CHECKED = (QueryGain, TwoOfFour, Screened, Attention, LargestInputs, RotaryPositions, LayerNorm,
+           LossInChunks)

@@ -52,6 +52,7 @@ from layers import (
     cross_entropy,
     dropout,
     linear,
+    loss_in_chunks,
     normal_by_name_,
     residual_std,
     settle,
@@ -92,6 +93,7 @@ class GPTConfig:
     ngram_buckets: int = 0  # rows of a hashed n-gram table added to the embedding; 0: off
     ngram_order: int = 3  # longest n-gram in that table
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more compute
+    loss_chunks: int = 0  # in training head and loss in so many parts of the tokens: less memory; 0: off
     weights: str = "dense"  # 2:4: of every four weights of an output two are kept; packed when decoding
     sr_ste: float = 2e-4  # how strongly training pulls pruned weights of 2:4 towards zero
     screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens
@@ -345,7 +347,8 @@ def training_macs(config, layers):
     """counters.count_training of a whole block of tokens through so many layers: on a model without
     weights, because shapes decide it."""
     with torch.device("meta"):
-        twin = GPT(dataclasses.replace(config, recompute=False, dropout=0.0, layer_dropout=0.0), init=False)
+        twin = GPT(dataclasses.replace(config, recompute=False, loss_chunks=0, dropout=0.0,
+                                       layer_dropout=0.0), init=False)
         idx = torch.zeros(1, config.block_size, dtype=torch.long)
     twin.use_layers(layers)
     return counters.count_training(twin, idx)
@@ -380,6 +383,8 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight  # 1608.05859
         check_pruned(self, config)
         self.cap = partial(soft_cap, config.softcap) if config.softcap else as_is
+        self.loss_of_states = config.loss_chunks and partial(loss_in_chunks, chunks=config.loss_chunks,
+                                                             cap=config.softcap)
         self.over_budget = energy.budget(config)
         if init:
             self.init_weights(torch.initial_seed() if seed is None else seed)
@@ -408,17 +413,25 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64, target -1 is ignored -> (logits, loss).
 
-        With targets: logits (B, T, vocab_size), cross-entropy in nats, in training mode with auxiliary terms.
+        With targets: logits (B, T, vocab_size), cross-entropy in nats, in training mode with auxiliary terms;
+        with loss_chunks no logits, but None, in training mode or where `choose(loss_alone=True)` said so.
         Without: logits of the last position alone, (B, 1, vocab_size), and None.
         """
         ctx = Context(self.positions(idx.size(1)), self.training, self.chosen(len(idx)))
         x = self.trunk(idx, ctx)
         if targets is None:
             return self.head(x[:, [-1]]), None
-        logits = self.head(x)
+        logits, loss = self.logits_and_loss(x, targets)
         also = *(ctx.losses or ()), *self.exit_losses(ctx, logits, targets), *self.over_budget(ctx)
         self.auxiliary = sum(term.detach() for term in also)           # what a log shows apart
-        return logits, sum(also, start=cross_entropy(logits, targets))
+        return logits, sum(also, start=loss)
+
+    def logits_and_loss(self, x, targets):
+        """Normalised states (B, T, C), targets (B, T) -> (logits or None, cross-entropy)."""
+        if self.loss_of_states and (self.training or self.choices.loss_alone):
+            return None, self.loss_of_states(x, self.lm_head.matrix(), targets)
+        logits = self.head(x)
+        return logits, cross_entropy(logits, targets)
 
     def exit_losses(self, ctx, logits, targets):
         """What early exits add in training; nothing where no state has left."""

@@ -271,9 +271,9 @@ def start_model():
 
 
 def load_model(loaded, path):
-    """A checkpoint's model, with the dropout and the recompute flag of this run where the user typed them."""
+    """A checkpoint's model, with the flags of this run that are no part of it where the user typed them."""
     dropout = loaded["model_args"].get("dropout", cfg.dropout)
-    typed = {key: given[key] for key in ("dropout", "recompute") if key in given}
+    typed = {key: given[key] for key in ("dropout", "recompute", "loss_chunks") if key in given}
     return build_model(loaded, path, learns=True, **{"dropout": dropout} | typed)
 
 
@@ -294,7 +294,8 @@ def with_flags(model):
 
 def same_shape(config):
     """What the user typed of the model must be what the loaded one is; the caller crops the block."""
-    typed = given.keys() & {f.name for f in fields(GPTConfig)} - {"dropout", "recompute", "block_size"}
+    free = {"dropout", "recompute", "loss_chunks", "block_size"}
+    typed = given.keys() & {f.name for f in fields(GPTConfig)} - free
     wanted = {key: given[key] for key in typed} | SIZES.get(given.get("size"), {})
     for key, value in wanted.items():
         name = key if key in typed else "size"
@@ -384,10 +385,11 @@ def micro_batch(iteration, micro):
 def evaluate(task, splits=datasets.SPLITS, net=model):
     """Mean loss over eval_iters fixed batches of a task's splits, shared among the ranks -> {split: loss}."""
     tasks.look_at(task)
-    net.eval()
+    net.eval().choose(loss_alone=True)
     sums = [sum(net(*to_device(eval_streams[task][split].batch(k)))[1].item()
                 for k in range(world.rank, cfg.eval_iters, world.size))
             for split in splits]
+    net.choose(loss_alone=False)
     model.train()
     return {split: total / cfg.eval_iters for split, total in zip(splits, world.sum(sums))}
 

@@ -95,7 +95,7 @@ def same_models(recipe, arms):
 SHARED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "norm", "pos",
           "n_kv_head", "rope_theta", "norm_eps",
           "qk_norm", "qk_gain", "act", "softcap", "zero_init", "tie_weights", "ngram_buckets", "ngram_order",
-          "recompute", "mlp_units"}
+          "recompute", "loss_chunks", "mlp_units"}
 # {mechanism's flag: what its arm sizes too, so that it holds about as many weights as the twin}
 SIZED = {"columns": "mlp_units", "mlp_predict": "mlp_units", "dendrites": "n_head"}
 # train.py's keys that belong to a mechanism

@@ -1,13 +1,14 @@
 # GPT-2 124M from scratch on OpenWebText on one card with 12 GB: nanoGPT's half million tokens an iteration.
-# Computed, not measured on the card: 1.9 GiB of weights, gradients and AdamW and 1.0 GiB a sequence make
-# 9.8 GiB (python bench.py memory); with --recompute=True a sequence takes 0.6 GiB.
+# Computed, not measured on the card: 2.0 GiB of weights, gradients and AdamW and 0.48 GiB a sequence make
+# 9.7 GiB (python bench.py memory); without loss_chunks a sequence takes 1.0 GiB.
 
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 
-batch_size = 8
+batch_size = 16
 block_size = 1024
-gradient_accumulation_steps = 60
+gradient_accumulation_steps = 30
+loss_chunks = 8
 max_iters = 600000
 lr_decay_iters = 600000
 weight_decay = 1e-1

@@ -19,7 +19,8 @@ class Choices(NamedTuple):
     predict: are units predicted? leave_at: how sure an exit's probe must be for a token to leave; None: none
     leaves. adapters: the number of the adapter of all rows, or of each row's. forward: why the modules' own
     forward decodes and not the engine; empty: nothing says so. threads: of the engine; 0: as many as torch
-    has. watch: an engine.Watch that is shown the programs, or None.
+    has. watch: an engine.Watch that is shown the programs, or None. loss_alone: with loss_chunks in eval mode
+    too the loss comes without logits.
     """
     predict: bool = False
     leave_at: float | None = None
@@ -27,6 +28,7 @@ class Choices(NamedTuple):
     forward: str = ""
     threads: int = 0
     watch: object = None
+    loss_alone: bool = False
 
     def of_rows(self, rows):
         """The same for some rows (n,) of the batch."""

@@ -32,6 +32,7 @@ ARMS = {
     "untied": dict(tie_weights=False),
     "ngram": dict(ngram_buckets=64, ngram_order=4),
     "recompute": dict(recompute=True),
+    "loss_chunks": dict(loss_chunks=3),
     "units": dict(mlp_units=48),
     "topk": dict(mlp_topk=0.25),
     "winners": dict(mlp_topk=0.5, mlp_topk_group=4),
@@ -60,7 +61,7 @@ RULES = (("topk", "mlp_screen"), ("winners", "mlp_screen"), ("event_gate", "mlp_
          ("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
          ("winners", "predict"))
 CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES} - {("swiglu", "mlp_screen")} | {
-             ("hierarchy", "exits"), ("exits", "ponder"),
+             ("hierarchy", "exits"), ("exits", "ponder"), ("loss_chunks", "exits"),
              ("dendrites", "attn_topk"), ("softcap", "screen")}
 SAME_FLAG = {("window", "window_pattern"), ("rope", "rope_theta"), ("qk_norm", "qk_gain"),
              ("dendrites", "energy"),

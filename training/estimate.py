@@ -52,6 +52,11 @@ def kept_bytes(model, batch):
     return few + (rows - 2) * (saved_bytes(model, *(ids[:3].clone() for ids in batch)) - few)
 
 
+def logits_bytes(config, tokens, each=4):
+    """What there is at once of the logits of so many tokens, of `each` bytes a logit: all, or a chunk."""
+    return each * -(-tokens // max(1, config.loss_chunks)) * config.vocab_size
+
+
 def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, processes, quiet=False):
     """Say what a run needs: parameters and memory, then, behind a few real steps, tokens and time; nothing is
     written. Yields lines.
@@ -64,7 +69,7 @@ def dry_run(cfg, model, optimizer, batch, step, tokens_per_iter, data_tokens, pr
     yield (f"parameters: {sum(p.numel() for p in parameters):,}, {model.get_num_params():,} without "
            "positions")
     weights, states = bytes_of(parameters), moments_bytes(optimizer)
-    kept, logits = kept_bytes(model, batch), 4 * batch[0].numel() * model.config.vocab_size
+    kept, logits = kept_bytes(model, batch), logits_bytes(model.config, batch[0].numel())
     yield (f"memory of a process: {mib(2 * weights + states + kept + logits)}: weights {mib(weights)}, "
            f"gradients {mib(weights)}, optimizer {mib(states)}, kept for backward {mib(kept)}, gradient of "
            f"the logits {mib(logits)}; counted from this run's tensors")
@@ -124,11 +129,12 @@ def is_out_of_memory(error):
 def smaller(cfg, device):
     """A failed allocation's answer: less memory with the same tokens a step -> ConfigError."""
     size, steps = cfg.batch_size, cfg.gradient_accumulation_steps
+    chunks = ", or --loss_chunks=8" * (not (cfg.loss_chunks or cfg.exits or cfg.teacher))
     said = f"{device} ran out of memory at batch_size={size}, block_size={cfg.block_size}: type "
     if size == 1:
         return ConfigError(said + "--recompute=True, which keeps less for the backward pass, or "
-                           * (not cfg.recompute) + "a smaller --block_size or model")
+                           * (not cfg.recompute) + "a smaller --block_size or model" + chunks)
     less = next(n for n in range(size // 2, 0, -1) if size % n == 0)
     return ConfigError(said + f"--batch_size={less} --gradient_accumulation_steps={steps * size // less}, "
                        f"which keeps {size * steps:,} sequences a step"
-                       + ", or --recompute=True" * (not cfg.recompute))
+                       + ", or --recompute=True" * (not cfg.recompute) + chunks)

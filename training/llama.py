@@ -203,7 +203,7 @@ def to_ours(weights, c, place):
 # flags that may have any value in a model that is one of Llama's; pos, norm and act say that it is one
 SAME = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "bias", "norm",
         "norm_eps", "pos", "rope_theta", "act", "mlp_units", "tie_weights", "recompute", "screen",
-        "zero_init", "sr_ste")
+        "zero_init", "sr_ste", "loss_chunks")
 
 
 def is_llama(config):

@@ -356,7 +356,7 @@ def write_folder(folder, weights, about):
 
 
 SAME_IN_GPT2 = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "recompute",
-                "tie_weights", "act", "screen", "mlp_units", "norm_eps", "zero_init", "sr_ste")
+                "loss_chunks", "tie_weights", "act", "screen", "mlp_units", "norm_eps", "zero_init", "sr_ste")
 
 
 def to_hf(model):

@@ -37,7 +37,7 @@ STAYS = {                                        # flag: why a checkpoint's weig
     "zero_init": "it says how weights begin, and these have begun",
 }
 GROUPED = "columns", "experts", "compartments"   # MLPs whose units stand in groups
-NO_WEIGHTS = "dropout", "recompute", "block_size", "layer_dropout"      # what a plain start may change too
+NO_WEIGHTS = "dropout", "recompute", "loss_chunks", "block_size", "layer_dropout"     # a plain start's too
 
 
 def changes(old, new):
@@ -292,6 +292,8 @@ def check_keys(c):
     require(0 < c.distill <= 1, f"distill={c.distill} must be in (0, 1]: the teacher's share of the loss")
     require(c.teacher or c.distill == type(c).distill, f"distill={c.distill} has no effect without teacher: "
             "type --teacher=RUN too")
+    require(not (c.teacher and c.loss_chunks), f"teacher={c.teacher} and loss_chunks={c.loss_chunks}: a "
+            "teacher's predictions are learnt from the logits of all tokens at once; leave --loss_chunks out")
     require(not c.teacher or not is_run(c.teacher, c.out_dir), f"teacher={c.teacher} is out_dir itself, "
             "whose checkpoints this run replaces: type --out_dir=ANOTHER_FOLDER")
 

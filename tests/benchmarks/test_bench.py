@@ -446,6 +446,12 @@ def test_memory_says_what_recomputing_leaves(tmp_path):
     assert plain["fixed"] == recomputed["fixed"] > 16 * 10e6
     assert recomputed["sequence"] < 0.4 * plain["sequence"]
     assert recomputed["batch_size"]["8"] > 2 * plain["batch_size"]["8"]
+    chunks, both = found["recompute=False, loss_chunks=8"], found["recompute=True, loss_chunks=8"]
+    weights, logits = 4 * 65 * 384, 256 * 65       # 4 bytes of each are kept no more, 6 make room for 6 / 8
+    assert chunks["fixed"] == both["fixed"] == plain["fixed"] + weights
+    for before, after in ((plain, chunks), (recomputed, both)):
+        saved = (before["sequence"] - after["sequence"]) / (logits * (4 + 6 - 6 / 8))
+        assert 0.9 < saved < 4                      # and what autograd keeps of the states
 
 
 def test_window_times_local_attention_beside_full_and_a_token_at_every_context(tmp_path):

@@ -411,7 +411,7 @@ def test_a_twin_keeps_shape_and_switches_and_loses_the_mechanism():
 
 SWITCHES = {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "norm_eps", "grouped", "qk_norm",
             "qk_gain", "gelu_tanh", "relu2", "swiglu", "softcap",
-            "zero_init", "untied", "ngram", "recompute", "units"}
+            "zero_init", "untied", "ngram", "recompute", "loss_chunks", "units"}
 
 
 def test_every_arm_of_the_tests_is_a_mechanism_or_a_switch_and_lists_of_keys_name_keys():

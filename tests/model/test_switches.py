@@ -12,9 +12,10 @@ import sparse_kernels
 from bio_modules import Oscillating
 from configurator import ConfigError
 from decode.context import Cache, Context
-from layers import rotate
+from layers import cross_entropy, loss_in_chunks, rotate
 from model import GPT, SIZES, GPTConfig, SwiGLU
 from training import optimizers
+from training.estimate import saved_bytes
 
 
 def at(model, idx, start):
@@ -126,6 +127,164 @@ def test_recompute_gives_the_same_gradients_and_keeps_less():
         grads[recompute] = [p.grad for p in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(grads[False], grads[True]))
     assert kept[True] < 0.5 * kept[False]
+
+
+WHOLE_LOSSES = {"tied": {}, "untied": dict(tie_weights=False), "softcap": dict(softcap=2.0),
+                "rope": dict(pos="rope", tie_weights=False, norm="rmsnorm"), "ngram": dict(ngram_buckets=64),
+                "gates": dict(dendrites=4, dendrites_active=2, energy_budget=0.3), "ponder": dict(ponder=3),
+                "recompute": dict(recompute=True), "odd": dict(vocab_size=33, n_embd=20)}
+
+
+def loss_and_gradients(arm, targets, dtype=torch.float32, chunks=0, scale=1.0, **changes):
+    """Of a batch in training mode, and the gradient of what enters the first block."""
+    model, found = build(arm, std=0.2, loss_chunks=chunks, **changes).train(), []
+    model.compute_dtype = dtype
+    model.transformer.drop.register_forward_hook(lambda module, args, x: found.append(x) or x.retain_grad())
+    logits, loss = model(tokens(3, 9), targets)
+    assert (logits is None) == bool(chunks)
+    (loss * scale).backward()
+    named = {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), named | {"the stream": found[0].grad.float() / scale}
+
+
+def some_ignored(seed=5):
+    targets = tokens(3, 9, seed=seed)
+    targets[0, 2:7] = targets[2, 8] = -1
+    return targets
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 27, 100])
+@pytest.mark.parametrize("arm", WHOLE_LOSSES.values(), ids=WHOLE_LOSSES.keys())
+def test_a_loss_in_chunks_is_the_whole_loss_and_its_gradients(arm, chunks):
+    """27 tokens, of which six do not count: in even and uneven chunks, one of ignored tokens alone."""
+    for targets in (tokens(3, 9, seed=5), some_ignored()):
+        (whole, wanted), (loss, found) = (loss_and_gradients(arm, targets, chunks=n) for n in (0, chunks))
+        torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6)
+        assert wanted.keys() == found.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 2.0 ** 16)], ids=str)
+def test_a_loss_in_chunks_of_half_precision_is_as_near_the_exact_one_as_the_whole(dtype, scale):
+    """fp16 with the scale of a gradient scaler; against fp32. A vocabulary of small probabilities."""
+    for arm in ({}, dict(softcap=2.0, tie_weights=False)):
+        of = lambda **how: loss_and_gradients(arm, some_ignored(), vocab_size=5003, **how)
+        exact, whole, found = of(), of(dtype=dtype, scale=scale), of(dtype=dtype, scale=scale, chunks=4)
+        assert abs(found[0] - exact[0]) <= 1.2 * abs(whole[0] - exact[0]) + 1e-3
+        far, near = ({name: (of[1][name] - gradient).norm() for name, gradient in exact[1].items()}
+                     for of in (whole, found))
+        assert sum(near.values()) <= 1.5 * sum(far.values())           # states' gradients are rounded twice
+        assert all(near[name] <= 2.5 * far[name] for name in far)
+
+
+def test_a_loss_in_chunks_of_fp16_holds_small_and_large_parts():
+    """A mean over 4,096 tokens, most of them of one target: parts below fp16's smallest number add up, sums
+    above its largest are no infinity."""
+    n, width, ids = 4096, 8, 64
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(size, width, generator=generator) for size in (n, ids))
+    x[:, 0], targets = 60.0, torch.zeros(1, n, dtype=torch.long)
+    weight[0, 0] = -1.0
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        states = x.to(dtype)[None].requires_grad_()
+        head = weight.to(dtype if dtype == torch.float64 else torch.float32).requires_grad_()
+        loss = (cross_entropy(states @ head.T, targets) if dtype == torch.float64 else
+                loss_in_chunks(states, head, targets, 2, 0.0))
+        (1024 * loss).backward()
+        found.append((loss.double(), states.grad.double(), head.grad.double()))
+    for ours, exact in zip(found[1], found[0]):
+        assert (ours - exact).norm() <= 3e-3 * exact.norm()
+
+
+def test_a_loss_in_chunks_under_autocast_is_the_whole_loss():
+    found = []
+    for chunks in (0, 4):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(loss_and_gradients({}, some_ignored(), chunks=chunks))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-3)
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() <= 2e-2 * gradient.norm() + 1e-7, name
+
+
+def test_a_loss_in_chunks_follows_the_gradient_that_comes_in():
+    """Twice, for a graph that is kept, and for weights or states that do not learn."""
+    x, weight = torch.randn(2, 7, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    targets = tokens(2, 7) % 11
+    loss = loss_in_chunks(x, weight, targets, 3, 0.0)
+    once = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, (x, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (x, weight))
+    for a, b, c in zip(once, thrice, again):
+        torch.testing.assert_close(3 * a, b)
+        assert torch.equal(a, c)
+    for frozen in (x, weight):
+        frozen.requires_grad_(False)
+        x.grad = weight.grad = None
+        loss_in_chunks(x, weight, targets, 3, 0.0).backward()
+        assert frozen.grad is None
+        frozen.requires_grad_()
+        other = weight if frozen is x else x
+        torch.testing.assert_close(other.grad, once[other is weight])
+    with torch.no_grad():
+        assert torch.equal(loss_in_chunks(x, weight, targets, 3, 0.0), loss.detach())
+
+
+def test_a_loss_in_chunks_of_no_target_or_a_wrong_one_is_what_the_whole_loss_is():
+    x, weight = torch.randn(2, 7, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    none = torch.full((2, 7), -1)
+    assert loss_in_chunks(x, weight, none, 3, 0.0).isnan() and cross_entropy(x @ weight.T, none).isnan()
+    for wrong in (11, -2):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            cross_entropy(x @ weight.T, torch.full((2, 7), wrong))
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            loss_in_chunks(x, weight, torch.full((2, 7), wrong), 3, 0.0)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most numbers of one tensor that an op made."""
+    numbers = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        for t in torch.utils._pytree.tree_leaves(out):
+            self.numbers = max(self.numbers, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+def test_with_a_loss_in_chunks_no_tensor_has_the_logits_of_all_tokens():
+    ids, most, kept = tokens(4, 16), {}, {}
+    for chunks in (0, 8):
+        model = build({}, loss_chunks=chunks, vocab_size=1000).train()
+        with Largest() as seen:
+            model(ids, ids)[1].backward()
+        most[chunks], kept[chunks] = seen.numbers, saved_bytes(model, ids, ids)
+    assert most[0] == 64 * 1000 and most[8] == 16 * 1000       # that of the matrix: a chunk has 8 * 1000
+    assert kept[8] < kept[0] - 4 * 64 * 1000 + 4 * 1000 * 16 + 4 * 64 * 16 + 100
+
+
+@pytest.mark.parametrize("arm", [{}, dict(softcap=2.0, tie_weights=False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_loss_in_chunks_is_one_graph_with_the_same_gradients(arm, dtype):
+    torch.compiler.reset()
+    model, found = build(arm, std=0.2, loss_chunks=4).train(), []
+    model.compute_dtype = dtype
+    for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), model):
+        model.zero_grad()
+        loss = run(tokens(3, 9), some_ignored())[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for compiled, eager in zip(*found):
+        assert (compiled - eager).norm() <= {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] * eager.norm()
+
+
+def test_evaluations_of_a_loss_in_chunks_have_logits_unless_they_are_not_wanted():
+    model, ids = build(dict(loss_chunks=4), std=0.2), tokens(2, 9)
+    logits, loss = model(ids, ids)
+    alone, same = model.choose(loss_alone=True)(ids, ids)
+    assert logits.shape == (2, 9, 31) and alone is None
+    torch.testing.assert_close(loss, same)
 
 
 def learns_xor(activation, seeds=20):

@@ -22,7 +22,7 @@ REFUSED = {"rope": "pos", "rope_theta": "pos", "grouped": "n_kv_head", "swiglu":
            "energy": "dendrites"}
 PARENT = {"mlp_screen": dict(act="relu2"), "qk_gain": dict(qk_norm=True)}   # what an arm needs, beside depth
 # the function is the dense model's, bit for bit; or within so many of a loss of 3.4 nats
-EXACT = ("gpt2", "untied", "ngram", "recompute", "mlp_screen", "exits", "screen", "adapters")
+EXACT = ("gpt2", "untied", "ngram", "recompute", "loss_chunks", "mlp_screen", "exits", "screen", "adapters")
 NEARLY = {"ponder": 1e-3}
 FITTING = [arm for arm in ARMS if arm not in REFUSED]
 IDS = tokens(32, 16, seed=5)
@@ -602,3 +602,9 @@ def test_no_iterations_write_what_the_flags_make_of_the_dense_model(dense):
     assert result.status == 0, result.err
     dense.resume(out="untouched", max_iters=2)
     assert dense.checkpoint("untouched")["iter_num"] == 2
+
+
+def test_a_teacher_and_a_loss_in_chunks_are_one_sentence(train):
+    result = train(teacher="gpt2", loss_chunks=4, status=2)
+    assert "teacher=gpt2 and loss_chunks=4" in result.err and "leave --loss_chunks out" in result.err
+    assert "Traceback" not in result.err

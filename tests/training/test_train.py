@@ -215,6 +215,7 @@ def test_processes_share_one_batch_and_loss_curve(train, ranks, optimizer, toler
 
 @pytest.mark.parametrize("arm", [{}, dict(tie_weights=False, norm="rmsnorm", pos="rope", act="relu2",
                                           weights="2:4", sr_ste=0.5),
+                                 dict(loss_chunks=3),
                                  dict(columns=8, columns_active=2), dict(recompute=True, dendrites=4,
                                                                          dendrites_active=2)], ids=str)
 def test_sharded_weights_give_the_curve_of_one_process(train, arm):
