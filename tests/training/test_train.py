@@ -235,14 +235,14 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
     assert list(train.losses("single")) == list(range(17))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_muon_on_sharded_weights_gives_the_curve_of_one_process(train, ranks):
-    """Rows that no number of ranks divides; resumed by as many, and by one from their checkpoint.
+@pytest.mark.parametrize("width", [10, 12])
+def test_muon_on_sharded_weights_gives_the_curve_of_one_process(train, width):
+    """Rows that two ranks divide and that they do not; resumed by as many, and by one from their checkpoint.
     Newton-Schulz is in bf16: it magnifies a last bit."""
-    keys = dict(dropout=0.0, gradient_accumulation_steps=6, n_layer=2, n_head=2, n_embd=10, optimizer="muon")
-    in_parallel(train, ranks, max_iters=6, fsdp=True, out="sharded", **keys)
+    keys = dict(dropout=0.0, gradient_accumulation_steps=6, n_layer=2, n_head=2, n_embd=width, optimizer="muon")
+    in_parallel(train, 2, max_iters=6, fsdp=True, out="sharded", **keys)
     shutil.copytree(train.folder / "sharded", train.folder / "alone")
-    in_parallel(train, ranks, resume=True, max_iters=20, fsdp=True, out="sharded", **keys)
+    in_parallel(train, 2, resume=True, max_iters=20, fsdp=True, out="sharded", **keys)
     train.resume(out="alone", max_iters=20)
     train(**keys, max_iters=20, out="single")
     for out in ("sharded", "alone"):
