@@ -8,7 +8,6 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from configurator import require
 from layers import Linear
@@ -51,48 +50,12 @@ class Muon(lean(torch.optim.Muon)):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        means = [here(self.state[p]["momentum_buffer"]) for p in params]
-        grads = [here(p.grad) for p in params]
+        means, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         updates = torch.stack(torch._foreach_lerp(grads, means, momentum) if nesterov else means)
-        whole = partial(orthogonal, coefficients=ns_coefficients, steps=ns_steps, eps=eps)
-        split = hasattr(params[0], "device_mesh")
-        updates = by_owners(updates, shape[0], params[0].device_mesh, whole) if split else whole(updates)
-        params = [here(p) for p in params]
+        updates = orthogonal(updates, ns_coefficients, ns_steps, eps).to(grads[0].dtype).unbind()
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, updates.to(grads[0].dtype).unbind(),
-                            alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
-
-
-def here(tensor):
-    """A tensor, or this process's rows of a split one."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def by_owners(parts, rows, mesh, work):
-    """What work makes of whole matrices, where every process has some rows of each: (n, rows here, columns)
-    -> the same shape. Matrix i belongs to rank i % ranks: rows go there in one exchange and the result's come
-    back in another. Rows are split as FSDP2 splits them: equal parts, the last ones shorter or empty."""
-    group, ranks = mesh.get_group(), mesh.size()
-    me, (n, ours, columns) = dist.get_rank(group), parts.shape
-    step = -(-rows // ranks)
-    heights = [max(0, min(step, rows - step * r)) for r in range(ranks)]
-    owned = [len(range(r, n, ranks)) for r in range(ranks)]
-    here_sizes = [count * ours * columns for count in owned]                       # of all matrices, our rows
-    owner_sizes = [owned[me] * height * columns for height in heights]             # of our matrices, all rows
-    sent = torch.cat([parts[r::ranks].reshape(-1) for r in range(ranks)])
-    gathered = sent.new_empty(sum(owner_sizes))
-    dist.all_to_all_single(gathered, sent, owner_sizes, here_sizes, group=group)
-    matrices = torch.cat([piece.view(owned[me], height, columns) for piece, height
-                          in zip(gathered.split(owner_sizes), heights)], 1)
-    if owned[me]:
-        matrices = work(matrices).to(parts.dtype)
-    gathered = torch.cat([piece.reshape(-1) for piece in matrices.split(heights, 1)])
-    dist.all_to_all_single(sent, gathered, here_sizes, owner_sizes, group=group)
-    found = torch.empty_like(parts)
-    for r, piece in enumerate(sent.split(here_sizes)):
-        found[r::ranks] = piece.view(owned[r], ours, columns)
-    return found
+        torch._foreach_add_(params, updates, alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
 
 
 def orthogonal(matrices, coefficients, steps, eps):

@@ -241,7 +241,7 @@ def leave(world, status):
 # -------------------------------------------------- sharded weights -----------------------------------------
 
 def check_sharding(cfg, world, dtype):
-    """fsdp=True with what needs whole weights, or runs blocks a number of times that the data decides,
+    """fsdp=True with what needs a matrix as a whole, or runs blocks a number of times that the data decides,
     is a ConfigError."""
     if not cfg.fsdp:
         return
@@ -249,7 +249,7 @@ def check_sharding(cfg, world, dtype):
                             "torchrun --standalone --nproc_per_node=N train.py ...")
     require(dtype != torch.float16, f"fsdp=True and dtype={cfg.dtype}, here float16: its gradient scaler "
                                     "wants whole gradients; type --dtype=float32, or leave --fsdp out")
-    alone = {"tasks": cfg.tasks, "grow": cfg.grow, "ponder": cfg.ponder}
+    alone = {"optimizer": cfg.optimizer == "muon", "tasks": cfg.tasks, "grow": cfg.grow, "ponder": cfg.ponder}
     for key in (key for key, set_ in alone.items() if set_):
         require(False, f"fsdp=True and {key}={getattr(cfg, key)}: it needs whole weights or the same blocks "
                        f"on every process; leave --{key} out, or --fsdp")
