@@ -34,8 +34,8 @@ AdamW = lean(torch.optim.AdamW)
 
 
 class Muon(lean(torch.optim.Muon)):
-    """torch's Muon; the matrices of one shape go through Newton-Schulz together, as one batched product. A split
-    matrix goes through it whole, on the process that owns it."""
+    """torch's Muon; the matrices of one shape go through Newton-Schulz together, as one batched product. A
+    split matrix goes through it whole, on the process that owns it."""
 
     @torch.no_grad()
     def step(self):

@@ -289,10 +289,10 @@ def local(tensors):
 def by_owners(change, matrices, shards):
     """Change whole matrices that are split: each by the process that owns it -> this process's rows of all.
 
-    matrices: split parameters (rows, columns). shards: this process's rows of what is to be changed, shaped as
-    they are. change: list of whole matrices -> list of the new ones, of the same dtype. The processes take the
-    matrices in turns, the large ones first and those of one shape behind each other, so that all of them have
-    about the same work. A matrix crosses the network twice, to its owner and back, in one all-to-all each way.
+    matrices: split parameters (rows, columns). shards: this process's rows of what is to be changed, shaped
+    as they are. change: list of whole matrices -> list of the new ones, of the same dtype. The processes take
+    the matrices in turns, the large ones first and those of one shape behind each other, so that all of them
+    have about the same work. A matrix crosses the network twice: one all-to-all to the owners, one back.
     """
     mesh = matrices[0].device_mesh
     processes, turns = mesh.size(), sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel(),
@@ -312,18 +312,18 @@ def by_owners(change, matrices, shards):
 
 
 def rows_by_process(rows, processes):
-    """How many of a split tensor's rows each process has, as torch.chunk deals them: the last may get none."""
+    """How many of a split tensor's rows each process has, as torch.chunk splits: the last may have none."""
     most = -(-rows // processes)
     return [min(most, max(0, rows - rank * most)) for rank in range(processes)]
 
 
 def exchange(tensors, shapes, like, group):
-    """tensors[r] go to process r; from it come those of shapes[r], of the dtype and on the device of `like`."""
+    """tensors[r] go to process r; those of shapes[r] come from it; of `like`'s dtype, on its device."""
     sizes = [[math.prod(shape) for shape in of] for of in shapes]
     sent = torch.cat([like.new_empty(0), *(t.flatten() for to in tensors for t in to)])
     received = like.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(received, sent, list(map(sum, sizes)), [sum(t.numel() for t in to) for to in tensors],
-                           group=group)
+    dist.all_to_all_single(received, sent, list(map(sum, sizes)),
+                           [sum(t.numel() for t in to) for to in tensors], group=group)
     pieces = iter(received.split([size for of in sizes for size in of]))
     return [[next(pieces).view(shape) for shape in of] for of in shapes]
 
