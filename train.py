@@ -386,8 +386,9 @@ def evaluate(task, splits=datasets.SPLITS, net=model):
     """Mean loss over eval_iters fixed batches of a task's splits, shared among the ranks -> {split: loss}."""
     tasks.look_at(task)
     net.eval().choose(loss_alone=True)
-    sums = [sum(net(*to_device(eval_streams[task][split].batch(k)))[1].item()
-                for k in range(world.rank, cfg.eval_iters, world.size))
+    ends = cfg.eval_iters + (-cfg.eval_iters % world.size) * cfg.fsdp     # all ranks gather split weights
+    sums = [sum(net(*to_device(eval_streams[task][split].batch(k)))[1].item() * (k < cfg.eval_iters)
+                for k in range(world.rank, ends, world.size))
             for split in splits]
     net.choose(loss_alone=False)
     model.train()

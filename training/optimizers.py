@@ -12,6 +12,7 @@ import torch
 from configurator import require
 from layers import Linear
 from sparse_kernels import in_fp32
+from training import runtime
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -33,29 +34,55 @@ AdamW = lean(torch.optim.AdamW)
 
 
 class Muon(lean(torch.optim.Muon)):
-    """torch's Muon; the matrices of one shape go through Newton-Schulz together, as one batched product."""
+    """torch's Muon; the matrices of one shape go through Newton-Schulz together, as one batched product. A
+    split matrix goes through it whole, on the process that owns it."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike, keys = {}, {k: v for k, v in group.items() if k not in ("params", "lr_scale")}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for shape, params in alike.items():
-                self.update(params, shape, **keys)
+            keys = {k: v for k, v in group.items() if k not in ("params", "lr_scale")}
+            params = [p for p in group["params"] if p.grad is not None]
+            split = any(map(runtime.is_split, params))
+            for together in [params] if split else by_shape(params):
+                self.update(together, split, **keys)
 
-    def update(self, params, shape, lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps,
+    def update(self, params, split, lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, eps,
                adjust_lr_fn):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        means, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        weights, grads, means = map(runtime.local, (params, [p.grad for p in params],
+                                                    [self.state[p]["momentum_buffer"] for p in params]))
         torch._foreach_lerp_(means, grads, 1 - momentum)
-        updates = torch.stack(torch._foreach_lerp(grads, means, momentum) if nesterov else means)
-        updates = orthogonal(updates, ns_coefficients, ns_steps, eps).to(grads[0].dtype).unbind()
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, updates, alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
+        updates = torch._foreach_lerp(grads, means, momentum) if nesterov else means
+        change = partial(orthogonal_by_shape, coefficients=ns_coefficients, steps=ns_steps, eps=eps)
+        if split:                               # in bf16 as Newton-Schulz reads and writes: half the bytes
+            halves = runtime.by_owners(change, params, [u.bfloat16() for u in updates])
+            updates = [half.to(u.dtype) for half, u in zip(halves, updates)]
+        else:
+            updates = change(updates)
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        moves = dict(zip(params, zip(weights, updates)))
+        for shape, alike in ((alike[0].shape, alike) for alike in by_shape(params)):
+            torch._foreach_add_(*map(list, zip(*(moves[p] for p in alike))),
+                                alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
+
+
+def by_shape(tensors):
+    """Lists of those of one shape, in their order."""
+    alike = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.shape, []).append(tensor)
+    return list(alike.values())
+
+
+def orthogonal_by_shape(matrices, **keys):
+    """`orthogonal` of matrices of any shapes, those of one shape together, in the dtype that they have."""
+    found = {}
+    for alike in by_shape(matrices):
+        results = orthogonal(torch.stack(alike), **keys).to(alike[0].dtype).unbind()
+        found |= zip(map(id, alike), results)
+    return [found[id(matrix)] for matrix in matrices]
 
 
 def orthogonal(matrices, coefficients, steps, eps):

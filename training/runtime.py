@@ -1,4 +1,5 @@
 """Where a run computes and in which precision: chosen once, printed once, the same for every script."""
+import math
 import os
 import platform
 import shutil
@@ -241,16 +242,15 @@ def leave(world, status):
 # -------------------------------------------------- sharded weights -----------------------------------------
 
 def check_sharding(cfg, world, dtype):
-    """fsdp=True with what needs a matrix as a whole, or runs blocks a number of times that the data decides,
-    is a ConfigError."""
+    """fsdp=True with what needs whole weights, or runs blocks a number of times that the data decides, is a
+    ConfigError."""
     if not cfg.fsdp:
         return
     require(world.size > 1, "fsdp=True splits a model among processes, and this run is one: start it with "
                             "torchrun --standalone --nproc_per_node=N train.py ...")
     require(dtype != torch.float16, f"fsdp=True and dtype={cfg.dtype}, here float16: its gradient scaler "
                                     "wants whole gradients; type --dtype=float32, or leave --fsdp out")
-    alone = {"optimizer": cfg.optimizer == "muon", "tasks": cfg.tasks, "grow": cfg.grow, "ponder": cfg.ponder}
-    for key in (key for key, set_ in alone.items() if set_):
+    for key in (key for key in ("tasks", "grow", "ponder") if getattr(cfg, key)):
         require(False, f"fsdp=True and {key}={getattr(cfg, key)}: it needs whole weights or the same blocks "
                        f"on every process; leave --{key} out, or --fsdp")
 
@@ -279,6 +279,53 @@ def whole(tree):
     if isinstance(tree, list | tuple):
         return type(tree)(whole(value) for value in tree)
     return tree.full_tensor() if is_split(tree) else tree
+
+
+def local(tensors):
+    """Of split tensors this process's rows, which share their memory; of others all."""
+    return [t.to_local() if is_split(t) else t for t in tensors]
+
+
+def by_owners(change, matrices, shards):
+    """Change whole matrices that are split: each by the process that owns it -> this process's rows of all.
+
+    matrices: split parameters (rows, columns). shards: this process's rows of what is to be changed, shaped
+    as they are. change: list of whole matrices -> list of the new ones, of the same dtype. The processes take
+    the matrices in turns, the large ones first and those of one shape behind each other, so that all of them
+    have about the same work. A matrix crosses the network twice: one all-to-all to the owners, one back.
+    """
+    mesh = matrices[0].device_mesh
+    processes, turns = mesh.size(), sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel(),
+                                                                               matrices[i].shape))
+    owned = [turns[rank::processes] for rank in range(processes)]
+    mine = owned[mesh.get_local_rank()]
+    rows = [rows_by_process(len(matrices[i]), processes) for i in mine]
+    shapes = [[(rows_of[rank], matrices[i].size(1)) for i, rows_of in zip(mine, rows)]
+              for rank in range(processes)]
+    sent = exchange([[shards[i] for i in of] for of in owned], shapes, shards[0], mesh.get_group())
+    changed = change([torch.cat(parts) for parts in zip(*sent)])
+    parts = [matrix.split(rows_of) for matrix, rows_of in zip(changed, rows)]
+    back = exchange([[part[rank] for part in parts] for rank in range(processes)],
+                    [[shards[i].shape for i in of] for of in owned], shards[0], mesh.get_group())
+    found = {i: shard for of, those in zip(owned, back) for i, shard in zip(of, those)}
+    return [found[i] for i in range(len(matrices))]
+
+
+def rows_by_process(rows, processes):
+    """How many of a split tensor's rows each process has, as torch.chunk splits: the last may have none."""
+    most = -(-rows // processes)
+    return [min(most, max(0, rows - rank * most)) for rank in range(processes)]
+
+
+def exchange(tensors, shapes, like, group):
+    """tensors[r] go to process r; those of shapes[r] come from it; of `like`'s dtype, on its device."""
+    sizes = [[math.prod(shape) for shape in of] for of in shapes]
+    sent = torch.cat([like.new_empty(0), *(t.flatten() for to in tensors for t in to)])
+    received = like.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(received, sent, list(map(sum, sizes)),
+                           [sum(t.numel() for t in to) for to in tensors], group=group)
+    pieces = iter(received.split([size for of in sizes for size in of]))
+    return [[next(pieces).view(shape) for shape in of] for of in shapes]
 
 
 def split_state(optimizer):

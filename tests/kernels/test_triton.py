@@ -415,7 +415,7 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
         f"step {name}_kernel" for name in ("embed", "product", "attend", "down")}
     for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
-        # room for three programs of four warps on a multiprocessor (Triton 3.6 takes 151 where later ones take 128)
+        # three programs of four warps fit on a multiprocessor (Triton 3.6 takes 151, later ones 128)
         assert row["reg"] <= 168 and row["products"] >= 1 and row["shared"] <= 101376, row
         if row["kernel"] != "step embed_kernel":
             assert row["wide_loads"] >= 1, row
