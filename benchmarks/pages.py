@@ -168,8 +168,8 @@ def longer_table(records, folder=ROOT / "results" / "runs"):
     head = "arm", "val loss", "seeds", "to the dense model", f"the same in {TABLE}"
     return "\n".join([*report.lines_of(head, rows), "", wrapped(
         f"{LONGER:,} iterations, {LONGER * 1280:,} tokens a run, five a parameter; the rest of the table's "
-        "models is still to be trained. One seed says little: three of the dense model in the table differ by "
-        "0.03.")])
+        "models is still to be trained. One seed says little: three of the dense model in the table differ "
+        "by 0.03.")])
 
 
 MOST = 10                                        # rows of the README's own table
