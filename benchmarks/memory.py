@@ -1,9 +1,10 @@
-"""Memory of a training run, from what a real forward saves."""
+"""Memory of a training run, from what a forward saves."""
 import itertools
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_kernels
 from benchmarks import Bench
@@ -28,20 +29,25 @@ class Memory(Bench):
         require(self.loss_chunks >= 1, f"loss_chunks={self.loss_chunks} must be 1 or more")
 
 
+def kept_by(config):
+    """-> (parameters, bytes that a bf16 forward of one whole sequence saves) of a model that is not there:
+    fake tensors have shapes alone, and nothing is computed. As on a card, in no copies of fp32."""
+    with mock.patch.object(sparse_kernels, "NATIVE_BF16", True), FakeTensorMode():
+        model = GPT(config, seed=0).train()
+        model.compute_dtype = torch.bfloat16
+        idx = torch.zeros(1, config.block_size, dtype=torch.int64)
+        return sum(p.numel() for p in model.parameters()), saved_bytes(model, idx, idx)
+
+
 def memory(cfg):
-    """Bytes that autograd keeps for one sequence, summed over what a real bf16 forward saves on
-    a CPU, with or without recompute, loss_chunks; the largest batch in a card less 1 GiB for the rest."""
+    """Bytes that autograd keeps for one sequence, summed over what a bf16 forward saves, with or without
+    recompute, loss_chunks; the largest batch in a card less 1 GiB for the rest."""
     found, T = {}, SHAPES[cfg.shape]["block_size"]
     for chunks, recompute in itertools.product((0, cfg.loss_chunks), (False, True)):
         config = GPTConfig(**SHAPES[cfg.shape], recompute=recompute, loss_chunks=chunks)
-        model = GPT(config, seed=0).train()
-        model.compute_dtype = torch.bfloat16
-        parameters = sum(p.numel() for p in model.parameters())
-        head = 4 * model.lm_head.weight.numel() * bool(chunks)     # the loss's gradient, kept until backward
-        idx = torch.zeros(1, T, dtype=torch.int64)
-        fixed = 16 * parameters + head
-        with mock.patch.object(sparse_kernels, "NATIVE_BF16", True):     # as on a card, in no copies of fp32
-            sequence = saved_bytes(model, idx, idx) - head + logits_bytes(config, T, each=6)  # gradients
+        parameters, saved = kept_by(config)
+        head = 4 * config.vocab_size * config.n_embd * bool(chunks)     # its gradient, kept until backward
+        fixed, sequence = 16 * parameters + head, saved - head + logits_bytes(config, T, each=6)  # gradients
         fits = {card: max(0, int((int(card) - 1) * 2**30 - fixed) // sequence)
                 for card in cfg.cards.split(",")}
         name = f"recompute={recompute}" + f", loss_chunks={chunks}" * bool(chunks)

@@ -11,14 +11,15 @@ WARM_UP, STEPS = 1, 3                            # steps of a dry run: thrown aw
 
 
 def saved_bytes(model, *batch):
-    """Bytes of the storages that one forward of a batch (B, T) saves for backward, weights left out."""
-    weights = {here(p).untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes of the storages that one forward of a batch (B, T) saves for backward, weights left out. Storages
+    are told apart by what they are and not by their address: fake tensors have none."""
+    weights = {here(p).untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage     # held, so that no address is counted twice
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage         # held, so that none takes another's place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

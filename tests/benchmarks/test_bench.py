@@ -20,7 +20,7 @@ from conftest import ROOT, TEXT, Job, one_sentence, record_of, run_real
 
 import bench
 import sparse_kernels
-from benchmarks import CLONE, decode, peers, quality, race, readme, timing, train, work
+from benchmarks import CLONE, decode, memory, peers, quality, race, readme, timing, train, work
 from benchmarks import record as records
 from benchmarks.arms import SHAPED
 from benchmarks.record import OURS, OURS_FP32, PEER, TWIN
@@ -28,6 +28,7 @@ from configurator import ConfigError, configure
 from decode import quantized
 from kernels.build import cpu_library
 from model import GPT, GPTConfig
+from training import estimate
 
 NANOGPT = os.environ.get("NANOGPT", "")
 beside_nanogpt = pytest.mark.skipif(not NANOGPT, reason="NANOGPT names no nanoGPT checkout")
@@ -438,6 +439,18 @@ def test_a_batch_decodes_as_many_tokens_as_it_has_rows(tmp_path):
     macs = [record["work"][OURS]["macs"] for record in (one, three)]
     assert macs[1] == 3 * macs[0] and three["measurements"]["decode"]["sides"][OURS]["median"] > 0
     one_sentence(run(tmp_path, *words, "--batch=0"), "bench.py", "batch=0", "leave --batch out")
+
+
+@pytest.mark.parametrize("loss_chunks", [0, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_that_is_not_there_keeps_what_a_real_one_keeps(recompute, loss_chunks, monkeypatch):
+    config = GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=32, recompute=recompute,
+                       loss_chunks=loss_chunks)
+    monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", True)
+    model, idx = GPT(config, seed=0).train(), torch.zeros(1, 64, dtype=torch.int64)
+    model.compute_dtype = torch.bfloat16
+    real = estimate.saved_bytes(model, idx, idx)
+    assert real and memory.kept_by(config) == (sum(p.numel() for p in model.parameters()), real)
 
 
 def test_memory_says_what_recomputing_leaves(tmp_path):
