@@ -71,7 +71,7 @@ class Quantized(nn.Module):
     def emit_matrix(self, p, rows=slice(None)):
         """As Linear.emit_matrix."""
         bias = self.bias if self.bias is None else self.bias[rows]
-        if self.laid is not None:
+        if self.laid is not None and picked.wanted(self.codes.device):
             return p.picked(self.laid[rows].contiguous(), torch.int8, self.in_features, bias,
                             self.scale[rows].contiguous())
         return p.whole(self.codes[rows], self.scale[rows], self.in_features, bias)

@@ -452,6 +452,18 @@ def test_a_packed_model_reads_its_packed_bytes():
         assert {engine.KIND_NAMES[w.kind] for w in up} == {"2:4 " + ("int8" if kind else "bfloat16")}
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_what_is_laid_for_one_processor_is_not_handed_to_another(kind, monkeypatch):
+    """As when a model that was made here moves to a card: its rows are read as they are stored."""
+    model = settle(build(dict(weights="2:4"), std=0.2))
+    model = quantize(model, kind) if kind else model
+    here = by_steps_alone(model, tokens(1, 4))
+    monkeypatch.setattr(picked, "wanted", lambda device: False)
+    program = engine.program_of(model, empty_cache(model, 1, 4), 31, None, torch.device("cpu"))
+    assert not {op.w.kind for op in program.table} & set(engine.PICKED.values())
+    torch.testing.assert_close(by_steps_alone(model, tokens(1, 4)), here, atol=1e-5, rtol=0)
+
+
 def test_what_is_laid_for_a_step_follows_weights_that_are_loaded():
     """Other weights into a model that has decoded: packed ones and quantised ones."""
     for kind in (None, "int8"):
