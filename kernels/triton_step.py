@@ -78,15 +78,13 @@ def joined(x, marks, r, k, R, K, splits, D: tl.constexpr):
     here, heads = (r < R) & (k < K), K // D
     mark = marks + r * heads + k // D
     high = tl.load(mark, mask=here, other=0.0)
-    total = tl.load(mark + splits * R * heads, mask=here, other=1.0)
-    y = tl.load(x + r * K + k, mask=here, other=0.0)
     for s in range(1, splits):
-        other = tl.load(mark + s * R * heads, mask=here, other=0.0)
-        more = tl.load(mark + (splits + s) * R * heads, mask=here, other=0.0)
-        new = tl.load(x + (s * R + r) * K + k, mask=here, other=0.0)
-        top = tl.maximum(high, other)
-        old, by = tl.exp(high - top), tl.exp(other - top)
-        total, y, high = total * old + more * by, y * old + new * by, top
+        high = tl.maximum(high, tl.load(mark + s * R * heads, mask=here, other=0.0))
+    total, y = tl.zeros_like(high), tl.zeros_like(high)
+    for s in range(splits):
+        by = tl.exp(tl.load(mark + s * R * heads, mask=here, other=0.0) - high)
+        total += by * tl.load(mark + (splits + s) * R * heads, mask=here, other=1.0)
+        y += by * tl.load(x + (s * R + r) * K + k, mask=here, other=0.0)
     return y / total
 
 
