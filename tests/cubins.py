@@ -73,8 +73,8 @@ def jobs_of_a_step(every=False):
     forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
     for arch in ARCHITECTURES:
         for half in ("bf16", "fp16", "fp32") if every else ("bf16",):
-            for bits, kind, act, rows in sorted((bits, *form) for bits in whole
-                                                for form in (forms if every else whole[bits])):
+            for bits, kind, act, rows in sorted((each, *form) for each in whole
+                                                for form in (forms if every else whole[each])):
                 gated, joins = act == "silu", kind == "join"
                 tile = steps.product_tile(rows, 10 ** 6, 4096, gated, joins, 1)
                 absent = dict.fromkeys((() if joins else ("marks",)) + ("cap",) +
