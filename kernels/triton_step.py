@@ -145,8 +145,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, R, N, 
             k = first + tl.arange(0, BK)[None, None, :]
             y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
             tops = tl.where(y == y, tl.maximum(tops, tl.abs(y)), float("inf"))
-        most = tl.max(tops, axis=2)[:, :, None]
-        to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 127.0, tl.float32), most)
+        to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 127.0, tl.float32), tl.max(tops, axis=2)[:, :, None])
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)[None, None, :]
         w = numbers(weight, scale, row, k, k < K, K, stride, BITS)
@@ -158,8 +157,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, R, N, 
         if GATED:
             others += numbers(weight, scale, row + N, k, k < K, K, stride, BITS) * y
     if BITS < 16:
-        back = tl.where(most < float("inf"), most / 127.0, float("nan"))
-        sums, others = sums * back, others * back
+        sums, others = sums / to_whole, others / to_whole        # NaN where a number is not finite
     r, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
     at, here = r * N + n, (r < R) & (n < N)
     y = tl.sum(sums, axis=2)
