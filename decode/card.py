@@ -38,6 +38,7 @@ class Plain(NamedTuple):
     eps: float = 0.0
     splits: int = 1
     width: int = 1
+    edges: torch.Tensor | None = None            # a number counts as zero unless its size exceeds its own
 
 
 class Card:
@@ -129,6 +130,8 @@ class Card:
         return self.product(x, matrix, act, onto, False, self.dtype)
 
     def product(self, x, matrix, act, onto, gated, dtype, cap=None):
+        if x.edges is not None:
+            raise NotWritten("a product of gated units that are read by output")
         N, K = len(matrix.weight) // (1 + gated), matrix.width
         out = onto.x if onto else self.empty(self.rows, N, dtype=dtype)
         tile = self.k.product_tile(self.tall, N, K, gated, x.kind == "join", self.processors)
@@ -144,6 +147,12 @@ class Card:
         self.calls.pop(), self.launches.pop()
         return self.product(*self.last, "silu", None, True, self.dtype)
 
+    def event(self, x, size, thresholds, units=None):
+        """The sum of rows that reads it opens its gates."""
+        if units is not None:
+            raise NotWritten("gates of chosen units")
+        return x._replace(edges=thresholds.detach().float().contiguous())
+
     def rows_sum(self, a, matrix, onto=None, units=None, all=False):
         """See Program.rows_sum."""
         if units is not None:
@@ -153,9 +162,9 @@ class Card:
         out = onto.x if onto else self.empty(rows, C)
         parts = self.empty(shares, rows, C, dtype=torch.float32)
         arrived = torch.zeros(columns, dtype=torch.int32, device=out.device)
-        self.add(self.k.down_kernel, (columns, shares), (a.x, matrix.weight, matrix.scale, matrix.bias,
-                 onto and onto.x, out, parts, arrived, rows, N, C, matrix.weight.stride(0), share),
-                 dict(ALL=all, BITS=matrix.bits, **tile))
+        self.add(self.k.down_kernel, (columns, shares), (a.x, a.edges, matrix.weight, matrix.scale,
+                 matrix.bias, onto and onto.x, out, parts, arrived, rows, N, C,
+                 matrix.weight.stride(0), share), dict(ALL=all, BITS=matrix.bits, **tile))
         return onto or Plain(out)
 
     def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):

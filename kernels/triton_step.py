@@ -254,11 +254,13 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, ep
 
 
 @triton.jit
-def down_kernel(a, weight, scale, bias, onto, out, parts, arrived, R, N, C, stride, share, ALL: tl.constexpr,
-                BITS: tl.constexpr, ROWS: tl.constexpr, BU: tl.constexpr, BC: tl.constexpr):
-    """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. A program adds a share of
-    the units; rows of units that are zero in every row of a are not read, unless ALL. The program of a
-    column that arrives last adds the shares up, in their order: whoever it is, the bits are the same."""
+def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, C, stride, share,
+                ALL: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BU: tl.constexpr,
+                BC: tl.constexpr):
+    """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. edges: a counts as zero
+    unless |a| exceeds its unit's. A program adds a share of the units; rows of units that are zero in every
+    row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
+    order: whoever it is, the bits are the same."""
     s, shares = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, ROWS)[:, None, None]
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, None, :]
@@ -266,6 +268,8 @@ def down_kernel(a, weight, scale, bias, onto, out, parts, arrived, R, N, C, stri
     for first in range(s * share, (s + 1) * share, BU):
         n = first + tl.arange(0, BU)[None, :, None]
         by = tl.load(a + r * N + n, mask=(r < R) & (n < N), other=0.0).to(tl.float32)
+        if edges is not None:                    # NaN stays NaN
+            by = tl.where(tl.abs(by) > tl.load(edges + n, mask=n < N, other=0.0), by, by * 0.0)
         live = n < N
         if not ALL:
             live = live & (tl.max((by != 0.0).to(tl.int32), axis=0)[None, :, :] > 0)

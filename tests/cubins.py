@@ -85,7 +85,7 @@ def jobs_of_a_step(every=False):
             for rows, bits in itertools.product((1, 2, 4, 8), whole) if every else (
                     (1, 16), (8, 16), (8, 8), (1, 4)):
                 for everything in (False, True)[:1 + every]:
-                    form = dict(ALL=everything, BITS=bits) | (dict(R=1) if rows == 1 else {})
+                    form = dict(ALL=everything, BITS=bits) | (dict(R=1, edges=None) if rows == 1 else {})
                     yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
                 for one in ({}, dict(R=1, H=1))[:1 + every]:
@@ -97,7 +97,8 @@ def jobs_of_a_step(every=False):
 SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length",
          "stride")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
-STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", eps="fp32", scale="fp32")
+STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", eps="fp32",
+            scale="fp32")
 WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16")}     # weights and scales of so many bits
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
 

@@ -79,7 +79,8 @@ def test_decoding_on_a_card_follows_a_step_of_a_fused_optimizer(arm):
 
 STEPS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", act="relu2", qk_norm=True,
                                     qk_gain=2.0, window=5, window_pattern="SL"),
-         "swiglu": dict(act="swiglu", softcap=15.0), "tanh": dict(act="gelu_tanh", mlp_units=72)}
+         "swiglu": dict(act="swiglu", softcap=15.0), "tanh": dict(act="gelu_tanh", mlp_units=72),
+         "gate": dict(event_gate=True, act="relu2")}
 
 
 @pytest.mark.parametrize("width", [dict(n_embd=64, n_head=2), dict(n_embd=100, n_head=2),

@@ -368,8 +368,8 @@ def test_rows_of_live_units_are_added_up_and_dead_ones_are_not_read(rows):
         arrived = torch.zeros(columns, dtype=torch.int32, device=DEVICE)
         for dead, everything in ((0.0, True), (torch.nan, False)):
             poisoned = torch.where((a != 0).any(dim=0)[:, None], weight, weight * 0 + dead)
-            steps.down_kernel[(columns, shares)](a, poisoned, None, bias, onto, out, parts, arrived, rows, N,
-                                                 C, C, share, ALL=everything, BITS=16, **tile)
+            steps.down_kernel[(columns, shares)](a, None, poisoned, None, bias, onto, out, parts, arrived,
+                                                 rows, N, C, C, share, ALL=everything, BITS=16, **tile)
             check(out, expected, atol=1e-4, rtol=1e-4)
             assert not arrived.any()                      # ready for the next step
 
@@ -388,16 +388,41 @@ def test_rows_of_units_in_whole_numbers_are_added_up(bits):
         arrived, read = torch.zeros(columns, dtype=torch.int32, device=DEVICE), as_read(codes, scale)
         for everything in (True, False):
             steps.down_kernel[(columns, shares)](
-                a, read["weight"], read["scale"], None, None, out, parts, arrived, rows, N, C,
+                a, None, read["weight"], read["scale"], None, None, out, parts, arrived, rows, N, C,
                 codes.stride(0), share, ALL=everything, BITS=bits, **tile)
             assert out.isnan().all() == everything
         check(out, a @ kernels.dequantize(codes, scale, C).nan_to_num(0), atol=1e-4, rtol=1e-4)
 
 
+@interpreted
+def test_rows_of_units_whose_gate_is_shut_are_not_read_and_nan_passes_a_gate():
+    a, edges = normal(3, 40, seed=0, dtype=torch.float32), normal(40, seed=1, dtype=torch.float32).exp()
+    a[1, 7], edges[7] = edges[7], edges[7].clone()            # no larger than its edge: shut
+    open_ = a.abs() > edges
+    assert 10 < open_.sum() < 110 and not open_[1, 7]
+    weight = normal(40, 9, seed=2, dtype=torch.float32)
+    expected = (a * open_) @ weight
+    poisoned = torch.where(open_.any(dim=0)[:, None], weight, torch.nan)
+    assert poisoned.isnan().any()
+    tile, columns, shares, share = steps.down_tile(4, 40, 9, 1)
+    parts, out = torch.empty(shares, 3, 9, device=DEVICE), torch.empty(3, 9, device=DEVICE)
+    arrived = torch.zeros(columns, dtype=torch.int32, device=DEVICE)
+
+    def run(a, weight):
+        steps.down_kernel[(columns, shares)](a, edges, weight, None, None, None, out, parts, arrived, 3, 40,
+                                             9, 9, share, ALL=False, BITS=16, **tile)
+        return out
+
+    check(run(a, poisoned), expected, atol=1e-4, rtol=1e-4)
+    a[2, 3] = torch.nan
+    assert torch.equal(run(a, weight).isnan().all(dim=1).cpu(), torch.tensor([False, False, True]))
+
+
 STEP_ARMS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", act="relu2", qk_norm=True,
                                         qk_gain=2.0, window=3, window_pattern="S"),
              "swiglu": dict(act="swiglu", softcap=15.0, tie_weights=False),
-             "tanh": dict(act="gelu_tanh", mlp_units=24, pos="rope")}
+             "tanh": dict(act="gelu_tanh", mlp_units=24, pos="rope"),
+             "gate": dict(event_gate=True, act="relu2"), "gated": dict(event_gate=True, act="swiglu")}
 
 
 def compared(model, rows, monkeypatch):
@@ -424,7 +449,7 @@ def compared(model, rows, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(("arm", "rows"), list(zip(STEP_ARMS, (3, 8, 1, 2))))
+@pytest.mark.parametrize(("arm", "rows"), list(zip(STEP_ARMS, (3, 8, 1, 2, 2, 1))))
 def test_a_step_on_a_card_gives_the_logits_of_forward_in_five_launches_a_layer(arm, rows, monkeypatch):
     pairs, caches = compared(build(STEP_ARMS[arm], std=0.2, n_layer=1).to(DEVICE), rows, monkeypatch)
     for found, right in pairs:
@@ -437,7 +462,7 @@ def test_a_step_on_a_card_gives_the_logits_of_forward_in_five_launches_a_layer(a
 @interpreted
 @pytest.mark.parametrize(("arm", "kind", "rows"), [
     ("gpt2", "int8", 3), ("gpt2", "q4_all", 1), ("modern", "int4", 8), ("swiglu", "q4_all", 2),
-    ("swiglu", "int8", 1), ("tanh", "mlp=4,head=8", 2)])
+    ("swiglu", "int8", 1), ("gate", "int4", 3), ("tanh", "mlp=4,head=8", 2)])
 def test_a_step_on_a_card_in_whole_numbers_gives_the_logits_of_forward(arm, kind, rows, monkeypatch):
     """Inputs are rounded behind norms and joined splits, a tied embedding reads whole numbers too. One near a
     half may go to its other neighbour: a row here and there is further away."""
@@ -476,8 +501,8 @@ def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
     covered = {name for name, arm in ARMS.items() if not refusal(build(arm))}
     assert covered >= {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "norm_eps", "qk_norm", "qk_gain",
                        "relu2", "swiglu", "softcap", "zero_init", "untied", "units", "window",
-                       "window_pattern", "screen"}
-    assert not covered & {"osc", "ngram", "topk", "event_gate", "columns", "compartments", "experts",
+                       "window_pattern", "screen", "event_gate"}
+    assert not covered & {"osc", "ngram", "topk", "columns", "compartments", "experts",
                           "predict", "dendrites", "hierarchy", "ponder", "adapters", "grouped"}
     assert "share keys" in refusal(build(ARMS["grouped"]))
     for flag in ("mlp_screen", "exits"):                  # dense until their policy is in use
