@@ -19,9 +19,13 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 class Matrix(NamedTuple):
-    """weight (rows, width), one row after the other, and a bias or None."""
+    """weight (rows, width), one row after the other, and a bias or None; or codes and scales of whole numbers
+    of 8 or 4 bits (kernels.quantize)."""
     weight: torch.Tensor
     bias: torch.Tensor | None
+    width: int
+    bits: int = 16
+    scale: torch.Tensor | None = None
 
 
 class Plain(NamedTuple):
@@ -34,6 +38,7 @@ class Plain(NamedTuple):
     eps: float = 0.0
     splits: int = 1
     width: int = 1
+    edges: torch.Tensor | None = None            # a number counts as zero unless its size exceeds its own
 
 
 class Card:
@@ -85,7 +90,13 @@ class Card:
             raise NotWritten(f"weights in {weight.dtype} under a stream in {self.dtype}")
         if not weight.is_contiguous():
             raise NotWritten("weights whose rows do not lie in turn")
-        return Matrix(weight.detach(), self.vector(bias))
+        return Matrix(weight.detach(), self.vector(bias), weight.size(1))
+
+    def whole(self, codes, scale, width, bias):
+        """See Program.whole."""
+        if len(scale):
+            return Matrix(codes.view(torch.int8), self.vector(bias), width, 8, scale.view(torch.float32))
+        return Matrix(codes, self.vector(bias), width, 4, codes.view(torch.int16))
 
     def add(self, kernel, grid, arguments, options):
         """Append a launch."""
@@ -98,10 +109,11 @@ class Card:
         """See Program.embed."""
         if ngrams is not None:
             raise NotWritten("n-grams")
-        C = matrix.weight.size(1)
+        C = matrix.width
         x, table = self.empty(self.rows, C), self.vector(positions)
         self.add(self.k.embed_kernel, (self.rows, -(-C // 1024)), (self.history, self.start, matrix.weight,
-                 table, x, self.history.stride(0), C), dict(BC=1024, num_warps=4))
+                 matrix.scale, table, x, self.history.stride(0), C, matrix.weight.stride(0)),
+                 dict(BITS=matrix.bits, BC=1024, num_warps=4))
         return Plain(x)
 
     def norm(self, x, size, gain=None, bias=None, eps=1e-5, by_root=False):
@@ -118,13 +130,15 @@ class Card:
         return self.product(x, matrix, act, onto, False, self.dtype)
 
     def product(self, x, matrix, act, onto, gated, dtype, cap=None):
-        N, K = matrix.weight.shape
-        N //= 1 + gated
+        if x.edges is not None:
+            raise NotWritten("a product of gated units that are read by output")
+        N, K = len(matrix.weight) // (1 + gated), matrix.width
         out = onto.x if onto else self.empty(self.rows, N, dtype=dtype)
         tile = self.k.product_tile(self.tall, N, K, gated, x.kind == "join", self.processors)
         self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (x.x, x.marks, x.gain, x.shift, matrix.weight,
-                 matrix.bias, onto and onto.x, out, self.rows, N, K, x.splits, x.eps, cap),
-                 dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, **tile))
+                 matrix.scale, matrix.bias, onto and onto.x, out, self.rows, N, K, matrix.weight.stride(0),
+                 x.splits, x.eps, cap),
+                 dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, BITS=matrix.bits, **tile))
         self.last = x, matrix
         return onto or Plain(out)
 
@@ -133,17 +147,24 @@ class Card:
         self.calls.pop(), self.launches.pop()
         return self.product(*self.last, "silu", None, True, self.dtype)
 
+    def event(self, x, size, thresholds, units=None):
+        """The sum of rows that reads it opens its gates."""
+        if units is not None:
+            raise NotWritten("gates of chosen units")
+        return x._replace(edges=thresholds.detach().float().contiguous())
+
     def rows_sum(self, a, matrix, onto=None, units=None, all=False):
         """See Program.rows_sum."""
         if units is not None:
             raise NotWritten("rows of chosen units")
-        (N, C), rows = matrix.weight.shape, self.rows
+        N, C, rows = len(matrix.weight), matrix.width, self.rows
         tile, columns, shares, share = self.k.down_tile(self.tall, N, C, self.processors)
         out = onto.x if onto else self.empty(rows, C)
         parts = self.empty(shares, rows, C, dtype=torch.float32)
         arrived = torch.zeros(columns, dtype=torch.int32, device=out.device)
-        self.add(self.k.down_kernel, (columns, shares), (a.x, matrix.weight, matrix.bias, onto and onto.x,
-                 out, parts, arrived, rows, N, C, share), dict(ALL=all, **tile))
+        self.add(self.k.down_kernel, (columns, shares), (a.x, a.edges, matrix.weight, matrix.scale,
+                 matrix.bias, onto and onto.x, out, parts, arrived, rows, N, C,
+                 matrix.weight.stride(0), share), dict(ALL=all, BITS=matrix.bits, **tile))
         return onto or Plain(out)
 
     def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):

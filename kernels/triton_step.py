@@ -30,17 +30,36 @@ def activate(y, like, ACT: tl.constexpr):
     return rounded(y, like)
 
 
+@triton.jit
+def numbers(weight, scale, row, k, here, K, stride, BITS: tl.constexpr):
+    """Numbers k of the rows `row` of weights (N, K), `stride` apart, in fp32; of 8 bits without the row's
+    scale. 4 bits lie as kernels.quantize lays them: 32 bytes hold two groups of 32, and behind them are the
+    groups' scales in bf16, which `scale` points to as int16."""
+    at = weight + row.to(tl.int64) * stride
+    if BITS == 4:
+        w = tl.load(at + k // 64 * 32 + k % 32, mask=here, other=8, eviction_policy="evict_first")
+        q = ((w.to(tl.int32) >> (k // 32 % 2 * 4)) & 15) - 8
+        bits = tl.load(scale + row.to(tl.int64) * (stride // 2) + tl.cdiv(K, 64) * 16 + k // 32, mask=here,
+                       other=0)
+        return q.to(tl.float32) * (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return tl.load(at + k, mask=here, other=0, eviction_policy="evict_first").to(tl.float32)
+
+
 # ------------------------------------------------ the token -----------------------------------------------
 
 
 @triton.jit
-def embed_kernel(history, start, table, positions, x, length, C, BC: tl.constexpr):
+def embed_kernel(history, start, table, scale, positions, x, length, C, stride, BITS: tl.constexpr,
+                 BC: tl.constexpr):
     """x[b] = table[the id at column start[b] of row b] + positions[start[b]]. Moves 3 C numbers a row."""
     b = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     column = tl.load(start + b)
     token = tl.load(history + b * length + column)
-    y = tl.load(table + token * C + c, mask=c < C, other=0.0).to(tl.float32)
+    y = numbers(table, scale, token, c, c < C, C, stride, BITS)
+    if BITS == 8:
+        y *= tl.load(scale + 2 * token)
+    y = rounded(y, x)
     if positions is not None:
         y += tl.load(positions + column * C + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(x + b * C + c, y.to(x.dtype.element_ty), mask=c < C)
@@ -78,62 +97,82 @@ def joined(x, marks, r, k, R, K, splits, D: tl.constexpr):
     here, heads = (r < R) & (k < K), K // D
     mark = marks + r * heads + k // D
     high = tl.load(mark, mask=here, other=0.0)
-    total = tl.load(mark + splits * R * heads, mask=here, other=1.0)
-    y = tl.load(x + r * K + k, mask=here, other=0.0)
     for s in range(1, splits):
-        other = tl.load(mark + s * R * heads, mask=here, other=0.0)
-        more = tl.load(mark + (splits + s) * R * heads, mask=here, other=0.0)
-        new = tl.load(x + (s * R + r) * K + k, mask=here, other=0.0)
-        top = tl.maximum(high, other)
-        old, by = tl.exp(high - top), tl.exp(other - top)
-        total, y, high = total * old + more * by, y * old + new * by, top
+        high = tl.maximum(high, tl.load(mark + s * R * heads, mask=here, other=0.0))
+    total, y = tl.zeros_like(high), tl.zeros_like(high)
+    for s in range(splits):
+        by = tl.exp(tl.load(mark + s * R * heads, mask=here, other=0.0) - high)
+        total += by * tl.load(mark + (splits + s) * R * heads, mask=here, other=1.0)
+        y += by * tl.load(x + (s * R + r) * K + k, mask=here, other=0.0)
     return y / total
 
 
 @triton.jit
-def product_kernel(x, marks, gain, shift, weight, bias, onto, out, R, N, K, splits, eps, cap,
+def input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT: tl.constexpr, D: tl.constexpr):
+    """Numbers k of what a product multiplies, rounded as memory would hold it."""
+    if INPUT == "join":
+        return rounded(joined(x, marks, r, k, R, K, splits, D), like)
+    y = part(x, r, k, R, K)
+    if INPUT == "layernorm" or INPUT == "rmsnorm":
+        y = (y - mean) * by * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+        if shift is not None:
+            y += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+        y = rounded(y, like)
+    return y
+
+
+@triton.jit
+def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, R, N, K, stride, splits, eps, cap,
                    INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr,
-                   ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                   BITS: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
     layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
     GATED: W has 2 N rows, and out = act(the first N) * the others. cap: bounds the result, where it is not
-    None."""
+    None. BITS: of whole numbers, which meet f(x) rounded to 8 bits a row (kernels.in_8_bits); 16: floats."""
     r = tl.arange(0, ROWS)[:, None, None]
     n = tl.program_id(0) * BN + tl.arange(0, BN)[None, :, None]
-    row = tl.minimum(n, N - 1).to(tl.int64) * K
-    other = (tl.minimum(n, N - 1) + N).to(tl.int64) * K
+    row = tl.minimum(n, N - 1)
     sums, others = tl.zeros((ROWS, BN, BK), tl.float32), tl.zeros((ROWS, BN, BK), tl.float32)
+    mean, by = 0.0, 1.0
     if INPUT == "layernorm" or INPUT == "rmsnorm":
         mean, by = statistics(x, r, R, K, eps, INPUT == "layernorm", ROWS, BK)
+    like = x                                     # of the stream's dtype
+    if INPUT == "join":
+        like = out
+    if BITS < 16:
+        tops = tl.full((ROWS, 1, BK), 1e-30, tl.float32)
+        for first in range(0, K, BK):
+            k = first + tl.arange(0, BK)[None, None, :]
+            y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
+            tops = tl.where(y == y, tl.maximum(tops, tl.abs(y)), float("inf"))
+        to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 127.0, tl.float32), tl.max(tops, axis=2)[:, :, None])
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)[None, None, :]
-        w = tl.load(weight + row + k, mask=k < K, other=0.0, eviction_policy="evict_first")
+        w = numbers(weight, scale, row, k, k < K, K, stride, BITS)
+        y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
+        if BITS < 16:
+            y = y * to_whole + 12582912.0        # 1.5 * 2^23: the sum has no fraction, ties go to even
+            y -= 12582912.0
+        sums += w * y
         if GATED:
-            v = tl.load(weight + other + k, mask=k < K, other=0.0,
-                        eviction_policy="evict_first")
-        if INPUT == "join":
-            y = rounded(joined(x, marks, r, k, R, K, splits, D), weight)
-        else:
-            y = part(x, r, k, R, K)
-        if INPUT == "layernorm" or INPUT == "rmsnorm":
-            y = (y - mean) * by * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-            if shift is not None:
-                y += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
-            y = rounded(y, weight)
-        sums += w.to(tl.float32) * y
-        if GATED:
-            others += v.to(tl.float32) * y
+            others += numbers(weight, scale, row + N, k, k < K, K, stride, BITS) * y
+    if BITS < 16:
+        sums, others = sums / to_whole, others / to_whole        # NaN where a number is not finite
     r, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
     at, here = r * N + n, (r < R) & (n < N)
     y = tl.sum(sums, axis=2)
+    if BITS == 8:
+        y *= tl.load(scale + 2 * n, mask=n < N, other=0.0)
     if bias is not None:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    y = activate(rounded(y, weight), weight, ACT)
+    y = activate(rounded(y, like), like, ACT)
     if GATED:
         z = tl.sum(others, axis=2)
+        if BITS == 8:
+            z *= tl.load(scale + 2 * (N + n), mask=n < N, other=0.0)
         if bias is not None:
             z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-        y *= rounded(z, weight)
+        y *= rounded(z, like)
     if cap is not None:
         y = cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y / cap)))
     if onto is not None:
@@ -215,11 +254,13 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, ep
 
 
 @triton.jit
-def down_kernel(a, weight, bias, onto, out, parts, arrived, R, N, C, share, ALL: tl.constexpr,
-                ROWS: tl.constexpr, BU: tl.constexpr, BC: tl.constexpr):
-    """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. A program adds a share of
-    the units; rows of units that are zero in every row of a are not read, unless ALL. The program of a
-    column that arrives last adds the shares up, in their order: whoever it is, the bits are the same."""
+def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, C, stride, share,
+                ALL: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BU: tl.constexpr,
+                BC: tl.constexpr):
+    """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. edges: a counts as zero
+    unless |a| exceeds its unit's. A program adds a share of the units; rows of units that are zero in every
+    row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
+    order: whoever it is, the bits are the same."""
     s, shares = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, ROWS)[:, None, None]
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, None, :]
@@ -227,11 +268,14 @@ def down_kernel(a, weight, bias, onto, out, parts, arrived, R, N, C, share, ALL:
     for first in range(s * share, (s + 1) * share, BU):
         n = first + tl.arange(0, BU)[None, :, None]
         by = tl.load(a + r * N + n, mask=(r < R) & (n < N), other=0.0).to(tl.float32)
+        if edges is not None:                    # NaN stays NaN
+            by = tl.where(tl.abs(by) > tl.load(edges + n, mask=n < N, other=0.0), by, by * 0.0)
         live = n < N
         if not ALL:
             live = live & (tl.max((by != 0.0).to(tl.int32), axis=0)[None, :, :] > 0)
-        w = tl.load(weight + n.to(tl.int64) * C + c, mask=live & (c < C), other=0.0)
-        sums += by * w.to(tl.float32)
+        if BITS == 8:
+            by *= tl.load(scale + 2 * n, mask=live, other=0.0)
+        sums += by * numbers(weight, scale, n, c, live & (c < C), C, stride, BITS)
     r, c = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     at, here = r * C + c, (r < R) & (c < C)
     tl.store(parts + s * R * C + at, tl.sum(sums, axis=1), mask=here)

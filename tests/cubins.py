@@ -7,6 +7,7 @@ print what the machine code uses: a JSON line for each.
 The second: the kernels of a decode step in a few forms of theirs, or in every form, for all architectures.
 """
 import importlib
+import itertools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TWICE = (86, 90)                                 # also in fp16, and with units chosen one by one
 OPTIONS = ("num_warps", "num_stages")
-ALIGNED = ("N", "K", "C")                        # sizes that a model's are multiples of 16 in
+ALIGNED = ("N", "K", "C", "stride")                        # sizes that a model's are multiples of 16 in
 # What must be in the machine code of each kernel: 16-byte loads from memory (LDG, or LDGSTS into shared
 # memory), and what multiplies.
 EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
@@ -66,32 +67,39 @@ def jobs(architectures):
 def jobs_of_a_step(every=False):
     """The same of the kernels of a decode step."""
     some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
+    whole = {16: some, 8: {("join", "none", 8)}, 4: {("layernorm", "gelu", 8)}}
     forms = {(kind, act, rows) for kind in ("layernorm", "rmsnorm") for rows in (1, 2, 4, 8)
              for act in ("none", "gelu", "gelu_tanh", "relu2", "silu")}
     forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
     for arch in ARCHITECTURES:
         for half in ("bf16", "fp16", "fp32") if every else ("bf16",):
-            for kind, act, rows in sorted(forms if every else some):
+            for bits, kind, act, rows in sorted((each, *form) for each in whole
+                                                for form in (forms if every else whole[each])):
                 gated, joins = act == "silu", kind == "join"
                 tile = steps.product_tile(rows, 10 ** 6, 4096, gated, joins, 1)
                 absent = dict.fromkeys((() if joins else ("marks",)) + ("cap",) +
                                        (("gain", "shift") if kind in ("plain", "join") else ()))
                 absent |= dict(R=1) if rows == 1 else {}              # a size of 1 is a constant to Triton
                 yield ("step product_kernel", arch, half,
-                       dict(INPUT=kind, ACT=act, GATED=gated, D=64) | absent, tile)
-            for rows in (1, 2, 4, 8) if every else (1, 8):
+                       dict(INPUT=kind, ACT=act, GATED=gated, D=64, BITS=bits) | absent, tile)
+            for rows, bits in itertools.product((1, 2, 4, 8), whole) if every else (
+                    (1, 16), (8, 16), (8, 8), (1, 4)):
                 for everything in (False, True)[:1 + every]:
-                    form = dict(ALL=everything) | (dict(R=1) if rows == 1 else {})
+                    form = dict(ALL=everything, BITS=bits) | (dict(R=1, edges=None) if rows == 1 else {})
                     yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
                 for one in ({}, dict(R=1, H=1))[:1 + every]:
                     yield "step attend_kernel", arch, half, dict(NORM=True) | one, steps.attend_tile(width)
-            yield "step embed_kernel", arch, half, dict(BC=1024), dict(num_warps=4)
+            for bits in whole if every else (16,):
+                yield "step embed_kernel", arch, half, dict(BC=1024, BITS=bits), dict(num_warps=4)
 
 
-SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length")
+SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length",
+         "stride")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
-STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", eps="fp32", scale="fp32")
+STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", eps="fp32",
+            scale="fp32")
+WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16")}     # weights and scales of so many bits
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
 
 
@@ -112,7 +120,11 @@ def build(job):
     constants = constants | {key: value for key, value in tile.items() if key not in OPTIONS}
     if "HALF" in kernel.arg_names:
         constants["HALF"] = {"bf16": tl.bfloat16, "fp16": tl.float16}[half]
+    if constants.get("BITS") == 16:
+        constants["scale"] = None
     types = {key: kind for key, kind in types_of(name, half).items() if key not in constants}
+    if constants.get("BITS") in WHOLE:
+        types["table" if "table" in types else "weight"], types["scale"] = WHOLE[constants["BITS"]]
     if constants.get("INPUT") == "join":
         types["x"] = "*fp32"                     # parts of sums
     aligned = [i for i, key in enumerate(kernel.arg_names)
@@ -128,7 +140,7 @@ def build(job):
         path.write_bytes(done.asm["cubin"])
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", path)))
         code = tool("nvdisasm", "-c", path)
-    return {"kernel": name, "architecture": arch, "type": half, "tile": tile,
+    return {"kernel": name, "architecture": arch, "type": half, "bits": constants.get("BITS"), "tile": tile,
             **{key.lower(): int(value) for key, value in used.items()}, "shared": done.metadata.shared,
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "wide_loads": len(re.findall(WIDE, code)),
             "expected": EXPECTED[name], "products": len(re.findall(EXPECTED[name], code))}

@@ -6,6 +6,7 @@ from arms import ARMS, TINY, build, tokens
 from configurator import ConfigError
 from decode import sampling
 from decode.context import Cache
+from decode.quantized import quantize
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
@@ -78,7 +79,8 @@ def test_decoding_on_a_card_follows_a_step_of_a_fused_optimizer(arm):
 
 STEPS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", act="relu2", qk_norm=True,
                                     qk_gain=2.0, window=5, window_pattern="SL"),
-         "swiglu": dict(act="swiglu", softcap=15.0), "tanh": dict(act="gelu_tanh", mlp_units=72)}
+         "swiglu": dict(act="swiglu", softcap=15.0), "tanh": dict(act="gelu_tanh", mlp_units=72),
+         "gate": dict(event_gate=True, act="relu2")}
 
 
 @pytest.mark.parametrize("width", [dict(n_embd=64, n_head=2), dict(n_embd=100, n_head=2),
@@ -104,6 +106,28 @@ def test_a_replayed_step_of_five_kernels_a_layer_gives_the_logits_of_forward(arm
                 forward.start.copy_(step.start)
                 right = model.head(forward.states())[:, :31]
                 assert (found - right).abs().max() <= loose * max(1, right.abs().max())
+        assert len(step.card.launches) <= 5 * model.config.n_layer + 5
+
+
+@pytest.mark.parametrize("kind", ["int8", "q4_all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arm", STEPS)
+def test_a_replayed_step_in_whole_numbers_gives_the_logits_of_forward(arm, dtype, kind):
+    """An input near a half may be rounded to its other neighbour."""
+    model = quantize(build(STEPS[arm], std=0.05, block_size=64, n_embd=128, n_head=2), kind).cuda().to(dtype)
+    for rows in (1, 3, 8):
+        history, ends = tokens(rows, 64).cuda(), [50, 3, 40, 2, 33, 16, 17, 31][:rows]
+        with torch.inference_mode():
+            mine, other = Cache(model, rows, 64), Cache(model, rows, 64)
+            for cache in (mine, other):
+                sampling.read(model, cache, history, [0] * rows, [end - 1 for end in ends], False)
+            step, forward = (sampling.Step(model, cache, history, 31) for cache in (mine, other))
+            assert step.card
+            for more in range(8):
+                found = step([end + more for end in ends]).clone()
+                forward.start.copy_(step.start)
+                right = model.head(forward.states())[:, :31]
+                assert (found - right).abs().max() <= 0.1 * right.abs().max()
         assert len(step.card.launches) <= 5 * model.config.n_layer + 5
 
 
