@@ -403,7 +403,8 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nanoCortex: {name}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>nanoCortex: {name}</title>
 <style>
 body {{ font: 14px/1.4 sans-serif; margin: 2em; max-width: 110em }}
 div {{ overflow-x: auto }}
