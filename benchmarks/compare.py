@@ -111,7 +111,7 @@ def compare(cfg):
     rows = [cells(side, sides[0]) for side in sides]
     try:                                         # in this order: a closed pipe would end it before the page
         if cfg.html:
-            write_page(cfg.html, place, load, [said, *sentences], rows, picture)
+            write_page(cfg.html, place, load, said, sentences, rows, picture)
     finally:
         print("\n".join((*text_table(HEAD, rows), *sentences, said)))
     return {"measurements": {"decode": timed}, "runs": {side.name: side.found for side in sides},
@@ -120,14 +120,14 @@ def compare(cfg):
             "seeds": [cfg.seed]}
 
 
-def write_page(path, place, load, sentences, rows, picture):
+def write_page(path, place, load, said, sentences, rows, picture):
     """One HTML file that opens without a network: the verdict, the table, the picture, the machine."""
     busy = (f"The machine was busy (load average {load[0]:.2f} before the start): timings are off."
             if load and load[0] > QUIET else "")
-    where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "place": str(place)}
+    where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "decoding": str(place)}
     part = "Beside the first", [*sentences, busy], HEAD, rows
     pictures = {PICTURE: picture} if picture else {}
-    write_atomically(path, document("runs side by side", where, [part], pictures))
+    write_atomically(path, document("runs side by side", where, [part], pictures, said))
 
 
 # -------------------------------------------------- models ------------------------------------------------
