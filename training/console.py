@@ -74,7 +74,8 @@ def saved_line(model, out_dir, saved, iteration, began, best, last):
     out_dir, sample = Path(out_dir), f"sample with: {sample_command(model, out_dir)}"
     there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
     if iteration in saved.values() and "ckpt_last.pt" not in saved:
-        found = f"best val loss {best:.4f}" if last == best else f"val loss {last:.4f} (the best was {best:.4f})"
+        found = (f"best val loss {best:.4f}" if last == best else
+                 f"val loss {last:.4f} (the best was {best:.4f})")
         return f"{out_dir / 'ckpt.pt'}, {found}; {sample}"
     if saved.get("ckpt_last.pt") == iteration:
         return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
