@@ -38,6 +38,7 @@ COMMANDS = {
     "grow": "Grow",
     "retrofit": "Retrofit",
     "memory": "Memory",
+    "scaling": "Scaling",
     "kernels": "Kernels",
     "continual": "Continual",
     "energy": "Energy",

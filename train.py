@@ -528,7 +528,7 @@ def log(row):
 
 
 def what_is_saved():
-    return console.saved_line(raw_model, out_dir, saved, iter_num, iter_before, best_val_loss)
+    return console.saved_line(raw_model, out_dir, saved, iter_num, iter_before, best_val_loss, evaluated)
 
 
 def seconds():
@@ -574,6 +574,7 @@ wandb = console.start_wandb(cfg, settings) if cfg.wandb_log and world.master and
 
 stop_signal, skipped, status = 0, 0, 0
 saved, asked = {}, None                                        # {file: iteration} by the master; iteration
+evaluated = best_val_loss                                      # the last val loss
 HANG_UP = getattr(signal, "SIGHUP", 0)                         # the terminal has gone; Windows has none
 for number in () if cfg.dry_run else (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, request_stop)
@@ -611,6 +612,7 @@ while True:
     best_val_loss = best_val_loss if tasks.step(iter_num) else 1e9            # of this task
     if iter_num % cfg.eval_interval == 0 or iter_num >= cfg.max_iters or cfg.eval_only:
         losses, streams = evaluate(tasks.at(iter_num)), eval_streams[tasks.at(iter_num)]
+        evaluated = losses["val"]
         row |= {"train_loss": losses["train"], "val_loss": losses["val"]}
         work = []
         if world.master and not cfg.fsdp:                       # these look at whole weights

@@ -3,7 +3,7 @@ import copy
 import os
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 import sparse_kernels
-from benchmarks import ROOT, Timed
+from benchmarks import ROOT, Timed, settings
 from benchmarks.decode import rest
 from benchmarks.record import QUIET, commit_of, hardware, load_average, versions, write_atomically
 from benchmarks.report import document
 from benchmarks.screen import data_of
+from benchmarks.settings import PLAIN
 from benchmarks.texts import judge, text_of
 from benchmarks.timing import interleave, measurement
 from benchmarks.verdict import HEAD, PICTURE, about_of, cells, drawn, text_table, verdict
@@ -27,8 +28,8 @@ from decode.quantized import check_quantize, forms_of, is_quantized, kinds_in, q
 from decode.way import choose_way
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, settle
-from model import GPT, build_model
-from training import checkpoint, continual, pretrained, runtime
+from model import GPT, build_model, config_of
+from training import checkpoint, continual, pretrained, retrofit, runtime
 from viz.figures import pyplot
 from viz.plots import is_number, names_of, read_rows
 
@@ -36,13 +37,13 @@ QUICK = dict(tokens=4096, repeats=5)
 SECONDS, QUICK_SECONDS, FEWEST = 15, 3, 3        # of timing for all sides together; rounds at the least
 WARM = 4                                         # tokens ahead of those that are timed: prompt, recording
 FOLDERS = r"(?<![\w.~-])/(?:[^/\s']+/)+"           # of absolute paths: a record names none
-USAGE = "type python bench.py compare out-pylib out-pylib-predict, for example"
+USAGE = "type python bench.py compare out-pylib out-pylib@int8, for example"
 
 
 @dataclass(frozen=True)
 class Compare(Timed):
     """Any runs, its words: loss, bytes a token and tokens/s of each beside the first, and one verdict."""
-    runs: tuple = ()  # the words: folders of runs, checkpoints, exports; others stand beside the first
+    runs: tuple = ()  # the words: runs, checkpoints, exports, or RUN@int8+mlp_screen=4, as sample.py decodes
     dataset: str = ""  # data folder whose held-out text every loss is of; empty: each run's own data
     tokens: int = 16384  # of held-out text that a loss is of, or all there is if that is less
     quantize: str = ""  # also every run in whole numbers: int8, int4, q4_all, mlp=4,attn=8; several by commas
@@ -110,7 +111,7 @@ def compare(cfg):
     rows = [cells(side, sides[0]) for side in sides]
     try:                                         # in this order: a closed pipe would end it before the page
         if cfg.html:
-            write_page(cfg.html, place, load, [said, *sentences], rows, picture)
+            write_page(cfg.html, place, load, said, sentences, rows, picture)
     finally:
         print("\n".join((*text_table(HEAD, rows), *sentences, said)))
     return {"measurements": {"decode": timed}, "runs": {side.name: side.found for side in sides},
@@ -119,14 +120,14 @@ def compare(cfg):
             "seeds": [cfg.seed]}
 
 
-def write_page(path, place, load, sentences, rows, picture):
+def write_page(path, place, load, said, sentences, rows, picture):
     """One HTML file that opens without a network: the verdict, the table, the picture, the machine."""
     busy = (f"The machine was busy (load average {load[0]:.2f} before the start): timings are off."
             if load and load[0] > QUIET else "")
-    where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "place": str(place)}
+    where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "decoding": str(place)}
     part = "Beside the first", [*sentences, busy], HEAD, rows
     pictures = {PICTURE: picture} if picture else {}
-    write_atomically(path, document("runs side by side", where, [part], pictures))
+    write_atomically(path, document("runs side by side", where, [part], pictures, said))
 
 
 # -------------------------------------------------- models ------------------------------------------------
@@ -134,10 +135,10 @@ def write_page(path, place, load, sentences, rows, picture):
 class Side:
     """One model as it decodes. about: its checkpoint without weights; data: the folder of its held-out text,
     None where it is not here; tokenizer: None where it is not known; found: what the record keeps of it;
-    text: what sides share whose losses are of the same windows."""
+    text: what sides share whose losses are of the same windows; how: the Setting that its word has."""
 
-    def __init__(self, name, model, about, data, tokenizer, found):
-        self.name, self.model, self.about, self.data = name, model, about, data
+    def __init__(self, name, model, about, data, tokenizer, found, how=PLAIN):
+        self.name, self.model, self.about, self.data, self.how = name, model, about, data, how
         self.tokenizer, self.found, self.text = tokenizer, found, data and text_of(data)
 
     def config(self):
@@ -146,19 +147,23 @@ class Side:
 
 def sides_of(cfg, place):
     """Every run, and each of them in every kind of whole numbers, ready to decode -> (sides, sentences)."""
-    read = [load(run) for run in cfg.runs]       # all of them first: a damaged one costs no measurement
+    given = [settings.of_word(word) for word in cfg.runs]
+    read = [load(run, how) for run, how in given]    # all of them first: a damaged one costs no measurement
     require(not cfg.exit_threshold or any(model.config.exits for model, _ in read), "exit_threshold="
             f"{cfg.exit_threshold} needs a model with early exits, and none of these has them: leave it out")
     if cfg.dataset:                              # typed: what is wrong with it is a mistake, not a note
         data_of(cfg.dataset, {})
-    sides, notes = [], []
-    for name, run, (model, about) in zip(names(cfg.runs), cfg.runs, read):
+    sides, notes, seen = [], [], set()
+    for name, (run, how), (model, about) in zip(names(cfg.runs), given, read):
         data, why = data_or_not(cfg, about)
         notes += [f"{name}: no loss: {why}"] if why else []
         side = Side(name, model, about, data, tokenizer_of(about, data, model.config.vocab_size), {
             "parameters": parameters_of(model.config), "block_size": model.config.block_size,
             "training_tokens_per_second": training_speed(run, about)})
-        whole = is_quantized(model)
+        if how.text:
+            apply(side, how, notes, again=run in seen)
+        seen.add(run)
+        whole = is_quantized(side.model)
         if cfg.quantize and whole:
             notes.append(f"{name} holds whole numbers already: it is compared as it is")
         kinds = kinds_in(cfg.quantize) if not whole else ()
@@ -169,7 +174,7 @@ def sides_of(cfg, place):
     return sides, notes
 
 
-def load(run):
+def load(run, how=PLAIN):
     """What a word names, as sample.py reads it -> (GPT in eval mode, its checkpoint without weights)."""
     folder = Path(run)
     near = [str(path) for path in (folder.parent.glob("*") if os.path.isdir(folder.parent) else ())]
@@ -177,21 +182,28 @@ def load(run):
             f"checkpoint{close_match(run, near)}: {USAGE}")
     if pretrained.is_gpt2(run) and not any(folder.glob("ckpt*.pt")):
         model = GPT.from_pretrained(run)
+        settings.check(how, model.config, run)
+        model = pretrained.rebuilt(model, replace(model.config, **dict(how.flags)))
         about = {"config": pretrained.carried(run).get("config"),
                  "tokenizer": pretrained.description_of(run, model.config.vocab_size)}
         return model.eval(), about
     loaded, path = checkpoint.read(run)
-    model = build_model(loaded, path).eval()
+    packed = any(key.endswith(".meta") for key in loaded["model"])
+    settings.check(how, config_of(loaded, path), run, "packed" if packed else
+                   "quantised" if loaded.get("quantize") else "")
+    model = build_model(loaded, path, **dict(how.flags)).eval()
     return model, {key: value for key, value in loaded.items() if key not in ("model", "optimizer")}
 
 
-def names(runs):
-    """The shortest ends of paths that tell them apart; the same run again has a number behind it."""
-    places = [place_of(run) for run in runs]
-    distinct = [*dict.fromkeys(places)]
+def names(words):
+    """The shortest ends of paths that tell them apart, each with how it decodes; the same again has a number
+    behind it."""
+    places = [(place_of(run), how.text) for run, how in map(settings.of_word, words)]
+    distinct = [*dict.fromkeys(place for place, _ in places)]
     short = {place: named(place, name) for place, name in zip(distinct, names_of(distinct))}
     counts = [places[:n + 1].count(place) for n, place in enumerate(places)]
-    return [short[place] + (f" ({count})" if count > 1 else "") for place, count in zip(places, counts)]
+    return [short[place] + f"@{text}" * bool(text) + (f" ({count})" if count > 1 else "")
+            for (place, text), count in zip(places, counts)]
 
 
 def named(place, name):
@@ -242,17 +254,32 @@ def training_speed(run, about):
     return statistics.median(rates) if rates else None
 
 
+def apply(side, how, notes, again):
+    """Make a side decode as its word says, as sample.py does. again: its run has a row already."""
+    if dict(how.flags).get("weights") == "2:4":
+        retrofit.choose_pruned(side.model, calibration_text(side))
+    if how.quantize:
+        side.model = whole_numbers(side, how.quantize, notes)
+    side.how, side.found = how, side.found | {"decodes_with": how.text} | (
+        {"training_tokens_per_second": None} if again else {})
+
+
 def quantised(side, kind, notes):
-    """The same run in whole numbers, as sample.py --quantize makes them -> Side."""
+    """The same run in whole numbers too -> Side."""
+    found = side.found | {"quantize": kind, "training_tokens_per_second": None}
+    return Side(f"{side.name}, {kind}", whole_numbers(side, kind, notes), side.about, side.data,
+                side.tokenizer, found, side.how)
+
+
+def whole_numbers(side, kind, notes):
+    """A copy of a side's model in whole numbers, as sample.py --quantize makes them."""
     model, moments = copy.deepcopy(side.model), None
     if 4 in forms_of(kind):
         ids = training_text(side, calibrate.TOKENS)
         moments = None if ids is None else calibrate.input_moments(model, ids)
         notes += [f"{side.name}, {kind}: scales by plain least squares, its training data are not here"] * (
             ids is None)
-    found = side.found | {"quantize": kind, "training_tokens_per_second": None}
-    return Side(f"{side.name}, {kind}", quantize(model, kind, moments=moments), side.about, side.data,
-                side.tokenizer, found)
+    return quantize(model, kind, moments=moments)
 
 
 def training_text(side, count):
@@ -265,14 +292,22 @@ def training_text(side, count):
         return None
 
 
+def calibration_text(side):
+    """Ids (B, T) that a model is calibrated on: of its training data, or else what it writes itself."""
+    ids = training_text(side, calibrate.AT_LOAD)
+    return calibrate.own_text(side.model) if ids is None else ids
+
+
 def make_ready(side, cfg, place, notes):
     """Turn a side's model into what sample.py decodes with: device, dtype, shortcuts, packing, threads."""
-    model = side.model.to(device=place.device, dtype=place.dtype).use_policy(cfg.sparse_decode)
+    model = side.model.to(device=place.device, dtype=place.dtype).use_policy(
+        cfg.sparse_decode or side.how.sparse_decode)
     continual.switch_on(model, "")
-    if cfg.sparse_decode and calibrate.screened(model) and calibrate.needs_thresholds(model):
-        ids = training_text(side, calibrate.AT_LOAD)
-        ids = calibrate.own_text(model) if ids is None else ids.to(place.device)
-        calibrate.calibrate(model, ids, model.config.mlp_live)
+    screens = cfg.sparse_decode or side.how.sparse_decode or "mlp_screen" in dict(side.how.flags)
+    if screens and calibrate.screened(model):
+        model.choose(predict=True)
+        if calibrate.needs_thresholds(model):
+            calibrate.calibrate(model, calibration_text(side).to(place.device), model.config.mlp_live)
     if cfg.exit_threshold and model.config.exits:
         model.choose(leave_at=cfg.exit_threshold)
     if any(isinstance(module, TwoOfFour | Packed) for module in model.modules()):

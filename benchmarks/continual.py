@@ -206,7 +206,7 @@ def draw_losses(axis, runs, found):
                   label="before it" if not place else None)
     axis.set_yticks(range(len(runs)), [f"{name}\n{found[name]['cut']:.0%} less" for name in runs], fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel=f"validation loss on {FIRST}, nats", xlim=(1.4, None))
+    axis.set(xlabel=f"validation loss on {FIRST}, nats", xlim=(0, None))
 
 
 def draw_forgetting(axis, runs):

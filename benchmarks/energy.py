@@ -17,7 +17,7 @@ from configurator import require
 from data import dataset as datasets
 from decode import counters
 from training import energy as spending
-from viz.figures import drawing
+from viz.figures import drawing, name_points
 
 GATES = dict(block_size=64, batch_size=16, act="gelu", event_gate=True, dendrites=4, dendrites_active=4,
              n_head=1)
@@ -130,6 +130,8 @@ def draw(path, points):
         for name, found in points.items():
             colour = "black" if name == "no gates" else "tab:red"
             axis.plot([p["macs"] for p in found], [p["val_loss"] for p in found], "o", color=colour)
-            axis.annotate(name, mean[name], textcoords="offset points", xytext=(6, 4), fontsize=8)
         axis.set(xlabel="multiply-adds of the blocks' weights that a decode step executes",
                  ylabel="validation loss, nats")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.margins(x=0.1)
+        name_points(axis, [(name, *at) for name, at in mean.items()])

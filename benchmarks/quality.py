@@ -146,6 +146,9 @@ def draw_branches(path, found):
     """Share of closed dendritic branches over training, one line a seed."""
     with drawing(path, size=(6, 3.6)) as axis:
         branches = GPTConfig(**found[0]["model_args"]).dendrites
-        for run in found:
-            axis.plot(*zip(*[(i, 1 - opened / branches) for i, opened in run["open_branches"]]), lw=1)
+        for place, run in enumerate(found, 1):
+            axis.plot(*zip(*[(i, 1 - opened / branches) for i, opened in run["open_branches"]]), lw=1,
+                      label=f"seed {place} of {len(found)}")
         axis.set(xlabel="iterations", ylabel="share of branches closed, mean of layers", ylim=(0, 1))
+        axis.set_title(f"dendritic attention, {branches} branches a head", fontsize=9)
+        axis.legend(frameon=False, fontsize=8)

@@ -315,6 +315,14 @@ def tested(sentence, records):
     return sentence.format(", ".join(whole)) if whole else ""
 
 
+def paper_rows(record):
+    """Decode times by arithmetic."""
+    for name, p in record["points"].items():
+        rates = " | ".join(figure({"median": 1 / seconds}) for seconds in p["seconds"].values())
+        lose = f"{p['may_lose']:.3f} (below {p['beside']})" if p["may_lose"] else ""
+        yield f"{name} | {(p['weight_bytes'] + p['kv_bytes']) / 1e6:,.0f} | {rates} | {lose}"
+
+
 def figure(s):
     """A median in four digits, thousands apart."""
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
@@ -351,6 +359,8 @@ TABLES = (
     ("text | vocabulary | tokens per character | bits per byte, flat | tokens, to GPT-2's", ("fertility",),
      fertility_rows),
     ("weights of 63 M | val loss | nats to dense | % | bytes", ("quantize",), quantized_rows),
+    ("arithmetic, not a measurement | MB a token | this CPU, tokens/s | RTX 3090 | RTX 4090 | H100 "
+     "| what it may lose, nats", ("scaling",), paper_rows),
     ("injected | held | seconds", ("faults",), fault_rows),
     ("the suite on | passed | skipped | failed | minutes", ("suite",), suite_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
@@ -366,4 +376,5 @@ BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.ite
 BLOCKS["longer"] = pages.longer_table
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))
 BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, sentence in TESTED.items()}
+BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

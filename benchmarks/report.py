@@ -1,13 +1,20 @@
-"""What `table` found, for people: markdown, plots, and one HTML file that opens without a network."""
+"""What `table` found, for people: markdown, plots, and one HTML file that opens without a network.
+
+    python -m benchmarks.report results/table_cpu.json
+
+writes them anew, beside a record that is there.
+"""
 import base64
 import html
 import json
+import sys
 from pathlib import Path
 
 from benchmarks import ROOT, stats
 from benchmarks.frontier import frontier
 from benchmarks.record import PEER, TWIN, read, write_atomically
-from viz.figures import drawing
+from configurator import require, run_script
+from viz.figures import drawing, name_points
 
 SHOWN = ("decode time", "decode bytes", "training time")
 UNITS = {"decode time": "ms a decoded token, batch 1", "decode bytes": "MB of weights read a decoded token",
@@ -255,6 +262,7 @@ def draw_axis(path, result, axis):
     scale, costs, rows = SCALES[axis], result["axes"][axis]["costs"], result["rows"]
     points = {name: (costs[name] * scale, rows[name]["val_loss"]["mean"]) for name in costs
               if name in rows_once(result) and not rows[name]["sees_the_future"]}
+    names = []
     with drawing(path, size=(8, 5)) as axes:
         line = frontier([xy for name, xy in points.items() if rows[name]["kind"] == "dense"])
         axes.plot(*zip(*line), "-", color="black", lw=1, label="the frontier of dense models")
@@ -262,17 +270,19 @@ def draw_axis(path, result, axis):
             pays = result["axes"][axis]["to_frontier"].get(name, {}).get("pays", False)
             dense, named = rows[name]["kind"] == "dense", pays or (x, y) in line
             colour = "tab:green" if pays else "black" if dense and named else "tab:gray"
+            names += [(name, x, y)] * named
             interval = rows[name]["val_loss"]["interval"]
             axes.plot([x], [y], "o" if dense else "s", color=colour, ms=5 if named else 3)
-            if named:
-                axes.annotate(name, (x, y), fontsize=9, xytext=(5, 4), textcoords="offset points")
             if interval:
                 axes.vlines(x, *interval, color=colour, lw=0.5, alpha=0.5)
         axes.plot([], [], "s", color="tab:green", ms=5, label="a block, all of its 95% interval beyond it")
-        axes.plot([], [], "s", color="tab:gray", ms=3, label="a block that is not; circles: dense models")
+        axes.plot([], [], "s", color="tab:gray", ms=3,
+                  label="a block that is not; circles: other dense models")
         axes.set(xscale="log", xlabel=UNITS[axis], ylabel="validation loss, nats")
         plain_ticks(axes.xaxis)
+        axes.margins(x=0.08)
         axes.legend(frameon=False, fontsize=8)
+        name_points(axes, names, 9)
 
 
 def frontier_names(rows, costs):
@@ -290,16 +300,20 @@ def plain_ticks(axis):
 
 
 def draw_sparsity(path, result):
-    """Of every arm, zeros into W_down and the multiply-adds that a token really costs."""
+    """Of every arm, zeros into W_down where its units are counted, and the multiply-adds that a token costs.
+    """
     rows = {name: row for name, row in rows_once(result).items() if "macs" in row}
     most = rows[TWIN]["macs"]
     with drawing(path, columns=2, size=(8, 0.22 * len(rows) + 1.2), sharey=True) as axes:
-        zeros = [row["counters"].get("zeros", 0.0) for row in rows.values()]
-        axes[0].barh(list(rows), zeros, color="tab:blue")
+        zeros = [row["counters"].get("zeros") for row in rows.values()]
+        axes[0].barh(list(rows), [share or 0 for share in zeros], color="tab:blue")
+        for place, share in enumerate(zeros):
+            if not share:                        # an empty row would not say which of the two it is
+                axes[0].text(0.01, place, "not counted" if share is None else "none", va="center", fontsize=7)
         axes[1].barh(list(rows), [row["macs"] / most for row in rows.values()], color="tab:orange")
         axes[0].set(xlabel="share of zeros into W_down", xlim=(0, 1))
         axes[1].set(xlabel="multiply-adds a token, dense is 1")
-        axes[0].invert_yaxis()
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
         for axis in axes:
             axis.tick_params(labelsize=7)
 
@@ -348,19 +362,27 @@ def page(result, where, pictures):
 def machine(where):
     """The sentence of the hardware and versions that a page's numbers belong to."""
     on = where.get("gpu") or where.get("cpu") or "an unknown machine"
-    more = [f"{where[key]} {key}" for key in ("cores", "threads") if where.get(key)]
+    more = [f"{where[key]} {key[:-1] if where[key] == 1 else key}" for key in ("cores", "threads")
+            if where.get(key)]
     more += [f"{name} {where[name.lower()]}" for name in ("torch", "Python") if where.get(name.lower())]
     said = f"Measured on {', '.join([on, *more])}"
     rest = {key: value for key, value in where.items()
             if value and key not in ("gpu", "cpu", "cores", "threads", "torch", "python")}
-    return said + "".join(f"; {key} {value if isinstance(value, str) else json.dumps(value)}"
-                          for key, value in rest.items()) + "."
+    return said + "".join(f"; {plainly(key, value)}" for key, value in rest.items()) + "."
 
 
-def document(name, where, parts, pictures):
+def plainly(key, value):
+    """A fact of a record in words: versions by name, others behind their key."""
+    if key == "versions":
+        return ", ".join(f"{name} {version}" for name, version in value.items())
+    return f"{key} {value if isinstance(value, str) else json.dumps(value)}"
+
+
+def document(name, where, parts, pictures, verdict=""):
     """One HTML file that needs no other: parts as `told` gives them; pictures: {title: PNG's bytes}, which
-    come first. A click on a head sorts its table."""
-    body = [f"<p>{html.escape(machine(where))}</p>"]
+    come first, behind the verdict. A click on a head sorts its table."""
+    body = [f"<p><b>{html.escape(verdict)}</b></p>"] * bool(verdict)
+    body.append(f"<p>{html.escape(machine(where))}</p>")
     for title, content in pictures.items():
         data = base64.b64encode(content).decode()
         body += [f"<h2>{html.escape(title)}</h2>",
@@ -403,7 +425,8 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nanoCortex: {name}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>nanoCortex: {name}</title>
 <style>
 body {{ font: 14px/1.4 sans-serif; margin: 2em; max-width: 110em }}
 div {{ overflow-x: auto }}
@@ -420,3 +443,16 @@ td.no {{ background: #f7dcdc }}
 <script>{script}</script>
 </body></html>
 """
+
+
+def main(words):
+    require(len(words) == 1 and words[0].endswith(".json"), f"{' '.join(words) or 'no word'}: name one "
+            "record of bench.py table: type python -m benchmarks.report results/table_cpu.json")
+    record = read(words[0])
+    require("axes" in record, f"{words[0]} is no record of bench.py table: type results/table_cpu.json")
+    write(Path(words[0]), record, record["hardware"])
+    print(f"written: {Path(words[0]).with_suffix('.html')}, .md and the plots beside it")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(sys.argv[1:]))

@@ -26,7 +26,7 @@ from kernels.arena import move_weights
 from model import GPT, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training.runtime import DTYPES
-from viz.figures import drawing
+from viz.figures import drawing, name_points
 
 STORED = "bf16", "q8_0", "q4_0"                  # files of llama.cpp
 QUICK = dict(shares="15", bits="4", quantize="int8", windows=8, repeats=3)
@@ -325,15 +325,14 @@ def draw(path, points, measurements):
     require(all("loss" in p for p in points.values()), "plot: the losses are not measured: leave time_only "
             "out, or type --losses=FILE")
     with drawing(path, 1, (7, 4.5)) as axis:
-        lines = {}
+        lines, names = {}, []
         for name, p in points.items():
             lines.setdefault(name.rpartition(", ")[0] if p["share"] else "dense", []).append((name, p))
         for title, found in lines.items():
             at = [(p[key] / (1 if measurements else 1e6), p["loss"]) for _, p in found]
             axis.plot(*zip(*at), "ks" if title == "dense" else "o-", markersize=4, label=title)
-            for (name, p), place in zip(found, at):
-                axis.annotate(f"{p['share']:.0%}" if p["share"] else name, place, fontsize=6,
-                              xytext=(3, 3), textcoords="offset points")
+            names += [(f"{p['share']:.0%}" if p["share"] else name, *place)
+                      for (name, p), place in zip(found, at)]
         for name, s in measurements.get("decode", {}).get("sides", {}).items():
             if name not in points:
                 axis.axvline(s["median"], color="grey", linestyle=":", linewidth=1)
@@ -341,3 +340,4 @@ def draw(path, points, measurements):
                               va="top", xycoords=("data", "axes fraction"))
         axis.set(xlabel=label, ylabel="held-out loss, nats")
         axis.legend(frameon=False, fontsize=8)
+        name_points(axis, names, 7)

@@ -24,7 +24,7 @@ from benchmarks.screen import Reader, rewind
 from benchmarks.timing import interleave, measurement
 from benchmarks.trials import WHOLE, Lab, Trial, cost_of, digest, losses_of
 from configurator import ConfigError, require
-from viz.figures import drawing, pyplot
+from viz.figures import drawing, name_points, pyplot
 
 TIMED = 8                                        # points whose decode steps are timed, at most
 NOTABLE = 0.99                                   # of the bytes, that a point may read at most
@@ -442,12 +442,11 @@ class Search:
             for r in rows:
                 x = 1e3 / r.rate if timed else r.mb
                 axis.plot([x], [r.loss], "ks" if r.name == "dense" else "o", markersize=4)
-                axis.annotate(r.name, (x, r.loss), fontsize=6, xytext=(3, 3), textcoords="offset points",
-                              parse_math=False)
             axis.axhline(rows[0].loss * (1 + self.cfg.max_loss), color="grey", linestyle=":", linewidth=1)
             axis.set(xlabel="ms a decoded token, batch 1" if timed else "MB that a decode step reads",
                      ylabel="held-out loss, nats")
             axis.margins(0.2)
+            name_points(axis, [(r.name, 1e3 / r.rate if timed else r.mb, r.loss) for r in rows], 7)
 
     def record(self, timed, stopped):
         """What the JSON record keeps."""

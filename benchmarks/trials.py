@@ -21,6 +21,7 @@ from benchmarks.compare import load
 from benchmarks.record import write_atomically
 from benchmarks.runs import timed_script
 from benchmarks.screen import data_of
+from benchmarks.settings import AT_SAMPLING
 from benchmarks.stats import mean_interval
 from configurator import require
 from data import dataset as datasets
@@ -37,8 +38,6 @@ VERSION = 1                                      # of what a trial's numbers mea
 COUNTED = 16                                     # steps whose bytes and multiply-adds are counted
 LOOKS = 8                                        # times that a trial's loss is looked at, at most
 SURE = 0.99                                      # of an interval that ends a trial before its last window
-AT_SAMPLING = {"mlp_screen", "mlp_live", "mlp_topk", "attn_topk", "window", "window_pattern", "weights",
-               "screen"}                         # flags that sample.py switches on by itself
 SAME_TENSORS = AT_SAMPLING - {"weights"} | {"mlp_topk_group"}        # and that need no start
 RECIPE = ("optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "muon_momentum", "muon_steps",
           "documents", "dropout")                # keys of the run's training that training on takes over

@@ -3,7 +3,7 @@ import importlib.util
 import io
 import math
 
-from viz.figures import drawing
+from viz.figures import drawing, name_points
 
 HEAD = ("run", "loss, nats", "to the first (95%, paired)", "%", "bits/byte", "parameters", "MB a token",
         "M multiply-adds", "decode tokens/s (quartiles)", "x the first", "training tokens/s")
@@ -128,6 +128,7 @@ def drawn(cfg, sides):
         axis.set(xlabel="ms a decoded token, batch 1", ylabel="held-out loss, nats")
         axis.set_title("bars: quartiles of the time; 95% of the loss's difference to the first", fontsize=8)
         axis.margins(0.2)
+        name_points(axis, [(s.name, 1e3 / s.found["decode"]["median"], s.found["loss"]) for s in shown])
     return png.getvalue(), ""
 
 
@@ -137,5 +138,3 @@ def draw_point(axis, side):
     half = (interval[1] - interval[0]) / 2 if interval else 0
     axis.errorbar([x], [y], yerr=half, xerr=[[x - 1e3 / high], [1e3 / low - x]], fmt="o", markersize=5,
                   capsize=2, elinewidth=0.8)
-    axis.annotate(side.name, (x, y), fontsize=8, xytext=(5, 5), textcoords="offset points",
-                  parse_math=False)

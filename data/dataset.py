@@ -445,7 +445,8 @@ def survey(path):
     if decomposed:
         tell_decomposed(f"{path} has")
     require(length, f"{path} is empty: expected a text")
-    require("\0" not in chars, f"{path} holds NUL bytes and looks binary: expected a text in UTF-8")
+    require("\0" not in chars, f"{path} holds NUL bytes and looks binary: expected a text in UTF-8; "
+            f"{inputs.converted(path, inputs.likely_encoding(path))}")
     return length, chars
 
 
@@ -460,9 +461,7 @@ def text_pieces(path):
             while piece := file.read(TEXT_CHUNK):
                 yield piece
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ConfigError(f"{path} is not text in UTF-8 (it holds byte 0x{byte:02x} where none may be): "
-                          "convert it, with iconv for example") from error
+        raise ConfigError(f"{path} is no text in UTF-8: it {inputs.not_utf8(path, error)}") from error
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or inputs.first_line(error)
         raise ConfigError(f"{path} cannot be read: {why}") from error
@@ -572,8 +571,10 @@ def count_tokens(path, dtype, block_size):
     require(size % item == 0, f"{path} has {size} bytes, expected a multiple of {item} ({dtype}): it ends "
                               f"inside token {size // item}; {AGAIN}")
     tokens = size // item
-    require(tokens > block_size, f"{path} holds {tokens} tokens, expected block_size + 1 = {block_size + 1} "
-                                 f"or more: type --block_size={max(1, tokens - 1)} or prepare a longer text")
+    longest = min(file.stat().st_size // item for file in path.parent.glob("*.bin")) - 1     # of any split
+    shorter = f"type --block_size={longest} or " * (longest > 0)
+    require(tokens > block_size, f"{path} holds {tokens} token{'s' * (tokens != 1)}, expected block_size + 1 "
+                                 f"= {block_size + 1} or more: {shorter}prepare a longer text")
     return tokens
 
 

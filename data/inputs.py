@@ -4,12 +4,14 @@ Rows come from parquet, JSON lines, JSON, CSV and TSV, each a dict of columns; a
 {"text": all of it}. gz and zst are unpacked by their suffix. A row that cannot be used is a BadRow in its
 place, so that one broken line costs one document and has a name.
 """
+import codecs
 import csv
 import gzip
 import io
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 
 from configurator import ConfigError, require
@@ -323,13 +325,49 @@ def text_rows(file, columns, done):
         with io.TextIOWrapper(opened(file), encoding="utf-8-sig") as stream:
             text = stream.read(WHOLE_TEXT + 1)
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        text, row = "", BadRow("no UTF-8", f"holds byte 0x{byte:02x} where none may be: convert it, with "
-                               "iconv for example")
+        text, row = "", BadRow("no UTF-8", not_utf8(file, error))
     else:
         row = {"text": text}
     require(len(text) <= WHOLE_TEXT, too_long(file))
     yield "the whole", row
+
+
+def not_utf8(path, error):
+    """What a sentence says of a file that a UnicodeDecodeError has ended, and what to type."""
+    byte = error.object[error.start]
+    return f"holds byte 0x{byte:02x} where none may be; {converted(path, likely_encoding(path))}"
+
+
+def converted(path, encoding):
+    """The end of a sentence: how a file in another encoding, which may be known, becomes UTF-8."""
+    new = Path(path).with_suffix(f".utf8{Path(path).suffix}")
+    old, new = map(shlex.quote, map(str, (path, new))) if not suffixes(path)[1] else ("FILE", "NEW")
+    what = f"it looks like {encoding}" if encoding else "if it is a text of another encoding, say which"
+    return f"{what}: type iconv -f {encoding or 'ENCODING'} -t UTF-8 {old} > {new}, and take the new file"
+
+
+MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
+LOOKED_AT = 2**16                                # bytes that tell an encoding
+
+
+def likely_encoding(path):
+    """The encoding of a text that is not UTF-8: by its byte order mark, by the zeros of UTF-16, or by Hangul
+    where it is read as CP949, which Korean Windows writes; "" where nothing tells."""
+    with opened(path) as file:
+        some = file.read(LOOKED_AT)
+    for encoding, marks in MARKS.items():
+        if some.startswith(marks):
+            return encoding
+    zeros = [some[start::2].count(0) / max(1, len(some[start::2])) for start in (0, 1)]
+    for encoding, most, least in (("UTF-16BE", *zeros), ("UTF-16LE", *reversed(zeros))):
+        if most > 0.1 and most > 4 * least:      # a low byte may be zero too, as in U+AC00
+            return encoding
+    try:
+        beyond = [c for c in codecs.getincrementaldecoder("cp949")().decode(some) if c > "\x7f"]
+    except UnicodeDecodeError:
+        return ""
+    hangul = sum("\uac00" <= c <= "\ud7a3" for c in beyond)
+    return "CP949" if hangul > 0.8 * len(beyond) else ""
 
 
 READERS = {"parquet": parquet_rows, "json": json_rows, "csv": csv_rows, "text": text_rows}

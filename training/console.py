@@ -67,15 +67,17 @@ def sample_command(model, out_dir):
     return f"python sample.py --out_dir={shlex.quote(str(out_dir))}{sparse}"
 
 
-def saved_line(model, out_dir, saved, iteration, began, best):
+def saved_line(model, out_dir, saved, iteration, began, best, last):
     """The end of a run's last sentence: what its folder holds, what it does not, and what samples from it.
 
-    saved: {file: iteration} of this run; began: the iteration that it began with; best: its best val loss.
+    saved: {file: iteration} of this run; began: the iteration that it began with; best, last: its val losses.
     """
     out_dir, sample = Path(out_dir), f"sample with: {sample_command(model, out_dir)}"
     there = [name for name in ("ckpt.pt", "ckpt_last.pt") if (out_dir / name).is_file()]
     if iteration in saved.values() and "ckpt_last.pt" not in saved:
-        return f"{out_dir / 'ckpt.pt'}, best val loss {best:.4f}; {sample}"
+        found = (f"best val loss {best:.4f}" if last == best else
+                 f"val loss {last:.4f} (the best was {best:.4f})")
+        return f"{out_dir / 'ckpt.pt'}, {found}; {sample}"
     if saved.get("ckpt_last.pt") == iteration:
         return (f"the last iteration's weights are in {out_dir / 'ckpt_last.pt'}, from which "
                 "--init_from=resume goes on; " + ("ckpt.pt holds the best; " * ("ckpt.pt" in there)) + sample)

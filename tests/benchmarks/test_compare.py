@@ -251,6 +251,108 @@ def test_ten_runs_are_all_in_the_table_the_page_and_the_record(runs, tmp_path, c
     assert all(f"<td>{name}</td>" in page for name in names)
 
 
+# ------------------------------------------------ how a run decodes ---------------------------------------
+
+def test_a_run_stands_beside_itself_under_settings_of_sample_py(runs):
+    given = "dense", "dense@int8", "dense@mlp_screen=4", "dense@mlp_screen=4+int8", "predict@sparse_decode"
+    record = compared(runs, *given)
+    assert [*record["runs"]] == [*given] and record["verdict"].startswith("Of 5, ")
+    found, exact = record["runs"], compared(runs, "predict")["runs"]["predict"]
+    assert "decodes_with" not in found["dense"] and found["dense"]["training_tokens_per_second"] > 0
+    assert [found[name].get("decodes_with") for name in given[1:]] == [name.partition("@")[2]
+                                                                      for name in given[1:]]
+    assert [found[name]["training_tokens_per_second"] for name in given[1:4]] == [None] * 3
+    assert found["predict@sparse_decode"]["training_tokens_per_second"] > 0      # its run has no other row
+    assert found["predict@sparse_decode"]["loss"] != exact["loss"]
+    assert found["predict@sparse_decode"]["weight_bytes"] < exact["weight_bytes"]
+    assert found["dense@int8"]["weight_bytes"] != found["dense"]["weight_bytes"]     # narrow rows are padded
+    assert len({found[name]["loss"] for name in given}) == 5
+
+
+def test_a_setting_is_the_model_that_sample_py_decodes(runs):
+    """Loss: that of --val=True; whole numbers: those of compare's own --quantize."""
+    said = Job("sample.py", [f"--out_dir={runs / 'dense'}", "--mlp_topk=0.25", "--val=True", "--device=cpu",
+                             "--dtype=float32", "--num_samples=1", "--max_new_tokens=1"], runs).wait().err
+    given = "dense", "dense@mlp_topk=0.25", "dense@int4"
+    found = compared(runs, *given, quantize="int4", tokens=10**6)["runs"]
+    losses = re.search(r"validation loss ([\d.]+) nats, untrained .*? ([\d.]+) \(", said)
+    own, under = map(float, losses.groups())
+    assert found["dense"]["loss"] == pytest.approx(own, abs=1e-3) and own != under
+    assert found["dense@mlp_topk=0.25"]["loss"] == pytest.approx(under, abs=1e-3)
+    assert found["dense@int4"]["loss"] == found["dense, int4"]["loss"]
+    assert found["dense@int4"]["weight_bytes"] == found["dense, int4"]["weight_bytes"]
+
+
+def test_whole_numbers_of_every_run_go_on_top_of_its_setting(runs):
+    found = compared(runs, "dense", "dense@mlp_screen=4", "dense@int8", quantize="int8")
+    assert [*found["runs"]] == ["dense", "dense, int8", "dense@mlp_screen=4", "dense@mlp_screen=4, int8",
+                                "dense@int8"]
+    assert "dense@int8 holds whole numbers already: it is compared as it is" in found["notes"]
+    both = compared(runs, "dense@mlp_screen=4+int8")["runs"]["dense@mlp_screen=4+int8"]
+    assert found["runs"]["dense@mlp_screen=4, int8"]["loss"] == both["loss"]
+    assert found["runs"]["dense@mlp_screen=4, int8"]["weight_bytes"] == both["weight_bytes"]
+
+
+def test_two_of_four_weights_and_windows_are_settings_too(train):
+    train(out="wide", act="relu2", n_embd=64, block_size=32, n_layer=2)
+    given = "wide", "wide@weights=2:4", "wide@window=8", "wide@window=8+window_pattern=SL"
+    found = compared(train.folder, *given)["runs"]
+    assert len({found[name]["loss"] for name in given}) == 4
+    assert found["wide@weights=2:4"]["macs"] < found["wide"]["macs"]
+
+
+def test_a_folder_with_an_at_sign_is_a_run(runs, tmp_path):
+    shutil.copytree(runs / "dense", tmp_path / "me@int8")
+    found = compared(tmp_path, "me@int8", "me@int8@int8", "me@int8@int8")["runs"]
+    assert [*found] == ["me@int8", "me@int8@int8", "me@int8@int8 (2)"]
+    assert "decodes_with" not in found["me@int8"] and found["me@int8@int8"]["decodes_with"] == "int8"
+
+
+def test_settings_are_in_the_table_the_page_and_a_record_without_folders(runs, tmp_path):
+    given = [str(runs / "dense"), f"{runs / 'dense'}@int8"]
+    result = command(tmp_path, *given, *FAST, "--html=page.html", "--out=r.json")
+    record = record_of(result)
+    assert [*table_of(result.out)[1]] == ["dense", "dense@int8"] == record["config"]["runs"]
+    assert record["verdict"].startswith("dense@int8 decodes ")
+    assert "<td>dense@int8</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert str(runs) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("setting, parts", [
+    ("int9", ["dense@int9'", "did you mean 'int8'?", "RUN@int8"]),
+    ("mpl_screen=4", ["did you mean 'mlp_screen'?"]),
+    ("mlp_screen", ["dense@mlp_screen'", "needs a value"]),
+    ("mlp_screen=x", ["mlp_screen='x' is str, expected int"]),
+    ("mlp_screen=5", ["mlp_screen=5 must be 2, 3, 4 or 8"]),
+    ("mlp_live=0.1", ["mlp_live has no effect without mlp_screen"]),
+    ("int8+int4", ["two kinds of whole numbers, int8 and int4"]),
+    ("window=4+window=2", ["names window twice"]),
+    ("mlp=5", ["quantize='mlp=5'"]),
+    ("q8_0", ["save nothing: type int8"]),
+    ("sparse_decode", ["trained for no shortcut"]),
+    ("", ["dense@'", "behind it"]),
+    ("int8+", ["'' is no setting"]),
+])
+def test_settings_that_no_run_takes_are_one_sentence(runs, setting, parts, capsys):
+    with pytest.raises(ConfigError) as error:
+        compared(runs, f"dense@{setting}")
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value) and "round" not in capsys.readouterr().err
+
+
+def test_a_run_of_another_activation_or_of_whole_numbers_refuses_what_it_cannot_do(runs, train, tmp_path):
+    train(out="gelu")
+    with pytest.raises(ConfigError, match=r"gelu@mlp_screen=4.*needs act='relu2'; this run has act='gelu'"):
+        compared(train.folder, "gelu@mlp_screen=4")
+    argv = [f"--out_dir={runs / 'dense'}", f"--export_dir={tmp_path / 'q'}", "--to=packed", "--quantize=int8"]
+    assert Job("training/export.py", argv, tmp_path).wait().status == 0
+    for setting in ("int8", "attn_topk=0.5"):
+        with pytest.raises(ConfigError, match="holds quantised weights"):
+            compared(tmp_path, f"q@{setting}")
+    with pytest.raises(ConfigError, match="gon' is neither a run's folder"):
+        compared(tmp_path, "gon@int8")
+
+
 # ------------------------------------------------ texts that do not compare -------------------------------
 
 def test_runs_of_other_blocks_are_judged_on_windows_of_the_shortest(runs):

@@ -627,6 +627,23 @@ def test_the_report_is_one_file_that_needs_no_network(result, tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".html", ".png"}
 
 
+def test_a_report_is_written_anew_from_its_record(result, tmp_path):
+    hardware = {"cpu": "x", "cores": 2, "threads": 1, "versions": {"numpy": "2"}}
+    report.write(tmp_path / "t.json", result, hardware)
+    pages = {end: (tmp_path / f"t.{end}").read_text() for end in ("html", "md")}
+    assert "Measured on x, 2 cores, 1 thread; numpy 2." in pages["html"]
+    assert '<meta name="viewport"' in pages["html"]
+    (tmp_path / "t.json").write_text(json.dumps(result | {"hardware": hardware}))
+    for end in pages:
+        (tmp_path / f"t.{end}").unlink()
+    report.main([str(tmp_path / "t.json")])
+    assert pages == {end: (tmp_path / f"t.{end}").read_text() for end in pages}
+    (tmp_path / "other.json").write_text('{"schema": 2}')
+    for words in ([], ["t.html"], [str(tmp_path / "other.json")]):
+        with pytest.raises(ConfigError, match=r"results/table_cpu\.json"):
+            report.main(words)
+
+
 @pytest.mark.skipif(not shutil.which("node"), reason="no node on the PATH")
 def test_a_click_on_a_head_sorts_the_rows_by_number_and_keeps_empty_cells_below(tmp_path):
     """The page's own script, on a table that stands for the browser's."""

@@ -1,9 +1,11 @@
 """Data sets: what is written is read back, bad files are refused before step 0, a batch needs no past."""
 import gc
+import gzip
 import importlib.util
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import weakref
@@ -481,6 +483,58 @@ def test_a_mixture_that_is_none_is_one_sentence(tmp_path, dataset_key, expected)
 def test_an_unknown_sampling_is_one_sentence(counted):
     with pytest.raises(ConfigError, match="did you mean 'epoch'"):
         TokenStream(counted, "train", BLOCK, 1, 0, sampling="epochs")
+
+
+KOREAN = "\ud55c\uad6d\uc5b4 \ud14d\uc2a4\ud2b8, \uc624\ub298 \ub0a0\uc528\uac00 \uc88b\ub124\uc694.\n"
+
+
+@pytest.mark.parametrize("name, raw, encoding", [
+    ("korean.txt", KOREAN.encode("cp949"), "CP949"),
+    ("mostly english.txt", ("hello world, " + KOREAN).encode("cp949"), "CP949"),
+    ("notepad.txt", KOREAN.encode("utf-16"), "UTF-16"),
+    ("marked.txt", KOREAN.encode("utf-32"), "UTF-32"),
+    ("little.txt", ("hello " + KOREAN).encode("utf-16-le"), "UTF-16LE"),
+    ("big.txt", ("hello " + KOREAN).encode("utf-16-be"), "UTF-16BE"),
+    ("ascii in two bytes.txt", b"h\0e\0l\0l\0o\0\n\0", "UTF-16LE"),
+    ("latin.txt", "caf\u00e9 d\u00e9j\u00e0 vu\n".encode("latin-1"), ""),
+    ("japanese.txt", "\u3053\u3093\u306b\u3061\u306f\n".encode("euc-jp"), ""),
+    ("program.txt", bytes(range(256)), ""),
+])
+def test_a_text_that_is_not_utf8_is_refused_with_a_command_that_mends_it(tmp_path, name, raw, encoding):
+    path = tmp_path / name
+    path.write_bytes(raw * 500)
+    with pytest.raises(ConfigError) as error:
+        dataset.write_text(tmp_path / "out", path, "byte", 0.1)
+    said = str(error.value)
+    assert name in said and "\n" not in said and not (tmp_path / "out").exists()
+    assert f"type iconv -f {encoding or 'ENCODING'} -t UTF-8 " in said
+    if encoding:                                 # what is typed is understood, and gives a text that is taken
+        command = shlex.split(said.partition("type ")[2].rpartition(", and take")[0])
+        assert command[:5] == ["iconv", "-f", encoding, "-t", "UTF-8"] and command[5] == str(path)
+        assert command[6] == ">" and command[7].endswith(".utf8.txt")
+        Path(command[7]).write_text((raw * 500).decode(encoding), encoding="utf-8")
+        assert dataset.write_text(tmp_path / "out", Path(command[7]), "byte", 0.1)["tokens"]["train"] > 100
+
+
+def test_a_packed_text_that_is_not_utf8_says_its_encoding(tmp_path):
+    path = tmp_path / "book.txt.gz"
+    path.write_bytes(gzip.compress(KOREAN.encode("cp949") * 500))
+    with pytest.raises(ConfigError, match="it looks like CP949: type iconv -f CP949 -t UTF-8 FILE > NEW"):
+        dataset.write_text(tmp_path / "out", path, "byte", 0.1)
+
+
+def test_the_block_size_that_is_advised_for_a_short_text_fits_both_of_its_splits(tmp_path):
+    def write(train, val):
+        ids = {"train": [[1] * train], "val": [[1] * val]}
+        return write_dataset(tmp_path / f"{train}", ids, ByteTokenizer(), "short")
+    write(90, 10)
+    refused(tmp_path / "90", "train.bin", "90 tokens", "type --block_size=9 or prepare", block_size=128)
+    assert check(tmp_path / "90", 9, 256)
+    write(9, 1)
+    for block_size in (128, 8, 1):
+        with pytest.raises(ConfigError) as error:
+            check(tmp_path / "9", block_size, 256)
+        assert "--block_size" not in str(error.value) and "prepare a longer text" in str(error.value)
 
 
 @pytest.mark.slow

@@ -95,6 +95,15 @@ def test_a_run_says_where_it_computes_what_it_found_and_what_to_type(train):
     assert "aux, " in result.err and not re.search("n/a|nan", result.out + result.err)
 
 
+def test_the_last_line_has_the_loss_of_what_is_saved_where_an_evaluation_before_it_was_better(train):
+    """A retrofit at a rate that destroys it: iteration 0 is the best and is not what ckpt.pt holds."""
+    train(out="dense", max_iters=40, learning_rate=1e-2)
+    said = train(out="worse", init_from=train.folder / "dense", window=4, max_iters=4, eval_interval=4,
+                 learning_rate=0.5, warmup_iters=0).out.splitlines()[-1]
+    first, last = [row["val_loss"] for row in train.metrics("worse") if "val_loss" in row]
+    assert last > first and f"ckpt.pt, val loss {last:.4f} (the best was {first:.4f}); sample with: " in said
+
+
 def test_the_bar_agrees_with_the_evaluation_where_a_mechanism_adds_to_the_loss(train):
     """The last bar's cross-entropy is below the loss that the log has, by what is added."""
     result = train(event_gate=True, event_cost=5.0)

@@ -14,7 +14,7 @@ from configurator import ConfigError
 from decode import counters
 from model import build_model
 from training import checkpoint
-from viz import plots
+from viz import figures, plots
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
@@ -249,3 +249,39 @@ def test_an_output_folder_that_cannot_be_made_and_a_missing_matplotlib_are_one_s
     without = "import sys; sys.modules['matplotlib'] = None"
     one_sentence(Job("bench.py", ["plot", runs["osc"]], tmp_path, before=without, name="b").wait(),
                  "bench.py", "figures need matplotlib: pip install matplotlib")
+
+
+# ------------------------------------------------ names beside points -------------------------------------
+
+@pytest.mark.parametrize("points", [
+    [("three layers", 1.0, 1.0), ("half as wide", 1.01, 1.0)],
+    [("a very long name at the right edge", 10.0, 1.0), ("low", 1.0, 0.0), ("high", 5.0, 2.0)],
+    [(f"model {n}", 5 + 0.05 * n, 1 + 0.01 * n) for n in range(8)],
+    [("the same place", 2.0, 1.0), ("twice", 2.0, 1.0), ("$a_{b}^c$", 2.0, 1.0)],
+], ids=["neighbours", "edges", "a crowd", "one place"])
+def test_names_cover_neither_each_other_nor_the_edge_nor_the_legend(tmp_path, points):
+    pytest.importorskip("matplotlib")
+    from matplotlib.text import Text
+    with figures.drawing(tmp_path / "p.png") as axis:
+        axis.plot([0, 10], [0, 2], "-", label="a line")
+        for _, x, y in points:
+            axis.plot([x], [y], "o")
+        axis.legend()
+        figures.name_points(axis, points)
+        axis.figure.canvas.draw()                # puts the texts where they belong
+        names, boxes = [t.get_text() for t in axis.texts], [*map(Text.get_window_extent, axis.texts)]
+        frame, legend = axis.get_window_extent().padded(1), axis.get_legend().get_window_extent()
+    assert names == [name for name, _, _ in points]
+    assert not [(n, m) for n in range(len(boxes)) for m in range(n) if boxes[n].overlaps(boxes[m])]
+    assert not [n for n, box in enumerate(boxes) if box.overlaps(legend)]
+    assert all(frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1) for box in boxes)
+
+
+def test_a_name_that_is_far_from_its_point_has_a_line_to_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    with figures.drawing(tmp_path / "p.png") as axis:
+        axis.plot([0, 1], [0, 1], "-")
+        axis.plot([0.5], [0.5], "o")
+        figures.name_points(axis, [("alone", 0.5, 0.5)])
+        figures.name_points(axis, [(f"number {n}", 0.5, 0.5) for n in range(6)])
+        assert axis.texts[0].arrow_patch is None and any(t.arrow_patch for t in axis.texts[1:])
