@@ -381,7 +381,7 @@ def plainly(key, value):
 def document(name, where, parts, pictures, verdict=""):
     """One HTML file that needs no other: parts as `told` gives them; pictures: {title: PNG's bytes}, which
     come first, behind the verdict. A click on a head sorts its table."""
-    body = [f"<p><b>{html.escape(verdict)}</b></p>"] * bool(verdict)
+    body = [f'<p class="verdict">{html.escape(verdict)}</p>'] * bool(verdict)
     body.append(f"<p>{html.escape(machine(where))}</p>")
     for title, content in pictures.items():
         data = base64.b64encode(content).decode()
@@ -434,6 +434,7 @@ table {{ border-collapse: collapse; font-size: 12px }}
 td, th {{ border: 1px solid #ccc; padding: 2px 6px; text-align: right; white-space: nowrap }}
 td:first-child, th:first-child {{ text-align: left }}
 img {{ max-width: 100% }}
+p.verdict {{ font-weight: bold }}
 th {{ cursor: pointer }}
 td.yes {{ background: #d9f2d9 }}
 td.no {{ background: #f7dcdc }}

@@ -10,6 +10,7 @@ import sparse_kernels as kernels
 from benchmarks import ROOT, Bench
 from benchmarks.record import OURS, read
 from configurator import require
+from kernels import picked
 
 SHAPES = {"124M": (12, 768), "350M": (24, 1024), "1.5B": (48, 1600), "7B": (32, 4096)}    # layers, width
 VOCABULARY = 50304
@@ -45,14 +46,14 @@ class Variant(NamedTuple):
     name: str
     bits: tuple = (16, 16, 16)
     mlp: str = "relu2"
-    two_of_four: bool = False                    # attention and W_up, packed where these have 16 bits
+    two_of_four: bool = False                    # attention and W_up, packed where these have 16 or 8 bits
     hierarchy: int = 1                           # the middle layers run on every so many tokens
     screened_head: bool = False                  # 8 bits of it are looked at first, where it has 16
     window: int = 0                              # of three layers in four
 
     def form(self, part):
         """How a row of attention (0) or of W_up (1) is stored: see row_bytes."""
-        return "2:4" if self.two_of_four and self.bits[part] == 16 else self.bits[part]
+        return f"2:4 in {self.bits[part]}" if self.two_of_four and self.bits[part] > 4 else self.bits[part]
 
 
 INT8, INT4 = (8, 8, 8), (8, 4, 8)
@@ -63,7 +64,7 @@ VARIANTS = tuple(Variant(f"{name}, {kind}", bits, **flags) for name, flags in {
     "2:4": dict(two_of_four=True), "hierarchy 4": dict(hierarchy=4), "efficient": EFFICIENT,
     "columns + 2:4 + hierarchy 4": COMBINED}.items()
     for kind, bits in {"bf16": (16, 16, 16), "int8": INT8, "int4": INT4}.items()
-    if name != "2:4" or kind == "bf16")          # whole numbers are stored dense
+    if name != "2:4" or kind != "int4")          # 4 bits are stored dense
 COLUMNS, ACTIVE = 32, 3                          # columns, and those that answer
 RANK, PREDICTED, WINNERS = 12, 0.2, 0.1          # width by the predictor's rank; of the units: picked, firing
 HALF = 0.5                                       # of the units of columns that answer, those that fire
@@ -76,11 +77,13 @@ MACHINES = "this CPU", *CARDS
 
 @cache
 def row_bytes(width, form):
-    """Bytes of a row of weights as the engine reads it; form: 16, 8 or 4 bits, or 2:4 in 16."""
+    """Bytes of a row of weights as the engine reads it; form: 16, 8 or 4 bits, or 2:4 in 16 or 8 as AVX2
+    reads it (of whole groups of 256 inputs 16 bits take as much elsewhere)."""
     row = torch.zeros(1, width)
-    if form == "2:4":
+    if form in ("2:4 in 16", "2:4 in 8"):
         values, meta = kernels.pack_24(row.bfloat16())
-        return values.nbytes + meta.nbytes
+        laid = picked.lay(values if form == "2:4 in 16" else values.to(torch.int8), meta, width)
+        return laid.size(1) + 8 * (form == "2:4 in 8")
     if form == 16:
         return 2 * width
     codes, scale = kernels.quantize(row, form)

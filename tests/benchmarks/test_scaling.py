@@ -10,11 +10,12 @@ from configurator import ConfigError
 from decode import engine
 from decode.context import Cache
 from decode.quantized import quantize
+from kernels import picked as laid
 from kernels.build import cpu_library
 from layers import settle
 from model import GPT, GPTConfig
 
-LAYERS, C, V, STEPS = 4, 192, 640, 8             # whole groups of every form of a row; two groups of four
+LAYERS, C, V, STEPS = 4, 256, 640, 8             # whole groups of every form of a row; two groups of four
 FLAGS = {"gelu": dict(act="gelu"), "relu2": {}, "screen": dict(mlp_screen=4),
          "predict": dict(mlp_topk=0.1, mlp_predict=C // scaling.RANK, mlp_active=scaling.PREDICTED),
          "columns": dict(columns=scaling.COLUMNS, columns_active=scaling.ACTIVE)}
@@ -57,6 +58,8 @@ def ran(program, part, code="", field="runs"):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_bytes_on_paper_are_those_that_the_engine_counts(programs, name):
     v, program = BY_NAME[name], programs[name]
+    if v.two_of_four and v.bits[0] == 8 and not laid.wanted(torch.device("cpu")):
+        pytest.skip("this processor reads 2:4 weights of 8 bits as dense ones")
     done = {part: size / STEPS for part, (_, size) in program.done().items()}
     middle = 0.25 if v.hierarchy > 1 else 1
     for layer, often in enumerate((1, middle, middle, 1)):

@@ -533,7 +533,6 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
     assert {row["bits"] for row in found if row["kernel"] == "step product_kernel"} == {16, 8, 4}
     for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
-        # three programs of four warps fit on a multiprocessor (Triton 3.6 takes 151, later ones 128)
-        assert row["reg"] <= 168 and row["products"] >= 1 and row["shared"] <= 101376, row
+        assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
         if row["kernel"] != "step embed_kernel":
             assert row["wide_loads"] >= 1, row
