@@ -447,6 +447,9 @@ td.no {{ background: #f7dcdc }}
 
 
 def main(words):
+    if words in (["--help"], ["-h"]):
+        print("python -m benchmarks.report RECORD.json: the pages and plots of a record of bench.py table")
+        return
     require(len(words) == 1 and words[0].endswith(".json"), f"{' '.join(words) or 'no word'}: name one "
             "record of bench.py table: type python -m benchmarks.report results/table_cpu.json")
     record = read(words[0])

@@ -197,9 +197,28 @@ def scaling(cfg):
 
 
 def rival_of(v):
-    """The dense model that a variant stands beside: GELU in the same bits, itself in bf16."""
-    kind = v.name.rpartition(", ")[2]
-    return f"dense, GELU, {'bf16' if v.mlp == 'gelu' else kind}"
+    """The dense model that a variant stands beside: a block's differs from it in the block alone, whole
+    numbers stand beside themselves in bf16, and squared ReLU there beside GELU."""
+    name, _, kind = v.name.rpartition(", ")
+    if not name.startswith("dense"):
+        return f"dense, squared ReLU, {kind}"
+    return f"{name if kind != 'bf16' else 'dense, GELU'}, bf16"
+
+
+def flags_of(v, C):
+    """The flags of GPTConfig that make a variant of width C."""
+    mlp = {"gelu": dict(act="gelu"), "relu2": {}, "screen": dict(mlp_screen=4),
+           "predict": dict(mlp_topk=WINNERS, mlp_predict=C // RANK, mlp_active=PREDICTED),
+           "columns": dict(columns=COLUMNS, columns_active=ACTIVE)}[v.mlp]
+    more = dict(hierarchy=v.hierarchy if v.hierarchy > 1 else 0, screen=v.screened_head, window=v.window,
+                weights="2:4" if v.two_of_four else "")
+    return dict(act="relu2") | mlp | {key: value for key, value in more.items() if value}
+
+
+def beside_twins(cfg):
+    """(flags, flags of the dense model beside it) of every block that is compared."""
+    flags = {v.name: flags_of(v, 768) for v in VARIANTS}
+    return [(flags[v.name], flags[rival_of(v)]) for v in VARIANTS if not v.name.startswith("dense")]
 
 
 def tell(cfg, points, speeds, source):

@@ -16,9 +16,6 @@ from layers import settle
 from model import GPT, GPTConfig
 
 LAYERS, C, V, STEPS = 4, 256, 640, 8             # whole groups of every form of a row; two groups of four
-FLAGS = {"gelu": dict(act="gelu"), "relu2": {}, "screen": dict(mlp_screen=4),
-         "predict": dict(mlp_topk=0.1, mlp_predict=C // scaling.RANK, mlp_active=scaling.PREDICTED),
-         "columns": dict(columns=scaling.COLUMNS, columns_active=scaling.ACTIVE)}
 BY_NAME = {v.name: v for v in scaling.VARIANTS}
 
 
@@ -28,9 +25,7 @@ def programs():
     found, ids = {}, torch.randint(V, (1, 17), generator=torch.Generator().manual_seed(0))
     for v in scaling.VARIANTS:
         config = GPTConfig(n_layer=LAYERS, n_head=4, n_embd=C, block_size=32, vocab_size=V, bias=False,
-                           hierarchy=v.hierarchy * (v.hierarchy > 1), screen=v.screened_head,
-                           window=8 * bool(v.window), weights="2:4" if v.two_of_four else "dense",
-                           **dict(act="relu2") | FLAGS[v.mlp])
+                           **scaling.flags_of(v, C) | (dict(window=8) if v.window else {}))
         model = GPT(config, seed=0).eval()
         if v.bits != (16, 16, 16):
             quantize(model, "int8" if v.bits == scaling.INT8 else "int4")
@@ -120,8 +115,10 @@ def test_the_time_of_a_step_is_its_bytes_by_the_bandwidth_and_a_cards_ops(capsys
         size = point["weight_bytes"] + point["kv_bytes"]
         assert point["seconds"]["this CPU"] == pytest.approx(size / 10e9)
         assert point["seconds"]["H100"] == pytest.approx(size / 3.35e12 + 2e-6 * point["ops"])
-    dense, screened = (found["points"][f"124M: {name}, int8"] for name in ("dense, GELU", "screened units"))
-    assert screened["beside"] == "dense, GELU, int8" and dense["beside"] == "dense, GELU, bf16"
+    plain, dense, screened = (found["points"][f"124M: {name}, int8"] for name in (
+        "dense, GELU", "dense, squared ReLU", "screened units"))
+    assert plain["beside"] == "dense, GELU, bf16" and dense["beside"] == "dense, squared ReLU, bf16"
+    assert screened["beside"] == "dense, squared ReLU, int8"   # GELU's bytes are not the block's merit
     assert screened["share"] == screened["weight_bytes"] / dense["weight_bytes"] < 1
     assert 0 < screened["may_lose"] < 0.2 and "arithmetic, not a measurement" in capsys.readouterr().out
 
