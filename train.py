@@ -332,6 +332,8 @@ say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_mode
     f"parameters without positions; data {', '.join(map(str, folders)) if not lacking else 'random tokens, '}"
     f"{' and '.join(lacking)}{' is not here' * bool(lacking)}, vocabulary {model_config.vocab_size}")
 
+for line in optimizers.standstill(cfg):
+    say(line)
 optimizer = optimizers.build(raw_model, cfg, place.device.type)
 clipped = optimizers.by_clipping(raw_model)                    # each list has a gradient norm of its own
 scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)

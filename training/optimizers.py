@@ -195,6 +195,15 @@ def learning_rate(cfg, iteration):
     return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
 
 
+def standstill(cfg):
+    """-> (a line about iterations whose learning rate is 0,), or () where there are none."""
+    ends = max(cfg.lr_decay_iters, cfg.warmup_iters)
+    still = (cfg.decay_lr and cfg.lr_schedule != "constant" and not cfg.tasks
+             and cfg.min_lr == 0 and ends < cfg.max_iters)
+    return (f"note: the learning rate is 0 from iteration {ends:,} of {cfg.max_iters:,} on: type "
+            f"--lr_decay_iters={cfg.max_iters} as well",) * still
+
+
 def check(cfg):
     """The optimizer's keys of a training config."""
     require(cfg.optimizer in ("adamw", "muon"), f"optimizer='{cfg.optimizer}' must be adamw or muon")

@@ -15,6 +15,7 @@ from training.pretrained import is_gpt2
 
 CONFIGS = Path(__file__).resolve().parents[1] / "config"
 BASE = CONFIGS / "train_pylib.py"
+ONWARDS = CONFIGS / "retrofit.py"                # on top of it where a trained model goes on
 OLD = ("scratch", "resume", "auto")              # values of init_from that are no model
 
 
@@ -115,18 +116,22 @@ class Words:
 
     def keys(self, start):
         """The keys of a run that begins from `start`: of the base, a model that exists takes none, and one of
-        ours what is no key of the model and not the data."""
+        ours what is no key of the model and not the data, with the rates of ONWARDS."""
         if not self.based or start == "scratch":
             return dict(self.given)
-        ours = start not in OLD and not is_gpt2(start)
-        return {key: value for key, value in self.given.items() if key in self.named
-                or (ours and key not in self.model_keys | {"dataset", "out_dir"})}
+        found = {key: self.given[key] for key in self.given if key in self.named}
+        if start in OLD or is_gpt2(start):
+            return found
+        left = self.model_keys | {"dataset", "out_dir"}
+        base = {key: value for key, value in self.given.items() if key not in left}
+        return base | configurator.parse(self.cls, [str(ONWARDS)], files=True) | found
 
     def about_base(self, start):
         """The line that says that the base was taken; None where it was not."""
         if not self.based or start == "resume" or (start not in OLD and is_gpt2(start)):
             return None
-        return (f"base: config/{BASE.name}, as no config names data"
+        onwards = f" and config/{ONWARDS.name} (fewer iterations at lower rates)" * (start not in OLD)
+        return (f"base: config/{BASE.name}{onwards}, as no config names data"
                 + "; --dataset=NAME or a text, python train.py book.txt, takes other data" * (not self.text))
 
 

@@ -4,9 +4,11 @@ import os
 import pytest
 from conftest import ROOT, Job, one_sentence, train_config, words
 
+import configurator
 from configurator import ConfigError
 from data import dataset, texts
 from model import GPTConfig
+from training import optimizers
 from training.words import Words, blocks
 
 TEXT = "A text of somebody's own, and in it nothing that matters.\n" * 30
@@ -66,6 +68,14 @@ def test_a_model_that_exists_takes_no_shape_from_the_base(read, tmp_path):
         keys = read(f"--init_from={start}", "--window=8").keys(start)
         assert "n_layer" not in keys and "dataset" not in keys and keys["window"] == 8
         assert ("learning_rate" in keys) == bool(extra)
+    built_in, onwards = (configurator.parse(read().cls, [str(ROOT / "config" / name)], files=True)
+                         for name in ("train_pylib.py", "retrofit.py"))
+    keys = read("--init_from=run", "--learning_rate=1e-3").keys("run")
+    assert keys["learning_rate"] == 1e-3 and keys["optimizer"] == built_in["optimizer"]
+    for key in onwards.keys() - {"learning_rate"}:
+        assert keys[key] == onwards[key] and onwards[key] <= built_in.get(key, 0.02)
+    assert "config/retrofit.py" in read("--init_from=run").about_base("run")
+    assert "retrofit" not in read().about_base("scratch")
     assert read("--init_from=auto").about_base("resume") is None
 
 
@@ -76,6 +86,24 @@ def test_the_first_words_that_somebody_types_train(tmp_path):
     result = run(*SMALL, "--dry_run", folder=tmp_path)
     assert result.status == 0 and result.out.startswith("base: config/train_pylib.py"), result.err
     assert result.out.count("base:") == 1
+
+
+@pytest.mark.parametrize("keys, from_iteration", [
+    (dict(max_iters=5000, lr_decay_iters=1000, min_lr=0.0, warmup_iters=5), "1,000"),
+    (dict(max_iters=1000, lr_decay_iters=1000, min_lr=0.0), None),
+    (dict(max_iters=1000, lr_decay_iters=900, min_lr=0.0, warmup_iters=1000), None),
+    (dict(max_iters=9, lr_decay_iters=2), None),
+    (dict(max_iters=9, lr_decay_iters=2, min_lr=0.0, decay_lr=False), None),
+    (dict(max_iters=4, lr_decay_iters=2, min_lr=0.0, tasks="a,b"), None)])
+def test_iterations_at_a_learning_rate_of_zero_are_told(config, keys, from_iteration):
+    cfg = config(vocab_size=256, **keys)
+    told, = optimizers.standstill(cfg) or ("",)
+    assert (f"0 from iteration {from_iteration} of" in told) == bool(from_iteration)
+    if from_iteration:
+        assert f"--lr_decay_iters={cfg.max_iters}" in told
+        assert optimizers.learning_rate(cfg, 1000) == 0 < optimizers.learning_rate(cfg, 999)
+    elif not cfg.tasks:
+        assert optimizers.learning_rate(cfg, cfg.max_iters - 1) > 0
 
 
 # -------------------------------------------------- blocks --------------------------------------------------
