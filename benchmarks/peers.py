@@ -7,6 +7,7 @@ import importlib.util
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import weakref
@@ -119,6 +120,21 @@ class HuggingFace:
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh"}          # our names of Hugging Face's
 
 
+ONE_PROMPT = "import sys, llama_cpp as c; c.Llama(sys.argv[1], n_ctx=64, verbose=False).eval([1] * 32)"
+NO_AMX = ("-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON "
+          "-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON")
+
+
+def survives(path, stored):
+    """Let llama.cpp compute a prompt of a GGUF file in a process of its own. ConfigError where that dies of a
+    signal: it would take the measurement with it. Some processors with AMX do (llama.cpp's issue 20824)."""
+    died = -subprocess.run([sys.executable, "-c", ONE_PROMPT, str(path)], capture_output=True).returncode
+    require(died <= 0, f"llama.cpp's process dies of signal {died} on this processor (file of {stored}). "
+                       "Where it has AMX, llama.cpp without it: "
+                       f"CMAKE_ARGS='{NO_AMX}' pip install "
+                       "--force-reinstall --no-cache-dir --no-deps llama-cpp-python")
+
+
 class LlamaCpp:
     """llama.cpp's GPT-2 with the weights of one of our models, from a GGUF file of one of its TYPES.
 
@@ -141,6 +157,7 @@ class LlamaCpp:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder) / f"{stored}.gguf"
             write_gguf(ours, stored, path)
+            survives(path, stored)
             model = lib.llama_model_load_from_file(str(path).encode(), self.on_cpu())
         require(model, f"llama.cpp did not load the {stored} file of this model")
         self.c = lib.llama_init_from_model(model, self.context())

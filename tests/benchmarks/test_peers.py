@@ -117,6 +117,14 @@ def test_llamacpp_refuses_what_would_end_its_process():
     assert rival.generate(PROMPT, 23).shape == (1, 32)
 
 
+def test_a_llamacpp_that_dies_is_told_and_the_measurement_lives(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "ONE_PROMPT", "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(ConfigError, match=r"dies of signal 11 .*q8_0.*CMAKE_ARGS"):
+        peers.survives(tmp_path / "model.gguf", "q8_0")
+    monkeypatch.setattr(peers, "ONE_PROMPT", "raise SystemExit(3)")     # what follows tells it
+    peers.survives(tmp_path / "model.gguf", "q8_0")
+
+
 def test_two_rivals_in_one_process_keep_their_own_caches():
     one, other = lively(act="gelu_tanh"), lively(act="gelu_tanh", n_head=4, n_layer=1)
     first, second = rival_of("llamacpp", "f32", one), rival_of("llamacpp", "f32", other)
