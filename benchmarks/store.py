@@ -5,6 +5,7 @@ seed, the data's content, torch's version, and the golden curves (tests/golden.j
 of. No source file is part of it: one that moves or is written anew keeps its runs, behaviour that changes
 moves a golden curve and does not.
 """
+import contextlib
 import hashlib
 import itertools
 import json
@@ -30,11 +31,13 @@ from benchmarks.race import thinned
 from benchmarks.record import write_atomically
 from configurator import ConfigError, require
 from data import dataset as datasets
+from training import rundir
 
 GOLDEN = ROOT / "tests" / "golden.json"
 PUBLISHED = ROOT / "results" / "runs"            # only read, unless --runs names it
 TRIAL = 12                                       # iterations of the short runs that a plan is made from
 LEAST = 20                                       # iterations below which a loss says nothing
+EVERY = 400                                      # iterations between the checkpoints of a run
 
 
 @dataclass(frozen=True)
@@ -94,26 +97,47 @@ class Store:
         return json.loads(path.read_text(encoding="utf-8")) if weights and path.is_file() else None
 
     def train(self, run, iters):
-        """Train a run and judge it -> its record. What is written is there whole or not at all."""
-        place, count = self.place(run, iters), count_of(run, iters)
-        work = self.cache / f"{place}.{os.getpid()}.tmp"
-        shutil.rmtree(work, ignore_errors=True)
+        """Train a run and judge it -> its record. A run that was killed goes on from its last checkpoint.
+
+        Its folder is named by its key and held by one process at a time. What is written is there whole or
+        not at all; the record is there first, so a kill between the two costs no training.
+        """
+        work = self.kept(self.cache, run, iters, ".tmp")
+        lock = rundir.take(work, "cache")
+        try:
+            found = self.read(run, iters)                       # of a process that held the folder just now
+            if not found:
+                found = self.trained_in(work / "run", run, iters)
+                write_atomically(self.kept(self.records, run, iters, ".json"),
+                                 json.dumps(found, allow_nan=False) + "\n")
+                self.keep(work / "run", run, iters)
+        finally:
+            lock.release()
+        with contextlib.suppress(OSError):                      # another process may hold it by now
+            work.rmdir()
+        return found
+
+    def trained_in(self, folder, run, iters):
+        """The record of a run that is trained, or goes on, in a folder."""
+        rows = trained(self.cfg, self.data, folder, run.arm, run.seed, count_of(run, iters), eval_iters=1,
+                       init_from="auto", eval_interval=EVERY, always_save_checkpoint=True, keep_checkpoints=1)
         clock = time.perf_counter()
-        rows = trained(self.cfg, self.data, work, run.arm, run.seed, count, eval_iters=1)
-        model = as_trained(run.arm, work, self.data)
+        model = as_trained(run.arm, folder, self.data)
         found = judge(model, self.data) | described(model, rows) | dict(
-            arm=run.name, seed=1337 + run.seed, curve=curve_of(rows), seconds=time.perf_counter() - clock,
+            arm=run.name, seed=1337 + run.seed, curve=curve_of(rows),
+            seconds=rows[-1]["seconds"] + time.perf_counter() - clock,           # of all its parts
             step_ms=statistics.median(row["ms"] for row in rows[2:] if "ms" in row))
         require(math.isfinite(found["val_loss"]), "its validation loss is not finite")
-        keep = self.checkpoint(run, iters)
-        shutil.rmtree(keep, ignore_errors=True)
-        if run.seed or run.share != 1:
-            shutil.rmtree(work)
-        else:
-            os.replace(work, keep)
-        path = self.kept(self.records, run, iters, ".json")
-        write_atomically(path, json.dumps(found, allow_nan=False) + "\n")
         return found
+
+    def keep(self, folder, run, iters):
+        """The checkpoint that later measurements need goes to its place, another one away."""
+        place = self.checkpoint(run, iters)
+        shutil.rmtree(place, ignore_errors=True)
+        if run.seed or run.share != 1:
+            shutil.rmtree(folder)
+        else:
+            os.replace(folder, place)
 
 
 def open_store(cfg, data):

@@ -84,8 +84,8 @@ def name_of(said):
     return f"process {said['pid']} of {said['host']}, since {said['since']}" if said else "another run"
 
 
-def take(folder):
-    """Make `folder` this process's -> its Lock; a ConfigError where another run has it.
+def take(folder, key="out_dir"):
+    """Make `folder` this process's -> its Lock; a ConfigError where another run has it. key: what names it.
 
     A lock whose process is gone is taken with a note. Restarts of one launch of torchrun take their
     predecessor's: from another host at once, on this one as soon as it has ended.
@@ -95,8 +95,8 @@ def take(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"out_dir={folder} cannot be made ({error.strerror}): type "
-                          "--out_dir=ANOTHER_FOLDER") from error
+        raise ConfigError(f"{key}={folder} cannot be made ({error.strerror}): type "
+                          f"--{key}=ANOTHER_FOLDER") from error
     while True:
         try:
             create(lock.path, lock.text)
@@ -108,11 +108,11 @@ def take(folder):
             pass
         except OSError as error:
             raise ConfigError(f"{lock.path} cannot be written ({error.strerror}): type "
-                              "--out_dir=ANOTHER_FOLDER") from error
-        displaced |= answer_to(lock.path, text_of(lock.path), time.monotonic() - began)
+                              f"--{key}=ANOTHER_FOLDER") from error
+        displaced |= answer_to(lock.path, text_of(lock.path), time.monotonic() - began, key)
 
 
-def answer_to(path, text, waited):
+def answer_to(path, text, waited, key):
     """To a lock that is there: displace it -> True, wait a little for what may change -> False, or raise."""
     said = parsed(text)
     state = fate(said) if said else "unknown" if text else "gone"       # empty: killed before its first word
@@ -125,11 +125,11 @@ def answer_to(path, text, waited):
             ckpt.note(f"{path} was left by {name_of(said)}, which is gone: this run takes the folder")
         return True
     require(waited < PATIENCE and (ours or state == "gone"), {
-        "alive": f"out_dir={path.parent}: {name_of(said)}, trains there: stop it first, or type "
-                 "--out_dir=ANOTHER_FOLDER",
+        "alive": f"{key}={path.parent}: {name_of(said)}, trains there: stop it first, or type "
+                 f"--{key}=ANOTHER_FOLDER",
         "gone": f"{path} is of a run that is gone but cannot be removed: delete it",
-        "unknown": f"out_dir={path.parent}: {path} is of {name_of(said)}, which cannot be checked from here: "
-                   "if no run trains there, delete that file; else type --out_dir=ANOTHER_FOLDER"}[state])
+        "unknown": f"{key}={path.parent}: {path} is of {name_of(said)}, which cannot be checked from here: "
+                   f"if no run trains there, delete that file; else type --{key}=ANOTHER_FOLDER"}[state])
     time.sleep(0.05)
     return False
 

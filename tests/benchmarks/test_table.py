@@ -2,8 +2,10 @@
 import importlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,15 +16,17 @@ import pytest
 import torch
 from arms import ARMS as FLAGS
 from arms import build, tokens
-from conftest import ROOT, Job, one_sentence
+from conftest import ONE_THREAD, ROOT, TEXT, Job, one_sentence
 
 import bench
 from benchmarks import arms, broken, frontier, judge, measured, report, stats, store, table, work
 from benchmarks.record import TWIN
 from benchmarks.store import Run
 from configurator import ConfigError
+from data.dataset import write_text
 from decode import calibrate
 from decode.context import Cache
+from training.checkpoint import entries
 
 # ------------------------------------------------ statistics ----------------------------------
 
@@ -210,6 +214,74 @@ def kept(tmp_path, monkeypatch):
 
 
 TWO = {TWIN: (0.1, 1.0), "gelu": (0.1, 1.0)}
+
+QUEUE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from benchmarks import store
+store.EVERY = 20
+cfg = SimpleNamespace(config=sys.argv[1], threads=1, runs=sys.argv[2], cache=sys.argv[3])
+held = store.open_store(cfg, Path(sys.argv[4]))
+print(held.train(store.Run("topk", 0), 400)["seconds"])
+"""
+TINY_RUNS = "n_layer = 1\nn_head = 2\nn_embd = 32\nblock_size = 16\nbatch_size = 4\ndropout = 0.1\n"
+
+
+@pytest.fixture
+def queue(tmp_path):
+    """-> a function that starts the queue of one tiny run of 400 iterations, saved every 20, in a folder."""
+    recipe, data = tmp_path / "tiny.py", tmp_path / "data"
+    recipe.write_text(TINY_RUNS)
+    (tmp_path / "text").write_text(TEXT)
+    write_text(data, tmp_path / "text", "byte", 0.1)
+    config = f"config/compare_pylib.py,{recipe}"
+    (tmp_path / "train_one.py").write_text(QUEUE)
+
+    def start(folder):
+        words = config, tmp_path / folder / "runs", tmp_path / folder / "cache", data
+        return subprocess.Popen([sys.executable, tmp_path / "train_one.py", *words], text=True,
+                                env=os.environ | ONE_THREAD, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return start
+
+
+def saved_iteration(folder):
+    """The last iteration that the run of a queue's folder has saved, 0 before."""
+    saved = [entries(path) for path in folder.glob("cache/*.tmp/run")]
+    return max((entry["iter_num"] for found in saved for entry in found or ()), default=0)
+
+
+def finished(folder):
+    """What a queue has left of its run: the record without its times, and the weights."""
+    [path], [weights] = folder.glob("runs/*.json"), folder.glob("cache/*/ckpt.pt")
+    record = json.loads(path.read_text())
+    assert record.pop("seconds") > 0 and record.pop("step_ms") > 0
+    return record, torch.load(weights, weights_only=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs killpg")
+def test_a_queue_that_was_killed_inside_a_run_goes_on_there_to_the_same_bits(queue, tmp_path):
+    whole, killed = queue("whole"), queue("killed")
+    while not saved_iteration(tmp_path / "killed"):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGSTOP)
+    at, second = saved_iteration(tmp_path / "killed"), queue("killed").communicate()
+    assert 20 <= at < 400
+    assert "trains there: stop it first, or type --cache=ANOTHER_FOLDER" in second[1]
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert whole.communicate()[1] == "" and whole.returncode == 0
+    again = queue("killed")
+    assert again.communicate()[1].count("\n") <= 1 and again.returncode == 0     # the lock's note alone
+    (one, weights), (other, same) = (finished(tmp_path / name) for name in ("whole", "killed"))
+    assert one == other and one["iters"] == 400
+    assert weights["model"].keys() == same["model"].keys()
+    assert all(torch.equal(weights["model"][name], same["model"][name]) for name in same["model"])
+    log = next((tmp_path / "killed").glob("cache/*/metrics.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["iter"] for line in log] == list(range(401))
+    assert not list((tmp_path / "killed" / "cache").glob("*.tmp"))
 
 
 def test_what_was_trained_is_kept_and_what_is_missing_is_trained_next_time(kept):
