@@ -198,8 +198,10 @@ def sparsify_rows(record):
 
 
 def step_rows(record):
-    for arm, s in record["measurements"]["training step"]["sides"].items():
-        yield f"{arm} | {figure(s)} ({s['min']:.4g} to {s['max']:.4g}) | {s['to_twin']:.2f}x"
+    for title, result in record["measurements"].items():
+        case = title.removeprefix("training step")
+        for arm, s in result["sides"].items():
+            yield f"{arm}{case} | {figure(s)} ({s['min']:.4g} to {s['max']:.4g}) | {s['to_twin']:.2f}x"
 
 
 def window_rows(record):

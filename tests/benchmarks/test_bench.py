@@ -68,6 +68,9 @@ def alone(tmp_path_factory):
     (["window", "--cold=-1"], ["cold=-1", "MiB"]),
     (["quality", "--config=config/no.py"], ["config/no.py", "does not exist"]),
     (["train", "--iters=20"], ["drop=20", "1..19"]),
+    (["steps", "--cases=small"], ["cases='small'", "small or baby", "--cases=small:1,baby:2"]),
+    (["steps", "--cases=small:0"], ["cases='small:0'"]),
+    (["steps", "--threads=2"], ["threads=2", "--cases="]),
     (["train", "--compile=maybe"], ["compile='maybe'", "--compile=auto"]),
 ])
 def test_bad_command_lines_say_what_to_type(tmp_path, words, parts):
@@ -500,6 +503,21 @@ def test_runs_of_an_earlier_record_that_was_trained_otherwise_are_not_kept(tmp_p
         "torch": changed.get("torch", torch.__version__)}}))
     one_sentence(run(tmp_path, "quality", "--iters=3", "--repeats=1", "--arms=gelu", "--keep=old.json"),
                  "bench.py", *parts)
+
+
+def test_steps_of_all_that_computes_its_twins_products_are_timed_beside_it(tmp_path):
+    (tmp_path / "tiny.py").write_text("n_layer = 4\nblock_size = 16\nbatch_size = 2\n")
+    words = ["steps", f"--config=config/compare_pylib.py,{tmp_path / 'tiny.py'}", "--repeats=2"]
+    found = record_of(run(tmp_path, *words, "--cases=small:1"))["measurements"]
+    sides = found["training step, small, 1 threads"]["sides"]
+    assert len(found) == 1 and sides["dense"]["to_twin"] == 1
+    assert {"osc", "topk", "predict", "winners", "event", "columns"} <= sides.keys()
+    assert not {"gelu", "3 layers", "hierarchy", "experts", "compartments"} & sides.keys()
+    assert sides["topk"]["products_to_twin"] == 1 != sides["columns"]["products_to_twin"]
+    for s in sides.values():
+        assert s["tokens_per_s"] == pytest.approx(32 / (1e-3 * s["median"])) and s["to_twin"] > 0
+    rows = list(readme.step_rows({"measurements": found}))
+    assert rows[0].startswith("dense, small, 1 threads | ") and rows[0].endswith(" | 1.00x")
 
 
 @pytest.mark.slow
