@@ -553,7 +553,28 @@ def attend_window(window, q, k, v, mask, dropout):
     """
     if mask is not None or q.size(2) <= min(window, k.size(2)):
         return attend(q, k, v, mask, dropout)
-    return attend_blocks(q, k, v, window, dropout)
+    y = attend_fused(q, k, v, window) if fused(q.device, q.dtype, q.size(2), q.size(3), dropout) else None
+    return attend_blocks(q, k, v, window, dropout) if y is None else y
+
+
+def fused(device, dtype, tokens, width, dropout):
+    """Is a window of so many tokens, in heads of this width, a matter for FlexAttention? In fp32 the blocks
+    are no slower than what torch has for all tokens."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and tokens >= 1024
+            and width in (16, 32, 64, 128, 256) and not dropout)
+
+
+def attend_fused(q, k, v, window):
+    """attend_window by FlexAttention; None where this card cannot."""
+    from kernels import flex  # here, because it imports a compiler
+    return flex.attend(q, k, v, window)
+
+
+def window_path(config, device, dtype):
+    """The sentence that train.py prints of a model with windows on a card."""
+    from kernels import flex
+    fits = fused(device, dtype, config.block_size, config.heads()[1], config.dropout)
+    return "windows: " + ("FlexAttention" if fits and flex.able(device) else "plain products of blocks")
 
 
 def attend_blocks(q, k, v, window, dropout):

@@ -23,6 +23,7 @@ from configurator import ConfigError, begin_script, convert, require, say_and_ex
 from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode.counters import by_layer, counters, depth_used, summary, trained_step_macs
+from layers import window_path
 from model import GPT, SIZES, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training import console, continual, energy, estimate, optimizers, pretrained, retrofit, rundir, runtime
@@ -328,6 +329,8 @@ raw_model = runtime.shard(raw_model, place.device) if cfg.fsdp else raw_model.to
 raw_model.compute_dtype = place.dtype
 if (model_config.mlp_topk_group, model_config.mlp_topk) == (4, 0.5):
     say(sparse_kernels.winners_path(place.device))
+if model_config.window and place.device.type == "cuda":
+    say(window_path(model_config, place.device, place.dtype))
 say(f"model {model_config.n_layer} layers, {model_config.n_embd} wide, {raw_model.get_num_params():,} "
     f"parameters without positions; data {', '.join(map(str, folders)) if not lacking else 'random tokens, '}"
     f"{' and '.join(lacking)}{' is not here' * bool(lacking)}, vocabulary {model_config.vocab_size}")

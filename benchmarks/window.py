@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from viz.figures import drawing
 
 MASKED, LOCAL = "SDPA with the window as a mask", "window"
+BLOCKS = "in blocks: the window"                 # on a card, where it may be FlexAttention
 LAYERS = dict(n_layer=4, n_head=12, n_embd=768, vocab_size=256, bias=False, pos="rope")  # decoded by window
 
 
@@ -40,11 +41,12 @@ class Window(Timed):
 
 
 def window(cfg):
-    device, sides = torch.device(cfg.device), {}
+    device, sides, unlike = torch.device(cfg.device), {}, {}
     for dtype in (torch.float32, torch.bfloat16):
-        parts = torch.randn(4, 1, cfg.heads, cfg.tokens, 64, device=device).to(dtype).unbind(0)
+        parts, ending = torch.randn(4, 1, cfg.heads, cfg.tokens, 64, device=device), str(dtype)[6:]
+        unlike[ending] = difference(cfg, parts.to(dtype))
+        parts = parts.to(dtype).unbind(0)
         for name, attend in attentions(cfg).items():
-            ending = str(dtype).removeprefix("torch.")
             sides[f"{name}, {ending}"] = partial(there_and_back, attend, *parts)
     ms = milliseconds(interleave(sides, cfg.repeats, device=device, cold=cfg.cold))
     layer = measurement("ms", ms)
@@ -55,6 +57,8 @@ def window(cfg):
     for name, s in layer["sides"].items():
         faster = f"  {layer['against'][name]:.2f}x {CAUSAL}" if name in layer["against"] else ""
         print(f"  {name:42}{s['median']:8.2f}  ({s['min']:.2f} to {s['max']:.2f}){faster}")
+    print("from blocks in fp32 it differs by " + ", ".join(f"{off:.1e} in {ending}"
+                                                           for ending, off in unlike.items()))
     contexts = [int(n) for n in cfg.contexts.split(",")]
     steps, cached = {}, {}
     for side, flags in decoded_sides(cfg).items():
@@ -74,7 +78,7 @@ def window(cfg):
     if cfg.plot:
         draw_contexts(cfg.plot, contexts, found["sides"], cached)
     return {"measurements": {"layer": layer, "decoded token": found}, "cache_bytes": cached,
-            "kernels": sparse_kernels.path_taken(device), "seeds": [0]}
+            "difference": unlike, "kernels": sparse_kernels.path_taken(device), "seeds": [0]}
 
 
 def decoded_sides(cfg):
@@ -94,8 +98,23 @@ def attentions(cfg):
     age = tokens[:, None] - tokens
     seen = (age >= 0) & (age < cfg.window)
     sdpa = torch.nn.functional.scaled_dot_product_attention
+    blocks = {BLOCKS: partial(layers.attend_blocks, window=cfg.window, dropout=0.0)}
     return {CAUSAL: partial(sdpa, is_causal=True), MASKED: partial(sdpa, attn_mask=seen),
-            LOCAL: lambda q, k, v: layers.attend_window(cfg.window, q, k, v, None, 0.0)}
+            LOCAL: lambda q, k, v: layers.attend_window(cfg.window, q, k, v, None, 0.0)
+            } | (blocks if tokens.is_cuda else {})
+
+
+def difference(cfg, parts):
+    """How far the window's values and gradients of parts (4, 1, heads, tokens, 64): queries, keys, values and
+    what backward begins with, are from those of blocks in fp32: the norm, as a share."""
+    found = []
+    for attend, of in ((partial(layers.attend_window, cfg.window, mask=None), parts),
+                       (partial(layers.attend_blocks, window=cfg.window), parts.float())):
+        q, k, v = (t.detach().requires_grad_() for t in of[:3])
+        y = attend(q=q, k=k, v=v, dropout=0.0)
+        y.backward(of[3])
+        found.append(torch.stack([t.detach().float() for t in (y, q.grad, k.grad, v.grad)]))
+    return float((found[0] - found[1]).norm() / found[1].norm())
 
 
 def there_and_back(attend, q, k, v, weights):

@@ -475,6 +475,7 @@ def test_window_times_local_attention_beside_full_and_a_token_at_every_context(t
     record = record_of(run(tmp_path, *words, "--plot=p.png"))
     layer, token = record["measurements"]["layer"], record["measurements"]["decoded token"]
     assert len(layer["sides"]) == 6 and layer["against"].keys() == {"window, float32", "window, bfloat16"}
+    assert record["difference"]["float32"] == 0 < record["difference"]["bfloat16"] < 2e-2
     assert token["sides"].keys() == {"window, 16", "window, 64", "full, 16", "full, 64"}
     cached = record["cache_bytes"]
     assert cached["window, 64"] == cached["window, 16"] == cached["full, 64"] / 8
@@ -766,7 +767,7 @@ def test_the_script_for_a_card_types_commands_that_exist_and_stays_under_five_mi
             names.append(words[2])
     assert names == ["kernels", "decode", "decode", "window", "train"]
     limits = re.findall(r"^(?:stage|bench) \w+ (\d+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(limits) == 6 and sum(map(int, limits)) < 300
+    assert len(limits) == 6 and sum(map(int, limits)) <= 300
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
