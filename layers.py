@@ -357,26 +357,44 @@ class LearnedPositions(Table):
         self.weight = nn.Parameter(self.weight[:block_size].detach().clone())
 
 
+def slowed(frequencies, factor, low, high, original):
+    """Llama 3.1's rotation for contexts longer than the `original` positions of its training (2407.21783):
+    frequencies that turn fewer than `low` times in those become `factor` times slower, those of `high` turns
+    and more stay, and between them it goes over evenly."""
+    turns = original * frequencies / (2 * math.pi)
+    stays = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (stays + (1 - stays) / factor)
+
+
 class RotaryPositions(nn.Module):
     """Cosines and signed sines of the angles by which q and k turn, (block_size, 1, D), half-split layout
     (2104.09864)."""
 
     @staticmethod
     def check(c):
+        belong(c, "rope_factor", "rope_low", "rope_high", "rope_original")
         require(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0: 10000 is usual")
-        require(c.pos == "rope" or c.rope_theta == type(c).rope_theta,
-                f"rope_theta={c.rope_theta} has no effect without pos='rope': type --pos=rope too, or leave "
-                "rope_theta out")
+        for key in ("rope_theta", "rope_factor"):
+            require(c.pos == "rope" or getattr(c, key) == getattr(type(c), key), f"{key}={getattr(c, key)} "
+                    f"has no effect without pos='rope': type --pos=rope too, or leave {key} out")
+        require(c.rope_factor == 0 or c.rope_factor >= 1, f"rope_factor={c.rope_factor} must be at least 1, "
+                "how many times slower the slow frequencies turn; 0 is off")
+        require(0 < c.rope_low < c.rope_high, f"rope_low={c.rope_low} must be above 0 and below "
+                f"rope_high={c.rope_high}: 1 and 4 are Llama's")
+        require(c.rope_original >= 1, f"rope_original={c.rope_original} must be at least 1 position: 8192 is "
+                "Llama's")
 
     def __init__(self, config):
         super().__init__()
         _, self.width = config.heads()
         self.theta = config.rope_theta
+        self.slowed = partial(slowed, factor=config.rope_factor, low=config.rope_low, high=config.rope_high,
+                              original=config.rope_original) if config.rope_factor else as_is
         for name, table in zip(("cos", "sin"), self.tables(config.block_size)):
             self.register_buffer(name, table, persistent=False)
 
     def tables(self, length):
-        frequencies = self.theta ** (-torch.arange(0, self.width, 2) / self.width)
+        frequencies = self.slowed(self.theta ** (-torch.arange(0, self.width, 2) / self.width))
         angles = torch.arange(length)[:, None, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)

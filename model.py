@@ -99,6 +99,10 @@ class GPTConfig:
     screen: bool = False  # decoding looks at 8 bits of the head first, then at rows that can win: same tokens
     n_kv_head: int = 0  # heads of keys and values, each for n_head / n_kv_head queries (GQA); 0: one each
     rope_theta: float = 10000.0  # base of the wavelengths of pos=rope: larger for longer contexts
+    rope_factor: float = 0.0  # Llama 3.1's rotation: how many times slower slow frequencies turn; 0: off
+    rope_low: float = 1.0  # those are slow that turn fewer times than that in rope_original positions
+    rope_high: float = 4.0  # those of so many turns and more stay; between the two it goes over evenly
+    rope_original: int = 8192  # positions of the training that a model with rope_factor has had before
     norm_eps: float = 0.0  # added to a norm's mean square; 0: 1e-5 in layernorm, 1e-6 in rmsnorm
     mlp_units: int = 0  # hidden units of the MLP; 0: 4 * n_embd (swiglu: 8/3 * n_embd, rounded up to 64)
     # --- block: the largest units fire ---

@@ -93,7 +93,7 @@ def same_models(recipe, arms):
 
 # flags of GPTConfig that both sides of a comparison share, shape and switches; the others are a mechanism's
 SHARED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "norm", "pos",
-          "n_kv_head", "rope_theta", "norm_eps",
+          "n_kv_head", "rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original", "norm_eps",
           "qk_norm", "qk_gain", "act", "softcap", "zero_init", "tie_weights", "ngram_buckets", "ngram_order",
           "recompute", "loss_chunks", "mlp_units"}
 # {mechanism's flag: what its arm sizes too, so that it holds about as many weights as the twin}

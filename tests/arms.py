@@ -19,6 +19,7 @@ ARMS = {
     "rmsnorm": dict(norm="rmsnorm"),
     "rope": dict(pos="rope"),
     "rope_theta": dict(pos="rope", rope_theta=100.0),
+    "rope_factor": dict(pos="rope", rope_theta=100.0, rope_factor=4.0, rope_original=32),
     "norm_eps": dict(norm_eps=0.01),
     "grouped": dict(n_kv_head=1),
     "qk_norm": dict(qk_norm=True),
@@ -63,8 +64,8 @@ RULES = (("topk", "mlp_screen"), ("winners", "mlp_screen"), ("event_gate", "mlp_
 CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES} - {("swiglu", "mlp_screen")} | {
              ("hierarchy", "exits"), ("exits", "ponder"), ("loss_chunks", "exits"),
              ("dendrites", "attn_topk"), ("softcap", "screen")}
-SAME_FLAG = {("window", "window_pattern"), ("rope", "rope_theta"), ("qk_norm", "qk_gain"),
-             ("dendrites", "energy"),
+SAME_FLAG = {("window", "window_pattern"), ("rope", "rope_theta"), ("rope", "rope_factor"),
+             ("rope_theta", "rope_factor"), ("qk_norm", "qk_gain"), ("dendrites", "energy"),
              ("attn_topk", "energy"),
              *((act, "mlp_screen") for act in ("relu2", "swiglu", "osc", "gelu_tanh"))}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 

@@ -2,11 +2,14 @@
 the tokenizer. By the package gguf."""
 import functools
 import json
+import math
 
+import numpy as np
 import torch
 
 from configurator import ConfigError, require
 from data import tokenizer as tokenizers
+from layers import slowed
 from training import llama
 
 ARCHITECTURES = "llama", "qwen2"
@@ -24,6 +27,7 @@ WORDS = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k":
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+FACTORS = "rope_freqs.weight"                    # by which Llama 3.1's frequencies are divided
 
 
 def is_gguf(place):
@@ -41,13 +45,38 @@ def opened(path):
 @functools.lru_cache(1)
 def read(path, stamp):
     """The same; a model is read in several calls."""
-    reader = tokenizers.need("gguf", f"{path}: files of this kind").GGUFReader
+    require(stamp[1], f"{path} is empty: copy it again")
+    reader = reader_of(tokenizers.need("gguf", f"{path}: files of this kind"))
     try:
         found = reader(path)
         return found, {key: field.contents() for key, field in found.fields.items()}
+    except EOFError as error:
+        raise ConfigError(f"{path} is shorter than its header says: {error}; copy it again") from error
     except Exception as error:                   # each damage raises a type of its own
         raise ConfigError(f"{path} cannot be read as GGUF ({str(error)[:120] or type(error).__name__}): "
                           "damaged, or another kind of file") from error
+
+
+def reader_of(gguf):
+    """The package's reader, which for a file that ends too early raises an EOFError on how many bytes there
+    are of how many, where it would raise what numpy says."""
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            self.reaches(offset + int(count) * np.dtype(dtype).itemsize, "at least ")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _build_tensors(self, start_offs, fields):
+            ends = [0]
+            for *_, dims, kind, offset in (field.parts for field in fields):
+                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+                ends.append(start_offs + int(offset[0]) + math.prod(dims.tolist()) * size // block)
+            self.reaches(max(ends))
+            super()._build_tensors(start_offs, fields)
+
+        def reaches(self, end, how=""):
+            if end > len(self.data):
+                raise EOFError(f"{len(self.data):,} of {how}{end:,} bytes")
+    return Reader
 
 
 # -------------------------------------------------- the model ----------------------------------------------
@@ -78,6 +107,52 @@ def config_of(path):
     return out | {"attention_bias": "blk.0.attn_output.bias" in names}
 
 
+def scaled_of(path, c):
+    """The values of llama.LLAMA_3 by which the file's rotation is scaled, {} where it is not. The file holds
+    what each frequency is divided by, so any values serve that make the same factors; whole numbers are
+    taken for what is near them. Factors that no values make are a ConfigError. c: see llama.fields_of."""
+    tensor = next((tensor for tensor in opened(path)[0].tensors if tensor.name == FACTORS), None)
+    if tensor is None:
+        return {}
+    width = c["hidden_size"] // c["num_attention_heads"]
+    plain = c["rope_theta"] ** (-torch.arange(0, width, 2) / width).double()
+    factors = torch.from_numpy(tensor.data.copy()).double()
+    odd = (f"{path}: {FACTORS} does not slow the rotation as Llama 3.1's rule does: use llama.cpp for this "
+           "model")
+    require(factors.shape == plain.shape and (factors >= 1 - 1e-6).all() and factors.isfinite().all(), odd)
+    factor = near_whole(factors.max().item())
+    if factor == 1:
+        return {}
+    low, high = ends_of(plain, (1 / factors - 1 / factor) / (1 - 1 / factor))
+    original = max(1, round(2 * math.pi / low))
+    low, high = (near_whole(original * end / (2 * math.pi)) for end in (low, high))
+    found = dict(factor=factor, low_freq_factor=low, high_freq_factor=high,
+                 original_max_position_embeddings=original)
+    again = plain / slowed(plain, factor, low, high, original)
+    require((again / factors - 1).abs().max() < 1e-4, odd)
+    return found
+
+
+def ends_of(frequencies, stays):
+    """Frequencies (n,), falling, and how much of each stays, from 1 to 0 -> the frequency at which nothing
+    stays, and the one from which on all does, of a straight line between them."""
+    none, all_of_it = stays <= 1e-5, stays >= 1 - 1e-5
+    below = max(frequencies[none].tolist(), default=0.0)
+    above = min(frequencies[all_of_it].tolist(), default=math.inf)
+    f, s = (t[~(none | all_of_it)].tolist() or [end] for t, end in ((frequencies, below), (stays, 0.0)))
+    if len(f) > 1 and s[0] > s[-1]:
+        width = (f[0] - f[-1]) / (s[0] - s[-1])
+    else:                                        # Llama's own, from 1 to 4 times f, if there is room
+        width = min(3 * f[0] / (1 + 3 * s[0]), (above - f[0]) / (1 - s[0]), (f[0] - below) / s[0]
+                    if s[0] else math.inf)
+    return f[0] - s[0] * width, f[0] + (1 - s[0]) * width
+
+
+def near_whole(value):
+    """The whole number that value is, but for what 32 bits round, or value."""
+    return float(round(value)) if abs(value - round(value)) <= 1e-5 * value else value
+
+
 def named(name):
     """llama.cpp's name of a tensor -> Hugging Face's, itself where there is none."""
     parts = name.split(".")
@@ -92,6 +167,8 @@ def weights_of(path, c):
     quants = tokenizers.need("gguf.quants", f"{path}: files of this kind")
     out, paired = {}, config_of(path)["model_type"] == "llama"
     for tensor in opened(path)[0].tensors:
+        if paired and tensor.name == FACTORS:    # see scaled_of
+            continue
         try:
             values = quants.dequantize(tensor.data, tensor.tensor_type)
         except Exception as error:               # a kind that the package does not know, a shape that lies

@@ -19,6 +19,9 @@ FREE = "num_key_value_heads", "head_dim", "sliding_window"              # these 
 NEVER = {"is_encoder_decoder": [False], "add_cross_attention": [False], "rope_interleaved": [False],
          "use_sliding_window": [False], "partial_rotary_factor": [1.0, None], "pruned_heads": [{}, None],
          "cross_attention_hidden_size": [None]}
+# what a rotation that is scaled as Llama 3.1's has, and our flags of it
+LLAMA_3 = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+           "original_max_position_embeddings": "rope_original"}
 # fields that say nothing of the logits, beside those of GPT-2
 NO_PART = frozenset("""
     attention_dropout pretraining_tp max_window_layers is_llama_config transformers.js_config rope_scaling
@@ -44,8 +47,8 @@ MLP = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 
 def fields_of(said, path, no_part):
     """The fields of a config.json that decide the logits, each one checked -> dict like LLAMA, with `biased`,
-    the matrices of a layer that have biases. What is computed otherwise here, or not known, is a ConfigError.
-    no_part: names of others that decide none."""
+    the matrices of a layer that have biases, and `scaled`, the values of LLAMA_3 or {}. What is computed
+    otherwise here, or not known, is a ConfigError. no_part: names of others that decide none."""
     kind = said["model_type"]
     fields = DEFAULTS[kind] | {name: said[name] for name in LLAMA if name in said}
     for name, value in said.items():
@@ -55,7 +58,7 @@ def fields_of(said, path, no_part):
         require(any(value == fits and isinstance(value, type(fits)) for fits in NEVER.get(name, [value])),
                 f"{path}: {name}={str(value)[:40]!r}, but only {NEVER.get(name, ['?'])[0]} is computed here: "
                 "use transformers for this model")
-    fields["rope_theta"] = theta_of(said, fields["rope_theta"], path)
+    fields["rope_theta"], scaled = rotation_of(said, fields["rope_theta"], path)
     types = said.get("layer_types") or ["full_attention"]
     require(types == ["full_attention"] * len(types), f"{path}: layer_types={str(types)[:60]}, but only "
             "full_attention is computed here: use transformers for this model")
@@ -67,21 +70,40 @@ def fields_of(said, path, no_part):
         fields["sliding_window"] = None
     qkv = QKV if kind == "qwen2" or fields["attention_bias"] else ()
     out = ("self_attn.o_proj",) if fields["attention_bias"] else ()
-    return fields | {"biased": (*qkv, *out, *(MLP if fields["mlp_bias"] else ()))}
+    return fields | {"biased": (*qkv, *out, *(MLP if fields["mlp_bias"] else ())), "scaled": scaled}
 
 
-def theta_of(said, theta, path):
-    """The base of the rotation, wherever a version of transformers writes it. Scaled rotations are refused.
-    """
+def rotation_of(said, theta, path):
+    """-> (the base of the rotation, the values of LLAMA_3 or {}), wherever a version of transformers writes
+    them. Rotations that are scaled otherwise are refused."""
+    scaled = {}
     for name in ("rope_parameters", "rope_scaling"):
         rope = said.get(name) or {}
         require(isinstance(rope, dict), f"{path}: {name}={str(rope)[:40]!r}, expected an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        others = rope.keys() - {"rope_type", "type", "rope_theta"}
-        require(kind == "default" and not others, f"{path}: {name} scales the rotation ({str(rope)[:60]}), "
-                "which is not computed here: use transformers for this model")
+        others = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+        require(kind in ("default", "llama3"), f"{path}: {name} scales the rotation by rope_type="
+                f"{str(kind)[:40]!r}, but only llama3's is computed here: use transformers for this model")
+        wanted = LLAMA_3 if kind == "llama3" else {}
+        require(others.keys() == {*wanted}, f"{path}: {name} of rope_type='{kind}' has the fields "
+                f"{', '.join(map(str, others)) or 'none'}, expected {', '.join(wanted) or 'none'}")
+        require(not (scaled and others) or scaled == others, f"{path}: rope_parameters and rope_scaling "
+                "scale the rotation by different numbers: leave one of them out")
         theta = rope.get("rope_theta", theta)
-    return theta
+        scaled = others or scaled
+    check_scaled(scaled, path)
+    return theta, scaled
+
+
+def check_scaled(scaled, path):
+    """A ConfigError where values of LLAMA_3 are no rotation."""
+    for name, value in scaled.items():
+        kinds = (int,) if name.startswith("original") else (int, float)
+        require(type(value) in kinds and 0 < value < float("inf"), f"{path}: {name}={str(value)[:40]!r}, "
+                f"expected a {'whole ' * (kinds == (int,))}number above 0")
+    require(not scaled or (scaled["factor"] >= 1 and scaled["low_freq_factor"] < scaled["high_freq_factor"]),
+            f"{path}: factor={scaled.get('factor')} must be at least 1, and low_freq_factor="
+            f"{scaled.get('low_freq_factor')} below high_freq_factor={scaled.get('high_freq_factor')}")
 
 
 def check_types(fields, defaults, path):
@@ -121,12 +143,14 @@ def arguments(c):
     heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
     window = c["sliding_window"] or 0
     local = dict(window=window, window_pattern="S") if 0 < window < c["max_position_embeddings"] else {}
+    scaled = {LLAMA_3[name]: value if name.startswith("original") else float(value)
+              for name, value in c["scaled"].items()}
     return dict(n_layer=c["num_hidden_layers"], n_head=heads, n_embd=c["hidden_size"],
                 n_kv_head=0 if groups in (None, heads) else groups, vocab_size=c["vocab_size"],
                 block_size=c["max_position_embeddings"], bias=bool(c["biased"]),
                 norm="rmsnorm", norm_eps=float(c["rms_norm_eps"]), pos="rope",
                 rope_theta=float(c["rope_theta"]), act="swiglu", mlp_units=c["intermediate_size"],
-                tie_weights=c["tie_word_embeddings"], **local)
+                tie_weights=c["tie_word_embeddings"], **local, **scaled)
 
 
 # -------------------------------------------------- weights -------------------------------------------------
@@ -202,8 +226,8 @@ def to_ours(weights, c, place):
 
 # flags that may have any value in a model that is one of Llama's; pos, norm and act say that it is one
 SAME = ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout", "bias", "norm",
-        "norm_eps", "pos", "rope_theta", "act", "mlp_units", "tie_weights", "recompute", "screen",
-        "zero_init", "sr_ste", "loss_chunks")
+        "norm_eps", "pos", "rope_theta", *LLAMA_3.values(), "act", "mlp_units", "tie_weights", "recompute",
+        "screen", "zero_init", "sr_ste", "loss_chunks")
 
 
 def is_llama(config):
@@ -228,10 +252,12 @@ def to_hf(model):
                 for one, rows in zip(theirs, parts):
                     weights[f"model.layers.{layer}.{one}.{kind}"] = (
                         swapped(rows, width) if one in TURNED else rows)
+    scaled = {theirs: getattr(c, name) for theirs, name in LLAMA_3.items()} if c.rope_factor else {}
     return weights, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": c.vocab_size,
                      "hidden_size": c.n_embd, "intermediate_size": c.units(), "num_hidden_layers": c.n_layer,
                      "num_attention_heads": c.n_head, "num_key_value_heads": c.kv_heads(), "head_dim": width,
                      "hidden_act": "silu", "max_position_embeddings": c.block_size,
                      "rms_norm_eps": c.norm_eps or 1e-6, "rope_theta": c.rope_theta,
+                     "rope_scaling": {"rope_type": "llama3"} | scaled if scaled else None,
                      "tie_word_embeddings": c.tie_weights, "attention_bias": c.bias, "mlp_bias": c.bias,
                      "bos_token_id": None, "eos_token_id": None}

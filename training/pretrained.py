@@ -1,6 +1,7 @@
 """Models in Hugging Face's layout, config.json beside model.safetensors: OpenAI's GPT-2 weights, read from a
 folder or downloaded; Llama's family (llama.py), from a folder or a GGUF file; ours, written and read; and
 what a pretrained model needs for a vocabulary that has grown."""
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -130,6 +131,7 @@ def read_llama(place, folder, said):
 def read_gguf(path):
     """The same of a GGUF file."""
     c = llama.fields_of(gguf_file.config_of(path), path, ())
+    c["scaled"] = gguf_file.scaled_of(path, c)
     return llama.arguments(c), llama.to_ours(gguf_file.weights_of(path, c), c, path)
 
 
@@ -278,9 +280,30 @@ def read_safetensors(path):
     """The tensors of a file, by name; what is no such file is a ConfigError."""
     safetensors = package(path)
     try:
+        check_whole(path)
         return safetensors.torch.load_file(path)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+HEADER = 10**8                                   # bytes of a .safetensors file's header, at the most
+
+
+def check_whole(path):
+    """A ConfigError where a .safetensors file is shorter than its header says. Other damage is left to the
+    package."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= HEADER else b""
+    needs = 8 + length
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        needs += max(about["data_offsets"][1] for name, about in json.loads(header).items()
+                     if name != "__metadata__")
+    require(length > HEADER or size >= needs, f"{path} is shorter than its header says: {size:,} of "
+            f"{needs:,} bytes; copy it again")
 
 
 OURS = "nanocortex"     # model_type in the config.json of a model of ours; in to=hf the field of what we add

@@ -31,7 +31,8 @@ SHAPES = "its tensors have that shape"
 STAYS = {                                        # flag: why a checkpoint's weights fit no other value
     "n_layer": SHAPES, "n_head": SHAPES, "n_kv_head": SHAPES, "n_embd": SHAPES, "vocab_size": SHAPES,
     "pos": "its queries and keys have learnt with that",
-    "rope_theta": "its queries and keys have learnt with that",
+    **dict.fromkeys(("rope_theta", "rope_factor", "rope_low", "rope_high", "rope_original"),
+                    "its queries and keys have learnt with that"),
     "dendrites": "heads are cut otherwise and pass another nonlinearity, so their weights mean other things",
     "compartments": "a branch's W_up reads a part of the stream, a dense one all of it",
     "zero_init": "it says how weights begin, and these have begun",

@@ -481,8 +481,8 @@ def test_a_twin_keeps_shape_and_switches_and_loses_the_mechanism():
     assert arms.twin_of(dict(act="gelu", mlp_topk=0.1)) == dict(act="gelu")
 
 
-SWITCHES = {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "norm_eps", "grouped", "qk_norm",
-            "qk_gain", "gelu_tanh", "relu2", "swiglu", "softcap",
+SWITCHES = {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "rope_factor", "norm_eps", "grouped",
+            "qk_norm", "qk_gain", "gelu_tanh", "relu2", "swiglu", "softcap",
             "zero_init", "untied", "ngram", "recompute", "loss_chunks", "units"}
 
 

@@ -499,9 +499,9 @@ def refusal(model, rows=1):
 
 def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
     covered = {name for name, arm in ARMS.items() if not refusal(build(arm))}
-    assert covered >= {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "norm_eps", "qk_norm", "qk_gain",
-                       "relu2", "swiglu", "softcap", "zero_init", "untied", "units", "window",
-                       "window_pattern", "screen", "event_gate"}
+    assert covered >= {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "rope_factor", "norm_eps",
+                       "qk_norm", "qk_gain", "relu2", "swiglu", "softcap", "zero_init", "untied", "units",
+                       "window", "window_pattern", "screen", "event_gate"}
     assert not covered & {"osc", "ngram", "topk", "columns", "compartments", "experts",
                           "predict", "dendrites", "hierarchy", "ponder", "adapters", "grouped"}
     assert "share keys" in refusal(build(ARMS["grouped"]))

@@ -529,6 +529,11 @@ def test_the_cache_of_shared_keys_is_so_much_smaller():
     (dict(n_head=4, n_kv_head=3), ["n_kv_head=3", "n_head=4"]),
     (dict(n_kv_head=4), ["n_kv_head=4", "n_head=2"]), (dict(n_kv_head=-1), ["n_kv_head=-1"]),
     (dict(rope_theta=5e5), ["rope_theta=500000.0", "pos='rope'"]),
+    (dict(rope_factor=8.0), ["rope_factor=8.0", "pos='rope'"]),
+    (dict(pos="rope", rope_low=2.0), ["rope_low=2.0 has no effect without rope_factor"]),
+    (dict(pos="rope", rope_factor=0.5), ["rope_factor=0.5 must be at least 1"]),
+    (dict(pos="rope", rope_factor=8.0, rope_low=4.0), ["rope_low=4.0", "rope_high=4.0"]),
+    (dict(pos="rope", rope_factor=8.0, rope_original=0), ["rope_original=0 must be at least 1"]),
     (dict(rope_theta=0.0, pos="rope"), ["rope_theta=0.0"]), (dict(norm_eps=-1e-5), ["norm_eps=-1e-05"]),
 ], ids=str)
 def test_what_the_switches_do_not_mean_is_refused(arm, parts):
@@ -544,6 +549,19 @@ def test_rope_theta_is_the_base_of_the_wavelengths():
         assert positions.cos[5, 0, 3] == pytest.approx(math.cos(5 * theta ** -0.75))
         again = positions.to(torch.bfloat16).to(torch.float32)
         assert again.cos[5, 0, 3] == pytest.approx(math.cos(5 * theta ** -0.75))
+
+
+def test_slow_frequencies_of_llamas_rotation_turn_slower_and_fast_ones_as_before():
+    """Of wavelengths 6.3, 20, 63 and 199 tokens one turns more than 4 times in 32, one between 1 and 4."""
+    arm = dict(pos="rope", rope_theta=100.0)
+    plain, scaled = (build(arm | more).transformer.wpe for more in ({}, dict(rope_factor=4.0,
+                                                                            rope_original=32)))
+    stays = (32 * 100 ** -0.25 / (2 * math.pi) - 1) / 3
+    slower = torch.tensor([1, stays + (1 - stays) / 4, 1 / 4, 1 / 4])
+    turned = torch.atan2(plain.sin, plain.cos)[1, 0, :4] * slower
+    torch.testing.assert_close(scaled.cos[3, 0, :4], (3 * turned).cos())
+    torch.testing.assert_close(scaled.sin[3, 0, 4:], -(3 * turned).sin())
+    assert torch.equal(scaled.to(torch.bfloat16).to(torch.float32).cos, scaled.cos)
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])

@@ -48,13 +48,26 @@ def with_weights(folder, weights):
     return folder
 
 
+def frequencies(said):
+    """What a position turns by, scaled as transformers' modeling_rope_utils does for rope_type llama3."""
+    D = said["hidden_size"] // said["num_attention_heads"]
+    plain, s = said["rope_theta"] ** (-torch.arange(0, D, 2) / D), said.get("rope_scaling")
+    if not s:
+        return plain
+    low, high, L = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+    length = 2 * math.pi / plain
+    smooth = (L / length - low) / (high - low)
+    between = (1 - smooth) * plain / s["factor"] + smooth * plain
+    return torch.where(length > L / low, plain / s["factor"], torch.where(length < L / high, plain, between))
+
+
 def equation(folder, idx):
     """Llama's logits, written down here once more from their papers (2302.13971, 2305.13245, 2104.09864):
     queries and keys turn as complex numbers, each key is copied for the queries that share it."""
     said = json.loads((folder / "config.json").read_text())
     w = safetensors_torch.load_file(folder / "model.safetensors")
     heads, D = said["num_attention_heads"], said["hidden_size"] // said["num_attention_heads"]
-    turn = torch.outer(torch.arange(idx.size(1)), said["rope_theta"] ** (-torch.arange(0, D, 2) / D))
+    turn = torch.outer(torch.arange(idx.size(1)), frequencies(said))
     window = said.get("sliding_window") if said["model_type"] == "mistral" else None
     window = window or idx.size(1)
     age = torch.arange(idx.size(1))[:, None] - torch.arange(idx.size(1))
@@ -100,6 +113,14 @@ def refused(place, *parts):
         assert part in sentence, f"{part!r} is missing in: {sentence}"
 
 
+def scaled(heads, factor=8.0, low=1.0, high=4.0, original=32):
+    """Fields of a model whose rotation is scaled as Llama 3.1's."""
+    rope = dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high,
+                original_max_position_embeddings=original)
+    return dict(num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=64,
+                rope_scaling=rope)
+
+
 MODELS = {
     "grouped": {}, "one key": dict(num_key_value_heads=1), "a key each": dict(num_key_value_heads=4),
     "no groups": dict(num_key_value_heads=None), "tied": dict(tie_word_embeddings=True),
@@ -110,6 +131,10 @@ MODELS = {
     "mistral without a window": dict(model_type="mistral", sliding_window=None),
     "mistral, a long window": dict(model_type="mistral", sliding_window=16),
     "head_dim": dict(head_dim=4), "another base": dict(rope_theta=1e6),
+    "scaled": scaled(4), "scaled, two between": scaled(2, original=20, high=16.0, low=2),
+    "scaled, none between": scaled(2, original=19, high=3.0),
+    "scaled, one between, near an end": scaled(2, original=20, high=3.0),
+    "scaled, all": scaled(4, original=4),
 }
 
 
@@ -157,7 +182,16 @@ def test_a_folder_that_transformers_has_written_is_computed_as_it_computes_it(tm
 
 FIELDS = [
     (dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_scaling"),
+    (dict(rope_scaling=dict(type="linear", factor=2.0)), "rope_type='linear', but only llama3's"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)), "'yarn'"),
+    (dict(rope_scaling=dict(rope_type="dynamic", factor=4.0)), "'dynamic'"),
+    (dict(rope_scaling=scaled(4)["rope_scaling"] | dict(factor="8")), "factor='8'"),
+    (dict(rope_scaling=scaled(4)["rope_scaling"] | dict(factor=0.5)), "factor=0.5 must be at least 1"),
+    (dict(rope_scaling=scaled(4, low=4)["rope_scaling"]), "low_freq_factor=4"),
+    (dict(rope_scaling=scaled(4)["rope_scaling"] | dict(attention_factor=1.0)), "attention_factor"),
+    (dict(rope_scaling=scaled(4, original=8.5)["rope_scaling"]), "embeddings='8.5', expected a whole"),
+    (dict(rope_scaling=scaled(4)["rope_scaling"], rope_parameters=scaled(4, 2.0)["rope_scaling"]),
+     "different numbers"),
     (dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5)), "rope_parameters"),
     (dict(rope_parameters=dict(rope_type="default", factor=8.0)), "rope_parameters"),
     (dict(rope_scaling="linear"), "rope_scaling"), (dict(head_dim=8), "head_dim=8"),
@@ -265,7 +299,8 @@ def test_a_folder_in_shards_without_prefix_or_with_old_buffers_is_the_same_model
 # ------------------------------------------------------------------------------------------------------------
 # back to their layout
 
-@pytest.mark.parametrize("name", ["grouped", "tied", "biases", "a key each", "another base", "qwen2"])
+@pytest.mark.parametrize("name", ["grouped", "tied", "biases", "a key each", "another base", "qwen2",
+                                  "scaled", "scaled, two between"])
 def test_what_export_writes_is_read_by_us_and_by_transformers_as_the_same_model(tmp_path, name):
     model = GPT.from_pretrained(str(written(tmp_path / "hf", **MODELS[name]))).eval()
     (tmp_path / "run").mkdir()
@@ -316,6 +351,9 @@ def as_gguf(folder, path, arch="llama", kind="F32", keys=(), tokenizer=(), drop=
                  else writer.add_string if isinstance(value, str) else writer.add_uint32)
         write(f"tokenizer.{name}", value)
     short = {theirs: ours for ours, theirs in (gguf_file.WORDS | gguf_file.OUTSIDE).items()}
+    if said.get("rope_scaling"):
+        plain = frequencies(said | dict(rope_scaling=None))
+        writer.add_tensor("rope_freqs.weight", (plain / frequencies(said)).float().numpy())
     for name, t in weights.items():
         parts = name.rsplit(".", 1)[0].removeprefix("model.layers.").split(".", 1)
         if name.startswith("model.layers."):
@@ -333,10 +371,36 @@ def as_gguf(folder, path, arch="llama", kind="F32", keys=(), tokenizer=(), drop=
     return path
 
 
-@pytest.mark.parametrize("name", ["grouped", "one key", "a key each", "tied", "biases", "another base"])
+@pytest.mark.parametrize("name", ["grouped", "one key", "a key each", "tied", "biases", "another base",
+                                  *(name for name in MODELS if name.startswith("scaled"))])
 def test_a_gguf_file_holds_the_model_that_it_was_made_from(tmp_path, name):
     folder = written(tmp_path / "hf", **MODELS[name])
     same(as_gguf(folder, tmp_path / "model.gguf"), folder)
+
+
+LLAMA_31 = dict(hidden_size=128, num_attention_heads=1, num_key_value_heads=1, rope_theta=5e5)
+
+
+@pytest.mark.parametrize("factor, original", [(8.0, 8192), (32.0, 8192), (4.0, 1000)])
+def test_a_gguf_files_factors_are_the_numbers_that_made_them(tmp_path, factor, original):
+    """At the widths of Llama's heads several frequencies lie between, and its own numbers come back."""
+    folder = written(tmp_path / "hf", **LLAMA_31 | dict(rope_scaling=scaled(1, factor, original=original)[
+        "rope_scaling"]))
+    config = same(as_gguf(folder, tmp_path / "model.gguf"), folder).config
+    assert (config.rope_factor, config.rope_low, config.rope_high) == (factor, 1, 4)
+    assert config.rope_original == original
+
+
+@pytest.mark.parametrize("factors", [[1.0, 2.0, 2.0, 9.0], [0.5, 1.0, 1.0, 1.0], [1.0, 1.0],
+                                     [8.0, 1.0, 8.0, 1.0], [1.0, 1.0, math.nan, 1.0]], ids=str)
+def test_factors_of_a_gguf_file_that_no_numbers_make_are_refused(tmp_path, monkeypatch, factors):
+    folder = written(tmp_path / "hf", **scaled(2))
+    path = as_gguf(folder, tmp_path / "model.gguf")
+    *_, found = [tensor for tensor in gguf_file.opened(path)[0].tensors if "rope" in tensor.name]
+    monkeypatch.setattr(gguf_file.opened(path)[0], "tensors", [
+        found._replace(data=torch.tensor(factors).numpy()) if tensor is found else tensor
+        for tensor in gguf_file.opened(path)[0].tensors])
+    refused(path, "rope_freqs.weight", "llama.cpp")
 
 
 def test_a_gguf_file_of_qwen2_has_its_pairs_apart(tmp_path):
@@ -394,6 +458,27 @@ def test_a_gguf_file_that_is_damaged_is_refused_in_a_sentence(plain, tmp_path):
         refused(path, "model.gguf")
     path.write_text("not a model")
     refused(path, "model.gguf", "damaged")
+
+
+def test_a_file_that_was_cut_says_how_much_of_it_is_there(plain, tmp_path):
+    whole = as_gguf(plain, tmp_path / "model.gguf").stat().st_size
+    for share, said in ((0.9, f"of {whole:,} bytes"), (0.3, f"of {whole:,} bytes"), (0.005, "of at least"),
+                        (0.0, "is empty")):
+        path = as_gguf(plain, tmp_path / "model.gguf")
+        cut(path, share)
+        refused(path, "model.gguf", said, "copy it again", f"{path.stat().st_size:,} of" * (share > 0))
+    path = plain / "model.safetensors"
+    content, of = path.read_bytes(), f"of {path.stat().st_size:,} bytes; copy it again"
+    header = 8 + int.from_bytes(content[:8], "little")
+    for size in (len(content) - 1, header + 5, header):
+        path.write_bytes(content[:size])
+        refused(plain, str(path), f"is shorter than its header says: {size:,} {of}")
+    for size in (header - 1, 8, 3, 0):
+        path.write_bytes(content[:size])
+        refused(plain, str(path), f"is shorter than its header says: {size:,} of ")
+    for damaged in (content[:8] + b"x" * (len(content) - 8), b"not a model, but some text"):
+        path.write_bytes(damaged)
+        refused(plain, str(path), "cannot be read as safetensors")
 
 
 def test_without_the_package_a_gguf_file_says_what_to_install(plain, tmp_path, monkeypatch):

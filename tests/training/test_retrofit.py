@@ -17,7 +17,7 @@ from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, build_model
 from training import checkpoint, estimate, retrofit
 
-REFUSED = {"rope": "pos", "rope_theta": "pos", "grouped": "n_kv_head", "swiglu": "act",
+REFUSED = {"rope": "pos", "rope_theta": "pos", "rope_factor": "pos", "grouped": "n_kv_head", "swiglu": "act",
            "zero_init": "zero_init", "compartments": "compartments", "dendrites": "dendrites",
            "energy": "dendrites"}
 PARENT = {"mlp_screen": dict(act="relu2"), "qk_gain": dict(qk_norm=True)}   # what an arm needs, beside depth
