@@ -13,7 +13,15 @@ import torch
 import sparse_kernels
 from benchmarks import ROOT, Timed, settings
 from benchmarks.decode import rest
-from benchmarks.record import QUIET, commit_of, hardware, load_average, versions, write_atomically
+from benchmarks.record import (
+    busy,
+    card_load,
+    commit_of,
+    hardware,
+    load_average,
+    versions,
+    write_atomically,
+)
 from benchmarks.report import document
 from benchmarks.screen import data_of
 from benchmarks.settings import PLAIN
@@ -94,8 +102,9 @@ class Compare(Timed):
 
 
 def compare(cfg):
-    load = load_average()
     place = runtime.choose(cfg.device, cfg.dtype, False, decodes=True)
+    card = place.device if place.device.type == "cuda" else None
+    warning = busy(load_average(), card, card_load(card))
     if cfg.plot:
         pyplot()                                 # better missed now than behind the measurements
     print(f"{place}, {sparse_kernels.path_taken(place.device)}")
@@ -111,7 +120,7 @@ def compare(cfg):
     rows = [cells(side, sides[0]) for side in sides]
     try:                                         # in this order: a closed pipe would end it before the page
         if cfg.html:
-            write_page(cfg.html, place, load, said, sentences, rows, picture)
+            write_page(cfg.html, place, said, [*sentences, warning], rows, picture)
     finally:
         print("\n".join((*text_table(HEAD, rows), *sentences, said)))
     return {"measurements": {"decode": timed}, "runs": {side.name: side.found for side in sides},
@@ -120,12 +129,10 @@ def compare(cfg):
             "seeds": [cfg.seed]}
 
 
-def write_page(path, place, load, said, sentences, rows, picture):
+def write_page(path, place, said, sentences, rows, picture):
     """One HTML file that opens without a network: the verdict, the table, the picture, the machine."""
-    busy = (f"The machine was busy (load average {load[0]:.2f} before the start): timings are off."
-            if load and load[0] > QUIET else "")
     where = hardware() | {"versions": versions(), "commit": commit_of(ROOT), "decoding": str(place)}
-    part = "Beside the first", [*sentences, busy], HEAD, rows
+    part = "Beside the first", sentences, HEAD, rows
     pictures = {PICTURE: picture} if picture else {}
     write_atomically(path, document("runs side by side", where, [part], pictures, said))
 

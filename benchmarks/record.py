@@ -1,5 +1,6 @@
 """The JSON record: where a measurement ran, by which command, what it found. Reading one needs no torch."""
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from configurator import ConfigError, require
 
 SCHEMA = 2                                      # of new records; 1 had no quartiles, versions, seeds
 QUIET = 0.5                                     # load average above which other work disturbs the timings
+CARD_QUIET = 10                                 # and per cent of a card's time
 PACKAGES = ("numpy", "triton", "transformers", "llama-cpp-python", "gguf",      # hardware() tells torch and
             "ctranslate2")                                                     # Python
 # sides by the names that records give them
@@ -75,17 +77,21 @@ def without_folders(word):
 
 def header(cfg):
     """Print where this runs -> the fields of the record that say so."""
+    card, load = card_of(cfg), load_average()
+    used = card_load(card)                      # before this process itself uses it
     where = {"hardware": hardware(), "versions": versions(), "commit": {OURS: commit_of(ROOT)},
-             "load_average": {"before": load_average()}}
+             "load_average": {"before": load}} | ({"card_load": {"before": used}} if card else {})
     if cfg.nanogpt:
         where["commit"][PEER] = commit_of(cfg.nanogpt)
-    h, load = where["hardware"], where["load_average"]["before"]
+    h, warning = where["hardware"], busy(load, card, used)
     print(f"{h['gpu'] or h['cpu']}, {h['cores']} cores, {h['threads']} threads, torch {h['torch']}, "
           f"Python {h['python']}, {h['platform']}")
-    print("commit " + ", ".join(f"{name} {commit or 'unknown'}" for name, commit in where["commit"].items())
-          + f"; load average {f'{load[0]:.2f}' if load else 'unknown'}")
-    if load and load[0] > QUIET:
-        print(f"warning: the machine is busy (load average {load[0]:.2f} before the start): timings are off")
+    print("commit " + ", ".join(f"{name} {commit}" for name, commit in where["commit"].items())
+          + f"; load average {f'{load[0]:.2f}' if load else 'unknown'}"
+          + (f"; card {used['utilisation']}% used, other processes on it {used['others']}" if used else
+             "; nvidia-smi does not tell the card's load" if card else ""))
+    if warning:
+        print(f"warning: {warning}")
     return where
 
 
@@ -119,16 +125,66 @@ def load_average():
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
+def card_of(cfg):
+    """The CUDA device that a subcommand times; None where that is the CPU."""
+    from training.runtime import choose_device
+    device, _ = choose_device(getattr(cfg, "device", "cpu"))
+    return device if device.type == "cuda" else None
+
+
+def card_load(card):
+    """What nvidia-smi tells of a CUDA device -> {"utilisation": per cent of its time, "others": processes
+    that compute there and are not this one}; None where it does not tell, or where there is no card."""
+    if card is None:
+        return None
+    import torch
+    card = f"--id=GPU-{torch.cuda.get_device_properties(card).uuid}"
+    try:
+        used, pids = (subprocess.run(["nvidia-smi", card, query, "--format=csv,noheader,nounits"], check=True,
+                                     capture_output=True, text=True, timeout=20).stdout.split()
+                      for query in ("--query-gpu=utilization.gpu", "--query-compute-apps=pid"))
+        return {"utilisation": int(used[0]), "others": len({*pids} - {str(os.getpid())})}
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def busy(load, card=None, used=None):
+    """What disturbs timings of a CUDA device `card`, or of the CPU where there is none, in a sentence; ""
+    where nothing does. load, used: as load_average and card_load give them."""
+    if card is None:
+        return (f"the machine is busy (load average {load[0]:.2f} before the start): timings are off"
+                if load and load[0] > QUIET else "")
+    return (f"the card is busy ({used['utilisation']}% of its time, other processes on it {used['others']}, "
+            "before the start): timings are off"
+            if used and (used["utilisation"] > CARD_QUIET or used["others"]) else "")
+
+
+WINGS = "benchmarks", "config", "data", "decode", "kernels", "training", "viz"
+
+
+def files_of(folder):
+    """What stands for the commit of a folder without git: a hash of the names and bytes of its sources."""
+    folder, found = Path(folder), hashlib.sha256()
+    of_wings = (path for wing in WINGS for path in (folder / wing).rglob("*"))
+    for path in sorted({*folder.glob("*.py"), *(path for path in of_wings
+                                                if path.suffix in (".py", ".c", ".sh"))}):
+        found.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        found.update(path.read_bytes())
+    return f"no git, files sha256:{found.hexdigest()[:12]}"
+
+
 def commit_of(folder):
-    """The commit of a checkout, with '+changes' where tracked files differ from it; None without git."""
+    """The commit of a checkout, with '+changes' where tracked files differ from it; without git `files_of`.
+    """
     git = ["git", "-C", str(folder)]
     try:
         top, head = subprocess.check_output([*git, "rev-parse", "--show-toplevel", "HEAD"], text=True,
                                             stderr=subprocess.DEVNULL).splitlines()
         changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"])
     except (OSError, subprocess.CalledProcessError, ValueError):
-        return None
-    return head[:12] + "+changes" * bool(changes) if Path(top) == Path(folder).resolve() else None
+        return files_of(folder)
+    mine = Path(top) == Path(folder).resolve()
+    return head[:12] + "+changes" * bool(changes) if mine else files_of(folder)
 
 
 def write_atomically(path, text):

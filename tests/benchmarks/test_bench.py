@@ -222,8 +222,37 @@ def test_a_record_that_nobody_named_goes_where_git_looks_away(tmp_path):
 def test_a_busy_machine_is_named(monkeypatch, capsys):
     for load, warned in ((0.4, False), (0.6, True)):
         monkeypatch.setattr(records, "load_average", lambda load=load: [load, 0, 0])
-        records.header(SimpleNamespace(nanogpt=""))
+        assert "card_load" not in records.header(SimpleNamespace(nanogpt=""))
         assert ("the machine is busy" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("used, pids, said", [
+    ("3", "", "card 3% used, other processes on it 0"), ("37", "", "the card is busy (37% of its time, "),
+    ("0", "12\n13\nOWN", "other processes on it 2, before the start): timings are off"),
+    ("[N/A]", "", "nvidia-smi does not tell"), (None, "", "nvidia-smi does not tell")])
+def test_where_a_card_is_timed_its_own_load_is_said_and_recorded(monkeypatch, tmp_path, capsys, used, pids,
+                                                                 said):
+    """By an nvidia-smi that answers `used` and `pids`, or is not there."""
+    if used is not None:
+        (tmp_path / "nvidia-smi").write_text(
+            f"#!/bin/sh\n[ $1 = --id=GPU-a1-b2 ] || exit 1\ncase $2 in\n--query-gpu=utilization.gpu) echo "
+            f"'{used}';;\n--query-compute-apps=pid) printf '{pids}';;\nesac\n".replace(
+                "OWN", str(os.getpid())))
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a1-b2"))
+    monkeypatch.setattr(records, "load_average", lambda: [9.0, 0, 0])
+    for device in ("cuda", "auto"):
+        found = records.header(SimpleNamespace(nanogpt="", device=device))["card_load"]["before"]
+        printed = capsys.readouterr().out
+        assert said in printed and "the machine is busy" not in printed
+        known = used is not None and used.isdigit()
+        assert found == ({"utilisation": int(used), "others": 2 * bool(pids)} if known else None)
+    assert "card_load" not in records.header(SimpleNamespace(nanogpt="", device="cpu"))
+    assert "the machine is busy" in capsys.readouterr().out
 
 
 def test_a_commit_is_that_of_the_folder_itself_and_tells_changes(tmp_path):
@@ -231,15 +260,33 @@ def test_a_commit_is_that_of_the_folder_itself_and_tells_changes(tmp_path):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
                        capture_output=True)
     (tmp_path / "inner").mkdir()
-    assert records.commit_of(tmp_path) is None
     git("init")
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-m", "one")
     clean = records.commit_of(tmp_path)
     (tmp_path / "file").write_text("two")
-    assert len(clean) == 12 and records.commit_of(tmp_path) == clean + "+changes"
-    assert records.commit_of(tmp_path / "inner") is None
+    assert re.fullmatch("[0-9a-f]{12}", clean) and records.commit_of(tmp_path) == clean + "+changes"
+    assert records.commit_of(tmp_path / "inner").startswith("no git, files sha256:")
+
+
+def test_without_git_a_hash_of_the_sources_stands_for_the_commit(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "docs").mkdir()
+    seen = set()
+    for name, text in (("model.py", "1"), ("kernels/cpu.c", "1"), ("kernels/cpu.c", "2"), ("notes.txt", "1"),
+                       ("docs/x.md", "1"), ("kernels/x.pyc", "1")):
+        (tmp_path / name).write_text(text)
+        said = records.commit_of(tmp_path)
+        assert re.fullmatch("no git, files sha256:[0-9a-f]{12}", said)
+        assert (said in seen) == (Path(name).suffix not in (".py", ".c")), name
+        seen.add(said)
+    files = (path.relative_to(ROOT) for wing in records.WINGS for path in (ROOT / wing).rglob("*.*"))
+    for path in [path.relative_to(ROOT) for path in ROOT.glob("*.py")] + [*files]:
+        if path.suffix in (".py", ".c", ".sh"):
+            (tmp_path / "copy" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "copy" / path).write_bytes((ROOT / path).read_bytes())
+    assert records.commit_of(tmp_path / "copy") == records.files_of(ROOT), "a copy has the checkout's hash"
 
 
 # ------------------------------------------------ timing and its summary ----------------------

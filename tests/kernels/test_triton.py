@@ -42,8 +42,24 @@ probe = triton.jit(counts)
 os.environ.pop("TRITON_INTERPRET", None)
 
 
+def read_one_element():
+    """Triton before 3.7 reads a loop's bounds by int() of arrays of one element, which NumPy 2.4 refuses:
+    read them as Triton 3.7 does."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+    interpreter._patch_lang_tensor = patched
+
+
+if not torch.cuda.is_available() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    read_one_element()
+
+
 def interpreter_fails():
-    """Triton before 3.7 reads a loop's bounds from arrays of one element, which NumPy 2.4 refuses."""
+    """The sentence of an interpreter that does not run loops here; "" where it does."""
     try:
         probe[(1,)](torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"), 3)
     except Exception as error:
