@@ -223,7 +223,7 @@ class MLP(nn.Module):
     @staticmethod
     def check(c):
         kinds = [f"{flag}={getattr(c, flag)}" for flag in MLPS if getattr(c, flag)]
-        kinds += ["act='swiglu'"] * (c.act == "swiglu")
+        kinds += ["act='swiglu'"] * (c.act == "swiglu" and not c.mlp_screen)
         require(len(kinds) <= 1, f"{' and '.join(kinds[:2])} are different MLPs: choose one of them")
         require(c.mlp_units >= 0, f"mlp_units={c.mlp_units} must not be negative; 0 is four times n_embd")
 
@@ -338,6 +338,72 @@ class MLP(nn.Module):
 def start_selector(select, a):
     """Give a selector that has one its start from activations a (n, units)."""
     getattr(select, "start_from", as_is)(a)
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP with a dense one's parameters: two thirds as many units, three matrices (2002.05202)."""
+    by_unit = False                              # is W_down stored by unit, without a selector too?
+
+    @staticmethod
+    def check(c):
+        require(not c.gate_first or c.act == "swiglu", f"gate_first=True chooses units by their gates, which "
+                f"act='{c.act}' has none of: type --act=swiglu too, or leave gate_first out")
+        require(not c.gate_first or c.mlp_topk < 1 or c.event_gate, "gate_first=True chooses no units by "
+                "itself: type --mlp_topk=0.5 or --event_gate=True too, or leave gate_first out")
+
+    def __init__(self, config, layer):
+        super().__init__()
+        hidden = config.units()
+        self.c_fc = linear(config)(config.n_embd, 2 * hidden, config.bias)
+        self.select = selector(config, hidden)
+        down = NeuronMajor if self.by_unit or self.select is not as_is else linear(config)
+        self.c_proj = down(hidden, config.n_embd, config.bias, std=residual_std(config))
+        self.dropout = dropout(config)
+
+    def forward(self, x, ctx):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.dropout(self.c_proj(self.select(F.silu(gate) * up, ctx)))
+
+    def start_from_dense(self, dense, x):
+        """See training/retrofit.py."""
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        start_selector(self.select, F.silu(gate) * up)
+
+    def emit(self, p, x, onto):
+        units = self.c_proj.in_features
+        a = p.swiglu(self.c_fc.emit(p, x), units)
+        return self.c_proj.emit(p, a if self.select is as_is else self.select.emit(p, a, units), onto=onto)
+
+    def emit_gate(self, p, x, units=None):
+        """Append silu of the gates of x, or of those of Listed units."""
+        rows = slice(self.c_proj.in_features)
+        return p.linear(x, self.c_fc.emit_matrix(p, rows), act="silu", units=units)
+
+    def emit_chosen(self, p, x, onto, units):
+        """Append the up projection of x for Listed units, times their factors, and what they write."""
+        rows = slice(self.c_proj.in_features, None)
+        a = p.linear(x, self.c_fc.emit_matrix(p, rows), units=units)
+        return p.rows_sum(a, self.c_proj.emit_matrix(p), onto, units)
+
+
+class GateFirst(SwiGLU):
+    """A SwiGLU whose selector sees the gates alone: |silu(gate)| decides before the up projection which units
+    count (CATS has a threshold for this, 2404.08763). A decode step reads W_gate whole, and of W_up and
+    W_down the rows of those units."""
+
+    def forward(self, x, ctx):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.dropout(self.c_proj(self.select(F.silu(gate), ctx) * up))
+
+    def start_from_dense(self, dense, x):
+        start_selector(self.select, F.silu(self.c_fc(x).chunk(2, dim=-1)[0]))
+
+    def emit(self, p, x, onto):
+        if not (self.c_fc.sound() and self.c_proj.sound()):
+            raise NotWritten("weights that are not finite")
+        units = self.c_proj.in_features
+        kept = engine.ops_of(self.select)(p, self.emit_gate(p, x), units)
+        return self.emit_chosen(p, x, onto, p.firing(kept, units))
 
 
 class ColumnGate(Narrowing):
@@ -682,11 +748,11 @@ class Predictive(MLP):
         return kernels.among_largest(scores, self.active).to(scores.dtype)
 
 
-class ScreenedUnits(MLP):
-    """An MLP of squared ReLU of which a few bits decide, when decoding, which units are read: a copy of W_up
-    in mlp_screen bits scores all of them, and only those above the layer's threshold `edge` are computed from
-    the weights themselves (TurboSparse, 2406.05955, and SparseInfer, 2411.12692, choose by other means). It
-    needs no training: decode/calibrate.py finds the thresholds. A MLP whose W_up has 4 bits is its own copy.
+class Screens:
+    """What MLPs have in common of which a few bits decide, when decoding, which units are read: a copy of the
+    matrix in mlp_screen bits scores all units, and only those above the layer's threshold `edge` are computed
+    from the weights themselves (TurboSparse, 2406.05955, and SparseInfer, 2411.12692, choose by other means).
+    It needs no training: decode/calibrate.py finds the thresholds. A matrix of 4 bits is its own copy.
 
     Off until a call asks for it (GPT.use_policy), and exact then in everything but the units left out.
     """
@@ -696,8 +762,10 @@ class ScreenedUnits(MLP):
         belong(c, "mlp_screen", "mlp_live")
         bits = c.mlp_screen
         require(bits in (0, 2, 3, 4, 8), f"mlp_screen={bits} must be 2, 3, 4 or 8 bits; 0 is off")
-        require(not bits or c.act == "relu2", f"mlp_screen={bits} needs units that are exactly zero, "
-                f"act='{c.act}' has none: it is for models with act='relu2'")
+        require(not bits or c.act in ("relu2", "swiglu"), f"mlp_screen={bits} needs units that are zero or a "
+                f"gate that is small, act='{c.act}' has neither: it is for relu2 and swiglu")
+        require(not bits or c.act == "relu2" or c.mlp_live, f"mlp_live={c.mlp_live} reads what is not zero, "
+                f"which is all of act='{c.act}': type --mlp_live=0.5, for example")
         require(not bits or (c.mlp_topk == 1 and not c.event_gate),
                 f"mlp_screen={bits} and mlp_topk={c.mlp_topk} or event_gate={c.event_gate} both choose which "
                 "units fire: leave one of them out")
@@ -710,13 +778,15 @@ class ScreenedUnits(MLP):
         self.register_buffer("edge", torch.tensor(math.nan))       # of a model that is not calibrated
 
     def _load_from_state_dict(self, state, prefix, *args):
-        state.setdefault(prefix + "edge", torch.tensor(math.nan))  # a checkpoint of a plain MLP
+        for name, value in self._buffers.items():                  # a checkpoint of a plain MLP has none
+            state.setdefault(prefix + name, torch.full_like(value, math.nan))
         super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn, *args, **keys):
-        edge = self.edge
+        before = dict(self._buffers)
         super()._apply(fn, *args, **keys)
-        self._buffers["edge"] = edge.to(self.edge.device)          # a float whatever the dtype of the weights
+        for name, value in before.items():                         # floats whatever the dtype of the weights
+            self._buffers[name] = value.to(self._buffers[name].device)
         self.kept_copy = None
         return self
 
@@ -728,18 +798,26 @@ class ScreenedUnits(MLP):
     def forward(self, x, ctx):
         return self.ways[ctx.choices.predict](self, x, ctx)
 
-    def screened(self, x, ctx):
+    def found_edge(self):
+        """The threshold; a ConfigError where there is none."""
         require(not self.edge.isnan(), "mlp_screen: this model has no thresholds, or was trained on since "
                 "they were found: calibrate.calibrate finds them, as sample.py does")
-        v = self.c_fc(x)
-        scores = v if self.own_copy() else self.scores(x, ctx)
-        return self.dropout(self.c_proj(torch.where(scores <= self.edge, 0, self.act(v))))
+        return self.edge
 
-    ways = {False: MLP.forward, True: screened}
+    def emit(self, p, x, onto):
+        if not p.choices.predict:
+            return super().emit(p, x, onto)
+        if self.edge.isnan():
+            raise NotWritten("thresholds that are not found")
+        return self.emit_screened(p, x, onto)
 
     def own_copy(self):
-        """Has W_up so few bits that it is the copy?"""
+        """Has the matrix so few bits that it is the copy?"""
         return getattr(self.c_fc, "bits", 16) <= 4
+
+    def copied(self):
+        """Which outputs of c_fc tell what a unit will be: the first, one for each."""
+        return slice(self.c_proj.in_features)
 
     def copy_of(self, cache):
         """Codes and scales of the copy. Making it takes a second for 60 M weights, so it outlives a call,
@@ -747,31 +825,93 @@ class ScreenedUnits(MLP):
         at = [(t.data_ptr(), t.is_inference() or t._version)
               for t in (*self.c_fc.parameters(), *self.c_fc.buffers())]
         if self.kept_copy is None or self.kept_copy[0] != at:
-            self.kept_copy = at, kernels.quantize(dense_weight(self.c_fc), self.bits)
+            self.kept_copy = at, kernels.quantize(dense_weight(self.c_fc)[self.copied()], self.bits)
         return self.kept_copy[1]
 
-    def scores(self, x, ctx):
-        """What the copy says of the units' inputs, (..., units) in x's dtype."""
-        y = kernels.whole_product(x, *self.copy_of(ctx))
-        return (y if self.c_fc.bias is None else y + self.c_fc.bias.to(x.dtype).float()).to(x.dtype)
+    def emit_copy(self, p, x, act="none"):
+        """Append what the copy says of x."""
+        bias = None if self.c_fc.bias is None else self.c_fc.bias[self.copied()]
+        return p.linear(x, p.whole(*self.copy_of(p.cache), self.c_fc.in_features, bias), act=act)
 
-    def emit(self, p, x, onto):
-        if not p.choices.predict:
-            return super().emit(p, x, onto)
-        edge, units = float(self.edge), self.c_proj.in_features
-        if math.isnan(edge):
-            raise NotWritten("thresholds that are not found")
+    def said(self, x, ctx):
+        """What the copy says of x (..., C), (..., units) in x's dtype; or the matrix that is its own copy."""
+        if self.own_copy():
+            return self.c_fc(x)[..., self.copied()]
+        y = kernels.whole_product(x, *self.copy_of(ctx))
+        return (y if self.c_fc.bias is None else
+                y + self.c_fc.bias.to(x.dtype).float()[self.copied()]).to(x.dtype)
+
+
+class ScreenedUnits(Screens, MLP):
+    """Squared ReLU, whose units are zero for most tokens, screened by W_up."""
+
+    def fires(self, x):
+        """Which units are not zero by themselves, (..., units)."""
+        return self.c_fc(x) > 0
+
+    scores = Screens.said
+
+    def screened(self, x, ctx):
+        v = self.c_fc(x)
+        scores = v if self.own_copy() else self.scores(x, ctx)
+        return self.dropout(self.c_proj(torch.where(scores <= self.found_edge(), 0, self.act(v))))
+
+    ways = {False: MLP.forward, True: screened}
+
+    def emit_screened(self, p, x, onto):
+        units, edge = self.c_proj.in_features, float(self.edge)
         if self.own_copy():
             a = self.c_fc.emit(p, x, act="relu2")
             a = p.event(a, units, torch.full((units,), max(edge, 0.0) ** 2))
             return self.c_proj.emit(p, a, onto=onto)
-        codes, scale = self.copy_of(p.cache)
-        scores = p.linear(x, p.whole(codes, scale, self.c_fc.in_features, self.c_fc.bias))
-        return self.emit_units(p, x, onto, p.above(scores, units, edge))
+        return self.emit_units(p, x, onto, p.above(self.emit_copy(p, x), units, edge))
+
+
+class ScreenedGates(Screens, SwiGLU):
+    """A SwiGLU, screened by W_gate: left out are units whose |silu(gate)| is small beside the layer's
+    threshold over the unit's `reach`, how large its up projection is on calibration text times what it
+    writes. CATS (2404.08763) has a threshold without it. No unit is zero by itself, so each that is left out
+    costs some loss."""
+    by_unit = True
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.register_buffer("reach", torch.ones(config.units()))
+
+    def fires(self, x):
+        """Which units are not zero by themselves: all, so that layers have equal shares."""
+        return torch.ones_like(self.up(x), dtype=torch.bool)
+
+    def up(self, x):
+        return self.c_fc(x).chunk(2, dim=-1)[1]
+
+    def scores(self, x, ctx):
+        return F.silu(self.said(x, ctx)).abs() * self.reach
+
+    def edges(self):
+        """What |silu(gate)| must exceed, (units,)."""
+        return self.found_edge() / self.reach
+
+    def screened(self, x, ctx):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        silent = F.silu(self.said(x, ctx)).abs() <= self.edges()
+        return self.dropout(self.c_proj(torch.where(silent, 0, F.silu(gate) * up)))
+
+    ways = {False: SwiGLU.forward, True: screened}
+
+    def emit_screened(self, p, x, onto):
+        if not self.c_proj.sound():
+            raise NotWritten("weights that are not finite")
+        own, units = self.own_copy(), self.c_proj.in_features
+        gates = self.emit_gate(p, x) if own else self.emit_copy(p, x, act="silu")
+        chosen = p.firing(p.event(gates, units, self.edges()), units)
+        exact = chosen.by if own else self.emit_gate(p, x, chosen._replace(by=None))
+        return self.emit_chosen(p, x, onto, chosen._replace(by=exact))
 
 
 MLPS = {"columns": Columns, "experts": Experts, "compartments": Dendritic, "mlp_predict": Predictive,
         "mlp_screen": ScreenedUnits}
+GATED = {"gate_first": GateFirst, "mlp_screen": ScreenedGates}           # of act='swiglu'
 
 # ------------------------------------------------------------------------------------------------------------
 # attention
@@ -1168,4 +1308,4 @@ def some_rows(block, x, ctx, going):
 
 # whose flags a GPTConfig is asked about, by their `check`
 CHECKED = (DendriticAttention, Hourglass, Exits, Halting, MLP, TopK, EventGate, Experts, Columns, Dendritic,
-           GroupWinners, Predictive, ScreenedUnits)
+           GroupWinners, SwiGLU, Predictive, Screens)

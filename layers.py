@@ -183,6 +183,10 @@ class Packed(nn.Module):
                                                                     self.in_features)
         return p.picked(laid[rows].contiguous(), p.dtype, self.in_features, bias)
 
+    def sound(self):
+        """As Linear.sound."""
+        return kernels.all_finite(self.values)
+
     def emit_some(self, p, x, rows):
         return p.linear(x, self.emit_matrix(p, rows), act=self.act)
 

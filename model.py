@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import bio_modules
@@ -22,14 +21,14 @@ import sparse_kernels as kernels
 from bio_modules import (
     ACTS,
     DEPTHS,
+    GATED,
     MLP,
     MLPS,
     DendriticAttention,
     Halting,
+    SwiGLU,
     all_layers,
     emit_layers,
-    selector,
-    start_selector,
 )
 from configurator import ConfigError, require
 from decode import counters, engine, sampling
@@ -41,7 +40,6 @@ from layers import (
     LayerNorm,
     LearnedPositions,
     Linear,
-    NeuronMajor,
     NgramEmbedding,
     RMSNorm,
     RotaryPositions,
@@ -50,8 +48,6 @@ from layers import (
     attention_linear,
     check_pruned,
     cross_entropy,
-    dropout,
-    linear,
     loss_in_chunks,
     normal_by_name_,
     residual_std,
@@ -108,6 +104,7 @@ class GPTConfig:
     # --- block: the largest units fire ---
     mlp_topk: float = 1.0  # share of the MLP's units left firing per token, the largest ones
     mlp_topk_group: int = 0  # winners in groups of so many neighbours (4, mlp_topk=0.5: 2 of 4); 0: of all
+    gate_first: bool = False  # swiglu: units are chosen by their gate alone, before the up projection
     # --- block: event gates ---
     event_gate: bool = False  # units fire only above a learned threshold of their own
     event_rate: float = 0.1  # the share of units that the event gates aim at
@@ -125,7 +122,7 @@ class GPTConfig:
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
     # --- block: screened units ---
-    mlp_screen: int = 0  # bits of a copy of W_up that decides which units decoding reads (relu2): 2, 3, 4, 8
+    mlp_screen: int = 0  # bits of a copy of W_up (swiglu: W_gate) that decides which units decoding reads
     mlp_live: float = 0.15  # mean share of the units that it picks; 0: all that fire by themselves
     # --- block: the larger inputs of attention ---
     attn_topk: float = 1.0  # share of the inputs that attention's projections read per token, the largest
@@ -233,33 +230,6 @@ class CausalSelfAttention(Attention):
         return self.c_proj.emit(p, self.emit_attention(p, self.c_attn.emit(p, x)), onto=onto)
 
 
-class SwiGLU(nn.Module):
-    """A gated MLP with a dense one's parameters: two thirds as many units, three matrices (2002.05202)."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        hidden = config.units()
-        self.c_fc = linear(config)(config.n_embd, 2 * hidden, config.bias)
-        self.select = selector(config, hidden)
-        down = linear(config) if self.select is as_is else NeuronMajor
-        self.c_proj = down(hidden, config.n_embd, config.bias, std=residual_std(config))
-        self.dropout = dropout(config)
-
-    def forward(self, x, ctx):
-        gate, up = self.c_fc(x).chunk(2, dim=-1)
-        return self.dropout(self.c_proj(self.select(F.silu(gate) * up, ctx)))
-
-    def start_from_dense(self, dense, x):
-        """See training/retrofit.py."""
-        gate, up = self.c_fc(x).chunk(2, dim=-1)
-        start_selector(self.select, F.silu(gate) * up)
-
-    def emit(self, p, x, onto):
-        units = self.c_proj.in_features
-        a = p.swiglu(self.c_fc.emit(p, x), units)
-        return self.c_proj.emit(p, a if self.select is as_is else self.select.emit(p, a, units), onto=onto)
-
-
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 POSITIONS = {"learned": LearnedPositions, "rope": RotaryPositions}
 
@@ -271,8 +241,8 @@ def depth(config):
 
 def mlp(config, layer):
     """The MLP that the flags choose: one of the bio blocks, SwiGLU, or the dense one."""
-    chosen = next((MLPS[flag] for flag in MLPS if getattr(config, flag)), None)
-    return (chosen or (SwiGLU if config.act == "swiglu" else MLP))(config, layer)
+    kinds, plain = (GATED, SwiGLU) if config.act == "swiglu" else (MLPS, MLP)
+    return next((kinds[flag] for flag in kinds if getattr(config, flag)), plain)(config, layer)
 
 
 class Block(nn.Module):

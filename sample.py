@@ -66,10 +66,12 @@ class SampleConfig:
     screen: bool = False  # look at 8 bits of the head first, then at rows that can win: same tokens
     # --- faster, any model ---
     quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
-    mlp_screen: int = 0  # any model with squared ReLU: bits of a copy that picks the units read: 4; 0: off
+    mlp_screen: int = 0  # squared ReLU, or swiglu: bits of a copy that picks the units read: 4; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     measure: bool = True  # with screened units, first measure and print what they save; False: begin at once
     mlp_topk: float = 1.0  # untrained: share of the MLP's units that fire, the largest; 1: as the model has
+    gate_first: bool = False  # with mlp_topk, of swiglu: the largest gates, chosen before the up projection
+    gate_first: bool = False  # with mlp_topk, of swiglu: the largest gates, chosen before the up projection
     attn_topk: float = 1.0  # untrained: share of its inputs that attention reads, the largest; 1: as it has
     window: int = 0  # untrained: tokens that local layers see; 0: as the model has it
     window_pattern: str = "SSSL"  # with window, layers in turn: S sees the window, L everything
@@ -126,8 +128,8 @@ class SampleConfig:
 
     def sparse_flags(self):
         """What is typed of a GPTConfig to decode otherwise than the model was trained -> {flag: value}."""
-        keys = ("mlp_topk", "attn_topk", "window", "window_pattern", "weights", "screen", "mlp_screen",
-                "mlp_live")
+        keys = ("mlp_topk", "gate_first", "attn_topk", "window", "window_pattern", "weights", "screen",
+                "mlp_screen", "mlp_live")
         found = {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(type(self), key)}
         return found | ({"mlp_live": self.mlp_live} if self.mlp_screen else {})
 
@@ -159,10 +161,10 @@ def load_run(init_from, out_dir, folder="", **flags):
 
 def check_flags(config, flags, path, kind=""):
     """Can a model of `config` decode with other flags? kind: what its weights are stored as, else empty."""
-    require(not flags.get("mlp_screen") or config.act == "relu2", f"mlp_screen={flags.get('mlp_screen')} "
-            "picks among units that are exactly zero: it needs a model with act='relu2', this one has "
-            f"act='{config.act}'; leave mlp_screen out")
-    others = [key for key in ("weights", "attn_topk", "mlp_topk") if key in flags]
+    require(not flags.get("mlp_screen") or config.act in ("relu2", "swiglu"), f"mlp_screen="
+            f"{flags.get('mlp_screen')} picks among units that are zero, or whose gate is small: it needs a "
+            f"model with act='relu2' or 'swiglu', this one has act='{config.act}'; leave mlp_screen out")
+    others = [key for key in ("weights", "attn_topk", "mlp_topk", "gate_first") if key in flags]
     require(not others or not kind, f"{path} holds {kind} weights, which {others and others[0]} cannot lay "
             "out anew: name the checkpoint that they were made from")
     dataclasses.replace(config, **flags)

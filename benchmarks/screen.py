@@ -96,8 +96,8 @@ class Run:
     def __init__(self, cfg):
         self.loaded, self.path = ckpt.read(cfg.out_dir)
         args = self.loaded["model_args"]
-        require(args.get("act", "gelu") == "relu2", f"{self.path} has act='{args.get('act', 'gelu')}': units "
-                "are screened in models with act='relu2'")
+        require(args.get("act", "gelu") in ("relu2", "swiglu"), f"{self.path} has act='"
+                f"{args.get('act', 'gelu')}': units are screened in models with act='relu2' or 'swiglu'")
         require(not self.loaded.get("quantize"), f"{self.path} holds whole numbers already: name the "
                 "checkpoint that was quantised")
         self.dtype, block, vocab = DTYPES[cfg.dtype], args["block_size"], args["vocab_size"]

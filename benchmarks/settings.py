@@ -6,8 +6,8 @@ from configurator import ConfigError, close_match, parse, require
 from decode.quantized import BITS, GGML, PARTS, check_quantize
 from model import GPTConfig
 
-AT_SAMPLING = {"mlp_screen", "mlp_live", "mlp_topk", "attn_topk", "window", "window_pattern", "weights",
-               "screen"}                         # flags that sample.py switches on by itself
+AT_SAMPLING = {"mlp_screen", "mlp_live", "mlp_topk", "gate_first", "attn_topk", "window", "window_pattern",
+               "weights", "screen"}              # flags that sample.py switches on by itself
 EXAMPLE = "type RUN@int8, RUN@mlp_screen=4 or RUN@sparse_decode+int8, for example"
 SHORTCUTS = "mlp_predict", "mlp_screen", "exits"   # what models are trained for
 NAMES = "sparse_decode", "quantize", *BITS
@@ -65,11 +65,12 @@ def check(setting, config, run, stored=""):
     """A ConfigError where a run of this GPTConfig cannot decode so. stored: what its weights are, where these
     are not its numbers: quantised or packed."""
     flags, word = dict(setting.flags), f"'{run}@{setting.text}'"
-    require("mlp_screen" not in flags or config.act == "relu2", f"{word}: mlp_screen picks among units that "
-            f"are exactly zero and needs act='relu2'; this run has act='{config.act}'")
+    require("mlp_screen" not in flags or config.act in ("relu2", "swiglu"), f"{word}: mlp_screen picks among "
+            "units that are zero, or whose gate is small, and needs act='relu2' or 'swiglu'; this run has "
+            f"act='{config.act}'")
     require("mlp_live" not in flags or "mlp_screen" in flags or config.mlp_screen,
             f"{word}: mlp_live has no effect without mlp_screen: type mlp_screen=4 too")
-    others = [key for key in ("weights", "attn_topk", "mlp_topk") if key in flags]
+    others = [key for key in ("weights", "attn_topk", "mlp_topk", "gate_first") if key in flags]
     others += ["quantize"] * bool(setting.quantize and stored == "quantised")
     require(not stored or not others, f"{word}: the run holds {stored} weights, which {''.join(others[:1])} "
             "cannot lay out anew: name the run that they were made from")

@@ -42,10 +42,23 @@ def survey(model, ids):
     """Run text through a model -> {MLP: what `look` notes}, from which thresholds of any share follow."""
     mlps, seen = screened(model), {}
     require(mlps, "calibrate: no layer of this model screens its units: build it with mlp_screen=4")
+    find_reach(model, [mlp for mlp in mlps if hasattr(mlp, "reach")], ids)
     every = max(1, ids.numel() // KEPT)
     handles = [mlp.register_forward_pre_hook(lambda mlp, args: look(mlp, *args, every, seen)) for mlp in mlps]
     run_with(model, ids.split(8), handles)
     return {mlp: seen[mlp] for mlp in mlps}
+
+
+def find_reach(model, mlps, ids):
+    """Set how far the units of screened gates reach: the root mean square of what each multiplies its gate by
+    on text ids (B, T), times the length of what it writes; a factor for all of them does not matter."""
+    sums = dict.fromkeys(mlps, 0)
+
+    def add(mlp, args):
+        sums[mlp] = sums[mlp] + mlp.up(args[0]).float().square().flatten(0, -2).sum(0)
+    run_with(model, ids.split(8) if mlps else (), [mlp.register_forward_pre_hook(add) for mlp in mlps])
+    for mlp, squares in sums.items():
+        mlp.reach.copy_(squares.sqrt() * mlp.c_proj.weight.float().norm(dim=0))
 
 
 def set_thresholds(seen, live):
@@ -66,13 +79,10 @@ def look(mlp, x, ctx, every, seen):
     """Note what a layer's units do with tokens x (B, T, C): the share that fires, and of one token in `every`
     the copy's scores of all units, and of those that fire."""
     fired, scores, firing = seen.setdefault(mlp, ([], [], []))
-    v = mlp.c_fc(x)
-    fired.append((v > 0).float().mean().item())
-    some = x.flatten(0, 1)[::every]
-    own = v.flatten(0, 1)[::every].float()
-    found = own if mlp.own_copy() else mlp.scores(some, ctx).float()
+    fires, found = mlp.fires(x), mlp.scores(x.flatten(0, 1)[::every], ctx).float()
+    fired.append(fires.float().mean().item())
     scores.append(found.flatten())
-    firing.append(found[own > 0])
+    firing.append(found[fires.flatten(0, 1)[::every]])
 
 
 def run_with(model, batches, handles, head=False):

@@ -28,8 +28,9 @@ CODES = {name: code for code, name in enumerate((
     "embed", "norm", "linear", "rows_sum", "largest", "group_winners", "event", "swiglu", "add", "attend",
     "columns", "choose", "softcap", "best", "bounds", "screened", "above",
     "mix", "experts", "branches", "attend_open", "rows_of", "draw",
-    "enter", "leave", "owe", "halt", "group", "spread", "join"))}
-ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid"))}
+    "enter", "leave", "owe", "halt", "group", "spread", "join", "firing"))}
+ACTS = {name: code for code, name in enumerate(("relu2", "gelu", "none", "gelu_tanh", "osc", "sigmoid",
+                                                "silu"))}
 NOTHING = torch.zeros(1, 1, 1)                   # what a cache holds of groups before its first token
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -384,6 +385,12 @@ class Program:
         """The units whose score is above `edge`, and those whose is not a number -> Listed."""
         chosen = Listed(self.value(count + 1, own=True), None, count)
         self.add("above", (scores,), (), 0, (count,), (edge,), list=chosen.list, **{"in": scores})
+        return chosen
+
+    def firing(self, x, count):
+        """The units of `count` whose x is not zero -> Listed, with x for factors."""
+        chosen = self.listed(count)
+        self.add("firing", (x,), (), 0, (count,), list=chosen.list, by=chosen.by, **{"in": x})
         return chosen
 
     def kv(self, layer, run=None):

@@ -199,8 +199,8 @@ static void round_all(const struct thread *me, float *restrict y, long n) {
     for (long i = 0; i < n; i++) y[i] = rounded(y[i]);
 }
 
-/* acts are numbered as in decode/engine.py: relu2, gelu, none, gelu_tanh, osc, event gate */
-enum { RELU2, GELU, NONE, GELU_TANH, OSC, SIGMOID };
+/* acts are numbered as in decode/engine.py: relu2, gelu, none, gelu_tanh, osc, sigmoid, silu */
+enum { RELU2, GELU, NONE, GELU_TANH, OSC, SIGMOID, SILU };
 
 /* units from..to of y (n) through an activation; w, phi and b of osc are p[0..2] */
 static void act_all(const struct op *o, float *restrict y, long from, long to) {
@@ -221,6 +221,10 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
     case SIGMOID:
         #pragma omp simd
         for (long i = from; i < to; i++) y[i] = sigmoid(y[i]);
+        break;
+    case SILU:
+        #pragma omp simd
+        for (long i = from; i < to; i++) y[i] *= sigmoid(y[i]);
         break;
     case OSC:
         for (long i = from; i < to; i++) {
@@ -1669,6 +1673,22 @@ static void op_above(const struct op *o, struct thread *me) {
     }
 }
 
+/* list: the units of n[0] whose in is not zero; by: what theirs is */
+static void op_firing(const struct op *o, struct thread *me) {
+    long n = o->n[0];
+    for (long r = 0; r < me->program->rows; r++) {
+        const float *x = at(me, o->in) + r * n;
+        float *by = at(me, o->by) + r * n;
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (n + 1)), count = 0;
+        for (long i = 0; i < n; i++) {
+            list[1 + count] = i;
+            by[count] = x[i];
+            count += some(x[i]);
+        }
+        list[0] = count;
+    }
+}
+
 /* out = act(p[3] in): in and out (K, U), K = n[1], K U = n[0]; p[3]: a K x K mix of in's rows, times each column.
    w, phi and b of an osc are p[0..2]. */
 static void op_mix(const struct op *o, struct thread *me) {
@@ -2136,7 +2156,7 @@ static void op_screened(struct op *o, struct thread *me) {
 enum { EMBED, NORM, LINEAR, ROWS_SUM, LARGEST, GROUP_WINNERS, EVENT, SWIGLU, ADD, ATTEND, COLUMNS, CHOOSE,
        SOFTCAP, BEST, BOUNDS, SCREENED, ABOVE, MIX,
        EXPERTS, BRANCHES, ATTEND_OPEN, ROWS_OF, DRAW, ENTER, LEAVE,
-       OWE, HALT, GROUP, SPREAD, JOIN };
+       OWE, HALT, GROUP, SPREAD, JOIN, FIRING };
 
 static int64_t now(void) {
     struct timespec t;
@@ -2188,6 +2208,7 @@ static void run_program(struct program *p, long number, long threads) {
         case GROUP: op_group(o, &me); break;
         case SPREAD: op_spread(o, &me); break;
         case JOIN: op_join(o, &me); break;
+        case FIRING: op_firing(o, &me); break;
         }
         if (began) o->ticks += now() - began;
     }

@@ -36,6 +36,7 @@ ARMS = {
     "loss_chunks": dict(loss_chunks=3),
     "units": dict(mlp_units=48),
     "topk": dict(mlp_topk=0.25),
+    "gate_first": dict(act="swiglu", mlp_topk=0.25, gate_first=True),
     "winners": dict(mlp_topk=0.5, mlp_topk_group=4),
     "event_gate": dict(event_gate=True),
     "columns": dict(columns=8, columns_active=2),
@@ -43,6 +44,7 @@ ARMS = {
     "experts": dict(experts=4, experts_active=2),
     "predict": dict(mlp_topk=0.25, mlp_predict=4),
     "mlp_screen": dict(act="relu2", mlp_screen=4, mlp_live=0.25),
+    "screened_gates": dict(act="swiglu", mlp_screen=4, mlp_live=0.5),
     "window": dict(window=3, window_pattern="S"),
     "window_pattern": dict(window=5, window_pattern="SL"),
     "dendrites": dict(dendrites=4, dendrites_active=2),
@@ -57,17 +59,25 @@ ARMS = {
 }
 
 # different MLPs, or two rules for which units fire: construction names both flags
-KINDS = ("swiglu", "columns", "compartments", "experts", "predict", "mlp_screen")
-RULES = (("topk", "mlp_screen"), ("winners", "mlp_screen"), ("event_gate", "mlp_screen"),
+KINDS = ("swiglu", "gate_first", "columns", "compartments", "experts", "predict", "mlp_screen",
+         "screened_gates")
+RULES = (*((rule, screen) for screen in ("mlp_screen", "screened_gates")
+           for rule in ("topk", "winners", "event_gate")),
          ("topk", "event_gate"), ("winners", "event_gate"), ("topk", "experts"), ("event_gate", "predict"),
-         ("winners", "predict"))
-CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES} - {("swiglu", "mlp_screen")} | {
+         ("winners", "predict"), ("gate_first", "event_gate"))
+CONFLICTS = {*itertools.combinations(KINDS, 2), *RULES} - {
+    ("swiglu", "gate_first"), ("swiglu", "mlp_screen"), ("swiglu", "screened_gates"),
+    ("mlp_screen", "screened_gates"), ("gate_first", "mlp_screen")} | {
              ("hierarchy", "exits"), ("exits", "ponder"), ("loss_chunks", "exits"),
              ("dendrites", "attn_topk"), ("softcap", "screen")}
 SAME_FLAG = {("window", "window_pattern"), ("rope", "rope_theta"), ("rope", "rope_factor"),
              ("rope_theta", "rope_factor"), ("qk_norm", "qk_gain"), ("dendrites", "energy"),
              ("attn_topk", "energy"),
-             *((act, "mlp_screen") for act in ("relu2", "swiglu", "osc", "gelu_tanh"))}
+             ("swiglu", "gate_first"), ("topk", "gate_first"),
+             ("mlp_screen", "screened_gates"), ("gate_first", "mlp_screen"),
+             *itertools.product(("relu2", "osc", "gelu_tanh"),
+                                ("gate_first", "mlp_screen", "screened_gates")),
+             *itertools.product(("swiglu",), ("mlp_screen", "screened_gates"))}
 PAIRS = {f"{a}+{b}": ARMS[a] | ARMS[b] for a, b in itertools.combinations(ARMS, 2) 
          if (a, b) not in CONFLICTS | SAME_FLAG}
 

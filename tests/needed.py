@@ -68,6 +68,11 @@ def mlp(module, add, on, predict):
         units = module.c_proj.in_features
         on(module, lambda x, y: add(rows(x) * up, up))
         on(module, lambda x, y: add(rows(x) * K * units, K * K))
+    elif isinstance(module, bio.GateFirst):      # all gates, and the up projection of those that are left
+        half = module.c_fc.weight.numel() // 2
+        on(module.c_fc, lambda x, y: add(rows(x) * half, half))
+        on(module.select, lambda gates, kept: add(kept.count_nonzero() * C))
+        yield module.c_fc
     elif isinstance(module, bio.Predictive) and predict:
         on(module.c_fc, lambda x, y: add(rows(x) * module.active * C))
         yield module.c_fc

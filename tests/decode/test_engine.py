@@ -478,7 +478,8 @@ COUNTED = {name: WRITTEN[name] for name in (
     *ONE_BY_ONE, "osc+columns", "winners+columns", "event_gate+columns", "event_gate+compartments",
     "experts+dendrites", "compartments+dendrites", "columns+adapters", "experts+adapters", "topk+columns",
     "winners+experts", "window+dendrites", "relu2+attn_topk", "compartments+two_of_four",
-    "rope+dendrites") if name not in ("mlp_screen", "screen")}     # whose forward computes all of it
+    "rope+dendrites")                            # but those whose forward computes all of it
+    if name not in ("mlp_screen", "screened_gates", "screen")}
 
 
 @pytest.mark.parametrize("policy", [False, True])

@@ -19,7 +19,8 @@ from model import GPT
 from sample import SampleConfig, with_thresholds
 from training import checkpoint
 
-ARM = ARMS["mlp_screen"]
+ARM, GATES = ARMS["mlp_screen"], ARMS["screened_gates"]
+both = pytest.mark.parametrize("arm", [ARM, GATES], ids=["relu2", "swiglu"])
 built = pytest.mark.skipif(cpu_library()[0] is None, reason="no C kernels here")
 
 
@@ -45,9 +46,10 @@ def test_layers_pick_the_mean_share_that_is_asked_for_in_proportion_to_what_fire
         assert share == pytest.approx(0.25 * fires / (sum(natural) / len(natural)), abs=0.03)
 
 
+@both
 @torch.inference_mode()
-def test_all_units_picked_are_the_exact_model_and_none_picked_is_no_mlp():
-    model, idx = build(ARM, std=0.2), tokens(3, 9)
+def test_all_units_picked_are_the_exact_model_and_none_picked_is_no_mlp(arm):
+    model, idx = build(arm, std=0.2), tokens(3, 9)
     exact = model.use_policy(False)(idx)[0]
     calibrate.calibrate(model, idx, 1.0)
     assert all(mlp.edge == -math.inf for mlp in calibrate.screened(model))
@@ -85,8 +87,9 @@ def test_one_token_of_text_is_enough_for_a_number_and_wrong_models_get_a_sentenc
         build(dict(mlp_screen=5, act="relu2"))
 
 
-def test_a_training_step_clears_thresholds_and_decoding_then_says_what_is_missing():
-    model, idx = build(ARM, std=0.2), tokens(2, 8)
+@both
+def test_a_training_step_clears_thresholds_and_decoding_then_says_what_is_missing(arm):
+    model, idx = build(arm, std=0.2), tokens(2, 8)
     model.train()
     model(idx, idx)[1].backward()
     model.regularise()
@@ -97,14 +100,17 @@ def test_a_training_step_clears_thresholds_and_decoding_then_says_what_is_missin
     model.use_policy(False)(idx)
 
 
-def test_thresholds_travel_with_the_checkpoint_and_a_plain_one_has_none():
-    model, plain = build(ARM, std=0.2), build(dict(act="relu2"), std=0.2)
-    again = build(ARM)
+@both
+def test_thresholds_travel_with_the_checkpoint_and_a_plain_one_has_none(arm):
+    model, plain = build(arm, std=0.2), build(dict(act=arm["act"]), std=0.2)
+    again = build(arm)
     again.load_state_dict(model.state_dict())
-    assert [mlp.edge for mlp in calibrate.screened(again)] == [mlp.edge for mlp in calibrate.screened(model)]
+    for ours, theirs in zip(calibrate.screened(again), calibrate.screened(model)):
+        assert all(map(torch.equal, ours.buffers(), theirs.buffers()))
     again.load_state_dict(plain.state_dict())
     assert calibrate.needs_thresholds(again)
-    assert all(mlp.edge.dtype == torch.float32 for mlp in calibrate.screened(again.bfloat16()))
+    kept = [t for mlp in calibrate.screened(again.bfloat16()) for t in mlp.buffers()]
+    assert all(t.dtype == torch.float32 for t in kept) and len(kept) == (2 if arm is ARM else 4)
 
 
 def test_thresholds_without_data_come_from_what_the_model_writes():
@@ -118,9 +124,10 @@ def test_thresholds_without_data_come_from_what_the_model_writes():
 
 @built
 @torch.inference_mode()
+@both
 @pytest.mark.parametrize("kind", ["int8", "int4", "q4_all"])
-def test_whole_numbers_under_a_screen_decode_what_forward_computes(kind):
-    model, idx = quantize(build(ARM, std=0.2), kind), tokens(3, 5)
+def test_whole_numbers_under_a_screen_decode_what_forward_computes(kind, arm):
+    model, idx = quantize(build(arm, std=0.2), kind), tokens(3, 5)
     calibrate.calibrate(model, tokens(8, 16, seed=3), 0.25)
     model.use_policy()
     program = engine.program_of(model, Cache(model, 3, 5), 31, None, idx.device)
@@ -147,6 +154,55 @@ def test_a_decode_step_reads_the_copy_and_the_rows_that_it_picks():
     assert 0 < picked < 2 * 64
     copies = sum(mlp.copy_of(program.cache)[0].nbytes for mlp in calibrate.screened(model))
     assert work[True][0] < work[False][0] + copies
+
+
+@torch.inference_mode()
+def test_screened_gates_pick_in_every_layer_the_share_that_is_asked_for():
+    """Of those units whose gate times their reach is largest: the reach is that of the text."""
+    model, idx = build(GATES, std=0.2), tokens(32, 16, seed=5)
+    for live in (0.3, 0.6):
+        assert calibrate.calibrate(model, idx, live) == [1.0, 1.0]
+        hooks, found = [], []
+        for mlp in calibrate.screened(model):
+            hooks.append(mlp.c_proj.register_forward_pre_hook(
+                lambda _, args: found.append((args[0] != 0).float().mean().item())))
+        model.use_policy()(idx)
+        for hook in hooks:
+            hook.remove()
+        assert found == [pytest.approx(live, abs=0.03)] * 2
+    mlp, inputs = calibrate.screened(model)[0], []
+    hook = mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.use_policy(False)(idx)
+    hook.remove()
+    up = mlp.c_fc(inputs[0])[..., -mlp.c_proj.in_features:]
+    reach = up.square().mean((0, 1)).sqrt() * mlp.c_proj.weight.norm(dim=0)
+    torch.testing.assert_close(mlp.reach / mlp.reach.mean(), reach / reach.mean())
+    scores = torch.nn.functional.silu(mlp.said(inputs[0], None)).abs() * reach
+    kept = scores > scores.flatten().quantile(0.4)
+    assert (kept == (mlp.scores(inputs[0], None) > mlp.edge)).float().mean() > 0.97
+
+
+@built
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["", "int4"])
+def test_a_decode_step_reads_the_gates_copy_and_three_rows_of_each_unit_that_it_picks(kind):
+    from sparse_kernels import counting
+    model, idx = build(GATES, std=0.2, n_embd=64, n_head=2), tokens(1, 5)
+    model = quantize(model, kind) if kind else model
+    calibrate.calibrate(model, tokens(8, 16, seed=3), 0.3)
+    program = engine.program_of(model.use_policy(), Cache(model, 1, 16), 31, None, idx.device)
+    program.begin(idx, [0], [1])
+    with counting() as tally:
+        program.step()
+    listed = [op.read for op, name in zip(program.table, program.names) if op.read and "MLP" in name]
+    counts, units = listed[::3 - bool(kind)], calibrate.screened(model)[0].c_proj.in_features
+    assert len(counts) == 2 and all(0 < n < 0.6 * units for n in counts)
+    assert listed == [n for n in counts for _ in range(3 - bool(kind))]
+    dense = engine.program_of(model.use_policy(False), Cache(model, 1, 16), 31, None, idx.device)
+    dense.begin(idx, [0], [1])
+    with counting() as whole:
+        dense.step()
+    assert tally.bytes < (0.9 if kind else 0.85) * whole.bytes
 
 
 def test_the_copy_is_made_once_and_again_when_a_weight_changes(monkeypatch):
@@ -208,8 +264,9 @@ def test_a_model_no_unit_of_which_fires_is_calibrated_and_decodes():
 @pytest.mark.parametrize("kind", ["", "int8", "int4"])
 @pytest.mark.parametrize("shape", [dict(n_embd=36, n_head=3, mlp_units=77),
                                    dict(n_embd=20, n_head=1, mlp_units=1)])
-def test_odd_widths_decode_what_forward_computes(shape, kind):
-    model, idx = build(ARM | shape, std=0.2), tokens(2, 6)
+@both
+def test_odd_widths_decode_what_forward_computes(shape, kind, arm):
+    model, idx = build(arm | shape, std=0.2), tokens(2, 6)
     model = quantize(model, kind) if kind else model
     calibrate.calibrate(model, tokens(8, 16, seed=3), 0.4)
     program = engine.program_of(model.use_policy(), Cache(model, 2, 6), 31, None, idx.device)

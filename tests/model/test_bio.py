@@ -1,6 +1,7 @@
 """The bio MLPs: what they keep, what they compute, what they count, and what they refuse."""
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -57,6 +58,30 @@ def test_topk_keeps_the_largest_units_of_each_token_unscaled(share):
     smallest = torch.where(out == 0, math.inf, out.abs()).amin(-1)
     largest_loser = torch.where(out == 0, a.abs(), 0).amax(-1)
     assert (smallest >= largest_loser).all() and torch.equal(out[out != 0], a[out != 0])
+
+
+@torch.no_grad()
+def test_gates_that_come_first_choose_units_whatever_the_up_projection_says():
+    mlp = build(ARMS["gate_first"], std=0.2).transformer.h[0].mlp
+    x, units, seen = torch.randn(3, 5, TINY["n_embd"]), mlp.c_proj.in_features, []
+    hook = mlp.c_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    y = mlp(x, Context(None))
+    mlp.c_fc.weight[units:].mul_(-3)
+    mlp.c_fc.bias[units:].mul_(-3)
+    mlp(x, Context(None))
+    hook.remove()
+    gates = nn.functional.silu(nn.functional.linear(x, mlp.c_fc.weight[:units], mlp.c_fc.bias[:units]))
+    edge = gates.abs().topk(round(0.25 * units)).values[..., -1:]
+    up = nn.functional.linear(x, mlp.c_fc.weight[units:], mlp.c_fc.bias[units:]) / -3
+    kept = torch.where(gates.abs() >= edge, gates * up, 0)
+    torch.testing.assert_close(seen[0], kept)
+    torch.testing.assert_close(seen[1], -3 * seen[0])
+    torch.testing.assert_close(y, mlp.c_proj(kept))
+    event = build(dict(act="swiglu", event_gate=True, event_rate=0.3, gate_first=True), std=0.2)
+    mlp = event.transformer.h[0].mlp
+    mlp.start_from_dense(mlp, x[0].repeat(50, 1))
+    gates = nn.functional.silu(mlp.c_fc(x[0])[..., :units])
+    assert (mlp.select(gates, Context(None)) != 0).float().mean() == pytest.approx(0.3, abs=0.02)
 
 
 def test_topk_anneals_in_training_alone():
@@ -334,12 +359,16 @@ def test_neuron_major_is_a_linear_stored_by_input():
 def test_flags_that_exclude_each_other_are_both_named(a, b):
     with pytest.raises(ConfigError) as error:
         GPTConfig(**TINY | ARMS[a] | ARMS[b])
-    flag = {"topk": "mlp_topk", "winners": "mlp_topk", "predict": "mlp_predict"}
-    assert all(flag.get(name, name) in str(error.value) for name in (a, b)), error.value
+    flag = {"topk": "mlp_topk", "winners": "mlp_topk", "predict": "mlp_predict",
+            "screened_gates": "mlp_screen", "gate_first": "mlp_topk|swiglu"}
+    assert all(re.search(flag.get(name, name), str(error.value)) for name in (a, b)), error.value
 
 
 @pytest.mark.parametrize("bad, word", [
     (dict(mlp_topk=0.0), r"mlp_topk=0\.0"), (dict(mlp_topk=1.5), "mlp_topk"),
+    (dict(gate_first=True, mlp_topk=0.5), "act='gelu'.*--act=swiglu"),
+    (dict(gate_first=True, act="swiglu"), "--mlp_topk=0.5"),
+    (dict(act="swiglu", mlp_screen=4, mlp_live=0.0), "mlp_live=0.0.*--mlp_live=0.5"),
     (dict(mlp_topk_group=4), "below 1"),
     (dict(mlp_topk_group=5, mlp_topk=0.4), "divide"), (dict(mlp_topk_group=4, mlp_topk=0.3), "whole"),
     (dict(columns=8), "columns_active"), (dict(columns=7, columns_active=1), "divide"),

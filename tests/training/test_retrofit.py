@@ -20,9 +20,11 @@ from training import checkpoint, estimate, retrofit
 REFUSED = {"rope": "pos", "rope_theta": "pos", "rope_factor": "pos", "grouped": "n_kv_head", "swiglu": "act",
            "zero_init": "zero_init", "compartments": "compartments", "dendrites": "dendrites",
            "energy": "dendrites"}
-PARENT = {"mlp_screen": dict(act="relu2"), "qk_gain": dict(qk_norm=True)}   # what an arm needs, beside depth
+PARENT = {"mlp_screen": dict(act="relu2"), "qk_gain": dict(qk_norm=True),   # what an arm needs, beside depth
+          "gate_first": dict(act="swiglu"), "screened_gates": dict(act="swiglu")}
 # the function is the dense model's, bit for bit; or within so many of a loss of 3.4 nats
-EXACT = ("gpt2", "untied", "ngram", "recompute", "loss_chunks", "mlp_screen", "exits", "screen", "adapters")
+EXACT = ("gpt2", "untied", "ngram", "recompute", "loss_chunks", "mlp_screen", "screened_gates",
+         "exits", "screen", "adapters")
 NEARLY = {"ponder": 1e-3}
 FITTING = [arm for arm in ARMS if arm not in REFUSED]
 IDS = tokens(32, 16, seed=5)
