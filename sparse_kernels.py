@@ -432,11 +432,14 @@ def two_of_four(sizes):
     """sizes (..., 4 * n) -> bool of that shape: the two largest of every four (the rule of first_largest)."""
     require_fours(sizes.size(-1))
     part = sizes.unflatten(-1, (-1, 4)).unbind(-1)
-    beaten = [0, 0, 0, 0]                        # by how many of its neighbours each is
+    first, kept = {}, []
     for i, j in itertools.combinations(range(4), 2):
-        first = (part[i] >= part[j]) | (part[i] != part[i])
-        beaten[i], beaten[j] = beaten[i] + ~first, beaten[j] + first
-    return torch.stack([count < 2 for count in beaten], dim=-1).flatten(-2)
+        first[i, j] = (part[i] >= part[j]) | (part[i] != part[i])
+        first[j, i] = ~first[i, j]
+    for i in range(4):                           # those that come before two others or all three
+        a, b, c = (first[i, j] for j in range(4) if j != i)
+        kept.append(a & b | (a | b) & c)
+    return torch.stack(kept, dim=-1).flatten(-2)
 
 
 def require_fours(K):
@@ -455,15 +458,17 @@ def pack_24(weight):
     P is K rounded up to 32. values: what is kept, in order. meta: for every four weights the places 0..3 of
     the two that are kept, 2 bits each, the first in the lower bits; eight fours in a word, the first lowest.
     """
-    N, K = weight.shape
-    kept = two_of_four(weight.abs()).unflatten(-1, (-1, 4))
-    if (weight.unflatten(-1, (-1, 4))[~kept] != 0).any():
+    K, kept = weight.size(1), two_of_four(weight.abs())
+    if ((weight != 0) & ~kept).any():
         raise ValueError("pack_24: some four weights hold more than two that are not zero: prune_24 first")
-    at = torch.where(kept, torch.arange(4, device=weight.device), 4).sort(dim=-1).values[..., :2]
-    values = weight.unflatten(-1, (-1, 4)).gather(-1, at).flatten(-2)
-    code = F.pad(at[..., 0] | at[..., 1] << 2, (0, -K // 4 % 8), value=0b0100).unflatten(-1, (-1, 8))
-    words = (code << torch.arange(0, 32, 4, device=weight.device)).sum(-1)
-    return F.pad(values, (0, -K // 2 % 16)).contiguous(), (words - (words >> 31 << 32)).int()
+    w, k = (t.unflatten(-1, (-1, 4)).unbind(-1) for t in (weight, kept))
+    # the first that is kept is one of the first three, the second one of the last three
+    values = torch.stack((torch.where(k[0], w[0], torch.where(k[1], w[1], w[2])),
+                          torch.where(k[3], w[3], torch.where(k[2], w[2], w[1]))), dim=-1).flatten(-2)
+    at = 2 - k[0].byte() - (k[0] | k[1]).byte(), 1 + k[3].byte() + (k[2] | k[3]).byte()
+    code = F.pad(at[0] | at[1] << 2, (0, -K // 4 % 8), value=0b0100)
+    words = (code[:, ::2] | code[:, 1::2] << 4).contiguous().view(torch.int32)
+    return F.pad(values, (0, -K // 2 % 16)).contiguous(), words
 
 
 def unpack_24(values, meta, K):

@@ -20,6 +20,7 @@ from sparse_kernels import MatrixC
 
 ROWS, SUMS = 8, 16                               # of a batch; parts of a sum of rows: as in step.c
 MANY = 64                                        # threads, as in step.c
+CACHE = 2 << 20                                  # bytes of weights that second-level caches keep
 KINDS = {torch.float32: 0, torch.bfloat16: 1}    # of a matrix; behind them 2:4 in the same types
 KIND_NAMES = dict(enumerate(("float32", "bfloat16", "2:4 float32", "2:4 bfloat16", "int8", "int4",
                              "2:4 float32", "2:4 bfloat16", "2:4 int8")))
@@ -66,7 +67,7 @@ class ProgramC(ctypes.Structure):
                 ("watched", LONG), ("shared", POINTER), ("own", POINTER), ("own_size", LONG),
                 ("scratch", POINTER), ("scratch_size", LONG), ("ids", POINTER * ROWS),
                 ("columns", LONG * ROWS), ("best", LONG * ROWS), ("cost", FLOAT * 2), ("spent", FLOAT),
-                ("steps", LONG)]
+                ("steps", LONG), ("far", LONG)]
 
 
 class Value(NamedTuple):
@@ -272,7 +273,7 @@ class Program:
         most, apart = units.size if units else matrix.c.rows, units.apart if units else 0
         parts = max(SUMS, most // apart) if apart else SUMS
         self.add("rows_sum", (a, onto, units and units.list), (y,),
-                 (self.rows + 1) * 16 * (most + 8) + matrix.c.rows + 9 * matrix.c.width + 512,
+                 (self.rows + 1) * 16 * (most + 8) + matrix.c.rows + 13 * matrix.c.width + 1280,
                  (most, apart, parts), (), (), matrix,
                  ("read", matrix.macs, matrix.bytes), all=all, list=units and units.list, onto=onto,
                  by=self.value(parts * matrix.c.width),
@@ -527,6 +528,7 @@ class Program:
                                                            self.scratch * self.threads)]
         self.kept += memory
         self.c.ops, self.c.count = ctypes.addressof(self.table), len(self.ops)
+        self.c.far = sum(op.w.rows * op.w.stride for op in self.ops) > CACHE
         shared, own, scratch = ((t.data_ptr() + 63) // 64 * 64 for t in memory)
         self.c.shared, self.c.own, self.c.scratch = shared, own, scratch
         self.c.own_size, self.c.scratch_size = self.own, self.scratch

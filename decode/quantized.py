@@ -49,7 +49,7 @@ class Quantized(nn.Module):
 
     def rewritten(self):
         """The numbers were written in place: what was made of them is made again."""
-        if self.sparse and picked.wanted(self.codes.device):
+        if self.sparse and picked.wanted(self.codes.device, whole=True):
             values, meta = kernels.pack_24(self.codes[:, :self.in_features])
             self.laid = picked.lay(values, meta, self.in_features)
 
@@ -71,7 +71,7 @@ class Quantized(nn.Module):
     def emit_matrix(self, p, rows=slice(None)):
         """As Linear.emit_matrix."""
         bias = self.bias if self.bias is None else self.bias[rows]
-        if self.laid is not None and picked.wanted(self.codes.device):
+        if self.laid is not None and picked.wanted(self.codes.device, whole=True):
             return p.picked(self.laid[rows].contiguous(), torch.int8, self.in_features, bias,
                             self.scale[rows].contiguous())
         return p.whole(self.codes[rows], self.scale[rows], self.in_features, bias)

@@ -165,16 +165,13 @@ static inline float log1p_of(float e) {
 
 static inline float sum16(vec v) { float s = 0; for (int i = 0; i < 16; i++) s += v[i]; return s; }
 
-/* A 2:4 row . x: kept values, two of every four, and their places of 2 bits each (see pack_24). Instead of
-   spreading values over zeros, the x that they meet are picked by their places. */
-#define REST_OF_ROW(NAME) \
-    for (; k < K; k += 4) { \
-        uint32_t pair = meta[k / 32] >> k % 32; \
-        s += up_##NAME(v[k / 2]) * up_##NAME(x[k + (pair & 3)]) \
-           + up_##NAME(v[k / 2 + 1]) * up_##NAME(x[k + (pair >> 2 & 3)]); \
-    }
+/* A 2:4 row . x: kept values, two of every four, and their places of 2 bits each (see pack_24) */
+#define FOUR(NAME) (up_##NAME(v[k / 2]) * up_##NAME(x[k + (meta[k / 32] >> k % 32 & 3)]) \
+                    + up_##NAME(v[k / 2 + 1]) * up_##NAME(x[k + (meta[k / 32] >> (k % 32 + 2) & 3)]))
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 #define PICKS 1
+#endif
+#ifdef __AVX512F__
 static inline __m512i low_bits_or(__m512i codes, __m512i mask, __m512i base) {
     return _mm512_ternarylogic_epi32(codes, mask, base, 0xea);              /* (codes & mask) | base */
 }
@@ -184,53 +181,19 @@ static inline __m512i steps(long long from, long long by) {
 }
 #endif
 
+#ifndef PICKS
 static inline float dot24_f32(const float *v, const uint32_t *meta, const float *x, long K) {
     float s = 0;
-    long k = 0;
-#ifdef PICKS
-    const __m512i three = _mm512_set1_epi32(3);
-    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i base = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-    __m512 a = _mm512_setzero_ps(), b = a;
-    for (; k + 64 <= K; k += 64) {
-        __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(meta[k / 32]), shift);
-        __m512i more = _mm512_srlv_epi32(_mm512_set1_epi32(meta[k / 32 + 1]), shift);
-        const float *X = x + k;
-        FETCH(v + k / 2 + 1024);
-        FETCH(v + k / 2 + 1040);
-        a = _mm512_fmadd_ps(_mm512_loadu_ps(v + k / 2), _mm512_permutex2var_ps(
-            _mm512_loadu_ps(X), low_bits_or(codes, three, base), _mm512_loadu_ps(X + 16)), a);
-        b = _mm512_fmadd_ps(_mm512_loadu_ps(v + k / 2 + 16), _mm512_permutex2var_ps(
-            _mm512_loadu_ps(X + 32), low_bits_or(more, three, base), _mm512_loadu_ps(X + 48)), b);
-    }
-    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-#endif
-    REST_OF_ROW(f32)
+    for (long k = 0; k < K; k += 4) s += FOUR(f32);
     return s;
 }
 
 static inline float dot24_bf16(const uint16_t *v, const uint32_t *meta, const uint16_t *x, long K) {
     float s = 0;
-    long k = 0;
-#ifdef PICKS
-    const __m512i shift = steps(0x0606040402020000, 0x0808080808080808);    /* 2 j bits, for value j */
-    const __m512i base = steps(0x0004000400000000, 0x0008000800080008);     /* four j / 2 of x */
-    const __m512i three = _mm512_set1_epi16(3);
-    __m512 a = _mm512_setzero_ps(), b = a;
-    for (; k + 64 <= K; k += 64) {
-        int64_t pairs;
-        memcpy(&pairs, meta + k / 32, 8);
-        __m512i at = low_bits_or(_mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(pairs)), three, base);
-        __m512i X = _mm512_permutex2var_epi16(_mm512_loadu_si512(x + k), at, _mm512_loadu_si512(x + k + 32));
-        FETCH(v + k / 2 + 2048);
-        a = _mm512_dpbf16_ps(a, load(v + k / 2), (__m512bh)X);
-        __m512 t = a; a = b; b = t;
-    }
-    s = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-#endif
-    REST_OF_ROW(bf16)
+    for (long k = 0; k < K; k += 4) s += FOUR(bf16);
     return s;
 }
+#endif
 
 /* whole numbers of 8 bits . x */
 static inline float dot_i8(const int8_t *q, const float *x, long K) {
@@ -251,8 +214,8 @@ static inline float dot_i8(const int8_t *q, const float *x, long K) {
     return s;
 }
 
-/* how this processor picks by places in registers: 2 from packed rows as they are, 1 from those of picked.py, 0
-   not at all: packed rows are slower than dense ones then */
+/* how this processor picks by places in registers: 2 from packed rows of floats as they are and from whole numbers as
+   picked.py lays them, 1 from rows of picked.py alone, 0 not at all: packed rows are slower than dense ones then */
 int picks(void) {
 #if defined(PICKS)
     return 2;

@@ -14,9 +14,11 @@ GROUP = 256                                      # inputs
 INPUTS = {4: 16, 2: 32, 1: 64}                   # of 32 bytes of kept weights, by the bytes of one
 
 
-def wanted(device):
-    """Does this processor read 2:4 weights so? With AVX-512 VBMI and BF16 it reads what pack_24 gives."""
-    return device.type == "cpu" and cpu_library()[0] is not None and cpu_library()[0].picks() == 1
+def wanted(device, whole=False):
+    """Does this processor read 2:4 weights so? With AVX-512 VBMI and BF16 it reads floats as pack_24 gives
+    them, and whole numbers alone so."""
+    library = cpu_library()[0]
+    return device.type == "cpu" and library is not None and library.picks() in (1, 1 + whole)
 
 
 def lay(values, meta, K):

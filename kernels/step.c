@@ -54,6 +54,7 @@ struct program {
     int64_t best[ROWS];                          /* the chosen id; -1: the largest logit is not finite */
     double cost[2], spent;                       /* seconds of a step alone and together, see step */
     int64_t steps;                               /* that were run */
+    int64_t far;                                 /* do all weights together come from memory? */
 };
 
 struct lanes {
@@ -247,19 +248,24 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
    sum of its numbers, lie in w.scale. A row of I4: numbers of 4 bits in groups of 32, of which each has a scale:
    32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the scales in bf16. What is
    multiplied by them is rounded to 8 bits, with one scale: in its room lie that scale (64 bytes for it), the
-   numbers, and for each 32 of them 8 times their sum (int32, of 64 numbers 8 of them: see FIX). Factors of rows
+   numbers, and for each 32 of them -8 times their sum (int32, of 64 numbers 8 of them: see FIX). Factors of rows
    that are added up are whole numbers of 16 bits with AVX2, one scale for TOGETHER of them, else floats. */
 struct of_row { float scale; int32_t sum; };
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define WHOLE_VNNI 1                             /* vpdpbusd takes one side plus 128 */
 #endif
+#if defined(WHOLE_VNNI) && defined(PICKS)
+#define AT_ONCE 4                                /* lanes: their sums of four rows fill half of the registers */
+#else
+#define AT_ONCE 1
+#endif
 #if defined(__AVX2__) && defined(__FMA__)
 #define WHOLE_AVX2 1
 #include <immintrin.h>
 #endif
 
-/* where 8 times the sum of 32 numbers lies: lanes 0 and 2 of the 8 that stand for 64 of them, as quad_i4 has them */
+/* where -8 times the sum of 32 numbers lies: lanes 0 and 2 of the 8 that stand for 64 of them, as quads_i4 has them */
 #define FIX(group) ((group) / 2 * 8 + (group) % 2 * 2)
 
 #ifdef WHOLE_AVX2
@@ -309,10 +315,16 @@ static void round_to_8_bits(int64_t kind, const float *x, long n, char *to) {
     if (kind == IS_I4) for (long g = 0; g < wide; g += 32) {
         int32_t sum = 0;
         for (long i = g; i < g + 32; i++) sum += q[i];
-        fix[FIX(g / 32)] = 8 * sum;
+        fix[FIX(g / 32)] = -8 * sum;
     }
 #ifdef WHOLE_VNNI
-    if (kind == IS_I8) for (long i = 0; i < wide; i++) q[i] ^= (int8_t)0x80;
+    if (kind == IS_I8 || kind == IS_PICKED_I8) for (long i = 0; i < wide; i++) q[i] ^= (int8_t)0x80;
+    if (kind == IS_I4) for (long g = 0; g + 128 <= wide; g += 128)      /* as the halves of 64 bytes have them */
+        for (long i = g + 32; i < g + 64; i++) {
+            int8_t t = q[i];
+            q[i] = q[i + 32];
+            q[i + 32] = t;
+        }
 #endif
 }
 
@@ -328,23 +340,67 @@ static inline __m128 sums_of_floats(const __m256 *a) {
 }
 static inline __m256i load_ints(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 #endif
+#ifdef __AVX512F__
+static inline __m128i sums_of_wide_ints(const __m512i *a) {
+    __m512i t = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    t = _mm512_add_epi32(_mm512_unpacklo_epi64(t, u), _mm512_unpackhi_epi64(t, u));
+    __m256i v = _mm256_add_epi32(_mm512_castsi512_si256(t), _mm512_extracti64x4_epi64(t, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+static inline __m128 sums_of_wide_floats(const __m512 *a) {
+    __m512d t = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1])));
+    __m512d u = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3])));
+    t = _mm512_castps_pd(_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(t, u)), _mm512_castpd_ps(_mm512_unpackhi_pd(t, u))));
+    __m256 v = _mm256_add_ps(_mm256_castpd_ps(_mm512_castpd512_pd256(t)), _mm256_castpd_ps(_mm512_extractf64x4_pd(t, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
+#endif
 
-EXACT void quad_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
-                    const char *x, long K, float *s) {
+static inline void sums_of_vec(const vec *a, float *s) {
+#if defined(__AVX512F__)
+    __m512 wide[4];
+    memcpy(wide, a, sizeof wide);
+    _mm_storeu_ps(s, sums_of_wide_floats(wide));
+#elif defined(WHOLE_AVX2)
+    __m256 half[8];
+    memcpy(half, a, sizeof half);
+    for (int l = 0; l < 4; l++) half[l] = _mm256_add_ps(half[2 * l], half[2 * l + 1]);
+    _mm_storeu_ps(s, sums_of_floats(half));
+#else
+    for (int l = 0; l < 4; l++) s[l] = sum16(a[l]);
+#endif
+}
+
+/* s (lanes, 4) = four rows . x of some lanes, which lie `apart` bytes from each other: one, or with AVX-512 up to
+   AT_ONCE. A lane's sums are the same bit for bit however many there are. next: rows to be fetched meanwhile. */
+
+EXACT void quads_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
+                    const char *x, long apart, const int lanes, long K, float *s) {
     long wide = padded(K);
-    const char *X = x + 64;
-    int32_t sum[4] = {0};
 #if defined(WHOLE_VNNI)
-    __m512i a[4] = { _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512() };
+    __m512i a[4 * AT_ONCE], v[AT_ONCE];
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_si512();
     for (long k = 0; k < wide; k += 64) {
-        __m512i v = _mm512_loadu_si512(X + k);
+        for (int r = 0; r < lanes; r++) v[r] = _mm512_loadu_si512(x + r * apart + 64 + k);
         for (int l = 0; l < 4; l++) {
+            __m512i w = _mm512_loadu_si512(row[l] + k);
             if (next) FETCH(next[l] + k);
-            a[l] = _mm512_dpbusd_epi32(a[l], v, _mm512_loadu_si512(row[l] + k));
+            for (int r = 0; r < lanes; r++) a[4 * r + l] = _mm512_dpbusd_epi32(a[4 * r + l], v[r], w);
         }
     }
-    for (int l = 0; l < 4; l++) sum[l] = _mm512_reduce_add_epi32(a[l]) - 128 * of[n[l]].sum;
-#elif defined(WHOLE_AVX2)
+    for (int r = 0; r < lanes; r++) {
+        int32_t sum[4];
+        _mm_storeu_si128((__m128i *)sum, sums_of_wide_ints(a + 4 * r));
+        for (int l = 0; l < 4; l++)
+            s[4 * r + l] = (sum[l] - 128 * of[n[l]].sum) * (*(const float *)(x + r * apart) * of[n[l]].scale);
+    }
+#else
+    const char *X = x + 64;
+    int32_t sum[4] = {0};
+    (void)apart;
+    (void)lanes;
+#if defined(WHOLE_AVX2)
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i a[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
     for (long k = 0; k < wide; k += 32) {
@@ -367,42 +423,56 @@ EXACT void quad_i8(const struct of_row *of, const long *n, const char *const *ro
     }
 #endif
     for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
+#endif
 }
 
-/* s[l] = row[l] . x of four rows; 8 times the sum of x's numbers is taken from each group's, which lie plus 8 */
-EXACT void quad_i4(const char *const *row, const char *const *next, const char *x, long K, float *s) {
-    long wide = padded(K), k = 0;
-    const char *X = x + 64;
-    const int32_t *fix = (const int32_t *)(X + wide);
-#if defined(WHOLE_AVX2)
-    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
 #if defined(WHOLE_VNNI)
-    const __m512i half = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
-    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
-    __m512 b[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
-    for (; k + 128 <= wide; k += 128) {
-        __m512i u = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(X + k)), load_ints(X + k + 64), 1);
-        __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(X + k + 32)), load_ints(X + k + 96), 1);
-        __m512i less = _mm512_loadu_si512(fix + k / 8);         /* lanes 0, 2, 8, 10: of groups 0, 1, 2, 3 */
-        __m512i less_u = _mm512_sub_epi32(zero, _mm512_maskz_mov_epi32(0x0101, less));
-        __m512i less_v = _mm512_sub_epi32(zero, _mm512_maskz_mov_epi32(0x0404, less));
-        for (int l = 0; l < 4; l++) {
-            __m512i w = _mm512_loadu_si512(row[l] + k / 2);
-            __m512i scales = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_castsi128_si256(
-                _mm_loadl_epi64((const __m128i *)(row[l] + wide / 2 + k / 16)))), 16);
-            if (next) FETCH(next[l] + k / 2);
-            b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(less_u, _mm512_and_si512(w, half), u)),
-                                   _mm512_castsi512_ps(_mm512_permutexvar_epi32(first, scales)), b[l]);
-            b[l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(
-                                       less_v, _mm512_and_si512(_mm512_srli_epi16(w, 4), half), v)),
-                                   _mm512_castsi512_ps(_mm512_permutexvar_epi32(second, scales)), b[l]);
+/* a += 128 numbers from k on of four rows, or 64 in the lower half of registers (all: 0) */
+INLINE void add_i4(const char *const *row, const char *const *next, const char *x, long apart, const int lanes,
+                   long wide, long k, const int all, __m512 *a) {
+    const __m512i half = _mm512_set1_epi8(15), first = _mm512_inserti64x4(
+        _mm512_set1_epi32(0x0100ffff), _mm256_set1_epi32(0x0504ffff), 1);       /* scales of groups 0 and 2 */
+    const __m512i second = _mm512_inserti64x4(_mm512_set1_epi32(0x0302ffff), _mm256_set1_epi32(0x0706ffff), 1);
+    for (int l = 0; l < 4; l++) {
+        __m512i w = all ? _mm512_loadu_si512(row[l] + k / 2) : _mm512_zextsi256_si512(load_ints(row[l] + k / 2));
+        __m512i scales = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(row[l] + wide / 2 + k / 16)));
+        __m512 by = _mm512_castsi512_ps(_mm512_shuffle_epi8(scales, first));
+        __m512 more = _mm512_castsi512_ps(_mm512_shuffle_epi8(scales, second));
+        if (next) FETCH(next[l] + k / 2);
+        __m512i u = _mm512_and_si512(w, half), v = _mm512_and_si512(_mm512_srli_epi16(w, 4), half);
+        for (int r = 0; r < lanes; r++) {
+            const char *X = x + r * apart + 64 + k;
+            const int32_t *fix = (const int32_t *)(x + r * apart + 64 + wide) + k / 8;
+            __m512i p = _mm512_maskz_loadu_epi32(all ? 0x0101 : 0x0001, fix);
+            __m512i q = _mm512_maskz_loadu_epi32(all ? 0x0404 : 0x0004, fix);
+            p = _mm512_dpbusd_epi32(p, u, _mm512_loadu_si512(X));
+            q = _mm512_dpbusd_epi32(q, v, _mm512_loadu_si512(X + (all ? 64 : 32)));
+            a[4 * r + l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(p), by, a[4 * r + l]);
+            a[4 * r + l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), more, a[4 * r + l]);
         }
     }
-    for (int l = 0; l < 4; l++)
-        a[l] = _mm256_add_ps(_mm512_castps512_ps256(b[l]), _mm256_castpd_ps(_mm512_extractf64x4_pd(
-            _mm512_castps_pd(b[l]), 1)));
+}
 #endif
+
+/* The numbers of a row lie plus 8: sums begin with what that adds to them */
+EXACT void quads_i4(const char *const *row, const char *const *next, const char *x, long apart, const int lanes, long K,
+                    float *s) {
+    long wide = padded(K), k = 0;
+#if defined(WHOLE_VNNI)
+    __m512 a[4 * AT_ONCE];
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
+    for (; k + 128 <= wide; k += 128) add_i4(row, next, x, apart, lanes, wide, k, 1, a);
+    if (k < wide) add_i4(row, next, x, apart, lanes, wide, k, 0, a);
+    for (int r = 0; r < lanes; r++)
+        _mm_storeu_ps(s + 4 * r, _mm_mul_ps(sums_of_wide_floats(a + 4 * r),
+                                            _mm_set1_ps(*(const float *)(x + r * apart))));
+#else
+    const char *X = x + 64;
+    const int32_t *fix = (const int32_t *)(X + wide);
+    (void)apart;
+    (void)lanes;
+#if defined(WHOLE_AVX2)
+    __m256 a[4] = { _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps() };
     /* of 64 numbers four lanes come to stand for the first group, lanes 0, 1, 4 and 5, and four for the second */
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 2, 3,
@@ -416,7 +486,7 @@ EXACT void quad_i4(const char *const *row, const char *const *next, const char *
             __m256i p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), u);
             __m256i q = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), low), v);
             __m256i sums = _mm256_add_epi16(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
-            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_madd_epi16(sums, ones), less)),
+            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums, ones), less)),
                                    _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_castps_si256(
                                        _mm256_broadcast_ss(two)), places)), a[l]);
         }
@@ -430,7 +500,7 @@ EXACT void quad_i4(const char *const *row, const char *const *next, const char *
         s[l] = 0;
         for (k = 0; k < wide; k += 64) {
             const uint8_t *w = (const uint8_t *)row[l] + k / 2;
-            int32_t u = -fix[FIX(k / 32)], v = -fix[FIX(k / 32 + 1)];
+            int32_t u = fix[FIX(k / 32)], v = fix[FIX(k / 32 + 1)];
             #pragma omp simd reduction(+:u, v)
             for (long i = 0; i < 32; i++) {
                 u += (w[i] & 15) * (int8_t)X[k + i];
@@ -440,6 +510,7 @@ EXACT void quad_i4(const char *const *row, const char *const *next, const char *
         }
         s[l] *= *(const float *)x;
     }
+#endif
 #endif
 }
 
@@ -458,8 +529,10 @@ static void prepare(int64_t kind, const float *x, long n, char *to) {
     if (kind == IS_I8 || kind == IS_I4 || kind == IS_PICKED_I8) round_to_8_bits(kind, x, n, to);
     if (kind == IS_F32 || kind == IS_KEPT_F32 || kind == IS_PICKED_F32) memcpy(wide, x, n * sizeof(float));
     if (kind == IS_PICKED_BF16) for (long i = 0; i < n; i++) wide[i] = rounded(x[i]);
-    if (kind == IS_PICKED_F32 || kind == IS_PICKED_BF16) memset(wide + n, 0, (-n & 31) * sizeof(float));
+    if (kind == IS_KEPT_F32 || kind == IS_PICKED_F32 || kind == IS_PICKED_BF16)
+        memset(wide + n, 0, (-n & 31) * sizeof(float));
     if (kind == IS_KEPT_BF16) for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
+    if (kind == IS_KEPT_BF16) memset((uint16_t *)to + n, 0, (-n & 63) * sizeof(uint16_t));
     if (kind != IS_BF16) return;
 #ifdef BF16_AS_BF16
     for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
@@ -476,45 +549,57 @@ static void prepare(int64_t kind, const float *x, long n, char *to) {
 #endif
 }
 
-/* s[l] = row[l] . x of four rows, where `next` are the four to be fetched meanwhile */
-INLINE void quad_f32(const char *const *row, const char *const *next, const float *x, long K, float *s) {
+INLINE void quads_f32(const char *const *row, const char *const *next, const char *x, long apart, const int lanes,
+                      long K, float *s) {
     const float *w[4];
     for (int l = 0; l < 4; l++) w[l] = (const float *)row[l];
-    vec a[4] = {{0}};
+    vec a[4 * AT_ONCE];
+    for (int i = 0; i < 4 * lanes; i++) a[i] = (vec){0};
     long k = 0;
-    for (; k + 16 <= K; k += 16) {
-        vec X = *(const vec *)(x + k);
+    for (; k + 16 <= K; k += 16)
         for (int l = 0; l < 4; l++) {
+            vec W = *(const vec *)(w[l] + k);
             if (next) FETCH(next[l] + 4 * k);
-            a[l] += *(const vec *)(w[l] + k) * X;
+            for (int r = 0; r < lanes; r++) a[4 * r + l] += W * *(const vec *)((const float *)(x + r * apart) + k);
         }
-    }
-    for (int l = 0; l < 4; l++) {
-        s[l] = sum16(a[l]);
-        for (long i = k; i < K; i++) s[l] = fused(w[l][i], x[i], s[l]);
+    for (int r = 0; r < lanes; r++) {
+        const float *X = (const float *)(x + r * apart);
+        sums_of_vec(a + 4 * r, s + 4 * r);
+        for (int l = 0; l < 4; l++)
+            for (long i = k; i < K; i++) s[4 * r + l] = fused(w[l][i], X[i], s[4 * r + l]);
     }
 }
 
-EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const void *x, long K, float *s) {
-    const uint16_t *w[4];
-    for (int l = 0; l < 4; l++) w[l] = (const uint16_t *)row[l];
+#if defined(BF16_AS_BF16)
+/* a += 32 products from k on of four rows, or the `in` first of them */
+INLINE void add_bf16(const char *const *row, const char *const *next, const char *x, long apart, const int lanes,
+                     long k, __mmask32 in, __m512 *a) {
+    __m512bh v[AT_ONCE];
+    for (int r = 0; r < lanes; r++) v[r] = (__m512bh)_mm512_maskz_loadu_epi16(in, x + r * apart + 2 * k);
+    for (int l = 0; l < 4; l++) {
+        __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(in, row[l] + 2 * k);
+        if (next) FETCH(next[l] + 2 * k);
+        for (int r = 0; r < lanes; r++) a[4 * r + l] = _mm512_dpbf16_ps(a[4 * r + l], w, v[r]);
+    }
+}
+#endif
+
+EXACT_BF16 void quads_bf16(const char *const *row, const char *const *next, const char *x, long apart, const int lanes,
+                           long K, float *s) {
     long k = 0;
 #if defined(BF16_AS_BF16)
-    const uint16_t *X = x;
-    __m512 a[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
-    for (; k + 32 <= K; k += 32) {
-        __m512bh v = load(X + k);
-        for (int l = 0; l < 4; l++) {
-            if (next) FETCH(next[l] + 2 * k);
-            a[l] = _mm512_dpbf16_ps(a[l], load(w[l] + k), v);
-        }
-    }
-    for (int l = 0; l < 4; l++) {
-        s[l] = _mm512_reduce_add_ps(a[l]);
-        for (long i = k; i < K; i++) s[l] = fused(up_bf16(w[l][i]), up_bf16(X[i]), s[l]);
-    }
-#elif defined(BF16_AS_PAIRS)
-    const float *X = x;
+    __m512 a[4 * AT_ONCE];
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
+    for (; k + 32 <= K; k += 32) add_bf16(row, next, x, apart, lanes, k, (__mmask32)-1, a);
+    if (k < K) add_bf16(row, next, x, apart, lanes, k, ((__mmask32)1 << (K - k)) - 1, a);
+    for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
+#else
+    const uint16_t *w[4];
+    for (int l = 0; l < 4; l++) w[l] = (const uint16_t *)row[l];
+    const float *X = (const float *)x;
+    (void)apart;
+    (void)lanes;
+#if defined(BF16_AS_PAIRS)
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
     __m256 a[8];
     for (int l = 0; l < 8; l++) a[l] = _mm256_setzero_ps();
@@ -532,7 +617,6 @@ EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const
     _mm_storeu_ps(s, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
     for (; k < K; k++) for (int l = 0; l < 4; l++) s[l] = fused(up_bf16(w[l][k]), X[k], s[l]);
 #else
-    const float *X = x;
     (void)next;
     for (int l = 0; l < 4; l++) {
         float sum = 0;
@@ -541,7 +625,64 @@ EXACT_BF16 void quad_bf16(const char *const *row, const char *const *next, const
         s[l] = sum;
     }
 #endif
+#endif
 }
+
+#ifdef PICKS
+/* 2:4 rows as pack_24 gives them: instead of spreading values over zeros, the x that they meet are picked by their
+   places, 64 inputs at once; zeros stand behind x. */
+INLINE void quads_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                           long apart, const int lanes, long K, float *s) {
+    const __m512i three = _mm512_set1_epi32(3);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i base = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    __m512 a[4 * AT_ONCE];
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
+    for (long k = 0; k < K; k += 32)
+        for (int l = 0; l < 4; l++) {
+            __m512i codes = _mm512_set1_epi32(*(const int32_t *)(places[l] + k / 8));
+            __m512i at = low_bits_or(_mm512_srlv_epi32(codes, shift), three, base);
+            __m512 w = _mm512_loadu_ps(row[l] + 2 * k);
+            if (next) FETCH(next[l] + 2 * k);
+            for (int r = 0; r < lanes; r++) {
+                const float *X = (const float *)(x + r * apart) + k;
+                __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(X), at, _mm512_loadu_ps(X + 16));
+                a[4 * r + l] = _mm512_fmadd_ps(w, v, a[4 * r + l]);
+            }
+        }
+    for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
+}
+
+/* a += what 64 inputs from k on make, or 32 in the lower half of registers (all: 0) */
+INLINE void add_kept_bf16(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                          long apart, const int lanes, long k, const int all, __m512 *a) {
+    const __m512i shift = steps(0x0606040402020000, 0x0808080808080808);    /* 2 j bits, for value j */
+    const __m512i base = steps(0x0004000400000000, 0x0008000800080008);     /* four j / 2 of x */
+    const __m512i three = _mm512_set1_epi16(3);
+    for (int l = 0; l < 4; l++) {
+        __m512i codes = all ? _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(places[l] + k / 8)))
+                            : _mm512_set1_epi64(*(const uint32_t *)(places[l] + k / 8));
+        __m512i w = all ? _mm512_loadu_si512(row[l] + k) : _mm512_zextsi256_si512(load_ints(row[l] + k));
+        if (next) FETCH(next[l] + k);
+        __m512i at = low_bits_or(_mm512_multishift_epi64_epi8(shift, codes), three, base);
+        for (int r = 0; r < lanes; r++) {
+            const char *X = x + r * apart + 2 * k;
+            __m512i v = _mm512_permutex2var_epi16(_mm512_loadu_si512(X), at, _mm512_loadu_si512(X + 64));
+            a[4 * r + l] = _mm512_dpbf16_ps(a[4 * r + l], (__m512bh)w, (__m512bh)v);
+        }
+    }
+}
+
+INLINE void quads_kept_bf16(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                            long apart, const int lanes, long K, float *s) {
+    __m512 a[4 * AT_ONCE];
+    long k = 0;
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
+    for (; k + 32 < K; k += 64) add_kept_bf16(row, places, next, x, apart, lanes, k, 1, a);
+    if (k < K) add_kept_bf16(row, places, next, x, apart, lanes, k, 0, a);
+    for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
+}
+#endif
 
 #ifdef WHOLE_AVX2
 /* 2:4 rows as kernels/picked.py lays them: of 256 inputs the places first, two bits each, then the weights. A
@@ -595,13 +736,60 @@ INLINE void quad_picked_bf16(const char *const *row, const char *const *next, co
     _mm_storeu_ps(s, sums_of_floats(a));
 }
 
-INLINE void quad_picked_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
-                           const char *x, long K, float *s) {
+#ifdef WHOLE_VNNI
+/* a += what 128 inputs from k on make of weights at byte b, or 64 in the lower half of registers (all: 0); m: their
+   places, which are shifted on */
+INLINE void add_picked_i8(const char *const *row, const char *const *next, const char *x, long apart, const int lanes,
+                          long k, long b, const int all, __m512i *m, __m512i *a) {
+    const __m512i three = _mm512_set1_epi8(3), base = _mm512_set1_epi64(0x0c0c080804040000);
+    __m512i X[AT_ONCE], Y[AT_ONCE];
+    for (int r = 0; r < lanes; r++) {
+        const char *v = x + r * apart + 64 + k;
+        X[r] = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(v)), load_ints(v + 64), 1);
+        Y[r] = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(v + 32)), load_ints(v + 96), 1);
+    }
+    for (int l = 0; l < 4; l++) {
+        __m512i w = all ? _mm512_loadu_si512(row[l] + b) : _mm512_zextsi256_si512(load_ints(row[l] + b));
+        __m512i to = low_bits_or(m[l], three, base);
+        if (next) FETCH(next[l] + b);
+        m[l] = _mm512_srli_epi64(m[l], 4);
+        for (int r = 0; r < lanes; r++) {
+            __m512i v = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(X[r], to), 0xff00ff00ff00ff00, Y[r], to);
+            a[4 * r + l] = _mm512_dpbusd_epi32(a[4 * r + l], v, w);
+        }
+    }
+}
+#endif
+
+INLINE void quads_picked_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
+                            const char *x, long apart, const int lanes, long K, float *s) {
+#ifdef WHOLE_VNNI
+    const __m512i turns = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);        /* the second 32 bytes are one shift on */
+    __m512i a[4 * AT_ONCE], m[4];
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_si512();
+    EACH_GROUP {
+        for (int l = 0; l < 4; l++) {
+            m[l] = _mm512_srlv_epi64(_mm512_broadcast_i64x4(load_ints(row[l] + b)), turns);
+            if (next) FETCH(next[l] + b);
+        }
+        for (b += 32; k + 64 < end; k += 128, b += 64) add_picked_i8(row, next, x, apart, lanes, k, b, 1, m, a);
+        if (k < end) add_picked_i8(row, next, x, apart, lanes, k, b, 0, m, a);
+        k = end;
+    }
+    for (int r = 0; r < lanes; r++) {
+        int32_t sum[4];
+        _mm_storeu_si128((__m128i *)sum, sums_of_wide_ints(a + 4 * r));
+        for (int l = 0; l < 4; l++)
+            s[4 * r + l] = (sum[l] - 128 * of[n[l]].sum) * (*(const float *)(x + r * apart) * of[n[l]].scale);
+    }
+#else
     const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
     const __m256i base = _mm256_set1_epi64x(0x0c0c080804040000);
     __m256i a[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
     __m256i m[4];
     int32_t sum[4];
+    (void)apart;
+    (void)lanes;
     EACH_GROUP {
         places_of(row, next, b, m);
         for (b += 32; k < end; k += 64, b += 32) {
@@ -618,66 +806,105 @@ INLINE void quad_picked_i8(const struct of_row *of, const long *n, const char *c
     }
     _mm_storeu_si128((__m128i *)sum, sums_of_ints(a));
     for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
+#endif
 }
 #endif
 
-/* s[l] = rows n[l] of w . x, prepared; soon: rows that will be wanted soon, or none. kind: w's, where it is known
-   when this is compiled. */
-INLINE void quad_of(int64_t kind, const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
-    const char *row[4], *next[4];
-    for (int l = 0; l < 4; l++) row[l] = w->data + n[l] * w->stride;
-    if (soon) for (int l = 0; l < 4; l++) next[l] = w->data + soon[l] * w->stride;
+/* s (lanes, 4) = rows n[0..3] of w . x, prepared; next: see quads_i8, or none. kind: w's, where it is known when this
+   is compiled; lanes: 1, 2 or 4. */
+INLINE void some_lanes(int64_t kind, const struct matrix *w, const long *n, const char *const *row,
+                       const char *const *next, const char *x, long apart, const int lanes, float *s) {
+    const char *places[4];                       /* of KEPT rows */
+    for (int l = 0; l < 4; l++) places[l] = (const char *)w->scale + n[l] * w->scale_stride;
     switch (kind) {
-    case IS_F32: quad_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
-    case IS_BF16: quad_bf16(row, soon ? next : 0, x, w->width, s); break;
-    case IS_I8: quad_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
-    case IS_I4: quad_i4(row, soon ? next : 0, x, w->width, s); break;
+    case IS_F32: quads_f32(row, next, x, apart, lanes, w->width, s); break;
+    case IS_BF16: quads_bf16(row, next, x, apart, lanes, w->width, s); break;
+    case IS_I8: quads_i8(w->scale, n, row, next, x, apart, lanes, w->width, s); break;
+    case IS_I4: quads_i4(row, next, x, apart, lanes, w->width, s); break;
 #ifdef WHOLE_AVX2
-    case IS_PICKED_F32: quad_picked_f32(row, soon ? next : 0, (const float *)x, w->width, s); break;
-    case IS_PICKED_BF16: quad_picked_bf16(row, soon ? next : 0, (const float *)x, w->width, s); break;
-    case IS_PICKED_I8: quad_picked_i8(w->scale, n, row, soon ? next : 0, x, w->width, s); break;
+    case IS_PICKED_I8: quads_picked_i8(w->scale, n, row, next, x, apart, lanes, w->width, s); break;
+    case IS_PICKED_F32:
+        for (int r = 0; r < lanes; r++)
+            quad_picked_f32(row, next, (const float *)(x + r * apart), w->width, s + 4 * r);
+        break;
+    case IS_PICKED_BF16:
+        for (int r = 0; r < lanes; r++)
+            quad_picked_bf16(row, next, (const float *)(x + r * apart), w->width, s + 4 * r);
+        break;
 #endif
+#ifdef PICKS
+    case IS_KEPT_F32: quads_kept_f32(row, places, next, x, apart, lanes, w->width, s); break;
+    case IS_KEPT_BF16: quads_kept_bf16(row, places, next, x, apart, lanes, w->width, s);
+#else
     default:                                     /* IS_KEPT_F32, IS_KEPT_BF16 */
-        for (int l = 0; l < 4; l++) {
-            const uint32_t *places = (const uint32_t *)((const char *)w->scale + n[l] * w->scale_stride);
-            s[l] = kind == IS_KEPT_F32 ? dot24_f32((const float *)row[l], places, (const float *)x, w->width)
-                : dot24_bf16((const uint16_t *)row[l], places, (const uint16_t *)x, w->width);
-        }
+        for (int l = 0; l < 4; l++)
+            s[l] = kind == IS_KEPT_F32
+                ? dot24_f32((const float *)row[l], (const uint32_t *)places[l], (const float *)x, w->width)
+                : dot24_bf16((const uint16_t *)row[l], (const uint32_t *)places[l], (const uint16_t *)x, w->width);
+#endif
     }
+}
+
+/* The same of any number of lanes. soon: rows that will be wanted soon, or none. ahead: rows come from memory, one
+   behind the other, and are fetched so many bytes ahead; 0: not. */
+INLINE void quads_of(int64_t kind, const struct matrix *w, const long *n, const long *soon, long ahead, const char *x,
+                     long apart, long lanes, float *s) {
+    const char *row[4], *next[4];
+    int fetches = soon || ahead;
+    for (int l = 0; l < 4; l++) {
+        row[l] = w->data + n[l] * w->stride;
+        if (fetches) next[l] = soon ? w->data + soon[l] * w->stride : row[l] + ahead;
+    }
+#if AT_ONCE == 4
+    for (; lanes >= 4; lanes -= 4, x += 4 * apart, s += 16)
+        some_lanes(kind, w, n, row, fetches ? next : 0, x, apart, 4, s);
+    if (lanes >= 2) {
+        some_lanes(kind, w, n, row, fetches ? next : 0, x, apart, 2, s);
+        lanes -= 2, x += 2 * apart, s += 8;
+    }
+#endif
+    for (; lanes > 0; lanes--, x += apart, s += 4) some_lanes(kind, w, n, row, fetches ? next : 0, x, apart, 1, s);
 }
 
 static void quad(const struct matrix *w, const long *n, const long *soon, const char *x, float *s) {
-    if (w->kind == IS_I8 && soon) quad_of(IS_I8, w, n, soon, x, s);
-    else if (w->kind == IS_I8) quad_of(IS_I8, w, n, 0, x, s);
-    else if (w->kind == IS_I4 && soon) quad_of(IS_I4, w, n, soon, x, s);
-    else if (w->kind == IS_I4) quad_of(IS_I4, w, n, 0, x, s);
-    else quad_of(w->kind, w, n, soon, x, s);
+    if (w->kind == IS_I8 && soon) quads_of(IS_I8, w, n, soon, 0, x, 0, 1, s);
+    else if (w->kind == IS_I8) quads_of(IS_I8, w, n, 0, 0, x, 0, 1, s);
+    else if (w->kind == IS_I4 && soon) quads_of(IS_I4, w, n, soon, 0, x, 0, 1, s);
+    else if (w->kind == IS_I4) quads_of(IS_I4, w, n, 0, 0, x, 0, 1, s);
+    else quads_of(w->kind, w, n, soon, 0, x, 0, 1, s);
 }
 
-/* y[n] = row n of w . x, prepared, for rows from..to. Four rows at a time: where memory streams, a quarter of the
-   part apart, so that each of the four goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The
-   last few repeat. */
-INLINE void stream_of(int64_t kind, const struct matrix *w, const char *x, float *y, long from, long to) {
+#define AHEAD 1024                               /* bytes */
+
+/* y[n] = row n of w . x, prepared, for rows from..to; of every lane, in x `apart` bytes and in y `across` floats from
+   each other. far: they come from memory. Four rows at a time: there a quarter of the part apart, so that each of the
+   four goes on and on; twice as fast as four neighbours on 1,536 bytes a row. The last few repeat. */
+INLINE void stream_of(int64_t kind, const struct matrix *w, const char *x, long apart, long lanes, long far, float *y,
+                      long across, long from, long to) {
     long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
     for (long i = 0; i < steps; i++) {
         long row[4];
-        float s[4];
+        float s[4 * ROWS];
         for (int l = 0; l < 4; l++) row[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
-        quad_of(kind, w, row, 0, x, s);
-        for (int l = 0; l < 4; l++) y[row[l]] = s[l];
+        if (lanes > 1) quads_of(kind, w, row, 0, 0, x, apart, lanes, s);
+        else if (far) quads_of(kind, w, row, 0, AHEAD, x, 0, 1, s);
+        else quads_of(kind, w, row, 0, 0, x, 0, 1, s);
+        for (long r = 0; r < lanes; r++)
+            for (int l = 0; l < 4; l++) y[r * across + row[l]] = s[4 * r + l];
     }
 }
-static void stream_rows(const struct matrix *w, const char *x, float *y, long from, long to) {
+static void stream_rows(const struct matrix *w, const char *x, long apart, long lanes, long far, float *y, long across,
+                        long from, long to) {
     switch (w->kind) {
-    case IS_F32: stream_of(IS_F32, w, x, y, from, to); break;
-    case IS_BF16: stream_of(IS_BF16, w, x, y, from, to); break;
-    case IS_I8: stream_of(IS_I8, w, x, y, from, to); break;
-    case IS_I4: stream_of(IS_I4, w, x, y, from, to); break;
-    case IS_KEPT_F32: stream_of(IS_KEPT_F32, w, x, y, from, to); break;
-    case IS_KEPT_BF16: stream_of(IS_KEPT_BF16, w, x, y, from, to); break;
-    case IS_PICKED_F32: stream_of(IS_PICKED_F32, w, x, y, from, to); break;
-    case IS_PICKED_BF16: stream_of(IS_PICKED_BF16, w, x, y, from, to); break;
-    case IS_PICKED_I8: stream_of(IS_PICKED_I8, w, x, y, from, to);
+    case IS_F32: stream_of(IS_F32, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_BF16: stream_of(IS_BF16, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_I8: stream_of(IS_I8, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_I4: stream_of(IS_I4, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_KEPT_F32: stream_of(IS_KEPT_F32, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_KEPT_BF16: stream_of(IS_KEPT_BF16, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_PICKED_F32: stream_of(IS_PICKED_F32, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_PICKED_BF16: stream_of(IS_PICKED_BF16, w, x, apart, lanes, far, y, across, from, to); break;
+    case IS_PICKED_I8: stream_of(IS_PICKED_I8, w, x, apart, lanes, far, y, across, from, to);
     }
 }
 
@@ -714,7 +941,169 @@ static void add_row(const struct matrix *w, long n, float by, float *restrict su
 
 #ifdef WHOLE_AVX2
 #define TOGETHER 8                               /* rows whose factors are rounded to 16 bits with one scale */
+#define FACTOR 32639                             /* the largest: its two bytes have signs, 127 * 256 + 127 */
+#else
+#define TOGETHER 4
+#endif
 
+#ifdef WHOLE_VNNI
+/* Sums of TOGETHER rows of whole numbers: bytes of four rows lie beside each other and meet the two bytes of their
+   factors, which are signed; what those of the upper bytes make counts 256 times. The columns of sums are in another
+   order meanwhile, which add_turned ends. */
+
+/* of m[0..3], whole numbers of 16 bits, the lower bytes beside each other */
+static inline __m512i low_bytes(const __m512i *m) {
+    const __m512i one = _mm512_set1_epi32(0xff), two = _mm512_set1_epi32(0xffff);
+    __m512i x = _mm512_ternarylogic_epi32(one, m[0], _mm512_slli_epi32(m[1], 8), 0xca);     /* one ? m[0] : .. */
+    __m512i y = _mm512_ternarylogic_epi32(one, m[2], _mm512_slli_epi32(m[3], 8), 0xca);
+    return _mm512_ternarylogic_epi32(two, x, _mm512_slli_epi32(y, 16), 0xca);
+}
+/* and the upper ones, of numbers whose lower byte has a sign */
+static inline __m512i high_bytes(const __m512i *m) {
+    const __m512i one = _mm512_set1_epi32(0xff), two = _mm512_set1_epi32(0xffff), up = _mm512_set1_epi32(128);
+    __m512i n[4];
+    for (int l = 0; l < 4; l++) n[l] = _mm512_add_epi32(m[l], up);
+    __m512i x = _mm512_ternarylogic_epi32(one, _mm512_srli_epi32(n[0], 8), n[1], 0xca);
+    __m512i y = _mm512_ternarylogic_epi32(one, _mm512_srli_epi32(n[2], 8), n[3], 0xca);
+    return _mm512_ternarylogic_epi32(two, x, _mm512_slli_epi32(y, 16), 0xca);
+}
+
+/* scales of up to 16 groups, zeros behind the last */
+static inline __m512 wide_scales(const uint16_t *p, long n) {
+    __mmask16 in = n < 16 ? (1u << n) - 1 : 0xffff;
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, p)), 16));
+}
+
+/* Factors of TOGETHER rows, b[l] times the row's scale (of a group: I4), as whole numbers -> their scale; 0: they are
+   all 0; NaN: one is not finite. factors (4, stride): of rows 0 to 3 the lower bytes and the upper ones, of rows 4 to 7
+   too. less (stride): what the offset of the bytes adds, the same in each column. */
+static float factors_of(const struct matrix *w, const float *b, const char *const *row, const long *number,
+                        int32_t *factors, long stride, int32_t *less) {
+    const struct of_row *of = w->scale;
+    long wide = padded(w->width), groups = w->kind == IS_I8 ? 1 : wide / 32;
+    __m512 most = _mm512_setzero_ps(), wrong = most;
+    __m512i m[TOGETHER];
+    float own[TOGETHER];
+    for (int l = 0; l < TOGETHER && w->kind == IS_I8; l++) own[l] = of[number[l]].scale;
+    #define SCALES(l, g) (w->kind == IS_I8 ? _mm512_set1_ps(own[l]) \
+                          : wide_scales((const uint16_t *)(row[l] + wide / 2) + (g), groups - (g)))
+    for (long g = 0; g < groups; g += 16)
+        for (int l = 0; l < TOGETHER; l++) {
+            __m512 v = _mm512_mul_ps(SCALES(l, g), _mm512_set1_ps(b[l]));
+            most = _mm512_max_ps(most, _mm512_abs_ps(v));
+            wrong = _mm512_fmadd_ps(v, _mm512_setzero_ps(), wrong);
+        }
+    float largest = _mm512_reduce_max_ps(most);
+    if (_mm512_cmp_ps_mask(wrong, _mm512_setzero_ps(), _CMP_NEQ_UQ)) return NAN;
+    if (largest < 1e-30f) return 0;                             /* FACTOR / largest shall be finite */
+    float by = FACTOR / largest;
+    for (long g = 0; g < groups; g += 16) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int l = 0; l < TOGETHER; l++) {
+            m[l] = _mm512_cvtps_epi32(_mm512_mul_ps(SCALES(l, g), _mm512_set1_ps(b[l] * by)));
+            sum = _mm512_add_epi32(sum, m[l]);
+        }
+        __mmask16 in = groups - g < 16 ? (1u << (groups - g)) - 1 : 0xffff;
+        for (int i = 0; i < 2; i++) {
+            _mm512_mask_storeu_epi32(factors + 2 * i * stride + g, in, low_bytes(m + 4 * i));
+            _mm512_mask_storeu_epi32(factors + (2 * i + 1) * stride + g, in, high_bytes(m + 4 * i));
+        }
+        _mm512_mask_storeu_epi32(less + g, in, _mm512_slli_epi32(sum, w->kind == IS_I8 ? 7 : 3));
+    }
+    return largest / FACTOR;
+}
+
+/* to[0..3]: 64 bytes of four rows beside each other, or 32 (all: 0): of 16 columns the first four, and so on */
+static inline void beside(const char *const *row, long more, const int all, __m512i *to) {
+    __m512i v[4];
+    for (int l = 0; l < 4; l++)
+        v[l] = all ? _mm512_loadu_si512(row[l] + more) : _mm512_zextsi256_si512(load_ints(row[l] + more));
+    __m512i a = _mm512_unpacklo_epi8(v[0], v[1]), b = _mm512_unpackhi_epi8(v[0], v[1]);
+    __m512i c = _mm512_unpacklo_epi8(v[2], v[3]), d = _mm512_unpackhi_epi8(v[2], v[3]);
+    to[0] = _mm512_unpacklo_epi16(a, c);
+    to[1] = _mm512_unpackhi_epi16(a, c);
+    to[2] = _mm512_unpacklo_epi16(b, d);
+    to[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+/* y (64) += (low + 256 high) times scale */
+static inline void add_bytes(const __m512i *low, const __m512i *high, __m512 scale, float *y) {
+    for (int i = 0; i < 4; i++) {
+        __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low[i], _mm512_slli_epi32(high[i], 8)));
+        _mm512_storeu_ps(y + 16 * i, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(y + 16 * i)));
+    }
+}
+
+/* y (64) += bytes `more` on of TOGETHER rows of I8, times their factors */
+static inline void add_64_i8(const char *const *row, long more, const int32_t *factors, int32_t less, float scale,
+                             float *y) {
+    const __m512i offset = _mm512_set1_epi8((char)0x80);
+    __m512i low[4], high[4], v[4];
+    for (int i = 0; i < 4; i++) low[i] = _mm512_set1_epi32(-less), high[i] = _mm512_setzero_si512();
+    for (int l = 0; l < TOGETHER; l += 4) {
+        beside(row + l, more, 1, v);
+        for (int i = 0; i < 4; i++) {
+            __m512i u = _mm512_xor_si512(v[i], offset);
+            low[i] = _mm512_dpbusd_epi32(low[i], u, _mm512_set1_epi32(factors[l / 2]));
+            high[i] = _mm512_dpbusd_epi32(high[i], u, _mm512_set1_epi32(factors[l / 2 + 1]));
+        }
+    }
+    add_bytes(low, high, _mm512_set1_ps(scale), y);
+}
+
+/* y (128) += 128 columns of TOGETHER rows of I4 times their factors, the lower halves of bytes first; or 64 (all: 0).
+   Upper halves stay where they are and count 16 times. factors and less: from the columns' first group on. */
+static inline void add_128_i4(const char *const *row, long more, const int32_t *factors, long stride,
+                              const int32_t *less, float scale, const int all, float *y) {
+    const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8((char)0xf0);
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+    #define GROUPS(which, from) \
+        _mm512_permutexvar_epi32(which, _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(from))))
+    __m512i low[8], high[8], v[4];
+    for (int i = 0; i < 4; i++) {
+        low[i] = _mm512_sub_epi32(_mm512_setzero_si512(), GROUPS(first, less));
+        low[i + 4] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(GROUPS(second, less), 4));
+        high[i] = high[i + 4] = _mm512_setzero_si512();
+    }
+    for (int l = 0; l < TOGETHER; l += 4) {
+        const int32_t *f = factors + l / 2 * stride;
+        beside(row + l, more, all, v);
+        for (int i = 0; i < 4; i++) {
+            __m512i p = _mm512_and_si512(v[i], lower), q = _mm512_and_si512(v[i], upper);
+            low[i] = _mm512_dpbusd_epi32(low[i], p, GROUPS(first, f));
+            high[i] = _mm512_dpbusd_epi32(high[i], p, GROUPS(first, f + stride));
+            low[i + 4] = _mm512_dpbusd_epi32(low[i + 4], q, GROUPS(second, f));
+            high[i + 4] = _mm512_dpbusd_epi32(high[i + 4], q, GROUPS(second, f + stride));
+        }
+    }
+    add_bytes(low, high, _mm512_set1_ps(scale), y);
+    add_bytes(low + 4, high + 4, _mm512_set1_ps(scale / 16), y + 64);
+}
+
+/* sums (width) += y (padded, to whole registers) whose columns lie as add_64_i8 and add_128_i4 leave them */
+static void add_turned(int64_t kind, const float *y, float *sums, long width) {
+    const long far = kind == IS_I8 ? 64 : 128;
+    for (long c = 0; c < width; c += far) {
+        float some[128];
+        for (long h = 0; h < far; h += 64) {
+            __m512 q[4], t[4];
+            for (int i = 0; i < 4; i++) q[i] = _mm512_loadu_ps(y + c + h + 16 * i);
+            t[0] = _mm512_shuffle_f32x4(q[0], q[1], 0x44);
+            t[1] = _mm512_shuffle_f32x4(q[2], q[3], 0x44);
+            t[2] = _mm512_shuffle_f32x4(q[0], q[1], 0xee);
+            t[3] = _mm512_shuffle_f32x4(q[2], q[3], 0xee);
+            long to = kind == IS_I8 ? 0 : h / 2, next = kind == IS_I8 ? 32 : 64;
+            _mm512_storeu_ps(some + to, _mm512_shuffle_f32x4(t[0], t[1], 0x88));
+            _mm512_storeu_ps(some + to + 16, _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+            _mm512_storeu_ps(some + to + next, _mm512_shuffle_f32x4(t[2], t[3], 0x88));
+            _mm512_storeu_ps(some + to + next + 16, _mm512_shuffle_f32x4(t[2], t[3], 0xdd));
+        }
+        for (long i = 0; i < far && c + i < width; i++) sums[c + i] += some[i];
+    }
+}
+
+#elif defined(WHOLE_AVX2)
 /* a[0..3] += 32 pairs of bytes (m: of one row, n: of the next) times the pair of factors: of columns 0 to 3 and
    16 to 19, then 4 to 7 and 20 to 23, and so on */
 static inline void add_pair(__m256i m, __m256i n, __m256i factors, __m256i *a) {
@@ -776,8 +1165,8 @@ static float factors_of(const struct matrix *w, const float *b, const char *cons
         }
     }
     if (wrong != 0) return NAN;
-    if (most < 1e-30f) return 0;                                /* 32767 / most shall be finite */
-    float by = 32767 / most;
+    if (most < 1e-30f) return 0;                                /* FACTOR / most shall be finite */
+    float by = FACTOR / most;
     for (int l = 0; l < TOGETHER; l++) each[l] *= by;
     if (w->kind == IS_I8) {
         less[0] = 0;
@@ -786,7 +1175,7 @@ static float factors_of(const struct matrix *w, const float *b, const char *cons
             factors[l / 2 * stride] = (int32_t)((uint32_t)m & 0xffff) | (int32_t)((uint32_t)n << 16);
             less[0] += 128 * (m + n);
         }
-        return most / 32767;
+        return most / FACTOR;
     }
     for (long g = 0; g < groups; g += 8) {
         __m256i sum = _mm256_setzero_si256(), lower = _mm256_set1_epi32(0xffff);
@@ -801,7 +1190,7 @@ static float factors_of(const struct matrix *w, const float *b, const char *cons
         }
         _mm256_storeu_si256((__m256i *)(less + g), _mm256_slli_epi32(sum, 3));
     }
-    return most / 32767;
+    return most / FACTOR;
 }
 
 /* y (32) += 32 columns of TOGETHER rows, times their factors (4, stride); more: the bytes of a row ahead of theirs;
@@ -820,15 +1209,20 @@ INLINE void add_32_columns(int64_t kind, int high, const char *const *row, long 
     }
     add_sums(a, _mm256_set1_ps(scale), y);
 }
-
-#else
-#define TOGETHER 4
 #endif
 
 /* sums (width) += by[live[i]] * row rows[live[i]] of w for each of n live units. TOGETHER rows at a time, and
-   the next ones are fetched. room: 5 * (padded(width) / 32 + 7) whole numbers. */
+   the next ones are fetched. room: 5 * (padded(width) / 32 + 7) + padded(width) + 80 whole numbers. */
 static void add_whole_rows(const struct matrix *w, const float *by, const long *rows, const int *live, long n,
                            float *restrict sums, int32_t *room) {
+#ifdef WHOLE_AVX2
+    long wide = padded(w->width), stride = w->kind == IS_I4 ? (wide / 32 + 7) / 8 * 8 : 1;
+    int32_t *less = room + TOGETHER / 2 * stride;
+#endif
+#ifdef WHOLE_VNNI
+    float *turned = (float *)(less + stride);
+    memset(turned, 0, (wide + 64) * sizeof(float));
+#endif
     for (long i = 0; i < n; i += TOGETHER) {
         const char *row[TOGETHER], *next[TOGETHER];
         float b[TOGETHER];
@@ -841,10 +1235,27 @@ static void add_whole_rows(const struct matrix *w, const float *by, const long *
             b[l] = i + l < n ? by[j] : 0;                        /* behind the last one: it once more, times 0 */
         }
 #ifdef WHOLE_AVX2
-        long stride = w->kind == IS_I4 ? (padded(w->width) / 32 + 7) / 8 * 8 : 1;
-        int32_t *less = room + TOGETHER / 2 * stride;
         float scale = factors_of(w, b, row, number, room, stride, less);
         if (scale == 0) continue;
+#endif
+#if defined(WHOLE_VNNI)
+        if (scale == scale && w->kind == IS_I8) {
+            for (long c = 0; c < wide; c += 64) {
+                for (int l = 0; l < TOGETHER; l++) FETCH(next[l] + c);
+                add_64_i8(row, c, room, *less, scale, turned + c);
+            }
+            continue;
+        }
+        if (scale == scale) {
+            for (long c = 0; c < wide; c += 128) {
+                for (long l = TOGETHER * c / wide; l < TOGETHER * (c + 128) / wide && l < TOGETHER; l++)
+                    fetch(next[l], w->stride);          /* row by row: short ones come sooner than line by line */
+                if (c + 128 <= wide) add_128_i4(row, c / 2, room + c / 32, stride, less + c / 32, scale, 1, turned + c);
+                else add_128_i4(row, c / 2, room + c / 32, stride, less + c / 32, scale, 0, turned + c);
+            }
+            continue;
+        }
+#elif defined(WHOLE_AVX2)
         if (scale == scale) {
             for (long c = 0; c < w->width; c += 64) {
                 float some[64], *y = c + 64 <= w->width ? sums + c : some;
@@ -869,6 +1280,9 @@ static void add_whole_rows(const struct matrix *w, const float *by, const long *
 #endif
         for (long l = 0; l < TOGETHER; l++) if (i + l < n) add_row(w, number[l], b[l], sums, 0, w->width);
     }
+#ifdef WHOLE_VNNI
+    add_turned(w->kind, turned, sums, w->width);
+#endif
 }
 
 /* ------------------------------------------------ ops ---------------------------------------------------- */
@@ -998,11 +1412,12 @@ static void op_linear(struct op *o, struct thread *me) {
         n = unite(o, me, most, list, place);
     }
     part(me, o->out, n, 4, &from, &to);
-    int plain = p->rows == 1 && !list && !o->n[1];
+    int plain = !list && !o->n[1];
     if (plain) {
         float *y = o->onto < 0 ? at(me, o->out) : room;
-        stream_rows(w, me->scratch, y, from, to);
-        for (long n = from; n < to; n++) y[n] = epilogue(o, me, y[n], n);
+        stream_rows(w, me->scratch, size, p->rows, p->far, y, most, from, to);
+        for (long r = 0; r < p->rows; r++)
+            for (long n = from; n < to; n++) y[r * most + n] = epilogue(o, me, y[r * most + n], n);
     }
     /* four rows at a time, as in stream_of */
     long quarter = (to - from) / 4, steps = plain ? 0 : quarter + (to - from) % 4;
@@ -2096,22 +2511,18 @@ static void op_bounds(const struct op *o, struct thread *me) {
         if (o->p[3]) lost[r] = round_and_see(x, K, me->scratch + r * room);
     }
     if (o->p[3]) {                                              /* four rows at a time, as in op_linear */
+        struct matrix copy = { .kind = IS_I8, .rows = N, .width = K, .stride = K, .data = o->p[0], .scale = o->p[1] };
         long quarter = (to - from) / 4, steps = quarter + (to - from) % 4;
         for (long i = 0; i < steps; i++) {
             long row[4];
-            const char *start[4];
-            for (long l = 0; l < 4; l++) {
-                row[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
-                start[l] = (const char *)q + row[l] * K;
-            }
-            for (long r = 0; r < rows; r++) {
-                float about[4];
-                quad_i8(o->p[1], row, start, 0, me->scratch + r * room, K, about);
+            float about[4 * ROWS];
+            for (long l = 0; l < 4; l++) row[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
+            quads_of(IS_I8, &copy, row, 0, 0, me->scratch, room, rows, about);
+            for (long r = 0; r < rows; r++)
                 for (long l = 0; l < 4; l++) {
                     float off = error[row[l]] * size[r] + sizes[row[l]] * lost[r];
-                    bound(at(me, o->by) + r * 2 * N, N, row[l], about[l], off, round);
+                    bound(at(me, o->by) + r * 2 * N, N, row[l], about[4 * r + l], off, round);
                 }
-            }
         }
         return;
     }
@@ -2399,7 +2810,7 @@ void whole_products(const struct matrix *w, const float *x, float *y, long count
     }
     free(ready);
 }
-/* What quad_i8 and op_bounds want of a copy in 8 bits (N, K): scale and sum of each row, and its size */
+/* What quads_i8 and op_bounds want of a copy in 8 bits (N, K): scale and sum of each row, and its size */
 void rows_of_copy(const int8_t *q, const float *scale, struct of_row *of, float *size, long N, long K, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long n = 0; n < N; n++) {
@@ -2416,7 +2827,7 @@ void rows_of_copy(const int8_t *q, const float *scale, struct of_row *of, float 
 
 void whole_rows_sum(const struct matrix *w, const float *a, float *y, long count, int all) {
     BUFFER(int, live, w->rows);
-    BUFFER(int32_t, room, w->width + 64);
+    BUFFER(int32_t, room, 2 * w->width + 512);
     for (long m = 0; m < count; m++, a += w->rows, y += w->width) {
         long n = 0;
         for (long i = 0; i < w->rows; i++) {

@@ -431,7 +431,7 @@ def test_packed_rows_in_bf16_and_8_bits_decode_as_dense_ones(width, kind, atol, 
     found = []
     for pack in (False, True):
         if not pack:
-            monkeypatch.setattr(picked, "wanted", lambda device: False)
+            monkeypatch.setattr(picked, "wanted", lambda device, whole=False: False)
         model = build(dict(weights="2:4", n_embd=width, mlp_units=3 * width), std=0.05).bfloat16()
         model = settle(model, pack)
         found.append(by_steps_alone(quantize(model, kind) if kind else model, tokens(2, 5)))
@@ -439,17 +439,17 @@ def test_packed_rows_in_bf16_and_8_bits_decode_as_dense_ones(width, kind, atol, 
     torch.testing.assert_close(*found, atol=atol, rtol=0)
 
 
-@pytest.mark.skipif(not picked.wanted(torch.device("cpu")), reason="this processor picks in another way")
-def test_a_packed_model_reads_its_packed_bytes():
+@pytest.mark.skipif(not picked.wanted(torch.device("cpu"), whole=True), reason="no AVX2 here")
+@pytest.mark.parametrize("kind, size", [(None, 2), ("int8", 1)], ids=["bf16", "int8"])
+def test_a_packed_model_reads_its_packed_bytes(kind, size):
     """Of 64 inputs 32 weights and 8 bytes of places, or, in bf16, 64 bytes of weights and 8 of places."""
-    for kind, size in (None, 2), ("int8", 1):
-        model = settle(build(dict(weights="2:4", n_embd=256, mlp_units=512, act="relu2")).bfloat16())
-        model = quantize(model, kind) if kind else model
-        program = engine.program_of(model, empty_cache(model, 1, 4), 31, None, torch.device("cpu"))
-        up = [op.w for op in program.table
-              if (op.code, op.w.rows, op.w.width) == (engine.CODES["linear"], 512, 256)]
-        assert len(up) == 2 and {w.stride for w in up} == {32 + 128 * size}
-        assert {engine.KIND_NAMES[w.kind] for w in up} == {"2:4 " + ("int8" if kind else "bfloat16")}
+    model = settle(build(dict(weights="2:4", n_embd=256, mlp_units=512, act="relu2")).bfloat16())
+    model = quantize(model, kind) if kind else model
+    program = engine.program_of(model, empty_cache(model, 1, 4), 31, None, torch.device("cpu"))
+    up = [op.w for op in program.table
+          if (op.code, op.w.rows, op.w.width) == (engine.CODES["linear"], 512, 256)]
+    assert len(up) == 2 and {w.stride + w.scale_stride for w in up} == {32 + 128 * size}
+    assert {engine.KIND_NAMES[w.kind] for w in up} == {"2:4 " + ("int8" if kind else "bfloat16")}
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])
@@ -458,7 +458,7 @@ def test_what_is_laid_for_one_processor_is_not_handed_to_another(kind, monkeypat
     model = settle(build(dict(weights="2:4"), std=0.2))
     model = quantize(model, kind) if kind else model
     here = by_steps_alone(model, tokens(1, 4))
-    monkeypatch.setattr(picked, "wanted", lambda device: False)
+    monkeypatch.setattr(picked, "wanted", lambda device, whole=False: False)
     program = engine.program_of(model, empty_cache(model, 1, 4), 31, None, torch.device("cpu"))
     assert not {op.w.kind for op in program.table} & set(engine.PICKED.values())
     torch.testing.assert_close(by_steps_alone(model, tokens(1, 4)), here, atol=1e-5, rtol=0)
