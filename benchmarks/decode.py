@@ -21,7 +21,7 @@ from configurator import require
 from decode import engine
 from decode.context import Cache, CachedContext
 from decode.quantized import check_quantize, kinds_in, quantize
-from decode.sampling import Step, replays
+from decode.sampling import recorded_step
 from kernels.arena import move_weights, room
 from model import GPT, GPTConfig
 from training import runtime
@@ -315,8 +315,7 @@ def cached_step(model, prompt, forward=""):
     choices = model.chosen(rows)
     cache = Cache(model, rows, prompt.size(1), choices._replace(forward=forward or choices.forward))
     model.trunk(prompt[:, :past], CachedContext(cache, 0, past, prompt))
-    recorded = (Step(model, cache, prompt, model.config.vocab_size) if replays(model, prompt.device)
-                else None)
+    recorded = recorded_step(model, cache, prompt, model.config.vocab_size)
     history = torch.nn.functional.pad(prompt, (0, 1))         # a program writes the next id behind the prompt
     program = engine.program_of(model, cache, model.config.vocab_size, 1, prompt.device)
 

@@ -1,7 +1,9 @@
 """A decode step on a CUDA card: modules write it by `emit`, as they write the decode engine's program
 (decode/engine.py), and each op here is one launch of a Triton kernel (kernels/triton_step.py). Norms,
 activations, gates of two halves, residuals and the joining of attention's splits are parts of the products
-next to them, so that a layer is five launches at most.
+next to them. So is the choice of units: products of chosen units leave the others' rows unread, and what
+takes all scores - columns, experts, the largest units - is done by the program that stores the last of them.
+A layer is five launches at most; six where a predictor picks its units.
 
 What a module asks for that is not written here raises NotWritten, and `forward` decodes.
 """
@@ -39,6 +41,19 @@ class Plain(NamedTuple):
     splits: int = 1
     width: int = 1
     edges: torch.Tensor | None = None            # a number counts as zero unless its size exceeds its own
+    winners: tuple = ()                          # of so many neighbours so many count, the largest
+
+
+class Units(NamedTuple):
+    """Which of `size` outputs of a product a step computes. gates: (R, size / width), zero where a group of
+    `width` is left out, else its factor; None: those whose score by `copy` of the product's weights is above
+    `edge`. apart: see engine.Listed."""
+    size: int
+    gates: torch.Tensor | None = None
+    width: int = 1
+    apart: int = 0
+    copy: Matrix | None = None
+    edge: float = 0.0
 
 
 class Card:
@@ -62,7 +77,7 @@ class Card:
         from kernels import triton_step  # a machine without Triton reads this file too
         self.k, self.tall = triton_step, 1 << (self.rows - 1).bit_length()
         self.processors = kernels.triton_kernels().processors(history.device)
-        self.calls, self.launches, self.ran, self.module = [], [], Counter(), ""
+        self.calls, self.launches, self.ran, self.module, self.last = [], [], Counter(), "", None
         model.emit(self)
 
     def __getattr__(self, name):
@@ -100,6 +115,7 @@ class Card:
 
     def add(self, kernel, grid, arguments, options):
         """Append a launch."""
+        self.last = None
         self.calls.append((kernel, grid, arguments, options))
         self.launches.append((kernel.fn.__name__, self.module))
 
@@ -123,48 +139,128 @@ class Card:
         return Plain(x.x, "rmsnorm" if by_root else "layernorm", None, self.vector(gain), self.vector(bias),
                      eps)
 
-    def linear(self, x, matrix, act="none", params=(), onto=None, **options):
-        """act(matrix . x + bias) + onto, in onto's place."""
-        if act not in ACTS or options:
-            raise NotWritten(f"the activation {act}" if act not in ACTS else "a product of chosen units")
-        return self.product(x, matrix, act, onto, False, self.dtype)
+    def linear(self, x, matrix, act="none", params=(), onto=None, units=None, own=False, blocks=0,
+               stored=False):
+        """act(matrix . x + bias) + onto, in onto's place; units: of Units alone, the others are zero. own:
+        it is small; the last program of the product behind whose norm it stands computes it, if it can.
+        stored: see Program.linear; here a product and its bias are always added in fp32."""
+        if act not in ACTS or blocks:
+            raise NotWritten(f"the activation {act}" if act not in ACTS else "products of blocks")
+        if own and act == "none" and self.routes(x, matrix):
+            scores = self.empty(self.rows, len(matrix.weight))
+            self.product(**self.again() | dict(norm=x, router=matrix, scores=scores))
+            return Plain(scores)
+        return self.product(x, matrix, act, onto, units=units)
 
-    def product(self, x, matrix, act, onto, gated, dtype, cap=None):
-        if x.edges is not None:
+    def routes(self, x, matrix):
+        """May the last program of the product appended last compute matrix . x too?"""
+        size = self.rows * matrix.weight.numel()
+        return (bool(self.last) and self.last["out"] is x.x and self.last["x"].kind == "join"
+                and x.kind in ("layernorm", "rmsnorm") and matrix.bits == 16 and matrix.bias is None
+                and size <= self.k.MOST_ROUTED)
+
+    def again(self):
+        """Take the product that was appended last back -> what it was made of."""
+        self.calls.pop(), self.launches.pop()
+        made, self.last = self.last, None
+        return made
+
+    def product(self, x, matrix, act="none", onto=None, gated=False, dtype=None, cap=None, units=None,
+                out=None, norm=None, router=None, scores=None, choice="", best=0, picked=None,
+                among=(None, None)):
+        """Append a launch of product_kernel, to `out` if that is there. norm, router, scores: of out, what
+        its last program makes besides; choice, best, picked: what it chooses then. among: inhibition and
+        balance of columns."""
+        if x.edges is not None or x.winners:
             raise NotWritten("a product of gated units that are read by output")
         N, K = len(matrix.weight) // (1 + gated), matrix.width
-        out = onto.x if onto else self.empty(self.rows, N, dtype=dtype)
-        tile = self.k.product_tile(self.tall, N, K, gated, x.kind == "join", self.processors)
-        self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (x.x, x.marks, x.gain, x.shift, matrix.weight,
-                 matrix.scale, matrix.bias, onto and onto.x, out, self.rows, N, K, matrix.weight.stride(0),
-                 x.splits, x.eps, cap),
-                 dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, BITS=matrix.bits, **tile))
-        self.last = x, matrix
+        out = onto.x if onto else self.empty(self.rows, N, dtype=dtype) if out is None else out
+        by, copy = norm or x, units and units.copy
+        M = scores.size(1) if scores is not None else N
+        ends = scores is not None or choice
+        halved = x.kind == "join" or bool(copy or choice)
+        tile = self.k.product_tile(self.tall, N, K, gated, halved, self.processors)
+        more = self.k.choice_tile(self.tall, N, M if choice else 0) if ends else dict(BM=1, BT=1, BLOCK=1)
+        self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (
+            x.x, x.marks, by.gain, by.shift, matrix.weight, matrix.scale, matrix.bias, onto and onto.x, out,
+            units and units.gates, copy and copy.weight, copy and copy.scale,
+            torch.zeros(1, dtype=torch.int32, device=out.device) if ends else None, router and router.weight,
+            out if scores is None else scores, picked, *among, self.rows, N, K, matrix.weight.stride(0),
+            x.splits, by.eps, cap, units and units.width, copy and copy.weight.stride(0),
+            units and units.edge, M, best),
+            dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, BITS=matrix.bits,
+                 COPY=copy.bits if copy else 0, ROUTE=norm.kind if norm else "", CHOICE=choice, **tile,
+                 **more))
+        self.last = dict(x=x, matrix=matrix, act=act, onto=onto, gated=gated, dtype=dtype, cap=cap,
+                         units=units, norm=norm, router=router, scores=scores, out=out)
         return onto or Plain(out)
 
     def swiglu(self, x, size):
         """The product that made x ends with it."""
-        self.calls.pop(), self.launches.pop()
-        return self.product(*self.last, "silu", None, True, self.dtype)
+        return self.product(**self.again() | dict(act="silu", gated=True, out=None))
+
+    def chosen(self, scores, choice, k, width, apart=0, among=(None, None)):
+        """The last program of the product that made `scores` chooses k of them -> Units, `width` each."""
+        count = scores.x.size(1)
+        if choice != "choose" and count > self.k.MOST_GROUPS:
+            raise NotWritten(f"a choice among {count} groups, {self.k.MOST_GROUPS} is the most")
+        self.made(scores)
+        gates = self.empty(self.rows, count, dtype=torch.float32)
+        self.product(**self.again() | dict(choice=choice, best=k, picked=gates, among=among))
+        return Units(count * width, gates, width, apart)
+
+    def made(self, x):
+        """NotWritten unless the product that was appended last has made x."""
+        if x.kind != "plain" or not self.last or x.x is not (
+                self.last["out"] if self.last["scores"] is None else self.last["scores"]):
+            raise NotWritten("a choice among what no product has made")
+
+    def columns(self, scores, count, k, width, inhibits, balance):
+        """See Program.columns."""
+        return self.chosen(scores, "columns", k, width, among=(inhibits.contiguous(), balance.detach()))
+
+    def experts(self, scores, count, k, width):
+        """See Program.experts."""
+        return self.chosen(scores, "experts", k, width, apart=width)
+
+    def choose(self, scores, count, k):
+        """See Program.choose."""
+        return self.chosen(scores, "choose", k, 1)
+
+    def above(self, scores, count, edge):
+        """See Program.above: the product of these units computes the scores itself."""
+        self.made(scores)
+        return Units(count, copy=self.again()["matrix"], edge=edge)
+
+    def largest(self, x, size, k):
+        """See Program.largest: the last program of the product that made x keeps them."""
+        if k >= size:
+            return x
+        self.made(x)
+        return self.product(**self.again() | dict(choice="largest", best=k))
+
+    def group_winners(self, x, size, group, k):
+        """See Program.group_winners: the sum of rows that reads it finds them."""
+        return x._replace(winners=(group, k))
 
     def event(self, x, size, thresholds, units=None):
         """The sum of rows that reads it opens its gates."""
-        if units is not None:
-            raise NotWritten("gates of chosen units")
         return x._replace(edges=thresholds.detach().float().contiguous())
 
     def rows_sum(self, a, matrix, onto=None, units=None, all=False):
         """See Program.rows_sum."""
-        if units is not None:
-            raise NotWritten("rows of chosen units")
+        if a.kind != "plain":
+            raise NotWritten("rows that are chosen by what no product has made")
         N, C, rows = len(matrix.weight), matrix.width, self.rows
         tile, columns, shares, share = self.k.down_tile(self.tall, N, C, self.processors)
         out = onto.x if onto else self.empty(rows, C)
         parts = self.empty(shares, rows, C, dtype=torch.float32)
         arrived = torch.zeros(columns, dtype=torch.int32, device=out.device)
+        group, winners = a.winners or (0, 0)
         self.add(self.k.down_kernel, (columns, shares), (a.x, a.edges, matrix.weight, matrix.scale,
                  matrix.bias, onto and onto.x, out, parts, arrived, rows, N, C,
-                 matrix.weight.stride(0), share), dict(ALL=all, BITS=matrix.bits, **tile))
+                 matrix.weight.stride(0), share, winners),
+                 dict(ALL=all, BITS=matrix.bits, GROUP=group, **tile))
         return onto or Plain(out)
 
     def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):
@@ -187,7 +283,7 @@ class Card:
 
     def logits(self, x, matrix, cap, copy=None):
         """The head in fp32, bounded by cap (0: not)."""
-        self.answer = self.product(x, matrix, "none", None, False, torch.float32, cap or None).x
+        self.answer = self.product(x, matrix, dtype=torch.float32, cap=cap or None).x
         return self.answer
 
 

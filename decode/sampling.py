@@ -157,7 +157,7 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens), choices)
     ids, made = min(V, sampler.vocab_size or V), 0
-    step = Step(model, cache, history, ids) if replays(model, idx.device) else None
+    step = recorded_step(model, cache, history, ids)
     key = counted.new_key() if getattr(sampler, "draws", "torch") == "engine" else None
     looks_back = getattr(sampler, "looks_back", True)
     how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "draws_in_engine", False) else None
@@ -227,12 +227,15 @@ def read(model, cache, history, firsts, ends, cached):
     return states[:, -1] if alike else take_tokens(states, column(sizes, device) - 1)[:, 0]
 
 
-HOST_DECIDES = ("hierarchy", "exits", "ponder", "experts")     # flags whose steps depend on the host
+HOST_DECIDES = ("hierarchy", "exits", "ponder", "experts")     # flags whose forward depends on the host
 
 
-def replays(model, device):
-    """Does decoding on this device replay a recorded step?"""
-    return device.type == "cuda" and not any(getattr(model.config, flag) for flag in HOST_DECIDES)
+def recorded_step(model, cache, history, ids):
+    """The Step that a GPU records and replays; None elsewhere, and where the host decides what forward runs
+    and no card's kernels do."""
+    step = Step(model, cache, history, ids) if history.is_cuda else None
+    waits = any(getattr(model.config, flag) for flag in HOST_DECIDES)
+    return step if step and (step.card or not waits) else None
 
 
 def gathers(model, rows, device):

@@ -75,16 +75,16 @@ def part(x, r, k, R, K):
 
 
 @triton.jit
-def statistics(x, r, R, K, eps, CENTRED: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):
-    """Mean (0 unless CENTRED) and 1 / deviation of each row, (ROWS, 1, 1)."""
+def statistics(x, r, R, K, end, eps, CENTRED: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):
+    """Mean (0 unless CENTRED) and 1 / deviation of each row, (ROWS, 1, 1). end: K; 0: nobody will ask."""
     mean = tl.zeros((ROWS, 1, 1), tl.float32)
     if CENTRED:
         sums = tl.zeros((ROWS, 1, BK), tl.float32)
-        for first in range(0, K, BK):
+        for first in range(0, end, BK):
             sums += part(x, r, first + tl.arange(0, BK)[None, None, :], R, K)
         mean = tl.sum(sums, axis=2)[:, :, None] / K
     squares = tl.zeros((ROWS, 1, BK), tl.float32)
-    for first in range(0, K, BK):
+    for first in range(0, end, BK):
         k = first + tl.arange(0, BK)[None, None, :]
         y = tl.where(k < K, part(x, r, k, R, K) - mean, 0.0)
         squares += y * y
@@ -122,44 +122,193 @@ def input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT: t
 
 
 @triton.jit
-def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, R, N, K, stride, splits, eps, cap,
-                   INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr,
-                   BITS: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def arrives_last(arrived, programs):
+    """Has each other of so many programs stored all that it stores? Then the counter is zero again."""
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrived, 0)
+    return last
+
+
+@triton.jit
+def order(y):
+    """Whole numbers that rise with y from 1 on, NaN above everything; -0 is 0."""
+    y = tl.where(y == 0.0, 0.0, y)
+    bits = y.to(tl.uint32, bitcast=True)
+    rising = tl.where(y < 0.0, bits ^ 4294967295, bits | 2147483648)
+    return tl.where(y != y, 4294967295, rising)
+
+
+@triton.jit
+def keys(x, at, n, ABS: tl.constexpr):
+    """order of the numbers `at` of x, or of their sizes; 0 behind the n-th."""
+    y = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+    if ABS:
+        y = tl.abs(y)
+    return tl.where(at < n, order(y), 0)
+
+
+@triton.jit
+def keep_largest(x, picked, n, k, ABS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of n numbers x the k largest, of equal ones the first: picked = 1 for them, else 0. ABS: all but the k
+    largest |x| become zero where they lie. The k-th is found bit by bit."""
+    edge, bit = tl.zeros((), tl.uint32), tl.full((), 2147483648, tl.uint32)
+    for _ in range(32):
+        reach = 0
+        for first in range(0, n, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            reach += tl.sum((keys(x, at, n, ABS) >= (edge | bit)).to(tl.int32), axis=0)
+        edge = tl.where(reach >= k, edge | bit, edge)
+        bit = bit >> 1
+    spare = k
+    for first in range(0, n, BLOCK):
+        spare -= tl.sum((keys(x, first + tl.arange(0, BLOCK), n, ABS) > edge).to(tl.int32), axis=0)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        key = keys(x, at, n, ABS)
+        equal = (key == edge).to(tl.int32)
+        chosen = (key > edge) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= spare))
+        spare -= tl.sum(equal, axis=0)
+        if ABS:
+            tl.store(x + at, tl.zeros((BLOCK,), x.dtype.element_ty), mask=(at < n) & ~chosen)
+        else:
+            tl.store(picked + at, chosen.to(tl.float32), mask=at < n)
+
+
+@triton.jit
+def open_groups(scores, picked, inhibits, balance, like, M, k, CHOICE: tl.constexpr, BLOCK: tl.constexpr,
+                SOME: tl.constexpr):
+    """The gates of M groups (BLOCK or fewer), zero but for k of them, of equal ones the first. columns: those
+    whose score less what the others inhibit it by, plus balance, is largest open by the sigmoid of the
+    former. experts: those with the largest shares by softmax, made to sum to 1. Groups meet SOME others at a
+    time, which lie in scores and then in picked."""
+    m = tl.arange(0, BLOCK)
+    s = tl.load(scores + m, mask=m < M, other=-float("inf")).to(tl.float32)
+    if CHOICE == "columns":
+        for first in range(0, M, SOME):
+            other = first + tl.arange(0, SOME)
+            active = tl.load(scores + other, mask=other < M, other=0.0).to(tl.float32)
+            by = tl.load(inhibits + m[:, None] * M + other[None, :],
+                         mask=(m < M)[:, None] & (other < M)[None, :], other=0.0)
+            s -= tl.sum(by * tl.where(active < 0.0, 0.0, active)[None, :], axis=1)
+        rank = s + tl.load(balance + m, mask=m < M, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-s))
+    else:
+        gate = tl.exp(s - tl.max(s, axis=0))
+        gate = gate / tl.sum(gate, axis=0)
+        rank = gate
+    tl.store(picked + m, rank, mask=m < M)
+    tl.debug_barrier()
+    key, ahead = order(rank), tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, M, SOME):
+        other = first + tl.arange(0, SOME)
+        theirs = keys(picked, other, M, False)[None, :]
+        before = (theirs > key[:, None]) | ((theirs == key[:, None]) & (other[None, :] < m[:, None]))
+        ahead += tl.sum(before.to(tl.int32), axis=1)
+    chosen = (ahead < k) & (m < M)
+    if CHOICE == "experts":
+        gate = gate / tl.sum(tl.where(chosen, gate, 0.0), axis=0)
+    tl.debug_barrier()
+    tl.store(picked + m, tl.where(chosen, rounded(gate, like), 0.0), mask=m < M)
+
+
+@triton.jit
+def route(x, gain, shift, router, scores, R, K, M, eps, NORM: tl.constexpr, ROWS: tl.constexpr,
+          BM: tl.constexpr, BT: tl.constexpr):
+    """scores[r] = router (M, K) times the norm of x[r], by one program."""
+    r = tl.arange(0, ROWS)[:, None, None]
+    mean, by = statistics(x, r, R, K, K, eps, NORM == "layernorm", ROWS, BT)
+    for begin in range(0, M, BM):
+        m, sums = begin + tl.arange(0, BM)[None, :, None], tl.zeros((ROWS, BM, BT), tl.float32)
+        for first in range(0, K, BT):
+            k = first + tl.arange(0, BT)[None, None, :]
+            y = input_of(x, None, gain, shift, mean, by, x, r, k, R, K, 1, NORM, 1)
+            sums += numbers(router, None, tl.minimum(m, M - 1), k, k < K, K, K, 16) * y
+        row, m = tl.arange(0, ROWS)[:, None], begin + tl.arange(0, BM)[None, :]
+        y = tl.sum(sums, axis=2)
+        tl.store(scores + row * M + m, y.to(scores.dtype.element_ty), mask=(row < R) & (m < M))
+    tl.debug_barrier()
+
+
+@triton.jit
+def whole(y, to_whole):
+    """y rounded to whole numbers, ties to even: 1.5 * 2^23 and y have a sum without a fraction."""
+    return y * to_whole + 12582912.0 - 12582912.0
+
+
+@triton.jit
+def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
+                   router, scores, picked, inhibits, balance, R, N, K, stride, splits, eps, cap, width,
+                   copy_stride, edge, M, best, INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+                   D: tl.constexpr, BITS: tl.constexpr, COPY: tl.constexpr, ROUTE: tl.constexpr,
+                   CHOICE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   BM: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr):
     """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
     layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
     GATED: W has 2 N rows, and out = act(the first N) * the others. cap: bounds the result, where it is not
-    None. BITS: of whole numbers, which meet f(x) rounded to 8 bits a row (kernels.in_8_bits); 16: floats."""
+    None. BITS: of whole numbers, which meet f(x) rounded to 8 bits a row (kernels.in_8_bits); 16: floats.
+
+    Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
+    multiplied by the gate of its group, zero: not wanted. COPY: a copy of W in so many bits says, plus bias,
+    by a score above `edge`, or one that is not a number, which outputs are wanted.
+
+    The program that arrives last goes on with what takes all outputs. ROUTE: the norm of out, by this name,
+    with gain and shift, times a router (M, N), to scores. CHOICE: keep the `best` largest outputs, or open
+    the `best` of M groups or units by their scores, in `picked`."""
     r = tl.arange(0, ROWS)[:, None, None]
     n = tl.program_id(0) * BN + tl.arange(0, BN)[None, :, None]
-    row = tl.minimum(n, N - 1)
+    r2, n2 = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+    at, here = r2 * N + n2, (r2 < R) & (n2 < N)
+    row, end = tl.minimum(n, N - 1), K
+    wanted, gate = n < N, tl.full((ROWS, BN), 1.0, tl.float32)
+    if gates is not None:
+        gate = tl.load(gates + r2 * (N // width) + n2 // width, mask=here, other=0.0)
+        wanted = tl.max((gate != 0.0).to(tl.int32), axis=0)[None, :, None] > 0
+        end = tl.max(wanted.to(tl.int32)) * K
     sums, others = tl.zeros((ROWS, BN, BK), tl.float32), tl.zeros((ROWS, BN, BK), tl.float32)
     mean, by = 0.0, 1.0
     if INPUT == "layernorm" or INPUT == "rmsnorm":
-        mean, by = statistics(x, r, R, K, eps, INPUT == "layernorm", ROWS, BK)
+        mean, by = statistics(x, r, R, K, end, eps, INPUT == "layernorm", ROWS, BK)
     like = x                                     # of the stream's dtype
     if INPUT == "join":
         like = out
-    if BITS < 16:
+    if BITS < 16 or COPY > 0:
         tops = tl.full((ROWS, 1, BK), 1e-30, tl.float32)
-        for first in range(0, K, BK):
+        for first in range(0, end, BK):
             k = first + tl.arange(0, BK)[None, None, :]
             y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
             tops = tl.where(y == y, tl.maximum(tops, tl.abs(y)), float("inf"))
         to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 127.0, tl.float32), tl.max(tops, axis=2)[:, :, None])
-    for first in range(0, K, BK):
+    if COPY > 0:
+        for first in range(0, K, BK):
+            k = first + tl.arange(0, BK)[None, None, :]
+            y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
+            sums += numbers(copy, copy_scale, row, k, k < K, K, copy_stride, COPY) * whole(y, to_whole)
+        score = tl.sum(sums / to_whole, axis=2)
+        if COPY == 8:
+            score *= tl.load(copy_scale + 2 * n2, mask=n2 < N, other=0.0)
+        if bias is not None:
+            score += tl.load(bias + n2, mask=n2 < N, other=0.0).to(tl.float32)
+        gate = tl.where(here & ~(rounded(score, like) <= edge), 1.0, 0.0)
+        wanted = tl.max((gate != 0.0).to(tl.int32), axis=0)[None, :, None] > 0
+        end = tl.max(wanted.to(tl.int32)) * K
+        sums = tl.zeros((ROWS, BN, BK), tl.float32)
+    for first in range(0, end, BK):
         k = first + tl.arange(0, BK)[None, None, :]
-        w = numbers(weight, scale, row, k, k < K, K, stride, BITS)
+        inside = k < K
+        if COPY > 0 or gates is not None:
+            inside = inside & wanted
+        w = numbers(weight, scale, row, k, inside, K, stride, BITS)
         y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
         if BITS < 16:
-            y = y * to_whole + 12582912.0        # 1.5 * 2^23: the sum has no fraction, ties go to even
-            y -= 12582912.0
+            y = whole(y, to_whole)
         sums += w * y
         if GATED:
             others += numbers(weight, scale, row + N, k, k < K, K, stride, BITS) * y
     if BITS < 16:
         sums, others = sums / to_whole, others / to_whole        # NaN where a number is not finite
-    r, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
-    at, here = r * N + n, (r < R) & (n < N)
+    r, n = r2, n2
     y = tl.sum(sums, axis=2)
     if BITS == 8:
         y *= tl.load(scale + 2 * n, mask=n < N, other=0.0)
@@ -173,11 +322,27 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, R, N, 
         if bias is not None:
             z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
         y *= rounded(z, like)
+    if COPY > 0 or gates is not None:
+        y = tl.where(gate != 0.0, rounded(y * gate, like), 0.0)
     if cap is not None:
         y = cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y / cap)))
     if onto is not None:
         y += tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
+    if ROUTE != "" or CHOICE != "":
+        if arrives_last(arrived, tl.num_programs(0)):
+            if ROUTE != "":
+                route(out, gain, shift, router, scores, R, N, M, eps, ROUTE, ROWS, BM, BT)
+            if CHOICE == "largest":
+                for b in range(R):
+                    keep_largest(out + b * N, picked, N, best, True, BLOCK)
+            if CHOICE == "choose":
+                for b in range(R):
+                    keep_largest(scores + b * M, picked + b * M, M, best, False, BLOCK)
+            if CHOICE == "columns" or CHOICE == "experts":
+                for b in range(R):
+                    open_groups(scores + b * M, picked + b * M, inhibits, balance, like, M, best, CHOICE,
+                                BLOCK, min(BLOCK, 8))
 
 
 # ------------------------------------------------ attention -----------------------------------------------
@@ -254,11 +419,12 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, ep
 
 
 @triton.jit
-def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, C, stride, share,
-                ALL: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BU: tl.constexpr,
-                BC: tl.constexpr):
+def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, C, stride, share, winners,
+                ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                BU: tl.constexpr, BC: tl.constexpr):
     """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. edges: a counts as zero
-    unless |a| exceeds its unit's. A program adds a share of the units; rows of units that are zero in every
+    unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a| count, of equal
+    ones the first. A program adds a share of the units; rows of units that are zero in every
     row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
     order: whoever it is, the bits are the same."""
     s, shares = tl.program_id(1), tl.num_programs(1)
@@ -270,6 +436,13 @@ def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, 
         by = tl.load(a + r * N + n, mask=(r < R) & (n < N), other=0.0).to(tl.float32)
         if edges is not None:                    # NaN stays NaN
             by = tl.where(tl.abs(by) > tl.load(edges + n, mask=n < N, other=0.0), by, by * 0.0)
+        if GROUP > 0:
+            at = r * N + n
+            mine, ahead = keys(a, at, R * N, True), tl.zeros((ROWS, BU, 1), tl.int32)
+            for j in range(GROUP):
+                other = keys(a, at - n % GROUP + j, R * N, True)
+                ahead += ((other > mine) | ((other == mine) & (j < n % GROUP))).to(tl.int32)
+            by = tl.where(ahead < winners, by, 0.0)
         live = n < N
         if not ALL:
             live = live & (tl.max((by != 0.0).to(tl.int32), axis=0)[None, :, :] > 0)
@@ -279,8 +452,7 @@ def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, 
     r, c = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     at, here = r * C + c, (r < R) & (c < C)
     tl.store(parts + s * R * C + at, tl.sum(sums, axis=1), mask=here)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == shares - 1:
+    if arrives_last(arrived + tl.program_id(0), shares):
         y = tl.zeros((ROWS, BC), tl.float32)
         for i in range(shares):
             y += tl.load(parts + i * R * C + at, mask=here, other=0.0, cache_modifier=".cg")
@@ -290,26 +462,36 @@ def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, 
         if onto is not None:
             y += tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
-        tl.store(arrived + tl.program_id(0), 0)
 
 
 # ------------------------------------------------ shapes --------------------------------------------------
 
-# by ROWS: (most BN, BK) of a product: 4,096 sums in 128 threads, half as many outputs where two are joined
+MOST_GROUPS = 64                                 # of which open_groups chooses
+MOST_ROUTED = 1 << 16                            # multiply-adds that one program does sooner than a launch
+# by ROWS: (most BN, BK) of a product: 4,096 sums in 128 threads; see product_tile
 PRODUCTS = {1: (4, 1024), 2: (4, 512), 4: (2, 512), 8: (2, 256)}
 DOWNS = {1: dict(BU=32, BC=64), 2: dict(BU=16, BC=64), 4: dict(BU=16, BC=64), 8: dict(BU=8, BC=64)}
 SPLIT = 64                                       # columns of the cache that are worth a program of their own
 MOST_SPLITS = 16
 
 
-def product_tile(rows, N, K, gated, joins, processors):
-    """Tile of product_kernel: as many outputs a program as leave two programs for every multiprocessor."""
+def product_tile(rows, N, K, gated, halved, processors):
+    """Tile of product_kernel: as many outputs a program as leave two programs for every multiprocessor.
+    halved: of its inputs half as many at a time, because it joins splits, reads a copy too, or chooses."""
     most, BK = PRODUCTS[rows]
-    BK = min(BK // (2 if joins else 1), max(32, triton.next_power_of_2(K)))
+    BK = min(BK // (2 if halved else 1), max(32, triton.next_power_of_2(K)))
     BN = most // 2 if gated else most
     while BN > 1 and N < 2 * processors * BN:
         BN //= 2
     return dict(ROWS=rows, BN=BN, BK=BK, num_warps=4)
+
+
+def choice_tile(rows, K, count):
+    """What product_kernel's tile has besides where a program goes on: `route` of K inputs, then `choose`
+    among `count`, if that is not 0."""
+    most, BT = PRODUCTS[rows]
+    return dict(BM=most, BT=min(BT, max(32, triton.next_power_of_2(K))),
+                BLOCK=min(2048, triton.next_power_of_2(max(1, count))))
 
 
 def down_tile(rows, N, C, processors):

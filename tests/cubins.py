@@ -33,7 +33,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TWICE = (86, 90)                                 # also in fp16, and with units chosen one by one
 OPTIONS = ("num_warps", "num_stages")
-ALIGNED = ("N", "K", "C", "stride")                        # sizes that a model's are multiples of 16 in
+ALIGNED = ("N", "K", "C", "stride", "copy_stride")         # sizes that a model's are multiples of 16 in
 # What must be in the machine code of each kernel: 16-byte loads from memory (LDG, or LDGSTS into shared
 # memory), and what multiplies.
 EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
@@ -64,6 +64,37 @@ def jobs(architectures):
             yield "largest_kernel", arch, "bf16", dict(KEEP=keep, BLOCK=width), dict(num_warps=8)
 
 
+# products of chosen units, and products whose last program chooses
+CHOOSING = {
+    "gates": dict(INPUT="layernorm", gates="*fp32", width="i32"),
+    "screen": dict(INPUT="layernorm", COPY=4, copy="*u8", copy_scale="*i16", copy_stride="i32", edge="fp32"),
+    "screen in 8": dict(INPUT="layernorm", COPY=8, copy="*i8", copy_scale="*fp32", copy_stride="i32",
+                        edge="fp32"),
+    "largest": dict(INPUT="layernorm", CHOICE="largest", arrived="*i32", best="i32"),
+    "choose": dict(INPUT="plain", CHOICE="choose", gain=None, shift=None, arrived="*i32", best="i32",
+                   picked="*fp32", scores="*bf16", M="i32"),
+    "columns": dict(INPUT="join", CHOICE="columns", ROUTE="layernorm", arrived="*i32", best="i32",
+                    picked="*fp32", router="*bf16", scores="*bf16", inhibits="*fp32", balance="*bf16",
+                    M="i32"),
+    "experts": dict(INPUT="join", CHOICE="experts", ROUTE="rmsnorm", arrived="*i32", best="i32",
+                    picked="*fp32", router="*bf16", scores="*bf16", M="i32")}
+
+
+def some_choosing():
+    """(bits, rows, (name, form)) of CHOOSING, some of all."""
+    return [(bits, rows, (name, CHOOSING[name])) for bits, rows, name in (
+        (16, 1, "screen"), (8, 8, "screen"), (16, 8, "screen in 8"), (16, 1, "gates"), (16, 8, "columns"),
+        (16, 1, "experts"), (16, 8, "largest"), (4, 8, "choose"))]
+
+
+def of_choice(rows, absent):
+    """Constants of a product that chooses nothing, or of `rows` rows: a size of 1 is a constant to Triton."""
+    nothing = ("gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
+               "width", "copy_stride", "edge", "M", "best")
+    return dict.fromkeys((*nothing, *absent)) | dict(COPY=0, ROUTE="", CHOICE="", BM=1, BT=1, BLOCK=1) | (
+        dict(R=1) if rows == 1 else {})
+
+
 def jobs_of_a_step(every=False):
     """The same of the kernels of a decode step."""
     some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
@@ -77,15 +108,24 @@ def jobs_of_a_step(every=False):
                                                 for form in (forms if every else whole[each])):
                 gated, joins = act == "silu", kind == "join"
                 tile = steps.product_tile(rows, 10 ** 6, 4096, gated, joins, 1)
-                absent = dict.fromkeys((() if joins else ("marks",)) + ("cap",) +
-                                       (("gain", "shift") if kind in ("plain", "join") else ()))
-                absent |= dict(R=1) if rows == 1 else {}              # a size of 1 is a constant to Triton
-                yield ("step product_kernel", arch, half,
-                       dict(INPUT=kind, ACT=act, GATED=gated, D=64, BITS=bits) | absent, tile)
+                absent = (() if joins else ("marks",)) + ("cap",) + (
+                    ("gain", "shift") if kind in ("plain", "join") else ())
+                form = dict(INPUT=kind, ACT=act, GATED=gated, D=64, BITS=bits) | of_choice(rows, absent)
+                yield "step product_kernel", arch, half, form, tile
+            for bits, rows, (name, form) in itertools.product(
+                    whole, (1, 2, 4, 8), CHOOSING.items()) if every else some_choosing():
+                kind = form["INPUT"]
+                tile = steps.product_tile(rows, 10 ** 6, 4096, False, name != "gates", 1)
+                act = "relu2" if kind == "layernorm" else "none"
+                form = dict(ACT=act, GATED=False, D=64, BITS=bits) | form
+                choice = steps.choice_tile(rows, 768, 64 if name in ("columns", "experts") else 4096)
+                absent = ("cap",) if kind == "join" else ("cap", "marks")
+                yield "step product_kernel", arch, half, of_choice(rows, absent) | choice | form, tile
             for rows, bits in itertools.product((1, 2, 4, 8), whole) if every else (
                     (1, 16), (8, 16), (8, 8), (1, 4)):
-                for everything in (False, True)[:1 + every]:
-                    form = dict(ALL=everything, BITS=bits) | (dict(R=1, edges=None) if rows == 1 else {})
+                for everything, group in ((False, 0), (True, 0), (False, 4))[:1 + 2 * every]:
+                    form = dict(ALL=everything, BITS=bits, GROUP=group) | (
+                        dict(R=1, edges=None) if rows == 1 else {})
                     yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
                 for one in ({}, dict(R=1, H=1))[:1 + every]:
@@ -95,10 +135,11 @@ def jobs_of_a_step(every=False):
 
 
 SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length",
-         "stride")
+         "stride", "winners")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
 STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", eps="fp32",
             scale="fp32")
+TYPES = "*fp32", "*bf16", "*u8", "*i8", "*i16", "*i32", "i32", "fp32"
 WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16")}     # weights and scales of so many bits
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
 
@@ -122,7 +163,10 @@ def build(job):
         constants["HALF"] = {"bf16": tl.bfloat16, "fp16": tl.float16}[half]
     if constants.get("BITS") == 16:
         constants["scale"] = None
-    types = {key: kind for key, kind in types_of(name, half).items() if key not in constants}
+    given = {key: kind for key, kind in constants.items() if kind in TYPES}       # of arguments, not values
+    constants = {key: value for key, value in constants.items() if key not in given}
+    types = {key: kind for key, kind in types_of(name, half).items() if key not in constants} | {
+        key: kind.replace("bf16", half) for key, kind in given.items()}
     if constants.get("BITS") in WHOLE:
         types["table" if "table" in types else "weight"], types["scale"] = WHOLE[constants["BITS"]]
     if constants.get("INPUT") == "join":
@@ -141,6 +185,7 @@ def build(job):
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", path)))
         code = tool("nvdisasm", "-c", path)
     return {"kernel": name, "architecture": arch, "type": half, "bits": constants.get("BITS"), "tile": tile,
+            "chooses": bool(constants.get("COPY") or constants.get("CHOICE")),
             **{key.lower(): int(value) for key, value in used.items()}, "shared": done.metadata.shared,
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "wide_loads": len(re.findall(WIDE, code)),
             "expected": EXPECTED[name], "products": len(re.findall(EXPECTED[name], code))}

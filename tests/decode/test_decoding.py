@@ -99,7 +99,7 @@ def test_a_step_that_a_gpu_would_replay_asks_the_host_nothing(arm, monkeypatch):
             return plain(step)
 
     monkeypatch.setattr(sampling.Step, "states", watched)
-    monkeypatch.setattr(sampling, "replays", lambda model, device: True)
+    monkeypatch.setattr(sampling, "recorded_step", sampling.Step)
     monkeypatch.setattr(sampling, "gathers", lambda *_: True)
     for policy, right in zip((False, True), expected):
         assert torch.equal(model.use_policy(policy).generate(idx, 20, temperature=0), right)
