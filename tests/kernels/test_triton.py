@@ -636,9 +636,9 @@ def refusal(model, rows=1):
 def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
     covered = {name for name, arm in ARMS.items() if not refusal(build(arm))}
     assert covered >= {"gpt2", "no_bias", "rmsnorm", "rope", "rope_theta", "rope_factor", "norm_eps",
-                       "qk_norm", "qk_gain", "relu2", "swiglu", "softcap", "zero_init", "untied", "units", "window",
-                       "window_pattern", "screen", "event_gate", "topk", "winners", "columns", "experts",
-                       "predict"}
+                       "qk_norm", "qk_gain", "relu2", "swiglu", "softcap", "zero_init", "untied", "units",
+                       "window", "window_pattern", "screen", "event_gate", "topk", "winners", "columns",
+                       "experts", "predict"}
     assert not covered & {"osc", "ngram", "compartments", "dendrites", "hierarchy", "ponder", "adapters",
                           "grouped"}
     assert "share keys" in refusal(build(ARMS["grouped"]))
