@@ -80,7 +80,8 @@ def keys_of(kind, words):
         runs = {"runs": tuple(word for word in words if not word.startswith("-"))}
         words = [word for word in words if word.startswith("-")]
     elif "out_dir" in fields:
-        words = [f"--out_dir={word}" if os.path.isdir(word) else word for word in words]
+        words = [f"--out_dir={word}" if os.path.isdir(word) or word.endswith(".gguf") else word for word in
+                 words]
     return configure(kind, words, base=runs, files=True)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 import sparse_kernels
-from benchmarks import ROOT, Timed, settings
-from benchmarks.decode import rest
+from benchmarks import ROOT, Timed, foreign, settings
+from benchmarks.decode import require_installed, rest
+from benchmarks.peers import LlamaCpp
 from benchmarks.record import (
+    LLAMA,
     busy,
     card_load,
     commit_of,
@@ -23,7 +25,7 @@ from benchmarks.record import (
     write_atomically,
 )
 from benchmarks.report import document
-from benchmarks.screen import data_of
+from benchmarks.screen import STORED, data_of
 from benchmarks.settings import PLAIN
 from benchmarks.texts import judge, text_of
 from benchmarks.timing import interleave, measurement
@@ -32,12 +34,14 @@ from configurator import ConfigError, close_match, require
 from data import dataset as datasets
 from data import tokenizer as tokenizers
 from decode import calibrate, engine, sampling
+from decode.counters import whole_macs
 from decode.quantized import check_quantize, forms_of, is_quantized, kinds_in, quantize
 from decode.way import choose_way
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, settle
 from model import GPT, build_model, config_of
 from training import checkpoint, continual, pretrained, retrofit, runtime
+from training.pretrained import is_gguf
 from viz.figures import pyplot
 from viz.plots import is_number, names_of, read_rows
 
@@ -52,9 +56,10 @@ USAGE = "type python bench.py compare out-pylib out-pylib@int8, for example"
 class Compare(Timed):
     """Any runs, its words: loss, bytes a token and tokens/s of each beside the first, and one verdict."""
     runs: tuple = ()  # the words: runs, checkpoints, exports, or RUN@int8+mlp_screen=4, as sample.py decodes
-    dataset: str = ""  # data folder whose held-out text every loss is of; empty: each run's own data
+    dataset: str = ""  # data folder, or file of text, that every loss is of; empty: each run's own data
     tokens: int = 16384  # of held-out text that a loss is of, or all there is if that is less
     quantize: str = ""  # also every run in whole numbers: int8, int4, q4_all, mlp=4,attn=8; several by commas
+    llamacpp: bool = False  # also llama.cpp with the first run's weights: its file, bf16, q8_0, q4_0; greedy
     sparse_decode: bool = False  # the shortcuts that a model was trained for: predicted units, early exits
     exit_threshold: float = 0.0  # leave where a probe is so sure; 0: the model's own, with sparse_decode
     temperature: float = 0.8  # below 1 less random, above 1 more; 0 is greedy
@@ -90,6 +95,11 @@ class Compare(Timed):
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be in 0..2**63-1")
         require(self.overflow in ("exact", "slide"), f"overflow='{self.overflow}' must be exact or slide")
         require(self.threads <= engine.MANY, f"threads={self.threads} must be in 0..{engine.MANY}")
+        if self.llamacpp:
+            require_installed("llamacpp")
+            require(self.temperature == 0 and self.threads, "llamacpp stands beside what takes the largest "
+                    f"logit on as many threads, these are temperature={self.temperature} and threads="
+                    f"{self.threads}: type --temperature=0 --threads=2")
         sampling.check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
                                 self.draws)
         for kind in kinds_in(self.quantize):
@@ -107,8 +117,11 @@ def compare(cfg):
     warning = busy(load_average(), card, card_load(card))
     if cfg.plot:
         pyplot()                                 # better missed now than behind the measurements
+    require(not cfg.llamacpp or place.device.type == "cpu", "--llamacpp would run on the CPU and ours on "
+            f"{place}: type --device=cpu")
     print(f"{place}, {sparse_kernels.path_taken(place.device)}")
     sides, notes = sides_of(cfg, place)
+    sides += llama_sides(cfg, sides[0]) if cfg.llamacpp else []
     notes += judge(cfg, sides, place.device)
     prompt, new = lengths(cfg, sides)
     timed = time_sides(cfg, sides, place.device, prompt, new)
@@ -158,8 +171,8 @@ def sides_of(cfg, place):
     read = [load(run, how) for run, how in given]    # all of them first: a damaged one costs no measurement
     require(not cfg.exit_threshold or any(model.config.exits for model, _ in read), "exit_threshold="
             f"{cfg.exit_threshold} needs a model with early exits, and none of these has them: leave it out")
-    if cfg.dataset:                              # typed: what is wrong with it is a mistake, not a note
-        data_of(cfg.dataset, {})
+    if cfg.dataset and not foreign.is_text(cfg.dataset):
+        data_of(cfg.dataset, {})                 # typed: what is wrong with it is a mistake, not a note
     sides, notes, seen = [], [], set()
     for name, (run, how), (model, about) in zip(names(cfg.runs), given, read):
         data, why = data_or_not(cfg, about)
@@ -181,6 +194,19 @@ def sides_of(cfg, place):
     return sides, notes
 
 
+def llama_sides(cfg, first):
+    """llama.cpp with the weights of the first run: its file as it is, if it has one, and one of each type."""
+    run, _ = settings.of_word(cfg.runs[0])
+    ours, _ = load(run)
+    torch.set_num_threads(cfg.threads)
+    found = {"parameters": parameters_of(ours.config), "block_size": ours.config.block_size, "way": LLAMA,
+             "training_tokens_per_second": None, "threads": cfg.threads, "macs": whole_macs(GPT, ours.config)}
+    files = [("its own file", run)] * is_gguf(run) + [(stored, None) for stored in STORED]
+    models = {f"{LLAMA} {stored}": LlamaCpp(ours, stored, path) for stored, path in files}
+    return [Side(name, model, first.about, first.data, first.tokenizer, found | {"weight_bytes": model.read})
+            for name, model in models.items()]
+
+
 def load(run, how=PLAIN):
     """What a word names, as sample.py reads it -> (GPT in eval mode, its checkpoint without weights)."""
     folder = Path(run)
@@ -191,7 +217,8 @@ def load(run, how=PLAIN):
         model = GPT.from_pretrained(run)
         settings.check(how, model.config, run)
         model = pretrained.rebuilt(model, replace(model.config, **dict(how.flags)))
-        about = {"config": pretrained.carried(run).get("config"),
+        model.crop_block_size(min(model.config.block_size, foreign.CONTEXT))
+        about = {"config": pretrained.carried(run).get("config"), "foreign": True,
                  "tokenizer": pretrained.description_of(run, model.config.vocab_size)}
         return model.eval(), about
     loaded, path = checkpoint.read(run)
@@ -369,6 +396,28 @@ class Decoder:
         return {"macs": tally.macs / self.new, "weight_bytes": tally.bytes / self.new}
 
 
+class LlamaDecoder:
+    """The same for llama.cpp, whose steps are not counted: a dense model's are known."""
+
+    def __init__(self, side, prompt, new):
+        self.model, self.prompt, self.new = side.model, prompt[0].tolist(), new
+
+    def restart(self):
+        self.model.lib.llama_memory_clear(self.model.memory, False)
+        self.last = self.model.next_id(self.prompt)
+        self.make(WARM - 1)                      # which the prompt's last token has begun
+
+    def __call__(self):
+        self.make(self.new)
+
+    def make(self, count):
+        for _ in range(count):
+            self.last = self.model.next_id([self.last])
+
+    def count(self):
+        return {}
+
+
 def prompt_of(side, length):
     """The beginning of a side's held-out text (1, length); without one, of what the model writes."""
     c = side.config()
@@ -383,7 +432,11 @@ def prompt_of(side, length):
 
 def time_sides(cfg, sides, device, prompt, new):
     """Count what a token costs every side, then time all of them in turns -> the measurement, tokens/s."""
-    decoders = {side.name: Decoder(side, cfg, prompt_of(side, prompt).to(device), new) for side in sides}
+    decoders = {}
+    for side in sides:
+        text = prompt_of(side, prompt).to(device)
+        decoders[side.name] = (LlamaDecoder(side, text, new) if isinstance(side.model, LlamaCpp) else
+                               Decoder(side, cfg, text, new))
     for side in sides:
         side.found |= decoders[side.name].count()
     seconds = partial(interleave, decoders, device=device, cold=cfg.cold, before=restart)

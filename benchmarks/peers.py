@@ -1,6 +1,7 @@
 """The rivals: nanoGPT from a checkout; Hugging Face's, llama.cpp's and ctranslate2's GPT-2 with the weights
 of ours."""
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -18,7 +19,8 @@ import torch
 from configurator import ConfigError, require
 from data import dataset as datasets
 from model import GPT
-from training import pretrained
+from training import gguf_file, pretrained
+from training.llama import TURNED
 
 # matrices that Hugging Face keeps as (in, out)
 CONV1D = "c_attn.weight", "c_proj.weight", "c_fc.weight"
@@ -136,7 +138,8 @@ def survives(path, stored):
 
 
 class LlamaCpp:
-    """llama.cpp's GPT-2 with the weights of one of our models, from a GGUF file of one of its TYPES.
+    """llama.cpp's GPT-2 or Llama with the weights of one of our models, from a GGUF file of one of its TYPES,
+    or from the file at `path` as it is.
 
     Batch 1, greedy, with torch's number of threads, through llama.cpp's C API: its Python class copies the
     logits. All matrices but the positions have the file's type, the head's too. Its GELU is the form by tanh,
@@ -146,19 +149,22 @@ class LlamaCpp:
     TYPES = "f32", "bf16", "q8_0", "q4_0"
     activation = "gelu_tanh, from a table in float16"
 
-    def __init__(self, ours, stored):
+    def __init__(self, ours, stored, path=None):
         self.stored, self.vocab_size, self.block = stored, ours.config.vocab_size, ours.config.block_size
-        self.lib = lib = installed("llama_cpp", "llama-cpp-python")
+        self.config, self.lib = ours.config, installed("llama_cpp", "llama-cpp-python")
+        lib = self.lib
         require(hasattr(lib, "llama_get_memory"),
                 f"llama_cpp {lib.__version__} is too old for this: pip install -U llama-cpp-python")
         lib.llama_log_set(errors_alone(lib), None)
         lib.llama_backend_init()
         # the file may go once it is mapped, and does so where the system lets it
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            path = Path(folder) / f"{stored}.gguf"
-            write_gguf(ours, stored, path)
-            survives(path, stored)
-            model = lib.llama_model_load_from_file(str(path).encode(), self.on_cpu())
+            made = path or Path(folder) / f"{stored}.gguf"
+            if path is None:
+                write_gguf(ours, stored, made)
+            survives(made, stored)
+            self.read = bytes_of_matrices(made)
+            model = lib.llama_model_load_from_file(str(made).encode(), self.on_cpu())
         require(model, f"llama.cpp did not load the {stored} file of this model")
         self.c = lib.llama_init_from_model(model, self.context())
         require(self.c, f"llama.cpp made no context for {self.block} tokens")
@@ -173,7 +179,7 @@ class LlamaCpp:
     def context(self):
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_threads = self.block, torch.get_num_threads()
-        params.n_threads_batch = params.n_threads
+        params.n_threads_batch, params.n_batch = params.n_threads, max(self.block, params.n_batch)
         if self.stored == "f32":
             params.type_k = params.type_v = 0                   # GGML_TYPE_F32
         return params
@@ -194,6 +200,24 @@ class LlamaCpp:
     def logits(self):
         """Of the last token that was computed, a list."""
         return self.lib.llama_get_logits_ith(self.c, -1)[:self.vocab_size]
+
+    def __call__(self, idx, targets=None):
+        """Token ids (B, T) -> the logits of all of them, (B, T, vocab_size), and None, as a model of ours."""
+        return torch.stack([self.logits_of(row) for row in idx.tolist()]), None
+
+    def logits_of(self, ids):
+        self.lib.llama_memory_clear(self.memory, False)
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, number in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.logits[place] = number, place, 1
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        status = self.lib.llama_decode(self.c, batch)
+        self.lib.llama_batch_free(batch)
+        require(status == 0, f"llama.cpp failed on {len(ids)} tokens: status {status}")
+        size = len(ids) * self.vocab_size
+        found = ctypes.cast(self.lib.llama_get_logits(self.c), ctypes.POINTER(ctypes.c_float * size)).contents
+        return torch.frombuffer(found, dtype=torch.float32).view(len(ids), -1).clone()
 
     def generate(self, prompt, new, **_):
         """Token ids (1, T) -> (1, T + new)."""
@@ -236,23 +260,41 @@ def release(lib, sampler, context, model):
     lib.llama_model_free(model)
 
 
-def write_gguf(ours, stored, path):
-    """A model of ours as a GGUF file of architecture gpt2: matrices of type `stored`, positions and vectors
-    in fp32, no tokenizer."""
+# what GGUFWriter adds, and the field of config.json that it is
+SHAPE = {"gpt2": dict(context_length="n_positions", embedding_length="n_embd", block_count="n_layer",
+                      head_count="n_head", feed_forward_length="n_inner",
+                      layer_norm_eps="layer_norm_epsilon"),
+         "llama": dict(context_length="max_position_embeddings", embedding_length="hidden_size",
+                       block_count="num_hidden_layers", head_count="num_attention_heads",
+                       head_count_kv="num_key_value_heads", feed_forward_length="intermediate_size",
+                       layer_norm_rms_eps="rms_norm_eps", rope_freq_base="rope_theta",
+                       rope_dimension_count="head_dim")}
+
+
+def write_gguf(ours, stored, path, tokenizer=None):
+    """A model of ours as a GGUF file of architecture gpt2 or llama: matrices of type `stored`, positions and
+    vectors in fp32. tokenizer: {key behind "tokenizer.": value}; None: none."""
     gguf = installed("gguf", "gguf")
     weights, config = as_gpt2(ours)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
-    writer = gguf.GGUFWriter(path, "gpt2")
-    for add, key in (("vocab_size", "vocab_size"), ("context_length", "n_positions"),
-                     ("embedding_length", "n_embd"), ("block_count", "n_layer"), ("head_count", "n_head"),
-                     ("feed_forward_length", "n_inner"), ("layer_norm_eps", "layer_norm_epsilon")):
-        getattr(writer, f"add_{add}")(config[key])
-    writer.add_tokenizer_model("none")
+    arch = config["model_type"]
+    shape = {name: config[key] for name, key in SHAPE[arch].items()}
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), shape["block_count"])
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in (shape | {"vocab_size": config["vocab_size"]}).items():
+        getattr(writer, f"add_{name}")(value)
+    for key, value in (tokenizer or {"ggml.model": "none"}).items():
+        types = gguf.GGUFValueType
+        writer.add_key_value(f"tokenizer.{key}", value, types.UINT32 if type(value) is int else
+                             types.get_type(value))
+    if config.get("rope_scaling"):
+        writer.add_tensor(gguf_file.FACTORS, gguf_file.factors_of(ours.config).numpy())
     for name, tensor in weights.items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue                                             # llama.cpp takes the embedding's
+        if arch == "llama" and name.rpartition(".")[0].endswith(TURNED):
+            tensor = tensor.unflatten(0, (-1, 2, config["head_dim"] // 2)).transpose(1, 2).flatten(0, 2)
         given = tensor.float().numpy(force=True)
-        given = given.T.copy() if name.endswith(CONV1D) else given
+        given = given.T.copy() if arch == "gpt2" and name.endswith(CONV1D) else given
         plain = given.ndim == 1 or "wpe" in name
         kind = gguf.GGMLQuantizationType["F32" if plain else stored.upper()]
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), gguf.quantize(given, kind),
@@ -261,6 +303,14 @@ def write_gguf(ours, stored, path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def bytes_of_matrices(path):
+    """Bytes of the matrices that a step of the model in a GGUF file multiplies by."""
+    tensors = [t for t in installed("gguf", "gguf").GGUFReader(path).tensors if len(t.shape) > 1]
+    names = {t.name for t in tensors}
+    return sum(int(t.n_bytes) for t in tensors if t.name != "position_embd.weight"
+               and (t.name != "token_embd.weight" or "output.weight" not in names))
 
 
 class CTranslate2:

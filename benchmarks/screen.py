@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sparse_kernels
-from benchmarks import Timed
+from benchmarks import Timed, foreign
 from benchmarks.decode import require_installed, rest
 from benchmarks.peers import LlamaCpp
 from benchmarks.record import LLAMA, read
@@ -130,9 +130,12 @@ class Run:
 
 
 def data_of(dataset, loaded):
-    """The folder of the run's token files, or of those that --dataset names, of the same tokenizer."""
+    """The folder of the run's token files, or of those that --dataset names, of the same tokenizer. A file of
+    text, and what is built in for a model of others, are encoded first."""
     settings, again = loaded.get("config"), "type --dataset=FOLDER of data with the run's tokenizer"
     name = dataset or (isinstance(settings, dict) and settings.get("dataset"))
+    if foreign.is_text(dataset) or (not name and loaded.get("foreign")):
+        return foreign.data_of(dataset, loaded)
     require(isinstance(name, str) and name, f"the checkpoint names no data: {again}")
     try:
         folder = datasets.find(datasets.named(name)[0][0])

@@ -36,7 +36,7 @@ BESIDE, BEGIN = 1.5, 10                          # of a step: times a forward an
 class Sparsify(Timed):
     """A trained model made sparse: what loses little, combined, trained on; the front, and its commands."""
     out_dir: str = "out"  # the run; a folder behind the word sparsify is the same
-    dataset: str = ""  # data folder: calibration by its training text, losses on the other; empty: the run's
+    dataset: str = ""  # data, or a text: calibration by its training part, losses on the other; or the run's
     max_loss: float = 0.01  # loss above the dense model's, as a share of it, that a point may have
     minutes: float = 10.0  # of training all retrofits and the dense model beside them; 0: nothing is trained
     retrofits: int = 3  # what is trained on, at most: the most promising ones

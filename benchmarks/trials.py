@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_kernels
-from benchmarks import ROOT
+from benchmarks import ROOT, foreign
 from benchmarks.compare import load
 from benchmarks.record import write_atomically
 from benchmarks.runs import timed_script
@@ -285,7 +285,7 @@ class Lab:
         fits = max(1, 4096 // self.dense.config.block_size)
         most = max(n for n in range(1, fits + 1) if rows % n == 0)
         return own | {key: float(f"{value:.3g}") for key, value in rates.items()} | dict(
-            dataset=self.data(), batch_size=most,
+            dataset=self.data(), block_size=self.dense.config.block_size, batch_size=most,
             gradient_accumulation_steps=rows // most, max_iters=iters, lr_decay_iters=iters,
             eval_interval=max(1, iters), eval_iters=4, warmup_iters=iters // 10, min_lr=0.0,
             lr_schedule="linear", keep_checkpoints=1, seed=self.cfg.seed)
@@ -337,12 +337,13 @@ class Lab:
             keys["quantize"] = kind_of(trial.bits)
         if {"exits", "mlp_predict"} & {key for key, _ in (*trial.flags, *(trial.trained or ()))}:
             keys["sparse_decode"] = True
-        if self.cfg.dataset and not lines:
-            keys["tokenizer"] = self.cfg.dataset
+        if (self.cfg.dataset or self.about.get("foreign")) and not lines:
+            keys["tokenizer"] = self.data()
         return [*lines, line("sample.py", (), keys)]
 
     def data(self):
-        return self.cfg.dataset or self.settings.get("dataset") or str(self.folder)
+        named = self.cfg.dataset or self.settings.get("dataset")
+        return named if named and not foreign.is_text(named) else str(self.folder)
 
 
 def cost_of(record):

@@ -394,7 +394,12 @@ def write_text(folder, path, kind, val_fraction, vocab_size=0):
     length, chars = survey(path)
     cut = int(length * (1 - val_fraction))
     learned_from = (lambda: [chars]) if kind == "char" else lambda: whole_words(between(path, 0, cut))
-    tokenizer = vocabulary.chosen(kind, learned_from, vocab_size)
+    return write_encoded(folder, path, vocabulary.chosen(kind, learned_from, vocab_size), length, cut)
+
+
+def write_encoded(folder, path, tokenizer, length, cut):
+    """Encode a text file of so many characters with a tokenizer; those from `cut` on are for validation
+    -> the meta dict."""
     splits = {split: map(tokenizer.encode, whole_words(between(path, start, stop)))
               for split, start, stop in (("train", 0, cut), ("val", cut, length))}
     return write_dataset(folder, splits, tokenizer, text_source(path))

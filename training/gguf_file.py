@@ -133,6 +133,13 @@ def scaled_of(path, c):
     return found
 
 
+def factors_of(config):
+    """What the file of a GPTConfig with rope_factor holds of it, (D / 2,) fp32."""
+    width = config.heads()[1]
+    plain = config.rope_theta ** (-torch.arange(0, width, 2) / width)
+    return plain / slowed(plain, config.rope_factor, config.rope_low, config.rope_high, config.rope_original)
+
+
 def ends_of(frequencies, stays):
     """Frequencies (n,), falling, and how much of each stays, from 1 to 0 -> the frequency at which nothing
     stays, and the one from which on all does, of a straight line between them."""

@@ -20,6 +20,7 @@ from data import tokenizer as tokenizers
 from decode import calibrate
 from layers import TwoOfFour, cross_entropy
 from training import checkpoint as ckpt
+from training.gguf_file import is_gguf
 
 TOKENS = 4096                                    # of training text, that starts are calibrated on
 SMOOTH = 0.02                                    # ridge of least squares, in mean squares of an input
@@ -323,6 +324,7 @@ def sha_of(path):
 
 
 def name_of(path):
-    """A run's name for the record, without what is above it: that of the folder, where path is a file."""
+    """A run's name for the record, without what is above it: that of the folder, where path is a file, but
+    for one that is a model by itself."""
     path = Path(path).resolve()
-    return (path.parent if path.is_file() else path).name
+    return path.stem if is_gguf(path) else (path.parent if path.is_file() else path).name

@@ -81,6 +81,34 @@ def test_a_peers_greedy_ids_in_fp32_are_ours(kind, stored, flags):
         assert new < 20 or len(expected.unique()) > 5, "ids that never change agree for any two models"
 
 
+LLAMA = dict(norm="rmsnorm", pos="rope", act="swiglu", bias=False, mlp_units=96, n_head=4)
+LLAMAS = {"grouped": dict(n_kv_head=2), "untied": dict(tie_weights=False),
+          "scaled": dict(rope_factor=8.0, rope_original=16, rope_theta=100.0)}
+
+
+@pytest.mark.parametrize("flags", LLAMAS.values(), ids=LLAMAS.keys())
+def test_llamacpp_computes_our_llamas(flags):
+    """Each logit of a text, and a step behind another; the rotation too where it is scaled."""
+    ours = lively(**LLAMA | flags)
+    rival = rival_of("llamacpp", "f32", ours)
+    text = PROMPT.repeat(2, 3)
+    logits, loss = rival(text)
+    torch.testing.assert_close(logits, ours(text, text)[0], atol=2e-2, rtol=1e-3)
+    assert loss is None and rival.generate(PROMPT, 20).tolist() == ours.generate(PROMPT, 20,
+                                                                              temperature=0).tolist()
+    plain = lively(**LLAMA | flags | dict(rope_factor=0.0, rope_original=8192))
+    apart = (plain(text, text)[0] - logits).abs().max()
+    assert (apart > 0.5) == ("rope_factor" in flags)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llamacpp_reads_the_bytes_of_its_matrices(tied):
+    ours = lively(**LLAMA | dict(n_kv_head=2, tie_weights=tied))
+    matrices = 2 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 96 * 64) + 65 * 64
+    for stored, bits in (("bf16", 16), ("q8_0", 8.5), ("q4_0", 4.5)):
+        assert rival_of("llamacpp", stored, ours).read == matrices * bits / 8
+
+
 @pytest.mark.parametrize("stored, near", [("f32", 1e-3), ("bf16", 6e-3), ("q8_0", 0.02), ("q4_0", 0.03)])
 def test_a_gguf_file_holds_our_weights_rounded_as_it_says(tmp_path, stored, near):
     ours = lively(act="gelu_tanh")
