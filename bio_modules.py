@@ -16,6 +16,7 @@ from decode import engine
 from decode.context import Thoughts, readable
 from decode.engine import NotWritten
 from decode.quantized import QuantizedByUnit, dense_weight
+from kernels.passes import column_gates
 from layers import (
     EPS,
     GELU,
@@ -438,20 +439,24 @@ class ColumnGate(Narrowing):
         self.balance.copy_(offset - offset.mean())
 
     def forward(self, x, ctx):
-        winners, scale = self.winners(x)
-        gates = torch.zeros(*x.shape[:-1], self.total, device=x.device).scatter(-1, winners, scale)
+        s, S = self.scores(x)
+        gates = column_gates(s, S, self.balance, self.k, x.dtype)
         ctx.add_loss(lambda: [ctx.total((gates > 0).float(), kept=1)], self.uneven)
-        return gates.to(x.dtype)
+        return gates
 
     def uneven(self, load):
         """Each column's share of the tokens (N,) -> a loss whose gradient moves the bias against it."""
         return self.BALANCE * (self.balance * (load - load.mean())).sum()
 
+    def scores(self, x):
+        """x (..., C) -> (..., N), and what the columns inhibit each other by, (N, N), in fp32."""
+        s, S = self.router(x).float(), self.inhibits()
+        kernels.note(s.numel() // self.total, S)
+        return s, S
+
     def winners(self, x):
         """x (..., C) -> the columns that answer (..., k), and their gates in fp32."""
-        s = self.router(x).float()
-        S = self.inhibits()
-        kernels.note(s.numel() // self.total, S)
+        s, S = self.scores(x)
         s = s - F.relu(s) @ S.t()
         winners = kernels.places_of_largest(s + self.balance, self.k)
         return winners, s.sigmoid().gather(-1, winners)

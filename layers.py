@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import require
 from kernels import picked
+from kernels.passes import relu2, rms_norm
 
 
 def cast(tensor, dtype):
@@ -461,7 +462,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.eps, self.weight.to(x.dtype))
 
     def emit(self, p, x):
         return p.norm(x, len(self.weight), self.weight, None, self.eps, by_root=True)
@@ -488,7 +489,7 @@ EPS = torch.finfo(torch.float32).eps              # whatever the dtype: torch's 
 
 def rms(x):
     """Root-mean-square normalisation of the last dimension, statistics in fp32."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return rms_norm(x, EPS)
 
 
 class QueryGain(nn.Module):
@@ -710,7 +711,7 @@ class ReLU2(nn.Module):
     name = "relu2"
 
     def forward(self, x, rows=None):
-        return F.relu(x).square()
+        return relu2(x)
 
 
 def residual_std(config):

@@ -53,9 +53,13 @@ def cpu_library():
         getattr(library, f"osc_back_{name}").argtypes = [pointer] * 8 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"unpack24_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
         getattr(library, f"copy8_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
+        getattr(library, f"norm_{name}").argtypes = ([pointer] * 4 + [number] * 4
+                                                     + [ctypes.c_float, ctypes.c_int])
         for kernel, pointers, numbers, flags in (
                 ("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("event", 4, 2, 2), ("event_back", 6, 2, 2),
-                ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1)):
+                ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1),
+                ("relu2", 2, 1, 1), ("relu2_back", 3, 1, 1), ("norm_back", 6, 4, 1),
+                ("gates", 5, 3, 1), ("gates_back", 6, 2, 1)):
             getattr(library, f"{kernel}_{name}").argtypes = ([pointer] * pointers + [number] * numbers
                                                              + [ctypes.c_int] * flags)
     return library, "C kernels for decode steps" + anew

@@ -338,3 +338,117 @@ class Osc(torch.autograd.Function):
 @functools.cache
 def osc_kernel(name, dtype):
     return getattr(cpu_library()[0], f"{name}_{NAMES[dtype]}")
+
+
+# ------------------------------------------------ squared ReLU, norms, column gates -----------------------
+#
+# As operators of torch a squared ReLU is two passes over memory and four for its gradient, an RMSNorm's
+# gradient ten, in fp32, and a column gate six and a sort.
+
+def relu2(v):
+    """As ACTS["relu2"]; on a CPU in one pass, forward and backward."""
+    if not v.is_cpu or torch.compiler.is_compiling() or not in_c(v):
+        return ACTS["relu2"](v)
+    return ReLU2.apply(v)
+
+
+class ReLU2(torch.autograd.Function):
+    """relu2 by the C kernels, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, v):
+        v, y = v.contiguous(), as_new(v)
+        run_pass("relu2", (v, y), v.numel())
+        ctx.save_for_backward(v)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        v, = ctx.saved_tensors
+        dv = as_new(v)
+        run_pass("relu2_back", (grad.contiguous(), v, dv), v.numel())
+        return dv
+
+
+def rms_norm_reference(x, eps, weight=None):
+    """x (..., n) over its root mean square, times weight (n) if there is one; statistics in fp32."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rms_norm(x, eps, weight=None):
+    """As the reference; on a CPU in one pass forward, two backward."""
+    if not x.is_cpu or torch.compiler.is_compiling() or not in_c(x):
+        return rms_norm_reference(x, eps, weight)
+    return RMS.apply(x, weight, eps)
+
+
+def rows_of(x):
+    """x (..., H, n) -> (it, M, H, n, stride): M rows of H times n that lie `stride` apart; a copy where they
+    cannot be seen so."""
+    n = x.size(-1)
+    if not x.is_contiguous() and x.dim() > 2:
+        rows = x.flatten(0, -3)
+        if rows.stride()[1:] == (n, 1):
+            return rows, len(rows), rows.size(1), n, rows.stride(0)
+    return x.contiguous(), x.numel() // n, 1, n, n
+
+
+class RMS(torch.autograd.Function):
+    """rms_norm by the C kernels, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows, *sizes = rows_of(x) if weight is None else rows_of(x.contiguous())
+        y, by = as_new(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        run_pass("norm", (rows, weight, y, by), *sizes, eps)
+        ctx.save_for_backward(x, weight, by)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, by = ctx.saved_tensors
+        rows, *sizes = rows_of(x) if weight is None else rows_of(x.contiguous())
+        dx = as_new(x)
+        dw = None if weight is None else as_new(weight, torch.float32)
+        run_pass("norm_back", (grad.contiguous(), rows, weight, by, dx, dw), *sizes)
+        return dx, dw if dw is None else dw.to(weight.dtype), None
+
+
+def column_gates_reference(s, inhibits, balance, k, dtype):
+    """Scores s (..., N) -> gates in `dtype`: of s_c less what the active columns d inhibit it by,
+    inhibits[c][d] relu(s_d), the k largest win, their choice alone seeing `balance` (N), and answer with a
+    sigmoid of it."""
+    z = s - F.relu(s) @ inhibits.t()
+    winners = first_largest(z + balance, k)
+    return torch.zeros_like(z).scatter(-1, winners, z.sigmoid().gather(-1, winners)).to(dtype)
+
+
+def column_gates(s, inhibits, balance, k, dtype):
+    """As the reference; on a CPU in one pass, forward and backward, and without a sort."""
+    if (not s.is_cpu or torch.compiler.is_compiling() or s.dtype != torch.float32 or dtype not in NAMES
+            or not in_c(s)):
+        return column_gates_reference(s, inhibits, balance, k, dtype)
+    return ColumnGates.apply(s, inhibits, balance, k, dtype)
+
+
+class ColumnGates(torch.autograd.Function):
+    """column_gates by the C kernels, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, s, inhibits, balance, k, dtype):
+        s, gates, slope, N = s.contiguous(), as_new(s, dtype), as_new(s), s.size(-1)
+        run_pass("gates", (s, inhibits.t().contiguous(), balance, gates, slope), s.numel() // N, N, k,
+                 dtype=dtype)
+        ctx.save_for_backward(s, inhibits, slope)
+        return gates
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        s, inhibits, slope = ctx.saved_tensors
+        ds, d_inhibits, N = as_new(s), as_new(inhibits), s.size(-1)
+        run_pass("gates_back", (grad.contiguous(), slope, s, inhibits.contiguous(), ds, d_inhibits),
+                 s.numel() // N, N)
+        return ds, d_inhibits, None, None, None

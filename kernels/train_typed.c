@@ -199,3 +199,156 @@ void OF(miss_back)(const float *restrict g, const TYPE *restrict z, const TYPE *
             dz[i] = OF(down)(g[m] * (one / (1 + e) - won));
         }
 }
+
+/* y = squared ReLU of v, n of them, and its gradient from g */
+void OF(relu2)(const TYPE *restrict v, TYPE *restrict y, long n, int threads) {
+    #pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) y[i] = OF(down)(OF(act2)(OF(up)(v[i])));
+}
+void OF(relu2_back)(const TYPE *restrict g, const TYPE *restrict v, TYPE *restrict dv, long n, int threads) {
+    #pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (long i = 0; i < n; i++) {
+        float x = OF(up)(v[i]);
+        dv[i] = x <= 0 ? 0 : OF(down)(OF(up)(g[i]) * (2 * x));
+    }
+}
+
+/* y = x over its root mean square, times the gain w (n) if there is one; by (M, H): one over that root. Rows of
+   x, H times n each, lie `stride` apart; those of y and dx without gaps. Rounded as F.rms_norm does. */
+void OF(norm)(const TYPE *restrict x, const TYPE *restrict w, TYPE *restrict y, float *restrict by, long M,
+               long H, long n, long stride, float eps, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++)
+        for (long h = 0; h < H; h++) {
+            const TYPE *X = x + m * stride + h * n;
+            TYPE *Y = y + (m * H + h) * n;
+            float sum = 0, r;
+            #pragma omp simd reduction(+:sum)
+            for (long i = 0; i < n; i++) sum += OF(up)(X[i]) * OF(up)(X[i]);
+            by[m * H + h] = r = 1 / sqrtf(sum / n + eps);
+            if (w)
+                #pragma omp simd
+                for (long i = 0; i < n; i++) Y[i] = OF(down)(OF(up)(X[i]) * r * OF(up)(w[i]));
+            else
+                #pragma omp simd
+                for (long i = 0; i < n; i++) Y[i] = OF(down)(OF(up)(X[i]) * r);
+        }
+}
+
+/* Its gradients from g (M, H, n): dx, and with a gain dw (n), for which H is 1 */
+void OF(norm_back)(const TYPE *restrict g, const TYPE *restrict x, const TYPE *restrict w,
+                    const float *restrict by, TYPE *restrict dx, float *restrict dw, long M, long H, long n, long stride, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++)
+        for (long h = 0; h < H; h++) {
+            const TYPE *X = x + m * stride + h * n, *G = g + (m * H + h) * n;
+            TYPE *D = dx + (m * H + h) * n;
+            float r = by[m * H + h], sum = 0;
+            if (w) {
+                #pragma omp simd reduction(+:sum)
+                for (long i = 0; i < n; i++) sum += OF(up)(G[i]) * OF(up)(w[i]) * OF(up)(X[i]);
+                sum *= r * r / n;
+                #pragma omp simd
+                for (long i = 0; i < n; i++)
+                    D[i] = OF(down)(r * (OF(up)(G[i]) * OF(up)(w[i]) - OF(up)(X[i]) * sum));
+            } else {
+                #pragma omp simd reduction(+:sum)
+                for (long i = 0; i < n; i++) sum += OF(up)(G[i]) * OF(up)(X[i]);
+                sum *= r * r / n;
+                #pragma omp simd
+                for (long i = 0; i < n; i++) D[i] = OF(down)(r * (OF(up)(G[i]) - OF(up)(X[i]) * sum));
+            }
+        }
+    if (!w) return;
+    long chunk = OF(share)(n, threads);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < n; from += chunk) {
+        long to = n - from < chunk ? n : from + chunk;
+        for (long i = from; i < to; i++) dw[i] = 0;
+        for (long m = 0; m < M; m++) {
+            const TYPE *X = x + m * stride, *G = g + m * n;
+            float r = by[m];
+            #pragma omp simd
+            for (long i = from; i < to; i++) dw[i] += OF(up)(G[i]) * OF(up)(X[i]) * r;
+        }
+    }
+}
+
+/* Which of N columns answer a token, and how much. Scores s (M, N) less what the others' activity inhibits,
+   z_c = s_c - sum over d of relu(s_d) from[d][c]; of z + balance the k largest win, of equal ones the first.
+   gates = sigmoid(z) of winners, else 0; slope: its derivative there. */
+void OF(gates)(const float *restrict s, const float *restrict from, const float *restrict balance,
+                TYPE *restrict gates, float *restrict slope, long M, long N, long k, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        const float *row = s + m * N;
+        float *z = slope + m * N;
+        TYPE *gate = gates + m * N;
+        long ties;
+        BUFFER(int32_t, rank, N);
+        memcpy(z, row, N * sizeof(float));
+        for (long d = 0; d < N; d++) {
+            float active = row[d] <= 0 ? 0 : row[d];
+            #pragma omp simd
+            for (long c = 0; c < N; c++) z[c] -= active * from[d * N + c];
+        }
+        #pragma omp simd
+        for (long c = 0; c < N; c++) rank[c] = rank_of(z[c] + balance[c]);
+        int32_t edge = edge_of(rank, N, k, &ties);
+        if (ties) {                                             /* of equal ones the later fall below */
+            for (long c = 0; c < N; c++)
+                if (rank[c] == edge && ties-- <= 0) rank[c] = INT32_MIN;
+            edge--;
+        }
+        #pragma omp simd
+        for (long c = 0; c < N; c++) {
+            float open = 1 / (1 + exp_of(-z[c]));
+            gate[c] = OF(down)(rank[c] > edge ? open : 0);
+            z[c] = rank[c] > edge ? open * (1 - open) : 0;
+        }
+        RELEASE(rank);
+    }
+}
+
+/* Its gradients from g (M, N): ds, and of what column d inhibits column c by, dto[c][d]; to: the same, from
+   the other side */
+void OF(gates_back)(const TYPE *restrict g, const float *restrict slope, const float *restrict s,
+                     const float *restrict to, float *restrict ds, float *restrict dto, long M, long N,
+                     int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        float *D = ds + m * N;
+        BUFFER(float, sum, N);
+        for (long c = 0; c < N; c++) sum[c] = 0;
+        for (long c = 0; c < N; c++) {
+            float dz = D[c] = OF(up)(g[m * N + c]) * slope[m * N + c];
+            #pragma omp simd
+            for (long d = 0; d < N; d++) sum[d] += dz * to[c * N + d];
+        }
+        #pragma omp simd
+        for (long d = 0; d < N; d++) D[d] -= s[m * N + d] > 0 ? sum[d] : 0;
+        RELEASE(sum);
+    }
+    long chunk = (N + threads - 1) / threads;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < N; first += chunk) {
+        long end = N - first < chunk ? N : first + chunk;
+        BUFFER(int32_t, winner, N);
+        BUFFER(float, active, N);
+        for (long i = first * N; i < end * N; i++) dto[i] = 0;
+        for (long m = 0; m < M; m++) {
+            int32_t count = 0;
+            for (long c = first; c < end; c++) { winner[count] = c; count += slope[m * N + c] != 0; }
+            #pragma omp simd
+            for (long d = 0; d < N; d++) active[d] = s[m * N + d] > 0 ? s[m * N + d] : 0;
+            for (int32_t i = 0; i < count; i++) {
+                long c = winner[i];
+                float dz = OF(up)(g[m * N + c]) * slope[m * N + c];
+                #pragma omp simd
+                for (long d = 0; d < N; d++) dto[c * N + d] -= dz * active[d];
+            }
+        }
+        RELEASE(active);
+        RELEASE(winner);
+    }
+}

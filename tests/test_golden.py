@@ -51,9 +51,13 @@ def training():
     return [row["loss"] for row in rows if "loss" in row] + [loss]
 
 
+# where |a| of two units is nearly equal, another version's last bit lets the other one fire (seen: 0.0017 of
+# the loss at step 18, torch 2.13 and 2.14 beside 2.15), so these curves are less near
+HARD_CHOICES = {"topk": 5e-3, "predict": 5e-3}
+
 # what the benchmarks' kept runs are made of beyond the arms; {name: (function, how near is the same)}
 RUNS = {"training": (training, 2e-3), "leaky": (lambda: broken_curve("leaky", {}), 1e-4),
-        "slow": (lambda: broken_curve("slow", ARMS["topk"]), 1e-4)}
+        "slow": (lambda: broken_curve("slow", ARMS["topk"]), HARD_CHOICES["topk"])}
 
 
 def here():
@@ -62,15 +66,11 @@ def here():
             "mkldnn": torch.backends.mkldnn.is_available()}
 
 
-# where |a| of two units is nearly equal, another version's last bit lets the other one fire (seen: 0.0017 of
-# the loss at step 18, torch 2.13 and 2.14 beside 2.15), so these curves are less near
-HARD_CHOICES = {"topk": 5e-3, "predict": 5e-3}
-
-
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_follows_its_golden_curve(name):
     """Exact where torch and the CPU are those of the record, else near: 1e-4 but for hard choices. The curves
-    of `elsewhere` were recorded on another CPU than the others."""
+    of `elsewhere` were recorded on another CPU than the others, or with torch's own norms and gates, whose
+    last bit differs (3e-6 of the loss at most): another record would lose the runs that are kept by it."""
     record = json.loads(FILE.read_text(encoding="utf-8"))
     found, golden = curve(ARMS[name]), record["curves"][name]
     assert len(golden) == STEPS

@@ -695,6 +695,56 @@ def test_the_cross_entropy_of_guesses_equals_its_reference(dtype):
 
 
 @built
+@dtypes
+def test_squared_relu_and_its_gradient_are_the_references_bit_for_bit(dtype):
+    for v in (hard(3, 7, dtype=dtype), normal(40, 516, dtype=dtype), normal(516, 40, dtype=dtype).t()):
+        (found, right), (slope, exact) = both_ways(passes.relu2, kernels.ACTS["relu2"], v)
+        assert torch.equal(found.nan_to_num(7.0), right.nan_to_num(7.0)) and found.dtype == dtype
+        assert torch.equal(slope.nan_to_num(7.0), exact.nan_to_num(7.0))
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("shape, heads", [((1, 1), 0), ((3, 7), 0), ((2, 5, 64), 0), ((40, 516), 0),
+                                          ((2, 9, 3 * 24), 3), ((2, 17, 6 * 32), 6)])
+def test_rms_norms_and_their_gradients_are_as_near_as_their_dtype(shape, heads, dtype):
+    """Also of the first two thirds of each token's heads, which lie apart."""
+    def of(norm, x, *weight):
+        x = x.unflatten(-1, (heads, -1))[..., :2 * heads // 3, :] if heads else x
+        return norm(x, 1e-6, *(w.to(dtype) for w in weight))
+    x, weight = normal(*shape, dtype=dtype) * 3, normal(shape[-1], seed=1) + 1
+    for given in (x, torch.stack((x, x), dim=-1)[..., 0]):
+        for weights in ((), (weight,)) if not heads else ((),):
+            for found, right in both_ways(functools.partial(of, passes.rms_norm),
+                                          functools.partial(of, passes.rms_norm_reference), given, *weights):
+                assert found.dtype == right.dtype
+                torch.testing.assert_close(found, right, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+    assert passes.rms_norm(x.requires_grad_(), 1e-6).grad_fn.name() == "RMSBackward"
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("N, k", [(1, 1), (4, 1), (12, 12), (60, 15), (520, 31)])
+def test_column_gates_and_their_gradients_are_the_references(N, k, dtype):
+    """Scores and inhibition in quarters, whose sums are exact: equal ones choose the first, and NaN wins."""
+    for seed in range(3):
+        s = normal(3, 11, N, seed=seed).mul(4).round().div(4)
+        inhibits = normal(N, N, seed=seed + 1).mul(2).round().div(4).relu() * (1 - torch.eye(N))
+        balance = normal(N, seed=seed + 2).mul(2).round().div(4)
+        pairs = list(both_ways(*(functools.partial(of, balance=balance, k=k, dtype=dtype) for of in (
+            passes.column_gates, passes.column_gates_reference)), s, inhibits))
+        found, right = pairs[0]
+        assert found.dtype == dtype and torch.equal(found > 0, right > 0)
+        for found, right in pairs:
+            torch.testing.assert_close(found, right, rtol=TOLERANCE[dtype], atol=1e-4)
+    s[0, 0, 0] = torch.nan                       # which inhibits all
+    found, right = (of(s, inhibits, balance, k, dtype) for of in (passes.column_gates,
+                                                                  passes.column_gates_reference))
+    torch.testing.assert_close(found, right, rtol=TOLERANCE[dtype], atol=1e-4, equal_nan=True)
+    assert found[0, 0].isnan().sum() == k
+
+
+@built
 def test_passes_take_no_tokens_and_any_number_of_threads():
     empty = torch.empty(0, 8, requires_grad=True)
     kernels.keep_largest(empty, 2, "relu2").sum().backward()
@@ -708,6 +758,12 @@ def test_passes_take_no_tokens_and_any_number_of_threads():
             for of, *inputs in ((lambda v: kernels.keep_largest(v, 9, "relu2"), v), (kernels.event, v, edge),
                                 (PASSES["columns"][0], v, gates)):
                 of = functools.partial(of, act="relu2") if len(inputs) > 1 else of
+                found[count:] = [[*found[count], *(pair[0] for pair in both_ways(of, of, *inputs))]]
+            gain, S = normal(100, seed=3), normal(25, 25, seed=4).abs() / 9
+            norm = functools.partial(passes.rms_norm, eps=1e-6)
+            gate = functools.partial(passes.column_gates, balance=edge[:25], k=6, dtype=torch.float32)
+            for of, *inputs in ((passes.relu2, v), (norm, v.unflatten(-1, (4, 25))), (gate, v[:, :25], S),
+                                (lambda v, w: norm(v, weight=w), v, gain)):
                 found[count:] = [[*found[count], *(pair[0] for pair in both_ways(of, of, *inputs))]]
     finally:
         torch.set_num_threads(threads)
