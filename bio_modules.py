@@ -1252,21 +1252,20 @@ class Halting(nn.Module):
         thinking, cost = left > 0, 0.0
         self.tokens_run += thinking.numel() if readable(x) else 0
         for step in range(self.most):
-            columns, valid = thoughts.choose(thinking, step)
-            if not columns.size(1):
+            valid = thoughts.choose(thinking, step)
+            if not valid.size(1):
                 thoughts.copy_kv_to_later_runs(attn.layer, range(step, self.most))
                 break
             self.steps_run += int(valid.sum()) if readable(x) else 0
-            at = columns[..., None].expand(-1, -1, x.size(2))
-            before = x.gather(1, at)
+            before = thoughts.take(x)
             y = run(before, thoughts)
-            weights, halts = self.weigh(y, left.gather(1, columns), step)
+            weights, halts = self.weigh(y, thoughts.take(left), step)
             weights = weights * valid
-            total = total.scatter_add(1, at, weights[..., None].to(y.dtype) * y)
-            left = left.scatter_add(1, columns, -weights)
-            x = x.scatter(1, at, torch.where(valid[..., None], y, before))
+            total = thoughts.add(total, weights[..., None].to(y.dtype) * y)
+            left = thoughts.add(left, -weights)
+            x = thoughts.put(x, before, y)
             cost = cost + valid.sum() + (weights * halts).sum()
-            thinking = thinking.scatter(1, columns, valid & ~halts)
+            thinking = thoughts.put(thinking, valid, ~halts)
         thoughts.tell()
         ctx.add_loss(lambda: [(self.cost * cost, left.numel())], as_is)
         return total

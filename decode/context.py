@@ -367,19 +367,41 @@ class Thoughts:
     every time."""
 
     def __init__(self, ctx, window):
-        self.ctx, self.window, self.kept = ctx, window, None
+        self.ctx, self.window, self.kept, self.columns = ctx, window, None, None
         self.add_executed, self.copy_of = ctx.add_executed, ctx.copy_of
         self.choices, self.found = ctx.choices, []
 
     def choose(self, thinking, step):
-        """Columns (B, R) of the tokens (B, T) that are still thinking, R of the row that has most of them,
-        and which of these columns are theirs, (B, R) bool. A compiler knows no such R: there it is T."""
-        R = int(thinking.sum(1).max()) if readable(thinking) else thinking.size(1)
-        columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
-        self.columns, self.valid, self.step = columns, thinking.gather(1, columns), step
-        self.rotation = self.ctx.rotation_of(columns)
+        """Begin run `step` of the tokens (B, T) that are still thinking -> which of those that it computes
+        they are, (B, R) bool: R of the row that has most of them, in front. A compiler knows no such R: there
+        all tokens stay in their places."""
+        self.valid, self.step = thinking, step
         self.found.append([])
-        return columns, self.valid
+        if readable(thinking):
+            R = int(thinking.sum(1).max())
+            self.columns = (~thinking).to(torch.int8).argsort(dim=1, stable=True)[:, :R]
+            self.valid = thinking.gather(1, self.columns)
+        self.rotation = self.ctx.rotation_of(self.ctx.positions if self.columns is None else self.columns)
+        return self.valid
+
+    def at(self, t, dim=1):
+        """The columns as an index into t, whose dimension `dim` are the tokens."""
+        return self.columns.view(len(t), *[1] * (dim - 1), -1, *[1] * (t.dim() - dim - 1)).expand(
+            *t.shape[:dim], -1, *t.shape[dim + 1:])
+
+    def take(self, t, dim=1):
+        """Of t, whose dimension `dim` are all tokens, those that this run computes."""
+        return t if self.columns is None else t.gather(dim, self.at(t, dim))
+
+    def put(self, t, old, new, dim=1):
+        """t, of which this run computes `old`, with `new` for those tokens that are still thinking."""
+        valid = self.valid.view(len(t), *[1] * (dim - 1), -1, *[1] * (t.dim() - dim - 1))
+        new = torch.where(valid, new, old)
+        return new if self.columns is None else t.scatter(dim, self.at(t, dim), new)
+
+    def add(self, t, more):
+        """t (B, T, ...) and `more` of those that this run computes."""
+        return t + more if self.columns is None else t.scatter_add(1, self.at(t), more)
 
     def total(self, values, kept=0):
         """As Context.total, of the tokens that are still thinking."""
@@ -411,12 +433,11 @@ class Thoughts:
     def extend(self, layer, k, v):
         """As Context.extend: keys and values of all tokens, after as many runs as each has had."""
         if self.kept is not None:
-            at = self.columns[:, None, :, None].expand_as(k)
-            valid = self.valid[:, None, :, None]
-            k, v = (old.scatter(2, at, torch.where(valid, new, old.gather(2, at)))
-                    for old, new in zip(self.kept, (k, v)))
+            k, v = (self.put(t, self.take(t, 2), new, 2) for t, new in zip(self.kept, (k, v)))
         self.kept = k, v
         self.ctx.again(self.step).extend(layer, k, v)
+        if self.columns is None:
+            return k, v, None
         columns, at = torch.arange(k.size(2), device=k.device), self.columns[..., None]
         seen = (columns <= at) & (columns > at - (self.window or k.size(2)))
         return k, v, seen[:, None] if self.step else None

@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 from arms import ARMS, PAIRS, TINY, build, tokens
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_kernels as kernels
@@ -406,6 +408,27 @@ def test_leaving_halted_tokens_out_changes_nothing(monkeypatch, arm):
         loss = model(idx, idx)[1]
         loss.backward()
         found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arm", [{}, dict(window=5, window_pattern="S"), dict(pos="rope")], ids=str)
+def test_a_compiler_leaves_all_tokens_in_their_places_and_compiles_one_graph(arm):
+    """Sorting by who is still thinking saves nothing where all are computed, and costs a scatter backward."""
+    torch.compiler.reset()
+    model, idx, graphs, found = pondering(arm | dict(ponder=4, n_layer=3)).train(), tokens(3, 16), [], []
+    moves = "sort.stable", "gather.default", "scatter.src", "scatter.value", "scatter_add.default"
+
+    def compiler(graph, inputs):
+        graphs.append([move for node in graph.graph.nodes for move in moves
+                       if str(node.target) == f"aten.{move}"])
+        return make_boxed_func(graph.forward)
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    for run in (torch.compile(model, backend=backend, fullgraph=True), model):
+        model.zero_grad()
+        loss = run(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert graphs == [[], []]                    # forward and backward
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
