@@ -757,7 +757,8 @@ class Screens:
     """What MLPs have in common of which a few bits decide, when decoding, which units are read: a copy of the
     matrix in mlp_screen bits scores all units, and only those above the layer's threshold `edge` are computed
     from the weights themselves (TurboSparse, 2406.05955, and SparseInfer, 2411.12692, choose by other means).
-    It needs no training: decode/calibrate.py finds the thresholds. A matrix of 4 bits is its own copy.
+    It needs no training: decode/calibrate.py finds the thresholds. A matrix of 4 bits is its own copy, and
+    any with mlp_screen=16.
 
     Off until a call asks for it (GPT.use_policy), and exact then in everything but the units left out.
     """
@@ -766,7 +767,10 @@ class Screens:
     def check(c):
         belong(c, "mlp_screen", "mlp_live")
         bits = c.mlp_screen
-        require(bits in (0, 2, 3, 4, 8), f"mlp_screen={bits} must be 2, 3, 4 or 8 bits; 0 is off")
+        require(bits in (0, 2, 3, 4, 8, 16), f"mlp_screen={bits} must be 2, 3, 4 or 8 bits, or 16, the gates "
+                "of swiglu themselves and no copy; 0 is off")
+        require(bits < 16 or c.act == "swiglu", f"mlp_screen={bits} takes the gates themselves, which act="
+                f"'{c.act}' has none of: type --mlp_screen=4")
         require(not bits or c.act in ("relu2", "swiglu"), f"mlp_screen={bits} needs units that are zero or a "
                 f"gate that is small, act='{c.act}' has neither: it is for relu2 and swiglu")
         require(not bits or c.act == "relu2" or c.mlp_live, f"mlp_live={c.mlp_live} reads what is not zero, "
@@ -817,8 +821,8 @@ class Screens:
         return self.emit_screened(p, x, onto)
 
     def own_copy(self):
-        """Has the matrix so few bits that it is the copy?"""
-        return getattr(self.c_fc, "bits", 16) <= 4
+        """Is the matrix the copy: is there to be none, or has it as few bits?"""
+        return self.bits == 16 or getattr(self.c_fc, "bits", 16) <= 4
 
     def copied(self):
         """Which outputs of c_fc tell what a unit will be: the first, one for each."""

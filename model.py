@@ -122,7 +122,7 @@ class GPTConfig:
     mlp_predict: int = 0  # rank of a predictor of the winners of mlp_topk, for decoding; 0: off
     mlp_active: float = 0.2  # share of the units that the predictor picks
     # --- block: screened units ---
-    mlp_screen: int = 0  # bits of a copy of W_up (swiglu: W_gate) that decides which units decoding reads
+    mlp_screen: int = 0  # bits of a copy of W_up (swiglu: of W_gate; 16: itself) that picks the units read
     mlp_live: float = 0.15  # mean share of the units that it picks; 0: all that fire by themselves
     # --- block: the larger inputs of attention ---
     attn_topk: float = 1.0  # share of the inputs that attention's projections read per token, the largest

@@ -66,7 +66,7 @@ class SampleConfig:
     screen: bool = False  # look at 8 bits of the head first, then at rows that can win: same tokens
     # --- faster, any model ---
     quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
-    mlp_screen: int = 0  # squared ReLU, or swiglu: bits of a copy that picks the units read: 4; 0: off
+    mlp_screen: int = 0  # bits of a copy that picks the units read: 4; of swiglu also 16, no copy; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     measure: bool = True  # with screened units, first measure and print what they save; False: begin at once
     mlp_topk: float = 1.0  # untrained: share of the MLP's units that fire, the largest; 1: as the model has
@@ -323,7 +323,8 @@ def with_thresholds(model, about, folder=""):
         ids, source = some_text(model, about, folder)
         calibrate.calibrate(model, ids, c.mlp_live)
     share = f"{c.mlp_live:.0%} of the MLP's units" if c.mlp_live else "the units that fire"
-    return f"screened units: a copy in {c.mlp_screen} bits picks {share}; thresholds {source}"
+    what = f"a copy in {c.mlp_screen} bits picks" if c.mlp_screen < 16 else "gates pick"
+    return f"screened units: {what} {share}; thresholds {source}"
 
 
 def some_text(model, about, folder=""):

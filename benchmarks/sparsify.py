@@ -106,14 +106,14 @@ def ladders(c):
         return axis, [Trial(flags=tuple(some.items())) for some in settings]
 
     shares = (0.3, 0.2, 0.1)
-    of_act = dict(relu2=(0.2, 0.15, 0.1), swiglu=(0.8, 0.65, 0.5)).get(c.act, ())
-    live = [dict(mlp_screen=4, mlp_live=share) for share in of_act]
+    bits, some = dict(relu2=(4, (0.2, 0.15, 0.1)), swiglu=(16, (0.8, 0.65, 0.5))).get(c.act, (0, ()))
+    live = [dict(mlp_screen=bits, mlp_live=share) for share in some]
     wide = [dict(mlp_topk=share) for share in (0.7, 0.5, 0.3)]
     return [
         *(("bits", [Trial(bits=bits)]) for bits in ((8, 8, 8), (8, 4, 8), (4, 8, 8), (8, 8, 4))),
         *[flags("units", *live)] * bool(live),
         flags("head", dict(screen=True)),
-        *([flags("units", *wide), flags("units", *(some | dict(gate_first=True) for some in wide))]
+        *([flags("units", *wide), flags("units", *(one | dict(gate_first=True) for one in wide))]
           if c.act == "swiglu" else [flags("units", *(dict(mlp_topk=share) for share in shares))]),
         flags("units", dict(mlp_topk=0.5, mlp_topk_group=4)),
         flags("units", *(dict(event_gate=True, event_rate=rate) for rate in shares)),

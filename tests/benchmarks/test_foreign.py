@@ -127,7 +127,7 @@ def test_a_gguf_file_is_made_sparse(theirs):
         only="units", trials="kept")], theirs).wait()
     assert job.status == 0, job.err
     record = record_of(job)
-    assert {"mlp_topk=0.7, gate_first=True", "mlp_topk=0.7", "mlp_screen=4, mlp_live=0.8"} <= record[
+    assert {"mlp_topk=0.7, gate_first=True", "mlp_topk=0.7", "mlp_screen=16, mlp_live=0.8"} <= record[
         "points"].keys()
     assert any("--init_from=tiny.gguf" in line for lines in record["commands"].values() for line in lines)
     json.dumps(record)

@@ -20,7 +20,8 @@ from sample import SampleConfig, with_thresholds
 from training import checkpoint
 
 ARM, GATES = ARMS["mlp_screen"], ARMS["screened_gates"]
-both = pytest.mark.parametrize("arm", [ARM, GATES], ids=["relu2", "swiglu"])
+both = pytest.mark.parametrize("arm", [ARM, GATES, GATES | dict(mlp_screen=16)],
+                               ids=["relu2", "swiglu", "swiglu without a copy"])
 built = pytest.mark.skipif(cpu_library()[0] is None, reason="no C kernels here")
 
 
@@ -184,10 +185,11 @@ def test_screened_gates_pick_in_every_layer_the_share_that_is_asked_for():
 
 @built
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["", "int4"])
-def test_a_decode_step_reads_the_gates_copy_and_three_rows_of_each_unit_that_it_picks(kind):
+@pytest.mark.parametrize("kind, bits", [("", 4), ("int4", 4), ("", 16), ("int8", 16)])
+def test_a_decode_step_reads_the_gates_or_their_copy_and_rows_of_the_units_that_it_picks(kind, bits):
     from sparse_kernels import counting
-    model, idx = build(GATES, std=0.2, n_embd=64, n_head=2), tokens(1, 5)
+    model, idx = build(GATES, std=0.2, n_embd=64, n_head=2, mlp_screen=bits), tokens(1, 5)
+    own = bool(kind) or bits == 16
     model = quantize(model, kind) if kind else model
     calibrate.calibrate(model, tokens(8, 16, seed=3), 0.3)
     program = engine.program_of(model.use_policy(), Cache(model, 1, 16), 31, None, idx.device)
@@ -195,9 +197,9 @@ def test_a_decode_step_reads_the_gates_copy_and_three_rows_of_each_unit_that_it_
     with counting() as tally:
         program.step()
     listed = [op.read for op, name in zip(program.table, program.names) if op.read and "MLP" in name]
-    counts, units = listed[::3 - bool(kind)], calibrate.screened(model)[0].c_proj.in_features
+    counts, units = listed[::3 - own], calibrate.screened(model)[0].c_proj.in_features
     assert len(counts) == 2 and all(0 < n < 0.6 * units for n in counts)
-    assert listed == [n for n in counts for _ in range(3 - bool(kind))]
+    assert listed == [n for n in counts for _ in range(3 - own)]
     dense = engine.program_of(model.use_policy(False), Cache(model, 1, 16), 31, None, idx.device)
     dense.begin(idx, [0], [1])
     with counting() as whole:

@@ -368,6 +368,7 @@ def test_flags_that_exclude_each_other_are_both_named(a, b):
     (dict(mlp_topk=0.0), r"mlp_topk=0\.0"), (dict(mlp_topk=1.5), "mlp_topk"),
     (dict(gate_first=True, mlp_topk=0.5), "act='gelu'.*--act=swiglu"),
     (dict(gate_first=True, act="swiglu"), "--mlp_topk=0.5"),
+    (dict(act="relu2", mlp_screen=16), "mlp_screen=16.*act='relu2'.*--mlp_screen=4"),
     (dict(act="swiglu", mlp_screen=4, mlp_live=0.0), "mlp_live=0.0.*--mlp_live=0.5"),
     (dict(mlp_topk_group=4), "below 1"),
     (dict(mlp_topk_group=5, mlp_topk=0.4), "divide"), (dict(mlp_topk_group=4, mlp_topk=0.3), "whole"),
