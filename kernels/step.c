@@ -627,38 +627,46 @@ EXACT_BF16 void quads_bf16(const char *const *row, const char *const *next, cons
 #ifdef PICKS
 /* 2:4 rows as pack_24 gives them: instead of spreading values over zeros, the x that they meet are picked by their
    places, 64 inputs at once; zeros stand behind x. */
-INLINE void quads_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
-                           long apart, const int lanes, long K, float *s) {
+/* a += what n inputs from k on make, 32 at most */
+INLINE void add_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                         long apart, const int lanes, long k, long n, __m512 *a) {
     const __m512i three = _mm512_set1_epi32(3);
     const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i base = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-    __m512 a[4 * AT_ONCE];
-    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
-    for (long k = 0; k < K; k += 32)
-        for (int l = 0; l < 4; l++) {
-            __m512i codes = _mm512_set1_epi32(*(const int32_t *)(places[l] + k / 8));
-            __m512i at = low_bits_or(_mm512_srlv_epi32(codes, shift), three, base);
-            __m512 w = _mm512_loadu_ps(row[l] + 2 * k);
-            if (next) FETCH(next[l] + 2 * k);
-            for (int r = 0; r < lanes; r++) {
-                const float *X = (const float *)(x + r * apart) + k;
-                __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(X), at, _mm512_loadu_ps(X + 16));
-                a[4 * r + l] = _mm512_fmadd_ps(w, v, a[4 * r + l]);
-            }
+    for (int l = 0; l < 4; l++) {
+        __m512i codes = _mm512_set1_epi32(*(const int32_t *)(places[l] + k / 8));
+        __m512i at = low_bits_or(_mm512_srlv_epi32(codes, shift), three, base);
+        __m512 w = n == 32 ? _mm512_loadu_ps(row[l] + 2 * k) : _mm512_maskz_loadu_ps((1u << n / 2) - 1, row[l] + 2 * k);
+        if (next) FETCH(next[l] + 2 * k);
+        for (int r = 0; r < lanes; r++) {
+            const float *X = (const float *)(x + r * apart) + k;
+            __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(X), at, _mm512_loadu_ps(X + 16));
+            a[4 * r + l] = _mm512_fmadd_ps(w, v, a[4 * r + l]);
         }
+    }
+}
+
+INLINE void quads_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                           long apart, const int lanes, long K, float *s) {
+    __m512 a[4 * AT_ONCE];
+    long k = 0;
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
+    for (; k + 32 <= K; k += 32) add_kept_f32(row, places, next, x, apart, lanes, k, 32, a);
+    if (k < K) add_kept_f32(row, places, next, x, apart, lanes, k, K - k, a);
     for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
 }
 
-/* a += what 64 inputs from k on make, or 32 in the lower half of registers (all: 0) */
+/* a += what n inputs from k on make, 64 at most */
 INLINE void add_kept_bf16(const char *const *row, const char *const *places, const char *const *next, const char *x,
-                          long apart, const int lanes, long k, const int all, __m512 *a) {
+                          long apart, const int lanes, long k, long n, __m512 *a) {
     const __m512i shift = steps(0x0606040402020000, 0x0808080808080808);    /* 2 j bits, for value j */
     const __m512i base = steps(0x0004000400000000, 0x0008000800080008);     /* four j / 2 of x */
     const __m512i three = _mm512_set1_epi16(3);
     for (int l = 0; l < 4; l++) {
-        __m512i codes = all ? _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(places[l] + k / 8)))
-                            : _mm512_set1_epi64(*(const uint32_t *)(places[l] + k / 8));
-        __m512i w = all ? _mm512_loadu_si512(row[l] + k) : _mm512_zextsi256_si512(load_ints(row[l] + k));
+        __m512i codes = n > 32 ? _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(places[l] + k / 8)))
+                               : _mm512_set1_epi64(*(const uint32_t *)(places[l] + k / 8));
+        __m512i w = n == 64 ? _mm512_loadu_si512(row[l] + k)
+                            : _mm512_maskz_loadu_epi16(((__mmask32)1 << n / 2) - 1, row[l] + k);
         if (next) FETCH(next[l] + k);
         __m512i at = low_bits_or(_mm512_multishift_epi64_epi8(shift, codes), three, base);
         for (int r = 0; r < lanes; r++) {
@@ -674,8 +682,8 @@ INLINE void quads_kept_bf16(const char *const *row, const char *const *places, c
     __m512 a[4 * AT_ONCE];
     long k = 0;
     for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
-    for (; k + 32 < K; k += 64) add_kept_bf16(row, places, next, x, apart, lanes, k, 1, a);
-    if (k < K) add_kept_bf16(row, places, next, x, apart, lanes, k, 0, a);
+    for (; k + 64 <= K; k += 64) add_kept_bf16(row, places, next, x, apart, lanes, k, 64, a);
+    if (k < K) add_kept_bf16(row, places, next, x, apart, lanes, k, K - k, a);
     for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
 }
 #endif
@@ -2766,26 +2774,25 @@ int many_whole_products(void) {
 }
 
 /* y (count, rows of w) = w . x of floats (count, width), and y (count, width) = the sums of rows of w times a
-   (count, rows of w): a step's arithmetic by itself, for whole numbers outside of a program */
+   (count, rows of w): a step's arithmetic by itself, for whole numbers and 2:4 rows outside of a program */
 void whole_products(const struct matrix *w, const float *x, float *y, long count, int threads) {
 #ifdef WHOLE_AVX2
-    if (count > ROWS) {
+    if (count > ROWS && (w->kind == IS_I8 || w->kind == IS_I4)) {
         many_products(w, x, y, count, threads);
         return;
     }
 #endif
     long room = room_of(w->width);
     char *ready = heap(count * room);
-    for (long m = 0; m < count; m++) prepare(w->kind, x + m * w->width, w->width, ready + m * room);
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < w->rows; i += 4) {
-        long row[4];
-        for (long l = 0; l < 4; l++) row[l] = i + l < w->rows ? i + l : w->rows - 1;
-        for (long m = 0; m < count; m++) {
-            float s[4];
-            quad(w, row, 0, ready + m * room, s);
-            for (long l = 0; l < 4 && i + l < w->rows; l++) y[m * w->rows + i + l] = s[l];
-        }
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (long m = 0; m < count; m++) prepare(w->kind, x + m * w->width, w->width, ready + m * room);
+        #pragma omp for schedule(static)
+        for (long i = 0; i < w->rows; i += 64)                  /* they stay in a cache for all lanes */
+            for (long m = 0; m < count; m += ROWS)
+                stream_rows(w, ready + m * room, room, count - m < ROWS ? count - m : ROWS, 0, y + m * w->rows, w->rows,
+                            i, i + 64 < w->rows ? i + 64 : w->rows);
     }
     free(ready);
 }
