@@ -1764,31 +1764,49 @@ static void keep_kv(const float *key, const float *value, char *keys, char *valu
     }
 }
 
+/* where head g of lane r has its keys in p[0] of op_attend, and its values behind them by what is returned in `apart` */
+static char *keys_of(const struct op *o, const struct thread *me, long r, long g, long *apart) {
+    long G = o->n[7], D = o->n[1], size = o->n[2], width = o->n[4] ? 2 : 4;
+    *apart = me->whole->rows * G * size * D * width;
+    return (char *)o->p[0] + (me->lanes[me->level].row[r] * G + g) * size * D * width;
+}
+
+/* the key and value of head g of lane r, of kv (2, G, D), into the cache */
+static void write_kv(const struct op *o, const struct thread *me, const float *kv, long r, long g) {
+    long G = o->n[7], D = o->n[1], column = me->program->columns[r], apart;
+    const float *cos = o->p[1], *sin = o->p[2];
+    float *key = (float *)me->scratch + D;
+    char *keys = keys_of(o, me, r, g, &apart);
+    turned(me, kv + g * D, key, D, (float)o->f[0], cos ? cos + column * D : 0, sin ? sin + column * D : 0, 1);
+    keep_kv(key, kv + (G + g) * D, keys, keys + apart, column % o->n[2], D, o->n[4]);
+}
+
 /* Attention of one token: in is queries (H, D), keys and values (2, G, D), out (H, D). Keys and values are written
    to p[0] (2, rows, G, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size; n[7]: G, each for
-   H / G queries in turn; threads that share one write the same. n[3]: in is keys and values alone, and there is
-   nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
+   H / G queries in turn. n[3]: in is keys and values alone, and there is nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
    (columns, D); p[3]: gains (H). */
 static void op_attend(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long G = o->n[7], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, width = o->n[4] ? 2 : 4;
-    long H = alone ? G : o->n[0], group = H / G;
-    const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
-    part(me, alone ? 0 : o->out, p->rows * H, 1, &from, &to);
+    long G = o->n[7], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, apart;
+    long H = alone ? G : o->n[0], group = H / G, wide = ((alone ? 0 : H) + 2 * G) * D;
+    const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3], *in = at(me, o->in);
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
+    /* a thread has all queries of a key where that divides them evenly; else some read what another one has written */
+    long whole = group == 1 || p->rows * G % me->threads == 0;
+    if (!whole) {
+        part(me, 0, p->rows * G, 1, &from, &to);
+        for (long j = from; j < to; j++) write_kv(o, me, in + j / G * wide + H * D, j / G, j % G);
+        meet(me);
+    }
+    part(me, alone ? 0 : o->out, p->rows * H, whole ? group : 1, &from, &to);
     for (long j = from; j < to; j++) {
-        long r = j / H, h = j % H, g = h / group, column = p->columns[r], row = me->lanes[me->level].row[r];
-        long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *x = at(me, o->in) + r * ((alone ? 0 : H) + 2 * G) * D, *kv = x + (alone ? 0 : H) * D;
-        char *keys = (char *)o->p[0] + (row * G + g) * size * D * width;
-        char *values = keys + me->whole->rows * G * size * D * width;
-        const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
-        if (j == from || h % group == 0) {
-            turned(me, kv + g * D, q, D, (float)o->f[0], c, s, 1);
-            keep_kv(q, kv + (G + g) * D, keys, values, place, D, o->n[4]);
-        }
+        long r = j / H, h = j % H, column = p->columns[r], seen = column + 1 < size ? column + 1 : size;
+        const float *x = in + r * wide;
+        if (whole && h % group == 0) write_kv(o, me, x + (alone ? 0 : H) * D, r, h / group);
         if (alone) continue;
-        turned(me, x + h * D, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+        const char *keys = keys_of(o, me, r, h / group, &apart), *values = keys + apart;
+        turned(me, x + h * D, q, D, (float)o->f[0], cos ? cos + column * D : 0, sin ? sin + column * D : 0,
+               gain ? gain[h] : 1);
         float *y = at(me, o->out) + j * D;
 #ifdef BF16_AS_PAIRS
         if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
@@ -2183,28 +2201,24 @@ static void op_branches(const struct op *o, struct thread *me) {
    those of op_attend. Threads take heads in turn, because the open ones lie together. */
 static void op_attend_open(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long H = o->n[0], D = o->n[1], size = o->n[2], width = o->n[4] ? 2 : 4, branch = o->n[5], most = o->n[6];
-    long G = o->n[7];
+    long H = o->n[0], D = o->n[1], size = o->n[2], branch = o->n[5], most = o->n[6], G = o->n[7], apart;
     const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
+    for (long j = me->number; j < p->rows * G; j += me->threads)
+        write_kv(o, me, at(me, o->onto) + j / G * 2 * G * D, j / G, j % G);
+    if (G < H) meet(me);                                        /* else each reads what it has written */
     for (long j = me->number; j < p->rows * H; j += me->threads) {
-        long r = j / H, h = j % H, g = h / (H / G), column = p->columns[r], found = 0;
-        long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *kv = at(me, o->onto) + r * 2 * G * D;
-        long row = me->lanes[me->level].row[r];
-        char *keys = (char *)o->p[0] + (row * G + g) * size * D * width;
-        char *values = keys + me->whole->rows * G * size * D * width;
-        const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
+        long r = j / H, h = j % H, column = p->columns[r], found = 0, seen = column + 1 < size ? column + 1 : size;
+        const char *keys = keys_of(o, me, r, h / (H / G), &apart), *values = keys + apart;
         const int32_t *list = list_of(o, me, r, most);
-        turned(me, kv + g * D, q, D, (float)o->f[0], c, s, 1);
-        keep_kv(q, kv + (G + g) * D, keys, values, place, D, o->n[4]);
         long first = h * D / branch * branch;                   /* of its branch's units */
         while (found < list[0] && list[1 + found] != first) found += branch;
         if (found >= list[0]) continue;
         found += h * D - first;
         const float *by = at(me, o->by) + r * most + found;
         float *y = at(me, o->out) + r * most + found;
-        turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+        turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], cos ? cos + column * D : 0,
+               sin ? sin + column * D : 0, gain ? gain[h] : 1);
 #ifdef BF16_AS_PAIRS
         if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
             look_pairs(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
