@@ -412,6 +412,7 @@ class MatrixC(ctypes.Structure):
 
 
 I8, I4 = 4, 5                                    # kinds of a matrix, numbered as in step.c
+KEPT = {torch.float32: 2, torch.bfloat16: 3}     # 2:4 as pack_24 gives it
 
 
 def whole_matrix(codes, scale, K):
@@ -534,7 +535,8 @@ def packing_pays(device):
 
 def linear_24(x, values, meta, bias=None, onto=None, act="none"):
     """As the reference, reading the packed bytes once; differentiable in x, bias and onto. Many tokens on a
-    CPU unpack the weights once for all of them; on a GPU see triton_kernels.py."""
+    CPU, or where that cannot pick by places, unpack the weights once for all; on a GPU see
+    triton_kernels.py."""
     if tally is not None:
         tally.macs += x.numel() * len(values) // 2
         tally.bytes += values.nbytes + meta.nbytes
@@ -543,12 +545,23 @@ def linear_24(x, values, meta, bias=None, onto=None, act="none"):
     return linear_24_op(x, values, meta, bias, onto, act)
 
 
+SHORT = {torch.float32: 64, torch.bfloat16: 16}  # tokens that packed rows meet faster as they are
+
+
 def linear_24_cpu(x, values, meta, bias, onto, act):
     if not has_kernel(values):
         return linear_24_reference(x, values, meta, bias, onto, act)
     (N, words), K = meta.shape, x.size(-1)
-    dense = values.new_empty(N, K)
-    getattr(cpu_library()[0], "unpack24_" + NAMES[values.dtype])(
+    library, tokens = cpu_library()[0], x.numel() // K
+    if library.picks() == 2 and tokens <= SHORT[x.dtype] and (tokens == 0 or all_finite(x)):
+        y, wide = torch.empty(*x.shape[:-1], N), x.float().contiguous()
+        matrix = MatrixC(kind=KEPT[x.dtype], rows=N, width=K, stride=values[0].nbytes, data=values.data_ptr(),
+                         scale=meta.data_ptr(), scale_stride=meta[0].nbytes)
+        library.whole_products(ctypes.addressof(matrix), wide.data_ptr(), y.data_ptr(), tokens,
+                               torch.get_num_threads())
+        return after((y if bias is None else y + bias.float()).to(x.dtype), onto, act)
+    dense = values.new_empty(N, K)               # zeros times what is not finite show here
+    getattr(library, "unpack24_" + NAMES[values.dtype])(
         values.data_ptr(), meta.data_ptr(), dense.data_ptr(), N, K, words, torch.get_num_threads())
     return after(in_fp32(F.linear, x, dense, bias), onto, act)
 

@@ -195,6 +195,44 @@ static inline float dot24_bf16(const uint16_t *v, const uint32_t *meta, const ui
 }
 #endif
 
+/* which of 32 inputs are kept, a bit each, of the places of eight fours */
+static inline uint32_t kept_of(uint32_t places) {
+    const uint32_t ones = 0x11111111;
+    uint32_t a = places & ones, b = places >> 1 & ones, c = places >> 2 & ones, d = places >> 3 & ones;
+    return (~((a | b) & (c | d)) & ones) | ((a & ~b) | (c & ~d)) << 1 | ((b & ~a) | (d & ~c)) << 2
+         | ((a & b) | (c & d)) << 3;                            /* a, b: the first place's lower bit and upper one */
+}
+#define EXPAND \
+    (void)kept; \
+    for (long k = 0; k < n; k++) row[k] = 0; \
+    for (long k = 0; k < n; k += 4) { \
+        row[k + (places >> k & 3)] = v[k / 2]; \
+        row[k + (places >> (k + 2) & 3)] = v[k / 2 + 1]; \
+    }
+/* the first n of 32 inputs of a 2:4 row, zeros where none is kept; kept: see kept_of */
+static inline void expand_bf16(const uint16_t *v, uint32_t places, uint32_t kept, uint16_t *row, long n) {
+#ifdef __AVX512VBMI2__
+    (void)places;
+    __m512i wide = _mm512_maskz_expand_epi16(kept, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)v)));
+    if (n == 32) _mm512_storeu_si512(row, wide);
+    else _mm512_mask_storeu_epi16(row, ((__mmask32)1 << n) - 1, wide);
+#else
+    EXPAND
+#endif
+}
+static inline void expand_f32(const float *v, uint32_t places, uint32_t kept, float *row, long n) {
+#ifdef __AVX512F__
+    (void)places;
+    uint32_t in = n < 32 ? ((uint32_t)1 << n) - 1 : (uint32_t)-1;
+    for (long k = 0; k < 2; k++) {
+        __m512 wide = _mm512_maskz_expand_ps(kept >> 16 * k, _mm512_castps256_ps512(_mm256_loadu_ps(v + 8 * k)));
+        _mm512_mask_storeu_ps(row + 16 * k, in >> 16 * k, wide);
+    }
+#else
+    EXPAND
+#endif
+}
+
 /* whole numbers of 8 bits . x */
 static inline float dot_i8(const int8_t *q, const float *x, long K) {
     vec a = {0}, b = {0};

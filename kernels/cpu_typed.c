@@ -65,16 +65,19 @@ void OF(osc_back)(const TYPE *restrict x, const float *restrict w, const float *
 /* 2:4 rows, v and meta, as dense ones of K weights */
 void OF(unpack24)(const TYPE *v, const uint32_t *meta, TYPE *dense, long N, long K, long words,
                    int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long n = 0; n < N; n++) {
-        const TYPE *kept = v + n * words * 16;
-        TYPE *row = dense + n * K;
-        memset(row, 0, K * sizeof(TYPE));
-        for (long k = 0; k < K; k += 4) {
-            uint32_t pair = meta[n * words + k / 32] >> k % 32;
-            row[k + (pair & 3)] = kept[k / 2];
-            row[k + (pair >> 2 & 3)] = kept[k / 2 + 1];
+    #pragma omp parallel num_threads(threads)
+    {
+        BUFFER(uint32_t, kept, words);
+        #pragma omp for schedule(static)
+        for (long n = 0; n < N; n++) {
+            const uint32_t *places = meta + n * words;
+            #pragma omp simd
+            for (long k = 0; k < words; k++) kept[k] = kept_of(places[k]);
+            for (long k = 0; k < K; k += 32)
+                OF(expand)(v + n * words * 16 + k / 2, places[k / 32], kept[k / 32], dense + n * K + k,
+                           K - k < 32 ? K - k : 32);
         }
+        RELEASE(kept);
     }
 }
 

@@ -631,38 +631,46 @@ EXACT_BF16 void quads_bf16(const char *const *row, const char *const *next, cons
 #ifdef PICKS
 /* 2:4 rows as pack_24 gives them: instead of spreading values over zeros, the x that they meet are picked by their
    places, 64 inputs at once; zeros stand behind x. */
-INLINE void quads_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
-                           long apart, const int lanes, long K, float *s) {
+/* a += what n inputs from k on make, 32 at most */
+INLINE void add_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                         long apart, const int lanes, long k, long n, __m512 *a) {
     const __m512i three = _mm512_set1_epi32(3);
     const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i base = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-    __m512 a[4 * AT_ONCE];
-    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
-    for (long k = 0; k < K; k += 32)
-        for (int l = 0; l < 4; l++) {
-            __m512i codes = _mm512_set1_epi32(*(const int32_t *)(places[l] + k / 8));
-            __m512i at = low_bits_or(_mm512_srlv_epi32(codes, shift), three, base);
-            __m512 w = _mm512_loadu_ps(row[l] + 2 * k);
-            if (next) FETCH(next[l] + 2 * k);
-            for (int r = 0; r < lanes; r++) {
-                const float *X = (const float *)(x + r * apart) + k;
-                __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(X), at, _mm512_loadu_ps(X + 16));
-                a[4 * r + l] = _mm512_fmadd_ps(w, v, a[4 * r + l]);
-            }
+    for (int l = 0; l < 4; l++) {
+        __m512i codes = _mm512_set1_epi32(*(const int32_t *)(places[l] + k / 8));
+        __m512i at = low_bits_or(_mm512_srlv_epi32(codes, shift), three, base);
+        __m512 w = n == 32 ? _mm512_loadu_ps(row[l] + 2 * k) : _mm512_maskz_loadu_ps((1u << n / 2) - 1, row[l] + 2 * k);
+        if (next) FETCH(next[l] + 2 * k);
+        for (int r = 0; r < lanes; r++) {
+            const float *X = (const float *)(x + r * apart) + k;
+            __m512 v = _mm512_permutex2var_ps(_mm512_loadu_ps(X), at, _mm512_loadu_ps(X + 16));
+            a[4 * r + l] = _mm512_fmadd_ps(w, v, a[4 * r + l]);
         }
+    }
+}
+
+INLINE void quads_kept_f32(const char *const *row, const char *const *places, const char *const *next, const char *x,
+                           long apart, const int lanes, long K, float *s) {
+    __m512 a[4 * AT_ONCE];
+    long k = 0;
+    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
+    for (; k + 32 <= K; k += 32) add_kept_f32(row, places, next, x, apart, lanes, k, 32, a);
+    if (k < K) add_kept_f32(row, places, next, x, apart, lanes, k, K - k, a);
     for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
 }
 
-/* a += what 64 inputs from k on make, or 32 in the lower half of registers (all: 0) */
+/* a += what n inputs from k on make, 64 at most */
 INLINE void add_kept_bf16(const char *const *row, const char *const *places, const char *const *next, const char *x,
-                          long apart, const int lanes, long k, const int all, __m512 *a) {
+                          long apart, const int lanes, long k, long n, __m512 *a) {
     const __m512i shift = steps(0x0606040402020000, 0x0808080808080808);    /* 2 j bits, for value j */
     const __m512i base = steps(0x0004000400000000, 0x0008000800080008);     /* four j / 2 of x */
     const __m512i three = _mm512_set1_epi16(3);
     for (int l = 0; l < 4; l++) {
-        __m512i codes = all ? _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(places[l] + k / 8)))
-                            : _mm512_set1_epi64(*(const uint32_t *)(places[l] + k / 8));
-        __m512i w = all ? _mm512_loadu_si512(row[l] + k) : _mm512_zextsi256_si512(load_ints(row[l] + k));
+        __m512i codes = n > 32 ? _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(places[l] + k / 8)))
+                               : _mm512_set1_epi64(*(const uint32_t *)(places[l] + k / 8));
+        __m512i w = n == 64 ? _mm512_loadu_si512(row[l] + k)
+                            : _mm512_maskz_loadu_epi16(((__mmask32)1 << n / 2) - 1, row[l] + k);
         if (next) FETCH(next[l] + k);
         __m512i at = low_bits_or(_mm512_multishift_epi64_epi8(shift, codes), three, base);
         for (int r = 0; r < lanes; r++) {
@@ -678,8 +686,8 @@ INLINE void quads_kept_bf16(const char *const *row, const char *const *places, c
     __m512 a[4 * AT_ONCE];
     long k = 0;
     for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
-    for (; k + 32 < K; k += 64) add_kept_bf16(row, places, next, x, apart, lanes, k, 1, a);
-    if (k < K) add_kept_bf16(row, places, next, x, apart, lanes, k, 0, a);
+    for (; k + 64 <= K; k += 64) add_kept_bf16(row, places, next, x, apart, lanes, k, 64, a);
+    if (k < K) add_kept_bf16(row, places, next, x, apart, lanes, k, K - k, a);
     for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
 }
 #endif
@@ -1760,31 +1768,49 @@ static void keep_kv(const float *key, const float *value, char *keys, char *valu
     }
 }
 
+/* where head g of lane r has its keys in p[0] of op_attend, and its values behind them by what is returned in `apart` */
+static char *keys_of(const struct op *o, const struct thread *me, long r, long g, long *apart) {
+    long G = o->n[7], D = o->n[1], size = o->n[2], width = o->n[4] ? 2 : 4;
+    *apart = me->whole->rows * G * size * D * width;
+    return (char *)o->p[0] + (me->lanes[me->level].row[r] * G + g) * size * D * width;
+}
+
+/* the key and value of head g of lane r, of kv (2, G, D), into the cache */
+static void write_kv(const struct op *o, const struct thread *me, const float *kv, long r, long g) {
+    long G = o->n[7], D = o->n[1], column = me->program->columns[r], apart;
+    const float *cos = o->p[1], *sin = o->p[2];
+    float *key = (float *)me->scratch + D;
+    char *keys = keys_of(o, me, r, g, &apart);
+    turned(me, kv + g * D, key, D, (float)o->f[0], cos ? cos + column * D : 0, sin ? sin + column * D : 0, 1);
+    keep_kv(key, kv + (G + g) * D, keys, keys + apart, column % o->n[2], D, o->n[4]);
+}
+
 /* Attention of one token: in is queries (H, D), keys and values (2, G, D), out (H, D). Keys and values are written
    to p[0] (2, rows, G, size, D), floats or bf16 (n[4]), a ring of `size` columns. n: H, D, size; n[7]: G, each for
-   H / G queries in turn; threads that share one write the same. n[3]: in is keys and values alone, and there is
-   nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
+   H / G queries in turn. n[3]: in is keys and values alone, and there is nothing else to do. f[0]: epsilon of the norm of queries and keys, or -1. p[1], p[2]: cosines and sines
    (columns, D); p[3]: gains (H). */
 static void op_attend(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long G = o->n[7], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, width = o->n[4] ? 2 : 4;
-    long H = alone ? G : o->n[0], group = H / G;
-    const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
-    part(me, alone ? 0 : o->out, p->rows * H, 1, &from, &to);
+    long G = o->n[7], D = o->n[1], size = o->n[2], alone = o->n[3], from, to, apart;
+    long H = alone ? G : o->n[0], group = H / G, wide = ((alone ? 0 : H) + 2 * G) * D;
+    const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3], *in = at(me, o->in);
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
+    /* a thread has all queries of a key where that divides them evenly; else some read what another one has written */
+    long whole = group == 1 || p->rows * G % me->threads == 0;
+    if (!whole) {
+        part(me, 0, p->rows * G, 1, &from, &to);
+        for (long j = from; j < to; j++) write_kv(o, me, in + j / G * wide + H * D, j / G, j % G);
+        meet(me);
+    }
+    part(me, alone ? 0 : o->out, p->rows * H, whole ? group : 1, &from, &to);
     for (long j = from; j < to; j++) {
-        long r = j / H, h = j % H, g = h / group, column = p->columns[r], row = me->lanes[me->level].row[r];
-        long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *x = at(me, o->in) + r * ((alone ? 0 : H) + 2 * G) * D, *kv = x + (alone ? 0 : H) * D;
-        char *keys = (char *)o->p[0] + (row * G + g) * size * D * width;
-        char *values = keys + me->whole->rows * G * size * D * width;
-        const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
-        if (j == from || h % group == 0) {
-            turned(me, kv + g * D, q, D, (float)o->f[0], c, s, 1);
-            keep_kv(q, kv + (G + g) * D, keys, values, place, D, o->n[4]);
-        }
+        long r = j / H, h = j % H, column = p->columns[r], seen = column + 1 < size ? column + 1 : size;
+        const float *x = in + r * wide;
+        if (whole && h % group == 0) write_kv(o, me, x + (alone ? 0 : H) * D, r, h / group);
         if (alone) continue;
-        turned(me, x + h * D, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+        const char *keys = keys_of(o, me, r, h / group, &apart), *values = keys + apart;
+        turned(me, x + h * D, q, D, (float)o->f[0], cos ? cos + column * D : 0, sin ? sin + column * D : 0,
+               gain ? gain[h] : 1);
         float *y = at(me, o->out) + j * D;
 #ifdef BF16_AS_PAIRS
         if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
@@ -2195,28 +2221,24 @@ static void op_branches(const struct op *o, struct thread *me) {
    those of op_attend. Threads take heads in turn, because the open ones lie together. */
 static void op_attend_open(const struct op *o, struct thread *me) {
     const struct program *p = me->program;
-    long H = o->n[0], D = o->n[1], size = o->n[2], width = o->n[4] ? 2 : 4, branch = o->n[5], most = o->n[6];
-    long G = o->n[7];
+    long H = o->n[0], D = o->n[1], size = o->n[2], branch = o->n[5], most = o->n[6], G = o->n[7], apart;
     const float *cos = o->p[1], *sin = o->p[2], *gain = o->p[3];
     float *q = (float *)me->scratch + D, *score = q + (D + 31) / 16 * 16 + 16;
+    for (long j = me->number; j < p->rows * G; j += me->threads)
+        write_kv(o, me, at(me, o->onto) + j / G * 2 * G * D, j / G, j % G);
+    if (G < H) meet(me);                                        /* else each reads what it has written */
     for (long j = me->number; j < p->rows * H; j += me->threads) {
-        long r = j / H, h = j % H, g = h / (H / G), column = p->columns[r], found = 0;
-        long place = column % size, seen = column + 1 < size ? column + 1 : size;
-        const float *kv = at(me, o->onto) + r * 2 * G * D;
-        long row = me->lanes[me->level].row[r];
-        char *keys = (char *)o->p[0] + (row * G + g) * size * D * width;
-        char *values = keys + me->whole->rows * G * size * D * width;
-        const float *c = cos ? cos + column * D : 0, *s = sin ? sin + column * D : 0;
+        long r = j / H, h = j % H, column = p->columns[r], found = 0, seen = column + 1 < size ? column + 1 : size;
+        const char *keys = keys_of(o, me, r, h / (H / G), &apart), *values = keys + apart;
         const int32_t *list = list_of(o, me, r, most);
-        turned(me, kv + g * D, q, D, (float)o->f[0], c, s, 1);
-        keep_kv(q, kv + (G + g) * D, keys, values, place, D, o->n[4]);
         long first = h * D / branch * branch;                   /* of its branch's units */
         while (found < list[0] && list[1 + found] != first) found += branch;
         if (found >= list[0]) continue;
         found += h * D - first;
         const float *by = at(me, o->by) + r * most + found;
         float *y = at(me, o->out) + r * most + found;
-        turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], c, s, gain ? gain[h] : 1);
+        turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], cos ? cos + column * D : 0,
+               sin ? sin + column * D : 0, gain ? gain[h] : 1);
 #ifdef BF16_AS_PAIRS
         if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
             look_pairs(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
@@ -2787,26 +2809,25 @@ int many_whole_products(void) {
 }
 
 /* y (count, rows of w) = w . x of floats (count, width), and y (count, width) = the sums of rows of w times a
-   (count, rows of w): a step's arithmetic by itself, for whole numbers outside of a program */
+   (count, rows of w): a step's arithmetic by itself, for whole numbers and 2:4 rows outside of a program */
 void whole_products(const struct matrix *w, const float *x, float *y, long count, int threads) {
 #ifdef WHOLE_AVX2
-    if (count > ROWS) {
+    if (count > ROWS && (w->kind == IS_I8 || w->kind == IS_I4)) {
         many_products(w, x, y, count, threads);
         return;
     }
 #endif
     long room = room_of(w->width);
     char *ready = heap(count * room);
-    for (long m = 0; m < count; m++) prepare(w->kind, x + m * w->width, w->width, ready + m * room);
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < w->rows; i += 4) {
-        long row[4];
-        for (long l = 0; l < 4; l++) row[l] = i + l < w->rows ? i + l : w->rows - 1;
-        for (long m = 0; m < count; m++) {
-            float s[4];
-            quad(w, row, 0, ready + m * room, s);
-            for (long l = 0; l < 4 && i + l < w->rows; l++) y[m * w->rows + i + l] = s[l];
-        }
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (long m = 0; m < count; m++) prepare(w->kind, x + m * w->width, w->width, ready + m * room);
+        #pragma omp for schedule(static)
+        for (long i = 0; i < w->rows; i += 64)                  /* they stay in a cache for all lanes */
+            for (long m = 0; m < count; m += ROWS)
+                stream_rows(w, ready + m * room, room, count - m < ROWS ? count - m : ROWS, 0, y + m * w->rows, w->rows,
+                            i, i + 64 < w->rows ? i + 64 : w->rows);
     }
     free(ready);
 }

@@ -71,7 +71,8 @@ def sanitizers(*names):
 
 
 SPREAD = ("gpt2", "relu2", "topk", "columns", "experts", "dendrites", "compartments", "predict", "event_gate",
-          "two_of_four", "adapters", "osc", "swiglu", "window", "hierarchy", "ponder", "mlp_screen", "screen")
+          "two_of_four", "adapters", "osc", "swiglu", "window", "hierarchy", "ponder", "mlp_screen", "screen",
+          "grouped", "grouped+dendrites")
 
 
 @built
@@ -80,7 +81,7 @@ def test_programs_run_for_sanitizers(name):
     """What the tests below repeat under sanitizers: a spread of variants, 1 and 5 rows, 1 and 2 threads."""
     for rows in (1, 5):
         for threads in (1, 2):
-            model, idx = arms.build(arms.ARMS[name], std=0.2), arms.tokens(rows, 9)
+            model, idx = arms.build((arms.ARMS | arms.PAIRS)[name], std=0.2), arms.tokens(rows, 9)
             cache = Cache(model, rows, 9)
             cache.states.update(group=torch.zeros(()), said=torch.zeros(1, 1, 1))      # of a hierarchy
             program = engine.program_of(model, cache, 31, 1, idx.device)

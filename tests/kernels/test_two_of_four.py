@@ -47,6 +47,41 @@ def test_what_is_packed_comes_back_in_nine_sixteenths_of_the_bytes(dtype):
     assert (values.nbytes + meta.nbytes) / whole == 0.5 + 1 / (8 * weight.element_size())
 
 
+def test_packed_are_the_two_that_a_sort_puts_first_whatever_is_equal_or_no_number():
+    """NaN above all, of equal ones the first: ties, zeros of both signs, infinities."""
+    pool = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, torch.nan])
+    weight = pool[torch.cartesian_prod(*[torch.arange(8)] * 4)].view(64, -1)
+    sizes = weight.abs().unflatten(-1, (-1, 4))
+    order = sizes.nan_to_num(torch.inf, posinf=1e30).sort(dim=-1, descending=True, stable=True).indices
+    kept = torch.zeros_like(sizes, dtype=torch.bool).scatter(-1, order[..., :2], True)
+    assert torch.equal(kernels.two_of_four(weight.abs()), kept.flatten(-2))
+    values, meta = kernels.pack_24(kernels.prune_24(weight))
+    at = order[..., :2].sort(dim=-1).values
+    right = weight.unflatten(-1, (-1, 4)).gather(-1, at).flatten(-2)
+    assert torch.equal(values.nan_to_num(7.0), right.nan_to_num(7.0))
+    code = (at[..., 0] | at[..., 1] << 2).unflatten(-1, (-1, 8)) << torch.arange(0, 32, 4)
+    assert torch.equal(meta.long() & 0xffffffff, code.sum(-1))
+
+
+@pytest.mark.parametrize("dtype", kernels.SHORT, ids=str)
+def test_a_prompt_of_any_length_meets_the_same_packed_weights(dtype):
+    """Short ones the packed rows, others and what is not finite dense ones: zero times infinity shows."""
+    weight, values, meta = packed(37, 100, dtype=dtype)
+    for tokens_ in (1, 8, 9, 16, 17, 63, 64, 65, 130):
+        x = normal(tokens_, 100, seed=tokens_, dtype=dtype)
+        with torch.inference_mode():
+            found = kernels.linear_24(x, values, meta)
+            torch.testing.assert_close(found.float(), F.linear(x.float(), weight.float()),
+                                       atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+            for wrong in (torch.inf, torch.nan):
+                broken = x.clone()
+                broken[tokens_ // 2, 41] = wrong
+                found = kernels.linear_24(broken, values, meta)
+                assert torch.equal(found.isnan(), F.linear(broken.float(), weight.float()).isnan())
+                assert found[tokens_ // 2].isfinite().logical_not().all()
+    assert kernels.linear_24(normal(0, 100, dtype=dtype), values, meta).shape == (0, 37)
+
+
 def test_what_cannot_be_packed_says_so():
     with pytest.raises(ValueError, match="30 is not a multiple of 4"):
         kernels.pack_24(normal(2, 30))
