@@ -63,10 +63,14 @@ class Card:
     launches: the kernel and the part of the model of each, in their order. ran: how many of each kernel have
     been launched since it was made. A CUDA graph may record `step`: nothing in it depends on the host.
     """
-    wants = draws = None                         # every logit is exact, and the sampler draws as elsewhere
+    wants = None                                 # every logit is exact
 
-    def __init__(self, model, cache, history, start, ids):
-        """NotWritten where the model has a part that is not written here."""
+    def __init__(self, model, cache, history, start, ids, draws=None, seen=None):
+        """draws, seen: a Sampler's filters (draws.settings) and the ids that are in each row, (B, ...) bool:
+        then a step draws the next id too, writes it behind the one that it has read, and moves `start` on;
+        None: a sampler draws from the logits. NotWritten where the model has a part that is not written here.
+        """
+        self.draws, self.seen = draws, seen
         self.cache, self.choices = cache, cache.choices
         self.rows, self.dtype, self.ids = len(history), cache.layers[0].dtype, ids
         self.history, self.start = history, start
@@ -284,17 +288,39 @@ class Card:
     def logits(self, x, matrix, cap, copy=None):
         """The head in fp32, bounded by cap (0: not)."""
         self.answer = self.product(x, matrix, dtype=torch.float32, cap=cap or None).x
+        if self.draws is not None:
+            self.draw()
         return self.answer
 
+    def draw(self):
+        """The next ids, as `draw` of the decode engine's program; fine: are all largest logits finite?"""
+        d, (R, V), tiles = self.draws, self.answer.shape, self.k.draw_tiles(self.answer.size(1))
+        greedy, device = d.temperature == 0 or d.top_k == 1, self.start.device
+        top_k = 0 < d.top_k < V and not greedy
+        self.fine = torch.ones(1, dtype=torch.int32, device=device)
+        row = self.history, self.start, self.seen.view(torch.uint8) if d.penalty != 1 else None
+        room, some = (self.empty(R, V, dtype=torch.float32) for _ in range(2))
+        ids, about = (self.empty(R, n, dtype=torch.int32) for n in (V, 2))
+        most, tops = (self.empty(R, n, dtype=torch.float32) for n in (1, -(-V // tiles[0]["CHUNK"])))
+        sizes = V, self.history.stride(0), self.seen.stride(0)
+        self.add(self.k.sift_kernel, (R,), (self.answer, *row, self.fine, room, some, ids, tops, most, about,
+                 *sizes, float(d.temperature), d.top_k, float(d.penalty)),
+                 dict(GREEDY=greedy, TOP_K=top_k, **tiles[0]))
+        if not greedy:
+            self.add(self.k.draw_kernel, (R,), (*row, some if top_k else room, ids, most, about,
+                     torch.tensor([d.key], device=device), *sizes, float(d.top_p), float(d.min_p)),
+                     dict(TOP_K=top_k, TOP_P=d.top_p < 1, **tiles[1]))
 
-def card_of(model, cache, history, start, ids):
-    """A model's Card, or a NotWritten, which is false and says in a sentence why `forward` decodes."""
+
+def card_of(model, cache, history, start, ids, *draws):
+    """A model's Card, which with `draws` (settings, seen) draws the next ids; or a NotWritten, which is false
+    and says in a sentence why `forward` decodes."""
     if cache.choices.forward or not history.is_cuda:
         return NotWritten(cache.choices.forward or "these kernels run on a CUDA card")
     if kernels.triton_kernels() is None:
         return NotWritten("there is no Triton here")
     try:
-        return Card(model, cache, history, start, ids)
+        return Card(model, cache, history, start, ids, *draws)
     except NotWritten as reason:
         return reason.with_traceback(None)
 

@@ -5,7 +5,8 @@ else draws meanwhile.
 The number is the first 53 bits of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3") with the stream's key and the counter (column, row), 64 bits each. The id is the first one at which
 the sum of the probabilities, in the order of ids, exceeds it.
-kernels/step.c computes both, in the decode engine's program or for logits on a CPU; here is the reference.
+kernels/step.c computes both, in the decode engine's program or for logits on a CPU, and on a card
+kernels/triton_step.py in its step; here is the reference.
 """
 import ctypes
 

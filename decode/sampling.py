@@ -157,11 +157,12 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
     seen.scatter_(1, history[:, :T] % (V + 1), True)       # -1, an empty column, is counted in the last place
     cache = Cache(model, B, min(block, T + max_new_tokens), choices)
     ids, made = min(V, sampler.vocab_size or V), 0
-    step = recorded_step(model, cache, history, ids)
     key = counted.new_key() if getattr(sampler, "draws", "torch") == "engine" else None
     looks_back = getattr(sampler, "looks_back", True)
-    how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "draws_in_engine", False) else None
-    program = engine.program_of(model, cache, ids, sampler.wants(), idx.device, how)
+    how = counted.settings(sampler, key or 0, seen) if getattr(sampler, "in_engine", False) else None
+    step = recorded_step(model, cache, history, ids, *((how and (how, seen)) or ()))
+    program = engine.program_of(model, cache, ids, sampler.wants(), idx.device,
+                                how if getattr(sampler, "draws_in_engine", False) else None)
     firsts, cached = [0] * B, False                        # each row's window begins at firsts[row]
     while made < max_new_tokens:
         for row, (first, end) in enumerate(zip(firsts, ends)):
@@ -173,6 +174,11 @@ def stream(model, idx, max_new_tokens, sampler, lengths=None, overflow="exact", 
             ends, made = [end + steps for end in ends], made + steps
             continue
         replayed = step and cached and not any(firsts)
+        if replayed and step.draws:
+            steps = min(max_new_tokens - made, BEHIND, *(block - end + 1 for end in ends))
+            yield from step.advance(ends, steps).split(1, dim=1)
+            ends, made = [end + steps for end in ends], made + steps
+            continue
         states = step(ends) if replayed else read(model, cache, history, firsts, ends, cached)
         logits = (states if replayed and step.card
                   else model.head(states)[:, :ids])
@@ -230,10 +236,13 @@ def read(model, cache, history, firsts, ends, cached):
 HOST_DECIDES = ("hierarchy", "exits", "ponder", "experts")     # flags whose forward depends on the host
 
 
-def recorded_step(model, cache, history, ids):
+BEHIND = 8                                       # ids that a card draws before the host reads them
+
+
+def recorded_step(model, cache, history, ids, *draws):
     """The Step that a GPU records and replays; None elsewhere, and where the host decides what forward runs
     and no card's kernels do."""
-    step = Step(model, cache, history, ids) if history.is_cuda else None
+    step = Step(model, cache, history, ids, *draws) if history.is_cuda else None
     waits = any(getattr(model.config, flag) for flag in HOST_DECIDES)
     return step if step and (step.card or not waits) else None
 
@@ -250,13 +259,16 @@ class Step:
     """One decode step of a whole batch as a function of tensors alone, each row at its own column: a GPU
     records it as a CUDA graph and replays it without the host. A cache of fixed size serves: keys of columns
     that are not written yet are masked. card: the step as a few Triton kernels, which leave logits, or why
-    the model's own forward makes it, which leaves states (decode/card.py)."""
+    the model's own forward makes it, which leaves states (decode/card.py). draws: does the card draw the next
+    ids?"""
     EAGER = 3                                    # steps that warm kernels up before one is recorded
 
-    def __init__(self, model, cache, history, ids):
+    def __init__(self, model, cache, history, ids, *draws):
+        """draws: see card.Card."""
         self.model, self.cache, self.history = model, cache, history
         self.start = torch.zeros(len(history), dtype=torch.long, device=history.device)
-        self.card = card.card_of(model, cache, history, self.start, ids)
+        self.card = card.card_of(model, cache, history, self.start, ids, *draws)
+        self.draws = bool(self.card and draws)
         self.gathers = gathers(model, len(history), history.device)
         self.run, self.calls = self.card.step if self.card else self.states, 0
 
@@ -264,6 +276,20 @@ class Step:
         """Of the tokens at columns ends - 1 of history: logits (B, ids) if the card makes them, else states
         (B, C)."""
         self.start.copy_(torch.tensor(ends) - 1)
+        return self.replay()
+
+    def advance(self, ends, steps):
+        """So many steps, the first of the tokens at columns ends - 1, each of the ids that the one before has
+        drawn: the host launches them all and waits once -> the ids, (B, steps). Damaged where a row's largest
+        logit was not finite."""
+        self.start.copy_(torch.tensor(ends) - 1)
+        for _ in range(steps):
+            self.replay()
+        self.card.fine.item() or damaged()
+        columns = column(ends, self.start.device) + torch.arange(steps, device=self.start.device)
+        return self.history.gather(1, columns)
+
+    def replay(self):
         self.calls += 1
         if self.calls == self.EAGER and self.start.is_cuda:
             self.record()

@@ -33,13 +33,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 86, 89, 90, 120)
 TWICE = (86, 90)                                 # also in fp16, and with units chosen one by one
 OPTIONS = ("num_warps", "num_stages")
-ALIGNED = ("N", "K", "C", "stride", "copy_stride")         # sizes that a model's are multiples of 16 in
+ALIGNED = ("N", "K", "C", "stride", "copy_stride", "V")    # sizes that a model's are multiples of 16 in
 # What must be in the machine code of each kernel: 16-byte loads from memory (LDG, or LDGSTS into shared
 # memory), and what multiplies.
 EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "up_kernel": "FFMA",
             "down_kernel": "FFMA", "largest_kernel": "SETP", "step product_kernel": "FFMA",
             "step attend_kernel": "FFMA", "step down_kernel": "FFMA",
-            "step embed_kernel": "FADD|FFMA|HADD|HFMA"}
+            "step embed_kernel": "FADD|FFMA|HADD|HFMA", "step draw_kernel": "SETP",
+            "step sift_kernel": "SETP"}
 WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
 
 
@@ -130,15 +131,25 @@ def jobs_of_a_step(every=False):
             for width in (64, 32, 128) if every else (64,):
                 for one in ({}, dict(R=1, H=1))[:1 + every]:
                     yield "step attend_kernel", arch, half, dict(NORM=True) | one, steps.attend_tile(width)
+            for vocabulary, many in ((50304, True), (31, True), (50304, False))[:1 + 2 * every] if (
+                    half == "bf16") else ():
+                tile, tile_of_draw = steps.draw_tiles(vocabulary)
+                for form in (dict(GREEDY=False, TOP_K=many), dict(GREEDY=True, TOP_K=False, seen=None)):
+                    yield "step sift_kernel", arch, half, form, tile
+                for top_p in (True, False)[:1 + every]:
+                    form = dict(TOP_K=many, TOP_P=top_p) | (dict(seen=None) if many else {})
+                    yield "step draw_kernel", arch, half, form, tile_of_draw
             for bits in whole if every else (16,):
                 yield "step embed_kernel", arch, half, dict(BC=1024, BITS=bits), dict(num_warps=4)
 
 
 SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length",
-         "stride", "winners")
+         "stride", "winners", "V", "seen_stride", "top_k")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
 STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", eps="fp32",
-            scale="fp32")
+            scale="fp32", logits="*fp32", seen="*u8", fine="*i32", room="*fp32", some="*fp32", ids="*i32",
+            tops="*fp32", most_of="*fp32", about="*i32", key="*i64", temperature="fp32",
+            top_p="fp32", min_p="fp32", penalty="fp32")
 TYPES = "*fp32", "*bf16", "*u8", "*i8", "*i16", "*i32", "i32", "fp32"
 WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16")}     # weights and scales of so many bits
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}

@@ -19,7 +19,7 @@ from arms import ARMS, build, tokens
 from torch.nn import functional as F
 
 import sparse_kernels as kernels
-from decode import card, sampling
+from decode import card, draws, sampling
 from decode.context import Cache
 from decode.engine import NotWritten
 from decode.quantized import quantize
@@ -652,6 +652,85 @@ def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
     assert "CUDA card" in str(card.card_of(build({}), Cache(model, 1, 8), history, history[:, 0] * 0, 31))
 
 
+HOWS = {"greedy": dict(temperature=0), "penalty": dict(temperature=0, repetition_penalty=2.0), "plain": {},
+        "cold": dict(temperature=0.7, min_p=0.1), "top_k": dict(top_k=5), "many": dict(top_k=99),
+        "both": dict(top_k=3, top_p=0.8), "top_p": dict(top_p=0.6, repetition_penalty=1.3),
+        "all": dict(top_k=40, top_p=0.9, min_p=0.02, temperature=1.5, repetition_penalty=1.1)}
+
+
+def drawn(sampler, key, logits, columns, seen):
+    """What a card draws of logits (R, V) for columns -> ids (R, 1), are they fine?, where rows stand then."""
+    history = torch.full((len(logits), 99), -1, device=DEVICE)
+    start = torch.tensor(columns, device=DEVICE) - 1
+    made = card.Card.__new__(card.Card)
+    made.__dict__ = dict(draws=draws.settings(sampler, key, seen), seen=seen, history=history, start=start,
+                         answer=logits, k=steps, calls=[], launches=[], module="", last=None)
+    made.draw()
+    for kernel, grid, arguments, options in made.calls:
+        kernel[grid](*arguments, **options)
+    ids = history.gather(1, torch.tensor(columns, device=DEVICE)[:, None])
+    assert (history != -1).sum() == len(logits)
+    return ids, made.fine.item(), start.tolist()
+
+
+@interpreted
+@pytest.mark.parametrize("how", HOWS)
+def test_a_card_draws_what_the_decode_engine_draws(how):
+    """Vocabularies of one block and of several, distinct logits and equal ones, keys of 64 bits; ids that are
+    seen; the same columns of other rows give other ids."""
+    torch.manual_seed(0)
+    sampler, columns = sampling.Sampler(**HOWS[how], draws="engine"), [4, 9, 2]
+    for V, halves in ((5, 2), (31, 1), (300, 4), (4500, 1)):
+        logits = (torch.randn(3, V) * 3 * halves).round() / halves
+        seen, key = torch.rand(3, V + 1) < 0.3, int(torch.randint(2 ** 62, ())) + V
+        expected = draws.draw(sampler, key, columns, logits, seen)
+        noted = seen.clone().to(DEVICE)
+        ids, fine, places = drawn(sampler, key, logits.to(DEVICE), columns, noted)
+        assert torch.equal(ids.cpu(), expected) and fine and places == columns
+        if sampler.repetition_penalty != 1:
+            assert torch.equal(noted.cpu(), seen.scatter(1, expected, True))
+    for bad in (torch.nan, torch.inf):
+        logits[1, 7] = bad
+        assert not drawn(sampler, key, logits.to(DEVICE), columns, seen.to(DEVICE))[1]
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["greedy", "all"])
+def test_a_stream_on_a_card_gives_the_ids_of_the_decode_engine_a_few_at_a_time(how, monkeypatch):
+    """Prompts of two lengths, to the window's end and past it; the first column that is not drawn by a step
+    is the sampler's."""
+    model, prompt = build({}, std=0.3, n_layer=1).to(DEVICE), tokens(2, 6).to(DEVICE)
+    monkeypatch.setattr(steps, "PRODUCTS", dict.fromkeys((1, 2, 4, 8), (64, 64)))    # interpreted sooner
+
+    def streamed(choices):
+        torch.manual_seed(1)
+        sampler = sampling.Sampler(**HOWS[how], draws="engine", vocab_size=29)
+        return torch.cat([*sampling.stream(model, prompt, 13, sampler, [6, 3], "slide", choices)], 1).tolist()
+
+    expected, waits = streamed(model.chosen(2)), []
+    monkeypatch.setattr(card, "card_of", lambda *arguments: card.Card(*arguments))
+    monkeypatch.setattr(sampling, "recorded_step", sampling.Step)
+    advance = sampling.Step.advance
+    monkeypatch.setattr(sampling.Step, "advance",
+                        lambda step, ends, count: (waits.append(count), advance(step, ends, count))[1])
+    assert streamed(model.chosen(2)._replace(forward="a card's step")) == expected
+    assert waits == [8, 2]
+
+
+@interpreted
+def test_a_stream_on_a_card_stops_where_logits_are_not_finite(monkeypatch):
+    model, prompt = build({}, std=0.3, n_layer=1).to(DEVICE), tokens(1, 3).to(DEVICE)
+    monkeypatch.setattr(card, "card_of", lambda *arguments: card.Card(*arguments))
+    monkeypatch.setattr(sampling, "recorded_step", sampling.Step)
+    choices = model.chosen(1)._replace(forward="a card's step")
+    stream = sampling.stream(model, prompt, 9, sampling.Sampler(temperature=0), choices=choices)
+    next(stream)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(torch.nan)
+    with pytest.raises(sampling.Damaged):
+        next(stream)
+
+
 def step_cubins(folder, *words):
     env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "cubins.py"), "step", *words],
@@ -666,12 +745,12 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
     found = step_cubins(tmp_path, *words)
     assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 95
     assert {row["kernel"] for row in found} == {
-        f"step {name}_kernel" for name in ("embed", "product", "attend", "down")}
+        f"step {name}_kernel" for name in ("embed", "product", "attend", "down", "sift", "draw")}
     products = [row for row in found if row["kernel"] == "step product_kernel"]
     assert {row["bits"] for row in products} == {16, 8, 4} and sum(row["chooses"] for row in products) >= 35
     for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
         eight_bytes = row["chooses"] and row["bits"] < 16      # a lane's share of a tile of half the inputs
-        if row["kernel"] != "step embed_kernel" and not eight_bytes:
+        if row["kernel"] not in ("step embed_kernel", "step draw_kernel") and not eight_bytes:
             assert row["wide_loads"] >= 1, row
