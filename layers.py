@@ -374,11 +374,12 @@ class RotaryPositions(nn.Module):
         _, self.width = config.heads()
         self.theta = config.rope_theta
         for name, table in zip(("cos", "sin"), self.tables(config.block_size)):
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, table.to(torch.get_default_device()), persistent=False)
 
     def tables(self, length):
-        frequencies = self.theta ** (-torch.arange(0, self.width, 2) / self.width)
-        angles = torch.arange(length)[:, None, None] * frequencies
+        """On the CPU: where tensors have no memory, arange would import torch's compiler, for seconds."""
+        frequencies = self.theta ** (-torch.arange(0, self.width, 2, device="cpu") / self.width)
+        angles = torch.arange(length, device="cpu")[:, None, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
