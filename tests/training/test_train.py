@@ -249,6 +249,17 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
     assert list(train.losses("single")) == list(range(17))
 
 
+@pytest.mark.parametrize("ranks, batches", [(2, 1), (2, 3), (3, 4)])
+def test_sharded_ranks_evaluate_a_number_of_batches_that_is_no_multiple_of_theirs(train, ranks, batches):
+    """All gather split weights for every batch: a rank that has one fewer would leave the others waiting."""
+    keys = dict(dropout=0.0, gradient_accumulation_steps=6, eval_iters=batches, max_iters=5)
+    in_parallel(train, ranks, fsdp=True, out="sharded", **keys)
+    train(out="single", **keys)
+    for key in ("train_loss", "val_loss"):
+        one, many = ([row[key] for row in train.metrics(out) if key in row] for out in ("single", "sharded"))
+        assert one == pytest.approx(many, rel=1e-6) and len(one) == 3
+
+
 # a Muon beside the split one: whole matrices, the same gradients
 BESIDE_WHOLE = """
 import torch
