@@ -423,7 +423,8 @@ class ColumnGate(Narrowing):
         self.router = Linear(config.n_embd, N, bias=False)
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
-        self.register_buffer("others", 1 - torch.eye(N), persistent=False)
+        others = 1 - torch.eye(N, device="cpu")  # where tensors have no memory, eye imports torch's compiler
+        self.register_buffer("others", others.to(torch.get_default_device()), persistent=False)
 
     def init_weights(self, normal_):
         nn.init.constant_(self.inhibition, -4.0)

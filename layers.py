@@ -396,11 +396,13 @@ class RotaryPositions(nn.Module):
         self.slowed = partial(slowed, factor=config.rope_factor, low=config.rope_low, high=config.rope_high,
                               original=config.rope_original) if config.rope_factor else as_is
         for name, table in zip(("cos", "sin"), self.tables(config.block_size)):
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, table.to(torch.get_default_device()), persistent=False)
 
     def tables(self, length):
-        frequencies = self.slowed(self.theta ** (-torch.arange(0, self.width, 2) / self.width))
-        angles = torch.arange(length)[:, None, None] * frequencies
+        """On the CPU: where tensors have no memory, arange would import torch's compiler, for seconds."""
+        pairs = torch.arange(0, self.width, 2, device="cpu")
+        frequencies = self.slowed(self.theta ** (-pairs / self.width))
+        angles = torch.arange(length, device="cpu")[:, None, None] * frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 

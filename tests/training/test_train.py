@@ -2,6 +2,7 @@
 import functools
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from arms import ARMS
-from conftest import LIMIT, ONE_THREAD, ROOT, TEXT, TINY, Job, Trainer, in_parallel, one_sentence, same, words
+from conftest import (
+    LIMIT,
+    ONE_THREAD,
+    ROOT,
+    TEXT,
+    TINY,
+    Job,
+    Trainer,
+    in_parallel,
+    one_sentence,
+    run_real,
+    same,
+    words,
+)
 
 from data import dataset
 from data.tokenizer import ByteTokenizer
@@ -233,6 +247,17 @@ def test_sharded_weights_give_the_curve_of_one_process(train, arm):
         assert train.checkpoint(out)["model"].keys() == train.checkpoint("single")["model"].keys()
     in_parallel(train, 2, resume=True, max_iters=17, fsdp=True, **keys | dict(out="single"))
     assert list(train.losses("single")) == list(range(17))
+
+
+@pytest.mark.parametrize("ranks, batches", [(2, 1), (2, 3), (3, 4)])
+def test_sharded_ranks_evaluate_a_number_of_batches_that_is_no_multiple_of_theirs(train, ranks, batches):
+    """All gather split weights for every batch: a rank that has one fewer would leave the others waiting."""
+    keys = dict(dropout=0.0, gradient_accumulation_steps=6, eval_iters=batches, max_iters=5)
+    in_parallel(train, ranks, fsdp=True, out="sharded", **keys)
+    train(out="single", **keys)
+    for key in ("train_loss", "val_loss"):
+        one, many = ([row[key] for row in train.metrics(out) if key in row] for out in ("single", "sharded"))
+        assert one == pytest.approx(many, rel=1e-6) and len(one) == 3
 
 
 # a Muon beside the split one: whole matrices, the same gradients
@@ -508,3 +533,12 @@ def test_what_decodes_on_a_cpu_reads_bf16_where_the_engine_is_built(monkeypatch,
     half = torch.bfloat16 if native or built else torch.float32
     assert runtime.choose("cpu", decodes=True).dtype == half
     assert runtime.choose("cpu", "float32", decodes=True).dtype == torch.float32
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(train):
+    """It takes seconds, and an arange or eye of tensors without memory is enough."""
+    keys = TINY | dict(norm="rmsnorm", pos="rope", qk_norm=True, act="relu2", columns=4, columns_active=1,
+                       optimizer="muon", max_iters=1, dataset=train.data, out_dir=train.folder / "out")
+    job = run_real("train.py", words(**keys), train.folder, PYTHONPROFILEIMPORTTIME="1")
+    imported = re.findall(r"^import time:.*\| +(\S+)$", job.communicate(timeout=LIMIT)[1], re.M)
+    assert job.returncode == 0 and "torch.nn" in imported and "torch._dynamo" not in imported
