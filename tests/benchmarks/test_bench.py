@@ -16,11 +16,14 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from arms import ARMS as VARIANTS
+from arms import TINY, tokens
 from conftest import ROOT, TEXT, Job, one_sentence, record_of, run_real
+from conftest import words as words_of
 
 import bench
 import sparse_kernels
-from benchmarks import CLONE, decode, memory, peers, quality, race, readme, timing, train, work
+from benchmarks import CLONE, arms, decode, memory, peers, quality, race, readme, timing, train, work
 from benchmarks import record as records
 from benchmarks.arms import SHAPED
 from benchmarks.record import OURS, OURS_FP32, PEER, TWIN
@@ -501,6 +504,37 @@ def test_a_model_that_is_not_there_keeps_what_a_real_one_keeps(recompute, loss_c
     model.compute_dtype = torch.bfloat16
     real = estimate.saved_bytes(model, idx, idx)
     assert real and memory.kept_by(config) == (sum(p.numel() for p in model.parameters()), real)
+
+
+@pytest.mark.parametrize("arm", VARIANTS)
+def test_a_dry_runs_estimate_of_a_variant_is_that_of_a_model_that_is_not_there(arm, monkeypatch):
+    """A CPU's pass for oscillating units keeps less than a card; tokens that have halted are not computed."""
+    config = GPTConfig(**TINY | VARIANTS[arm])
+    parameters, kept = memory.kept_by(config, rows=5)
+    monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", True)
+    model, idx = GPT(config, seed=0).train(), tokens(5, 16)
+    model.compute_dtype = torch.bfloat16
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    least, most = {"osc": (0.6, 0.7), "ponder": (0.8, 1.2)}.get(arm, (1.0, 1.03))
+    assert least * kept <= estimate.kept_bytes(model, (idx, idx)) <= most * kept
+
+
+def test_memory_of_the_variants_is_what_their_dry_runs_print(tmp_path, data):
+    table = run(tmp_path, "memory", "--variants=True")
+    found = record_of(table)["variants"]
+    assert found.keys() == set(arms.named_arms(SimpleNamespace(arms="")))
+    assert sum(re.search(r"MiB: weights and gradients ", line) is not None
+               for line in table.out.splitlines()) == len(found)
+    files, keys = arms.parts("topk")
+    recipe = [str(ROOT / file) for file in ("config/compare_pylib.py", "config/longer_context.py", *files)]
+    keys |= dict(dataset=data, device="cpu", dtype="bfloat16", compile=False, dry_run=True)
+    said = Job("train.py", [*recipe, *words_of(**keys)], tmp_path).wait().out
+    of = {name: float(value.replace(",", "")) * 2**20 for name, value in re.findall(
+        r"(weights|optimizer|kept for backward|gradient of the logits) ([\d,.]+) MiB", said)}
+    names = dict(weights="weights", optimizer="optimizer", kept="kept for backward",
+                 logits="gradient of the logits")
+    for part, name in names.items():
+        assert of[name] == pytest.approx(found["topk"][part], rel=0.02, abs=0.05 * 2**20), part
 
 
 def test_memory_says_what_recomputing_leaves(tmp_path):
