@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.race import VALIDATION, Shakespeare, race_data, race_ours, race_runs
+from benchmarks.race import Shakespeare, race_data, race_ours, race_runs, validation_of
 from benchmarks.record import OURS, mean_of
 from benchmarks.runs import losses_of, seeds
 
@@ -36,7 +36,8 @@ def ablate(cfg):
         s["to_ours"] = s["mean"] - losses["sides"][OURS]["mean"]
         print(f"{name:24}{mean_of(s)}  {s['to_ours']:+.4f}  "
               f"{statistics.median(run['seconds'] for run in runs[name]):.1f} s")
-    return {"measurements": {"val loss": losses}, "validation": VALIDATION, "seeds": seeds(cfg), "runs": runs}
+    return {"measurements": {"val loss": losses}, "seeds": seeds(cfg), "runs": runs,
+            "validation": validation_of("cpu")}
 
 
 def beside_twins(cfg):

@@ -17,10 +17,13 @@ from data import dataset as datasets
 from data import tokenizer as tokenizers
 from viz.figures import drawing
 
-# nanoGPT's documented CPU command for characters of Shakespeare
-DOCUMENTED = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12,
-                  n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0)
-VALIDATION = dict(batches=200, batch_size=12, block_size=64)     # the fixed batches that judge both sides
+# nanoGPT's documented runs on characters of Shakespeare: on a CPU, and on a GPU its config file as it is
+DOCUMENTED = {
+    "cpu": dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12,
+                n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000, dropout=0.0),
+    "cuda": dict(device="cuda", log_interval=1, block_size=256, batch_size=64, max_iters=5000)}
+OWN = {"cpu": "config/race_shakespeare_cpu.py", "cuda": "config/race_shakespeare_gpu.py"}
+SAME = {"cpu": "config/train_shakespeare_char_cpu.py", "cuda": "config/train_shakespeare_char.py"}
 FAIR = "nanoGPT's model and AdamW in our train.py"
 
 
@@ -30,7 +33,7 @@ class Shakespeare(Bench):
     repeats: int = 3  # seeds, one run of each side with each
     threads: int = 2  # CPU threads of a run
     input: str = ""  # the text; empty: data/shakespeare_char, prepared if missing
-    config: str = "config/race_shakespeare_cpu.py"  # config file of our runs
+    config: str = OWN["cpu"]  # config file of our runs
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,10 +42,15 @@ class Shakespeare(Bench):
 
 @dataclass(frozen=True)
 class Race(Shakespeare):
-    """Seconds and tokens to nanoGPT's own final loss, its documented CPU run on characters of Shakespeare."""
+    """Seconds and tokens to nanoGPT's own final loss, its documented runs on characters of Shakespeare."""
+    device: str = "cpu"  # cpu, cuda: of all sides, and which of the documented runs
+    config: str = ""  # config file of our runs; empty: config/race_shakespeare_cpu.py, or _gpu.py on cuda
     plot: str = ""  # also draw training loss against seconds and tokens into this PNG (needs matplotlib)
 
     def __post_init__(self):
+        require(self.device in DOCUMENTED, f"device='{self.device}' must be {' or '.join(DOCUMENTED)}: "
+                                           "nanoGPT documents a run on each")
+        object.__setattr__(self, "config", self.config or OWN[self.device])
         super().__post_init__()
         require(self.nanogpt, f"a race needs both sides: {CLONE}")
 
@@ -51,10 +59,10 @@ def race(cfg):
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         data = race_data(cfg, work)
-        fair = ROOT / "config" / "train_shakespeare_char_cpu.py"
         sides = {PEER: lambda seed: race_peer(cfg, data, work, seed),
-                 OURS: lambda seed: race_ours(cfg, data, work, seed, ROOT / cfg.config),
-                 FAIR: lambda seed: race_ours(cfg, data, work, seed, fair)}
+                 OURS: lambda seed: race_ours(cfg, data, work, seed, ROOT / cfg.config, device=cfg.device),
+                 FAIR: lambda seed: race_ours(cfg, data, work, seed, ROOT / SAME[cfg.device],
+                                              device=cfg.device)}
         return race_report(cfg, race_runs(cfg, sides))
 
 
@@ -89,12 +97,13 @@ def race_peer(cfg, data, work, seed):
     require("manual_seed(1337" in text, f"{cfg.nanogpt}/train.py has no seed 1337: take an unchanged one")
     script.write_text(text.replace("manual_seed(1337", f"manual_seed({1337 + seed}"), encoding="utf-8")
     config = Path(cfg.nanogpt).resolve() / "config" / "train_shakespeare_char.py"
-    keys = DOCUMENTED | dict(dataset="bench", out_dir="out")
+    documented = DOCUMENTED[cfg.device]
+    keys = documented | dict(dataset="bench", out_dir="out")
     said, seconds = timed_script(script, [str(config)], keys, folder, cfg)
     rows = peer_iterations(said)
-    tokens = DOCUMENTED["batch_size"] * DOCUMENTED["block_size"]
+    tokens = documented["batch_size"] * documented["block_size"]
     curve = [[n * tokens, sum(ms for ms, _ in rows[:n]) / 1e3, loss] for n, (_, loss) in enumerate(rows, 1)]
-    return judged(folder / "out", data, seconds, DOCUMENTED["max_iters"] * tokens, thinned(curve))
+    return judged(folder / "out", data, seconds, documented["max_iters"] * tokens, thinned(curve), cfg.device)
 
 
 def race_ours(cfg, data, work, seed, config, **changes):
@@ -105,7 +114,7 @@ def race_ours(cfg, data, work, seed, config, **changes):
     _, seconds = timed_script(ROOT / "train.py", [str(config)], keys, work, cfg)
     rows = metrics(out_dir)
     curve = [[row["tokens"], row["seconds"], row["loss"]] for row in rows if "loss" in row]
-    return judged(out_dir, data, seconds, rows[-1]["tokens"], thinned(curve))
+    return judged(out_dir, data, seconds, rows[-1]["tokens"], thinned(curve), keys["device"])
 
 
 def thinned(curve, width=10, most=200):
@@ -115,12 +124,17 @@ def thinned(curve, width=10, most=200):
             for i, (t, s, _) in enumerate(curve) if i % step == 0]
 
 
-def judged(out_dir, data, seconds, tokens, curve):
+def validation_of(device):
+    """The fixed batches that judge all sides of a race there."""
+    return dict(batches=200, batch_size=12, block_size=DOCUMENTED[device]["block_size"])
+
+
+def judged(out_dir, data, seconds, tokens, curve, device):
     """What a run cost, and its checkpoint's loss on the fixed validation batches, in fp32."""
     model = trained_model(out_dir)
     held, c = model.get_num_params(), model.config
     touched = held - max(0, c.ngram_buckets - (c.ngram_order - 1)) * c.n_embd * (c.ngram_buckets > 0)
-    return {"val_loss": fixed_loss(model, data, VALIDATION), "seconds": seconds, "tokens": tokens,
+    return {"val_loss": fixed_loss(model, data, validation_of(device)), "seconds": seconds, "tokens": tokens,
             "parameters": held, "parameters_touched_per_token": touched, "curve": curve}
 
 
@@ -143,8 +157,8 @@ def race_report(cfg, runs):
           f"saving included; {results['tokens']['ratio'][OURS]:.2f}x fewer tokens")
     if cfg.plot:
         draw_race(cfg.plot, runs, line)
-    return {"measurements": results, "line": line, "passed": passed, "validation": VALIDATION,
-            "seeds": seeds(cfg), "runs": runs}
+    return {"measurements": results, "line": line, "passed": passed,
+            "validation": validation_of(cfg.device), "seeds": seeds(cfg), "runs": runs}
 
 
 def draw_race(path, runs, line):
@@ -158,5 +172,5 @@ def draw_race(path, runs, line):
         for axis, label in zip(axes, ("seconds in the training loop", "tokens")):
             axis.axhline(line, color="black", lw=0.8, ls="--", label="nanoGPT's final validation loss")
             axis.set(xscale="log", xlabel=label)
-        axes[0].set(ylabel="training loss, nats", ylim=(1.5, 3.5))
+        axes[0].set(ylabel="training loss, nats", ylim=(line - 0.4, 3.5))
         axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=2, frameon=False)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -534,7 +535,7 @@ def test_memory_of_the_variants_is_what_their_dry_runs_print(tmp_path, data):
     names = dict(weights="weights", optimizer="optimizer", kept="kept for backward",
                  logits="gradient of the logits")
     for part, name in names.items():
-        assert of[name] == pytest.approx(found["topk"][part], rel=0.02, abs=0.05 * 2**20), part
+        assert of[name] == pytest.approx(found["topk"][part], rel=0.02, abs=0.06 * 2**20), part
 
 
 def test_memory_says_what_recomputing_leaves(tmp_path):
@@ -673,6 +674,58 @@ def test_a_budget_is_drawn_against_executed_multiply_adds(tmp_path):
 
 def test_a_race_without_a_rival_is_refused(tmp_path):
     one_sentence(run(tmp_path, "race"), "bench.py", "both sides", CLONE)
+    one_sentence(run(tmp_path, "race", "--device=mps"), "bench.py", "device='mps'", "cpu or cuda")
+
+
+def a_checkout(folder):
+    """A nanoGPT whose train.py names its seed and does nothing."""
+    (folder / "config").mkdir(parents=True)
+    (folder / "model.py").touch()
+    (folder / "config" / "train_shakespeare_char.py").touch()
+    (folder / "train.py").write_text("torch.manual_seed(1337 + 0)")
+    return folder
+
+
+@pytest.mark.parametrize("device, own, same, peer, tokens", [
+    ("cpu", "race_shakespeare_cpu", "train_shakespeare_char_cpu", dict(n_layer=4, block_size=64), 2000 * 768),
+    ("cuda", "race_shakespeare_gpu", "train_shakespeare_char", dict(batch_size=64), 5000 * 64 * 256)])
+def test_a_race_runs_nanogpts_run_of_a_device_beside_ours_for_it(monkeypatch, tmp_path, device, own, same,
+                                                                 peer, tokens):
+    runs, judged = [], []
+    monkeypatch.setattr(race, "race_data", lambda cfg, work: work)
+    monkeypatch.setattr(race, "copy_peer", lambda *words: shutil.copytree(words[0], words[1]))
+    monkeypatch.setattr(race.tokenizers, "meta_of", lambda data: {"vocab_size": 65})
+    monkeypatch.setattr(race, "timed_script", lambda script, words, keys, cwd, cfg: (
+        runs.append((Path(words[0]).stem, keys)), ("", 2.0))[1])
+    monkeypatch.setattr(race, "peer_iterations", lambda said: [(1.0, 2.0)])
+    monkeypatch.setattr(race, "metrics", lambda folder: [{"tokens": 7, "seconds": 1.0, "loss": 2.0}])
+    monkeypatch.setattr(race, "judged", lambda out, data, seconds, tokens, curve, on: judged.append(
+        (tokens, on)))
+    monkeypatch.setattr(race, "race_runs", lambda cfg, sides: [side(0) for side in sides.values()])
+    monkeypatch.setattr(race, "race_report", lambda cfg, runs: {})
+    race.race(race.Race(nanogpt=str(a_checkout(tmp_path / "peer")), device=device))
+    assert [name for name, _ in runs] == ["train_shakespeare_char", own, same]
+    assert all(keys["device"] == device for _, keys in runs) and peer.items() <= runs[0][1].items()
+    assert judged == [(tokens, device), (7, device), (7, device)]
+    assert race.validation_of(device)["block_size"] == race.DOCUMENTED[device]["block_size"]
+
+
+def test_the_race_on_a_gpu_keeps_the_shape_of_its_sibling_and_trains(tmp_path, data):
+    own, sibling = (arms.keys_of(str(ROOT / file)) for file in (race.OWN["cuda"], race.SAME["cuda"]))
+    shape = "n_layer", "n_head", "n_embd", "block_size", "batch_size", "dropout", "dataset"
+    assert [own[key] for key in shape] == [sibling[key] for key in shape]
+    assert own["max_iters"] == own["lr_decay_iters"] <= sibling["max_iters"] / 8
+    keys = dict(dataset=data, device="cpu", dtype="float32")
+    small = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, ngram_buckets=64)
+    dry = Job("train.py", [str(ROOT / race.OWN["cuda"]), *words_of(**keys, **small, dry_run=True)],
+              tmp_path, name="dry").wait()
+    assert dry.status == 0 and "38,400 in all" in dry.out, dry.err
+    done = Job("train.py", [str(ROOT / race.OWN["cuda"]), *words_of(
+        **keys, **small, out_dir="out", max_iters=12, lr_decay_iters=12, eval_iters=2)], tmp_path).wait()
+    assert done.status == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 12 and losses[-1] < losses[0]
 
 
 def test_curves_are_thinned_and_smoothed():
