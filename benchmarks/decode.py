@@ -13,6 +13,7 @@ import torch
 import sparse_kernels
 from benchmarks import Timed
 from benchmarks.arms import BASE, SHAPED, twin_of
+from benchmarks.load import beside_load
 from benchmarks.peers import CTranslate2, HuggingFace, LlamaCpp, peer_model
 from benchmarks.record import CT2, HF, LLAMA, OURS, OURS_FP32, PEER, TWIN
 from benchmarks.timing import interleave, measurement, milliseconds, show, spread, times_better
@@ -62,6 +63,7 @@ class Decode(Timed):
     hf: bool = False  # also Hugging Face's generate with the same weights, in the dtype of ours
     llamacpp: bool = False  # also llama.cpp with the same weights, as f32, bf16, q8_0 and q4_0 files; on CPUs
     ctranslate2: bool = False  # also ctranslate2 with the same weights, as float32 and int8; on CPUs
+    load: int = 0  # busy loops beside ours, which then is timed with and without them; 0: none; on CPUs
     quantize: str = ""  # also ours, and the blocks, in whole numbers: int8,int4,q4_all, or mlp=4,attn=8
 
     def __post_init__(self):
@@ -82,6 +84,9 @@ class Decode(Timed):
             require_installed(flag)
         for kind in kinds_in(self.quantize):
             check_quantize(kind, smaller=True)
+        require(self.load >= 0, f"load={self.load} must be a number of busy loops, or 0 for none")
+        require(not self.load or sys.platform != "win32",
+                f"load={self.load} pauses processes, which Windows does not: leave --load out")
 
 
 def decode(cfg):
@@ -117,6 +122,9 @@ def decode(cfg):
     read = ms.pop(READ, None)
     results = {"decode": measurement("tokens/s", rates, higher_is_better=True), "step": measurement("ms", ms)}
     sides = results["decode"]["sides"]
+    if cfg.load:
+        run = partial(generate, models[OURS], prompt, cfg.new, contexts[OURS])
+        results["load"] = beside_load(run, cfg.batch * cfg.new, cfg.load, cfg.repeats)
     results["decode"] |= {"twins": twins, "to_twin": {
         name: sides[name]["median"] / sides[twin]["median"] for name, twin in twins.items()}}
     for result in results.values() if rivals else ():
@@ -195,8 +203,8 @@ def rank_correlation(a, b):
 
 
 def check_place(cfg, place):
-    """llama.cpp and ctranslate2 are built for CPUs here."""
-    flags = [f"--{flag}" for flag in ("llamacpp", "ctranslate2") if getattr(cfg, flag)]
+    """llama.cpp and ctranslate2 are built for CPUs here, and busy loops take those."""
+    flags = [f"--{flag}" for flag in ("llamacpp", "ctranslate2", "load") if getattr(cfg, flag)]
     require(not flags or place.device.type == "cpu",
             f"{' and '.join(flags)} would run on the CPU and ours on {place.device}: type --device=cpu")
 

@@ -523,6 +523,16 @@ static inline float whole(const struct matrix *w, long n, long c) {
     return scale * ((c & 32 ? two >> 4 : two & 15) - 8);
 }
 
+/* x (n) in bf16, for vdpbf16ps, to which numbers below 2^-126 are zeros as well */
+static void halves_of(const float *x, long n, uint16_t *to) {
+    long i = 0;
+#ifdef __AVX512BF16__
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+#endif
+    for (; i < n; i++) to[i] = down_bf16(x[i]);
+}
+
 /* what rows of a kind are multiplied by, made of x (n) in `to` */
 static void prepare(int64_t kind, const float *x, long n, char *to) {
     float *wide = (float *)to;
@@ -531,11 +541,11 @@ static void prepare(int64_t kind, const float *x, long n, char *to) {
     if (kind == IS_PICKED_BF16) for (long i = 0; i < n; i++) wide[i] = rounded(x[i]);
     if (kind == IS_KEPT_F32 || kind == IS_PICKED_F32 || kind == IS_PICKED_BF16)
         memset(wide + n, 0, (-n & 31) * sizeof(float));
-    if (kind == IS_KEPT_BF16) for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
+    if (kind == IS_KEPT_BF16) halves_of(x, n, (uint16_t *)to);
     if (kind == IS_KEPT_BF16) memset((uint16_t *)to + n, 0, (-n & 63) * sizeof(uint16_t));
     if (kind != IS_BF16) return;
 #ifdef BF16_AS_BF16
-    for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = down_bf16(x[i]);
+    halves_of(x, n, (uint16_t *)to);
 #elif defined(BF16_AS_PAIRS)
     long k = 0;
     for (; k + 16 <= n; k += 16)
@@ -893,8 +903,10 @@ INLINE void stream_of(int64_t kind, const struct matrix *w, const char *x, long 
     for (long i = 0; i < steps; i++) {
         long row[4];
         float s[4 * ROWS];
-        for (int l = 0; l < 4; l++) row[l] = i < quarter ? from + l * quarter + i : to - (steps - i);
-        if (lanes > 1) quads_of(kind, w, row, 0, 0, x, apart, lanes, s);
+        for (int l = 0; l < 4; l++) {
+            row[l] = i >= quarter ? to - (steps - i) : far ? from + l * quarter + i : from + 4 * i + l;
+        }
+        if (lanes > 1) quads_of(kind, w, row, 0, far ? AHEAD : 0, x, apart, lanes, s);
         else if (far) quads_of(kind, w, row, 0, AHEAD, x, 0, 1, s);
         else quads_of(kind, w, row, 0, 0, x, 0, 1, s);
         for (long r = 0; r < lanes; r++)
@@ -1683,7 +1695,7 @@ static void turned(const struct thread *me, const float *x, float *y, long D, fl
     round_all(me, y, D);
 }
 
-#ifdef BF16_AS_PAIRS
+#ifdef WHOLE_AVX2
 #define MOST_PAIRS 256                           /* elements of a head */
 
 static inline __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
@@ -1812,7 +1824,7 @@ static void op_attend(const struct op *o, struct thread *me) {
         turned(me, x + h * D, q, D, (float)o->f[0], cos ? cos + column * D : 0, sin ? sin + column * D : 0,
                gain ? gain[h] : 1);
         float *y = at(me, o->out) + j * D;
-#ifdef BF16_AS_PAIRS
+#ifdef WHOLE_AVX2
         if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
             look_pairs(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
         else
@@ -2239,7 +2251,7 @@ static void op_attend_open(const struct op *o, struct thread *me) {
         float *y = at(me, o->out) + r * most + found;
         turned(me, at(me, o->in) + r * most + found, q, D, (float)o->f[0], cos ? cos + column * D : 0,
                sin ? sin + column * D : 0, gain ? gain[h] : 1);
-#ifdef BF16_AS_PAIRS
+#ifdef WHOLE_AVX2
         if (o->n[4] && D % 16 == 0 && D <= MOST_PAIRS)
             look_pairs(q, (const uint16_t *)keys, (const uint16_t *)values, y, score, seen, D);
         else

@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ import sparse_kernels
 from benchmarks import CLONE, arms, decode, memory, peers, quality, race, readme, timing, train, work
 from benchmarks import record as records
 from benchmarks.arms import SHAPED
+from benchmarks.load import BusyLoops
 from benchmarks.record import OURS, OURS_FP32, PEER, TWIN
 from configurator import ConfigError, configure
 from decode import quantized
@@ -485,6 +488,36 @@ def test_decode_times_blocks_beside_their_dense_twin(tmp_path):
 @pytest.mark.parametrize("ranks, expected", [([1, 2, 3, 4], 1), ([40, 30, 20, 10], -1), ([1, 2, 4, 3], 0.8)])
 def test_a_rank_correlation_is_spearmans(ranks, expected):
     assert decode.rank_correlation([0.1, 0.2, 5.0, 100.0], ranks) == pytest.approx(expected)
+
+
+def test_decode_is_timed_alone_and_beside_busy_loops_which_end_with_it(tmp_path):
+    words = "decode", "--shape=small", "--prompt=4", "--new=3", "--repeats=2", "--threads=1", "--device=cpu"
+    result = run(tmp_path, *words, "--load=2")
+    found = record_of(result)["measurements"]["load"]
+    name = f"{OURS}, 2 busy loops beside it"
+    assert found["sides"].keys() == {OURS, name} and found["sides"][name]["repeats"] == 2
+    assert found["kept"] == found["sides"][name]["median"] / found["sides"][OURS]["median"] > 0
+    assert found["share"] == min(1, found["cores"] / 3) and f"{name}: " in result.out
+    one_sentence(run(tmp_path, *words, "--load=-1"), "bench.py", "load=-1", "0 for none")
+
+
+def test_busy_loops_run_while_they_shall_and_not_beyond_the_block():
+    def ticks(process):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])                 # of user and system
+
+    with BusyLoops(1) as busy:
+        (process,) = busy.processes
+        busy.go(True)
+        while ticks(process) < 20:
+            time.sleep(0.01)
+        busy.go(False)
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
+        stopped = ticks(process)
+        time.sleep(0.1)
+        assert ticks(process) == stopped and process.poll() is None
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_batch_decodes_as_many_tokens_as_it_has_rows(tmp_path):
