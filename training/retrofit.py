@@ -22,6 +22,7 @@ from layers import TwoOfFour, cross_entropy
 from training import checkpoint as ckpt
 
 TOKENS = 4096                                    # of training text, that starts are calibrated on
+RATE = 0.1                                       # of a new model's learning rates, for one that is trained
 SMOOTH = 0.02                                    # ridge of least squares, in mean squares of an input
 
 # ------------------------------------------------------------------------------------------------------------
