@@ -729,6 +729,9 @@ def cross_entropy(logits, targets):
 class LossInChunks(torch.autograd.Function):
     """`cross_entropy` of the head's logits, of which only a chunk of tokens' exists at a time: its loss and
     what the loss does to states and matrix are computed together, and backward scales them (2410.10989).
+
+    In bf16 a compiled model's gradients are several per cent from an eager one's, with chunks or without: the
+    compiler rounds less, and is nearer to fp32.
     """
 
     @staticmethod

@@ -33,7 +33,7 @@ class Retrofit(Recipe):
     parent: str = ""  # the dense run that all begin from; empty: one is trained by the recipe
     dataset: str = "pylib"  # the data of all of them
     more: int = 250  # iterations of each retrofit, and of the dense model beside them
-    rate: float = 0.5  # their highest learning rates, as a share of the recipe's
+    rate: float = retrofitting.RATE  # their highest learning rates, as a share of the recipe's
     arms: str = ""  # some of the blocks, by commas; empty: all that keep the dense model's weights
     teacher: bool = True  # train each of them also with the dense model as its teacher
 

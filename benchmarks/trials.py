@@ -41,7 +41,6 @@ SURE = 0.99                                      # of an interval that ends a tr
 SAME_TENSORS = AT_SAMPLING - {"weights"} | {"mlp_topk_group"}        # and that need no start
 RECIPE = ("optimizer", "weight_decay", "beta1", "beta2", "grad_clip", "muon_momentum", "muon_steps",
           "documents", "dropout")                # keys of the run's training that training on takes over
-RATE = 0.5                                       # of the run's highest learning rates, at batches of its size
 WHOLE = 16, 16, 16                               # bits of layers.PARTS that stay as they are
 
 
@@ -278,7 +277,7 @@ class Lab:
         """The keys that all of them are trained with."""
         settings = self.settings
         iters, rows = self.plan["iters"], self.plan["rows"]
-        share = RATE * min(1.0, math.sqrt(rows / self.rows_of_old()))        # smaller batches, smaller steps
+        share = retrofit.RATE * min(1.0, math.sqrt(rows / self.rows_of_old()))   # smaller batches and steps
         rates = {key: share * settings[key] for key in ("learning_rate", "muon_learning_rate")
                  if settings.get(key)} or {"learning_rate": 1e-4}
         own = {key: settings[key] for key in RECIPE if key in settings}

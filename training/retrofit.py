@@ -23,6 +23,7 @@ from training import checkpoint as ckpt
 from training.gguf_file import is_gguf
 
 TOKENS = 4096                                    # of training text, that starts are calibrated on
+RATE = 0.1                                       # of a new model's learning rates, for one that is trained
 SMOOTH = 0.02                                    # ridge of least squares, in mean squares of an input
 
 # ------------------------------------------------------------------------------------------------------------

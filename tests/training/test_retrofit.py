@@ -1,6 +1,7 @@
 """A dense model that exists gets blocks: what is taken, where blocks begin, what the run says and keeps."""
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from conftest import ROOT, Job, Trainer, in_parallel, one_sentence, run_real, sa
 from conftest import TINY as RUN
 from torch.nn import functional as F
 
+from benchmarks.arms import key_defaults, keys_of
+from benchmarks.retrofit import Retrofit
+from benchmarks.trials import Lab
 from configurator import ConfigError
 from data import dataset as datasets
 from data.dataset import write_dataset
@@ -610,3 +614,16 @@ def test_a_teacher_and_a_loss_in_chunks_are_one_sentence(train):
     result = train(teacher="gpt2", loss_chunks=4, status=2)
     assert "teacher=gpt2 and loss_chunks=4" in result.err and "leave --loss_chunks out" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_retrofits_rates_are_one_share_of_a_new_models_everywhere():
+    old, new = (keys_of(str(ROOT / "config" / f"{name}.py")) for name in ("train_pylib", "retrofit"))
+    for key in ("learning_rate", "muon_learning_rate"):
+        assert new[key] == pytest.approx(retrofit.RATE * (key_defaults() | old)[key])
+    assert Retrofit().rate == retrofit.RATE
+    lab = SimpleNamespace(settings=dict(learning_rate=1e-3, muon_learning_rate=0.02), rows_of_old=lambda: 8,
+                          plan=dict(iters=20, rows=8), dense=SimpleNamespace(config=GPTConfig()),
+                          data=lambda: "pylib", cfg=SimpleNamespace(seed=1))
+    found = Lab.recipe(lab)
+    assert found["learning_rate"] == pytest.approx(retrofit.RATE * 1e-3)
+    assert found["muon_learning_rate"] == pytest.approx(retrofit.RATE * 0.02)
