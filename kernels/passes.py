@@ -438,7 +438,8 @@ class ColumnGates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s, inhibits, balance, k, dtype):
-        s, gates, slope, N = s.contiguous(), as_new(s, dtype), as_new(s), s.size(-1)
+        s, balance = s.contiguous(), balance.float()            # a model in bf16 has it in bf16
+        gates, slope, N = as_new(s, dtype), as_new(s), s.size(-1)
         run_pass("gates", (s, inhibits.t().contiguous(), balance, gates, slope), s.numel() // N, N, k,
                  dtype=dtype)
         ctx.save_for_backward(s, inhibits, slope)

@@ -745,6 +745,13 @@ def test_column_gates_and_their_gradients_are_the_references(N, k, dtype):
 
 
 @built
+def test_column_gates_of_a_model_in_bf16_read_its_balance_as_bf16():
+    s, inhibits, balance = normal(11, 8), torch.zeros(8, 8), normal(8, seed=1).bfloat16()
+    assert torch.equal(passes.column_gates(s, inhibits, balance, 2, torch.bfloat16),
+                       passes.column_gates_reference(s, inhibits, balance, 2, torch.bfloat16))
+
+
+@built
 def test_passes_take_no_tokens_and_any_number_of_threads():
     empty = torch.empty(0, 8, requires_grad=True)
     kernels.keep_largest(empty, 2, "relu2").sum().backward()

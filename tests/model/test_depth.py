@@ -14,6 +14,7 @@ from bio_modules import ExpertGate, Halting
 from configurator import ConfigError
 from decode.context import Cache, CachedContext, Context
 from decode.sampling import Sampler, Speculation, stream
+from kernels import passes
 from model import GPT, GPTConfig
 from training import continual, energy
 
@@ -522,6 +523,12 @@ def test_blocks_that_wait_enter_as_the_identity_and_get_no_gradients():
         assert all(p.grad is not None for p in model.transformer.h[0].parameters())
 
 
+def without_c(monkeypatch):
+    """No C kernels: no dispatcher sees their products."""
+    for module in kernels, passes:
+        monkeypatch.setattr(module, "cpu_library", lambda: (None, "off"))
+
+
 class Products(TorchDispatchMode):
     """Counts the multiply-adds of every matrix product."""
 
@@ -559,7 +566,8 @@ def executed(model, idx):
 
 
 @pytest.mark.parametrize("arm", COUNTED)
-def test_flops_are_six_times_the_multiply_adds_that_a_forward_executes(arm):
+def test_flops_are_six_times_the_multiply_adds_that_a_forward_executes(monkeypatch, arm):
+    without_c(monkeypatch)
     model, idx = build(arm, std=0.2), tokens(1, 16)
     state = torch.get_rng_state()
     before = model.flops_per_token()
@@ -571,8 +579,7 @@ def test_flops_are_six_times_the_multiply_adds_that_a_forward_executes(arm):
 
 @pytest.mark.parametrize("arm", COUNTED)
 def test_a_decode_step_by_forward_counts_what_it_executes(monkeypatch, arm):
-    """Without the C kernels, whose products of whole numbers no dispatcher sees."""
-    monkeypatch.setattr(kernels, "cpu_library", lambda: (None, "off"))
+    without_c(monkeypatch)
     for policy in (False, True):
         model, idx = build(arm, std=0.2).use_policy(policy), tokens(1, 9)
         for block in model.transformer.h:
