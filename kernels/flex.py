@@ -31,7 +31,7 @@ def attend(q, k, v, window):
     T = q.size(2)
     if torch.compiler.is_compiling():            # a compiled model takes it in
         return flex_attention(q, k, v, block_mask=mask_of(T, window, q.device))
-    if not torch.is_grad_enabled():              # prompts have many lengths: padded, they are few
+    if torch.is_inference_mode_enabled():        # prompts have many lengths: padded, they are few
         more = power_of_two(T) - T
         q, k, v = (F.pad(t, (0, 0, 0, more)) for t in (q, k, v)) if more else (q, k, v)
     if not admitted(shape_of(q, k, v, window)):

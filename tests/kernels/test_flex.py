@@ -96,6 +96,10 @@ def test_prompts_of_many_lengths_are_padded_to_few_and_more_shapes_run_as_blocks
             torch.testing.assert_close(attend_window(window, q, k, v, None, 0.0),
                                        attend_blocks(q, k, v, window, 0.0))
     assert len(flex.compiled_shapes) == flex.SHAPES
+    with torch.no_grad():                                          # an evaluation has the length of training
+        flex.compiled_shapes.clear()
+        attend_window(64, *torch.randn(3, 1, 2, 1500, 16), None, 0.0)
+    assert "1500 tokens, window 64, cpu" in vars(flex.masks)
     mask = next(iter(vars(flex.masks).values()))
     assert not mask.kv_indices.is_inference(), "training may use it too"
 
