@@ -27,8 +27,8 @@ BLOCKS = {
     "predicted 20%": dict(mlp_topk=0.1, mlp_predict=64), "osc": dict(act="osc"),
     "compartments": dict(compartments=4), "grouped queries": dict(n_kv_head=4),
     "larger inputs of attention": dict(attn_topk=0.5), "dendrites": dict(dendrites=4, dendrites_active=2),
-    "2:4, packed": dict(weights="2:4"), "n-grams": dict(ngram_buckets=1024), "adapters": dict(adapters="one"), "hierarchy 4": dict(hierarchy=4),
-    "exits": dict(exits="2"), "ponder": dict(ponder=3)}
+    "2:4, packed": dict(weights="2:4"), "n-grams": dict(ngram_buckets=1024), "adapters": dict(adapters="one"),
+    "hierarchy 4": dict(hierarchy=4), "exits": dict(exits="2"), "ponder": dict(ponder=3)}
 RATE = 4.0                                       # TB/s of an H200's copy, measured
 NO_LAUNCH = "empty", "new_empty"                 # ops that make a tensor without a kernel
 
