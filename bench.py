@@ -39,6 +39,7 @@ COMMANDS = {
     "retrofit": "Retrofit",
     "memory": "Memory",
     "scaling": "Scaling",
+    "launches": "Launches",
     "kernels": "Kernels",
     "continual": "Continual",
     "energy": "Energy",

@@ -785,7 +785,7 @@ class Screens:
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.bits, self.kept_copy = config.mlp_screen, None
-        self.register_buffer("edge", torch.tensor(math.nan))       # of a model that is not calibrated
+        self.register_buffer("edge", torch.full((), math.nan))      # of a model that is not calibrated
 
     def _load_from_state_dict(self, state, prefix, *args):
         for name, value in self._buffers.items():                  # a checkpoint of a plain MLP has none

@@ -29,12 +29,12 @@ stage() {                                       # NAME SECONDS COMMAND...: its r
 
 bench() { local name=$1 limit=$2; shift 2; stage "$name" "$limit" "$python" bench.py "$@" --out="$out/$name.part"; }
 
-stage tests 70 "$python" -m pytest -x -p no:cacheprovider tests/kernels/test_cuda.py -k "step or replaces"
-bench kernels 40 kernels --device=cuda --dtype=bfloat16 --repeats=3
-bench decode_gpt2 45 decode --shape=gpt2 --device=cuda --dtype=bfloat16 --repeats=3 $peer
-bench decode_xl 60 decode --shape=gpt2-xl --device=cuda --dtype=bfloat16 --repeats=2 --new=64
+stage tests 65 "$python" -m pytest -x -p no:cacheprovider tests/kernels/test_cuda.py -k "step or replaces"
+bench kernels 30 kernels --device=cuda --dtype=bfloat16 --repeats=3
+bench decode_gpt2 35 decode --shape=gpt2 --device=cuda --dtype=bfloat16 --repeats=3 $peer
+bench decode_xl 50 decode --shape=gpt2-xl --device=cuda --dtype=bfloat16 --repeats=2 --new=64
 bench window 40 window --device=cuda --tokens=8192 --window=512 --contexts=1024,8192 --repeats=3
-bench train 45 train --device=cuda --dtype=bfloat16 --compile=False --repeats=1 --iters=100 $peer
+bench train 80 train --device=cuda --dtype=bfloat16 --compile=True --peer_compile=True --repeats=1 --iters=100 $peer
 
 [ -n "$print" ] && exit 0
 find "$out" -type f -size +15M -exec truncate -s 15M {} +

@@ -933,6 +933,7 @@ def test_the_script_for_a_card_types_commands_that_exist_and_stays_under_five_mi
             configure(kind, words[3:], files=True)            # raises where a key or a value is wrong
             names.append(words[2])
     assert names == ["kernels", "decode", "decode", "window", "train"]
+    assert {"--compile=True", "--peer_compile=True"} <= {*commands[-1]}       # nanoGPT's default on a card
     limits = re.findall(r"^(?:stage|bench) \w+ (\d+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(limits) == 6 and sum(map(int, limits)) <= 300
 

@@ -133,8 +133,11 @@ def test_gathered_units_equal_their_references_over_38_shapes(dtype):
 
 @interpreted
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_nan_and_infinity_come_out_as_of_the_reference(bad):
-    """At one place of each input of each kernel: the same NaN, inf and -inf, whatever the activation."""
+def test_nan_and_infinity_come_out_as_of_the_reference(monkeypatch, bad):
+    """At one place of each input of each kernel: the same NaN, inf and -inf, whatever the activation. Torch's
+    GELU of inf is inf, but NaN where it computes several at once with AVX-512."""
+    gelu = kernels.ACTS["gelu"]
+    monkeypatch.setitem(kernels.ACTS, "gelu", lambda v: torch.stack([gelu(e) for e in v.view(-1)]).view_as(v))
     n = functools.partial(normal, dtype=torch.float32)
     half = functools.partial(normal, dtype=torch.bfloat16)
     groups = torch.tensor([[0, 2], [3, 1]], device=DEVICE)

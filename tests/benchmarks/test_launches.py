@@ -1,0 +1,55 @@
+"""bench.py launches: what a card's step launches, for every variant, and the arithmetic on it."""
+from importlib.util import find_spec
+
+import pytest
+import torch
+from arms import ARMS, TINY
+
+from benchmarks import launches
+from configurator import ConfigError
+from decode import sampling
+from model import GPTConfig
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton on this system")
+
+
+@pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
+def test_a_step_on_a_card_is_five_launches_a_layer_and_five_outside_or_says_what_it_lacks(arm):
+    """Six a layer where units are predicted. Forward takes two and a half times as many, or the host decides
+    what it runs."""
+    found = launches.counted(arm, **{key: value for key, value in TINY.items() if key != "n_layer"})
+    waits = arm.keys() & {*sampling.HOST_DECIDES}
+    assert ("host decides" in found.get("before", "")) == bool(waits)
+    if "after" in found:
+        assert found["after"]
+        return
+    assert found["after_layer"] == 5 + ("mlp_predict" in arm) and found["after_outside"] == 3
+    assert waits or found["before_layer"] >= 2.5 * found["after_layer"]
+    assert waits or found["before_outside"] >= 2.5 * found["after_outside"]
+
+
+def test_ops_are_counted_where_they_write_or_make_what_is_no_view():
+    x = torch.zeros(4, 4)
+    with torch.inference_mode(), launches.Launched() as launched:
+        y = x.view(2, 8).t()[1]                              # views
+        z = torch.empty_like(y)
+        z.copy_(y).add_(1)
+        torch.stack((y, z), out=torch.empty(2, 2))
+        torch.nn.functional.linear(x, x, x[0]).to(torch.float32)      # .to: nothing to do
+    assert +launched.ops == {"copy_": 1, "add_": 1, "stack": 1, "linear": 1}
+
+
+def test_a_product_of_packed_weights_is_what_the_step_lacks():
+    config = GPTConfig(**TINY | dict(weights="2:4"))
+    with pytest.raises(launches.NotWritten, match="the op 'p"):
+        launches.card_launches(config)
+
+
+def test_times_on_paper_are_bytes_where_launches_cost_nothing():
+    free, paid = (dict((what, value) for _, what, value, _ in launches.predictions(us)) for us in (0, 3))
+    assert free["124M dense step beside its bytes alone"] == pytest.approx(1)
+    assert paid["124M dense step: 63 launches, 266 MB"] == pytest.approx(
+        free["124M dense step: 63 launches, 266 MB"] + 63 * 0.003)
+    assert free["2:4 product of 67 MB, one launch each"] == pytest.approx(16 / 9)
+    with pytest.raises(ConfigError, match="rows=9"):
+        launches.Launches(rows=9)
