@@ -708,6 +708,7 @@ INLINE void quads_kept_bf16(const char *const *row, const char *const *places, c
 #define EACH_GROUP for (long k = 0, b = 0, end; (end = k + 256 < K ? k + 256 : K), k < K;)
 #define PICK(X, Y, m) _mm256_blend_ps(_mm256_permutevar_ps(X, m), _mm256_permutevar_ps(Y, m), 0xcc)
 
+#ifndef PICKS                                    /* there 2:4 floats are KEPT */
 static inline void places_of(const char *const *row, const char *const *next, long byte, __m256i *m) {
     for (int l = 0; l < 4; l++) {
         m[l] = load_ints(row[l] + byte);
@@ -753,6 +754,8 @@ INLINE void quad_picked_bf16(const char *const *row, const char *const *next, co
     }
     _mm_storeu_ps(s, sums_of_floats(a));
 }
+
+#endif
 
 #ifdef WHOLE_VNNI
 /* a += what 128 inputs from k on make of weights at byte b, or 64 in the lower half of registers (all: 0); m: their
@@ -841,6 +844,8 @@ INLINE void some_lanes(int64_t kind, const struct matrix *w, const long *n, cons
     case IS_I4: quads_i4(row, next, x, apart, lanes, w->width, s); break;
 #ifdef WHOLE_AVX2
     case IS_PICKED_I8: quads_picked_i8(w->scale, n, row, next, x, apart, lanes, w->width, s); break;
+#endif
+#if defined(WHOLE_AVX2) && !defined(PICKS)
     case IS_PICKED_F32:
         for (int r = 0; r < lanes; r++)
             quad_picked_f32(row, next, (const float *)(x + r * apart), w->width, s + 4 * r);
@@ -906,7 +911,7 @@ INLINE void stream_of(int64_t kind, const struct matrix *w, const char *x, long 
         for (int l = 0; l < 4; l++) {
             row[l] = i >= quarter ? to - (steps - i) : far ? from + l * quarter + i : from + 4 * i + l;
         }
-        if (lanes > 1) quads_of(kind, w, row, 0, far ? AHEAD : 0, x, apart, lanes, s);
+        if (lanes > 1) quads_of(kind, w, row, 0, AHEAD, x, apart, lanes, s);
         else if (far) quads_of(kind, w, row, 0, AHEAD, x, 0, 1, s);
         else quads_of(kind, w, row, 0, 0, x, 0, 1, s);
         for (long r = 0; r < lanes; r++)
@@ -922,8 +927,10 @@ static void stream_rows(const struct matrix *w, const char *x, long apart, long 
     case IS_I4: stream_of(IS_I4, w, x, apart, lanes, far, y, across, from, to); break;
     case IS_KEPT_F32: stream_of(IS_KEPT_F32, w, x, apart, lanes, far, y, across, from, to); break;
     case IS_KEPT_BF16: stream_of(IS_KEPT_BF16, w, x, apart, lanes, far, y, across, from, to); break;
+#ifndef PICKS
     case IS_PICKED_F32: stream_of(IS_PICKED_F32, w, x, apart, lanes, far, y, across, from, to); break;
     case IS_PICKED_BF16: stream_of(IS_PICKED_BF16, w, x, apart, lanes, far, y, across, from, to); break;
+#endif
     case IS_PICKED_I8: stream_of(IS_PICKED_I8, w, x, apart, lanes, far, y, across, from, to);
     }
 }
