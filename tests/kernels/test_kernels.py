@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from arms import build, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import sparse_kernels as kernels
@@ -749,6 +751,13 @@ def test_column_gates_of_a_model_in_bf16_read_its_balance_as_bf16():
     s, inhibits, balance = normal(11, 8), torch.zeros(8, 8), normal(8, seed=1).bfloat16()
     assert torch.equal(passes.column_gates(s, inhibits, balance, 2, torch.bfloat16),
                        passes.column_gates_reference(s, inhibits, balance, 2, torch.bfloat16))
+
+
+@built
+def test_passes_leave_tensors_without_memory_to_torch():
+    with FakeTensorMode():
+        for arm in dict(act="relu2", norm="rmsnorm", columns=4, columns_active=2), dict(act="osc"):
+            assert build(arm)(tokens(2, 5), tokens(2, 5))[1].shape == ()
 
 
 @built
