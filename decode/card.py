@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 import sparse_kernels as kernels
-from decode.context import Cache
 from decode.engine import ROWS, NotWritten
 
 ACTS = "none", "relu2", "gelu", "gelu_tanh"
@@ -323,9 +322,3 @@ def card_of(model, cache, history, start, ids, *draws):
         return Card(model, cache, history, start, ids, *draws)
     except NotWritten as reason:
         return reason.with_traceback(None)
-
-
-def trial(model, device):
-    """card_of for one row, to ask whether it covers the model."""
-    cache, zeros = Cache(model, 1, 1), torch.zeros(1, 1, dtype=torch.long, device=device)
-    return card_of(model, cache, zeros, zeros[0], model.config.vocab_size)
