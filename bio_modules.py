@@ -424,7 +424,7 @@ class ColumnGate(Narrowing):
         self.inhibition = nn.Parameter(torch.empty(N * N))
         self.balance = nn.Parameter(torch.zeros(N))
         others = 1 - torch.eye(N, device="cpu")  # where tensors have no memory, eye imports torch's compiler
-        self.register_buffer("others", others.to(torch.get_default_device()), persistent=False)
+        self.register_buffer("others", others.to(torch.empty(0).device), persistent=False)
 
     def init_weights(self, normal_):
         nn.init.constant_(self.inhibition, -4.0)

@@ -396,7 +396,7 @@ class RotaryPositions(nn.Module):
         self.slowed = partial(slowed, factor=config.rope_factor, low=config.rope_low, high=config.rope_high,
                               original=config.rope_original) if config.rope_factor else as_is
         for name, table in zip(("cos", "sin"), self.tables(config.block_size)):
-            self.register_buffer(name, table.to(torch.get_default_device()), persistent=False)
+            self.register_buffer(name, table.to(torch.empty(0).device), persistent=False)
 
     def tables(self, length):
         """On the CPU: where tensors have no memory, arange would import torch's compiler, for seconds."""

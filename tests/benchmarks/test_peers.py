@@ -198,7 +198,7 @@ def test_an_engine_that_is_installed_and_does_not_load_is_one_sentence(tmp_path)
 
 def test_engines_of_a_cpu_are_not_measured_beside_ours_on_a_card():
     with pytest.raises(ConfigError, match=r"llamacpp.*CPU.*--device=cpu"):
-        decode.check_place(SimpleNamespace(llamacpp=True, ctranslate2=False),
+        decode.check_place(SimpleNamespace(llamacpp=True, ctranslate2=False, load=0),
                            SimpleNamespace(device=torch.device("cuda")))
 
 

@@ -436,8 +436,9 @@ def test_reading_the_golden_arms_leaves_the_threads_as_they_are():
 
 # ------------------------------------------------ dense twins ---------------------------------
 
+# one model with and without; runs that somebody has trained
 ALONE = {"train", "race", "reach", "memory", "kernels", "fertility", "corpus", "compress", "readme",
-         "screen", "compare", "sparsify"}        # one model with and without; runs that somebody has trained
+         "screen", "compare", "sparsify", "launches"}
 OF_ARMS = {"table", "quality", "steps"}
 RECIPES = ("config/compare_pylib.py", "config/compare_pylib.py,config/longer_context.py",
            "config/train_pylib.py", "config/train_shakespeare_char.py", "config/race_shakespeare_cpu.py")
