@@ -71,7 +71,8 @@ def sanitizers(*names):
 
 
 SPREAD = ("gpt2", "relu2", "topk", "columns", "experts", "dendrites", "compartments", "predict", "event_gate",
-          "two_of_four", "adapters", "osc", "swiglu", "window", "hierarchy", "ponder", "mlp_screen", "screen")
+          "two_of_four", "adapters", "osc", "swiglu", "window", "hierarchy", "ponder", "mlp_screen", "screen",
+          "gate_first", "screened_gates", "rope_factor")
 
 
 @built
