@@ -843,7 +843,7 @@ class Screens:
         bias = None if self.c_fc.bias is None else self.c_fc.bias[self.copied()]
         return p.linear(x, p.whole(*self.copy_of(p.cache), self.c_fc.in_features, bias), act=act)
 
-    def said(self, x, ctx):
+    def estimate(self, x, ctx):
         """What the copy says of x (..., C), (..., units) in x's dtype; or the matrix that is its own copy."""
         if self.own_copy():
             return self.c_fc(x)[..., self.copied()]
@@ -859,7 +859,7 @@ class ScreenedUnits(Screens, MLP):
         """Which units are not zero by themselves, (..., units)."""
         return self.c_fc(x) > 0
 
-    scores = Screens.said
+    scores = Screens.estimate
 
     def screened(self, x, ctx):
         v = self.c_fc(x)
@@ -896,15 +896,15 @@ class ScreenedGates(Screens, SwiGLU):
         return self.c_fc(x).chunk(2, dim=-1)[1]
 
     def scores(self, x, ctx):
-        return F.silu(self.said(x, ctx)).abs() * self.reach
+        return F.silu(self.estimate(x, ctx)).abs() * self.reach
 
     def edges(self):
         """What |silu(gate)| must exceed, (units,)."""
-        return self.found_edge() / self.reach
+        return self.found_edge() / self.reach.clamp(min=1e-30)
 
     def screened(self, x, ctx):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
-        silent = F.silu(self.said(x, ctx)).abs() <= self.edges()
+        silent = F.silu(self.estimate(x, ctx)).abs() <= self.edges()
         return self.dropout(self.c_proj(torch.where(silent, 0, F.silu(gate) * up)))
 
     ways = {False: SwiGLU.forward, True: screened}

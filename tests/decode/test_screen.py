@@ -178,7 +178,7 @@ def test_screened_gates_pick_in_every_layer_the_share_that_is_asked_for():
     up = mlp.c_fc(inputs[0])[..., -mlp.c_proj.in_features:]
     reach = up.square().mean((0, 1)).sqrt() * mlp.c_proj.weight.norm(dim=0)
     torch.testing.assert_close(mlp.reach / mlp.reach.mean(), reach / reach.mean())
-    scores = torch.nn.functional.silu(mlp.said(inputs[0], None)).abs() * reach
+    scores = torch.nn.functional.silu(mlp.estimate(inputs[0], None)).abs() * reach
     kept = scores > scores.flatten().quantile(0.4)
     assert (kept == (mlp.scores(inputs[0], None) > mlp.edge)).float().mean() > 0.97
 

@@ -72,7 +72,7 @@ def sanitizers(*names):
 
 SPREAD = ("gpt2", "relu2", "topk", "columns", "experts", "dendrites", "compartments", "predict", "event_gate",
           "two_of_four", "adapters", "osc", "swiglu", "window", "hierarchy", "ponder", "mlp_screen", "screen",
-          "grouped", "grouped+dendrites")
+          "grouped", "grouped+dendrites", "gate_first", "screened_gates", "rope_factor")
 
 
 @built
