@@ -116,7 +116,7 @@ def build(compiler, flags, path):
     """Write the library, and behind it the hash that `intact` looks for. Processes may do so at once."""
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         unit, library = (Path(work) / name for name in ("kernels.o", "kernels.so"))
-        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
+        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=600)
         run([compiler, *flags, "-fopenmp", "-c", str(SOURCES[0]), "-o", str(unit)])
         libraries = "-lm", "-lpthread"                                           # OpenMP: PyTorch's
         run([compiler, *flags, "-shared", str(unit), "-o", str(library), *libraries])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sparse_kernels as kernels
 from decode import engine
-from kernels import passes
+from kernels import passes, picked
 from layers import project
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,58 @@ def test_a_product_of_a_program_equals_its_reference_over_98_shapes(dtype, bias,
             torch.testing.assert_close(found, exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
             assert torch.equal(product(x[[4]], w, b), found[[4]])
             case()
+
+
+FORMS = ("float32", "bfloat16", "int8", "int4", "2:4 float32", "2:4 bfloat16", "2:4 int8")
+
+
+def matrix_of(p, form, weight):
+    """A program's matrix of weights (N, K) in a form."""
+    pruned = kernels.prune_24(weight) if form.startswith("2:4") else weight
+    if form in ("int8", "int4"):
+        return p.whole(*kernels.quantize(pruned, int(form[3:])), weight.size(1), None)
+    if form in ("float32", "bfloat16"):
+        return p.matrix(pruned)
+    codes, scale = kernels.quantize(pruned, 8)
+    kept = codes[:, :weight.size(1)].view(torch.int8) if form == "2:4 int8" else pruned.to(p.dtype)
+    values, meta = kernels.pack_24(kept)
+    if not picked.wanted(torch.device("cpu"), whole=form == "2:4 int8"):
+        return p.packed(values, meta, None, weight.size(1))
+    laid = picked.lay(values, meta, weight.size(1))
+    return p.picked(laid, kept.dtype, weight.size(1), None, scale if form == "2:4 int8" else None)
+
+
+def product_in(form, x, weight, far=0):
+    dtype = torch.bfloat16 if "bf" in form else torch.float32
+    run = engine.Alone(lambda p, x: p.linear(x, matrix_of(p, form, weight)), x.to(dtype), len(weight))
+    run.program.c.far = far
+    return run().clone()
+
+
+@built
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_a_batch_are_bit_for_bit_what_they_are_alone_in_every_form(form, case):
+    """Of 1 to 8 rows together, read from memory and from a cache; one that is not finite spoils no other."""
+    if form == "2:4 int8" and not picked.wanted(torch.device("cpu"), whole=True):
+        pytest.skip("read dense here")
+    for N, K in itertools.product((1, 3, 4, 6, 33), (4, 36, 64, 68, 96, 128, 132, 192, 260, 388, 772)):
+        x, weight = normal(8, K, seed=K), normal(N, K, seed=N) / K ** 0.5
+        together = product_in(form, x, weight)
+        exact = x @ (kernels.prune_24(weight) if form.startswith("2:4") else weight).t()
+        lost = {"float32": 1e-5, "int4": 0.4}.get(form.removeprefix("2:4 "), 0.05)
+        torch.testing.assert_close(together, exact, atol=lost, rtol=lost)
+        for rows in range(1, 8):
+            far = rows % 2
+            assert torch.equal(product_in(form, x[8 - rows:], weight, far), together[8 - rows:]), (N, K, rows)
+        for wrong in (math.inf, math.nan):
+            broken = x.clone()
+            broken[2, K // 2 - 1] = wrong
+            found = product_in(form, broken, weight)
+            others = [r for r in range(8) if r != 2]
+            assert torch.equal(found[others], together[others])
+            if "int" in form:
+                assert found[2].isnan().all()
+        case()
 
 
 @built
