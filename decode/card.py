@@ -181,8 +181,9 @@ class Card:
         by, copy = norm or x, units and units.copy
         M = scores.size(1) if scores is not None else N
         ends = scores is not None or choice
-        halved = x.kind == "join" or bool(copy or choice)
-        tile = self.k.product_tile(self.tall, N, K, gated, halved, self.processors)
+        halved = x.kind == "join" or bool(units or choice)
+        tile = self.k.product_tile(self.tall, N, K, gated or choice == "largest", halved,
+                                   self.processors)
         more = self.k.choice_tile(self.tall, N, M if choice else 0) if ends else dict(BM=1, BT=1, BLOCK=1)
         self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (
             x.x, x.marks, by.gain, by.shift, matrix.weight, matrix.scale, matrix.bias, onto and onto.x, out,

@@ -617,12 +617,13 @@ SPLIT = 64                                       # columns of the cache that are
 MOST_SPLITS = 16
 
 
-def product_tile(rows, N, K, gated, halved, processors):
+def product_tile(rows, N, K, fewer, halved, processors):
     """Tile of product_kernel: as many outputs a program as leave two programs for every multiprocessor.
-    halved: of its inputs half as many at a time, because it joins splits, reads a copy too, or chooses."""
+    fewer: half as many, because it is gated or keeps the largest. halved: of its inputs half as many at a
+    time, because it joins splits, or units are chosen."""
     most, BK = PRODUCTS[rows]
     BK = min(BK // (2 if halved else 1), max(32, triton.next_power_of_2(K)))
-    BN = most // 2 if gated else most
+    BN = most // 2 if fewer else most
     while BN > 1 and N < 2 * processors * BN:
         BN //= 2
     return dict(ROWS=rows, BN=BN, BK=BK, num_warps=4)

@@ -116,7 +116,7 @@ def jobs_of_a_step(every=False):
             for bits, rows, (name, form) in itertools.product(
                     whole, (1, 2, 4, 8), CHOOSING.items()) if every else some_choosing():
                 kind = form["INPUT"]
-                tile = steps.product_tile(rows, 10 ** 6, 4096, False, name != "gates", 1)
+                tile = steps.product_tile(rows, 10 ** 6, 4096, name == "largest", True, 1)
                 act = "relu2" if kind == "layernorm" else "none"
                 form = dict(ACT=act, GATED=False, D=64, BITS=bits) | form
                 choice = steps.choice_tile(rows, 768, 64 if name in ("columns", "experts") else 4096)
@@ -196,7 +196,7 @@ def build(job):
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", path)))
         code = tool("nvdisasm", "-c", path)
     return {"kernel": name, "architecture": arch, "type": half, "bits": constants.get("BITS"), "tile": tile,
-            "chooses": bool(constants.get("COPY") or constants.get("CHOICE")),
+            "chooses": bool(constants.get("COPY") or constants.get("CHOICE") or "gates" in types),
             **{key.lower(): int(value) for key, value in used.items()}, "shared": done.metadata.shared,
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "wide_loads": len(re.findall(WIDE, code)),
             "expected": EXPECTED[name], "products": len(re.findall(EXPECTED[name], code))}
