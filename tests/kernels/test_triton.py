@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import interpreted
 import pytest
 import torch
 from arms import ARMS, build, tokens
@@ -32,14 +33,11 @@ def counts(x, n):
 
 if find_spec("triton") is None:
     pytest.skip("no Triton on this system", allow_module_level=True)
-if not torch.cuda.is_available():                # read when triton is imported, so before any test runs
-    os.environ["TRITON_INTERPRET"] = "1"
-gpu = kernels.triton_kernels()
-steps = importlib.import_module("kernels.triton_step")
-import triton  # noqa: E402  (behind the switch that it reads)
-
-probe = triton.jit(counts)
-os.environ.pop("TRITON_INTERPRET", None)
+with interpreted.by_default():
+    import triton
+    gpu = kernels.triton_kernels()
+    steps = importlib.import_module("kernels.triton_step")
+    probe = triton.jit(counts)
 
 
 def read_one_element():
