@@ -303,9 +303,10 @@ def test_sharded_muon_moves_each_matrix_as_the_whole_one_is_moved(train, ranks, 
 
 def test_sharded_muon_gives_the_curve_of_one_process(train):
     """Two ranks of one micro-batch each add up what one process does of two, in the same order: no last bit
-    differs that bf16 could magnify. With torch 2.11 one does after eight steps: losses alone are compared
-    there. Its checkpoint is everybody's."""
-    exact = not torch.__version__.startswith("2.11.")
+    differs that bf16 could magnify. With torch 2.11, and with AVX-512, one does after some steps: losses
+    alone are compared there. Its checkpoint is everybody's."""
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    exact = not (wide or torch.__version__.startswith("2.11."))
     keys = dict(optimizer="muon", dropout=0.0, grad_clip=0.0, n_embd=15, n_head=3, lr_decay_iters=20)
     train(**keys | dict(out="single", max_iters=20))
     in_parallel(train, 2, max_iters=7, fsdp=True, out="sharded", **keys)
