@@ -140,6 +140,7 @@ class Nursery:
 
 
 nursery = Nursery() if hasattr(os, "fork") else None
+import interpreted  # noqa: E402, F401  (behind the fork: scripts import Triton as it is)
 
 
 class Job:

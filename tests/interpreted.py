@@ -1,5 +1,5 @@
-"""Triton's interpreter where there is no card. Triton reads the switch when it is imported, so a test file
-whose imports bring it, such as FlexAttention's, imports this first."""
+"""Triton's interpreter where there is no card. Triton reads the switch when it is imported, and much imports
+it (FlexAttention, torch's counter of FLOPs), so conftest.py imports this first."""
 import contextlib
 import importlib
 import os

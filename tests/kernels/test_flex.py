@@ -2,7 +2,6 @@
 computes it without a kernel, and its refusal of gradients there is lifted; on a card it runs as it is."""
 import importlib
 
-import interpreted  # noqa: F401  (before what imports Triton)
 import pytest
 import torch
 from arms import tokens
