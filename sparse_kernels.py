@@ -5,6 +5,7 @@ costs 2 us, where a library's matrix product costs 20. They share PyTorch's Open
 """
 import contextlib
 import ctypes
+import functools
 import itertools
 import weakref
 
@@ -183,7 +184,8 @@ def few_tokens(x):
 
 def all_finite(tensor):
     """Is no element NaN or infinite? In one pass."""
-    return all(end.isfinite().item() for end in torch.aminmax(tensor.detach()))
+    tensor = tensor.detach() if tensor.is_contiguous() else tensor.detach().transpose(0, -1)     # not by a copy
+    return all(end.isfinite().item() for end in torch.aminmax(tensor))
 
 
 # ------------------------------------------------ the largest -------------------------------------------
@@ -364,13 +366,21 @@ def whole_rows_sum_reference(a, codes, scale, C):
 
 
 def whole_product(x, codes, scale):
-    """As the reference; in inference on a CPU by the arithmetic of kernels/step.c, many tokens where that
-    has vectors of whole numbers."""
+    """As the reference; in inference on a CPU few tokens by the arithmetic of kernels/step.c. Many tokens: 8
+    bits as a product of whole numbers, exactly; 4 bits in a bf16 model as a product of bf16, to which the
+    weights are rounded; both where the processor does that fast, else by step.c where it has vectors."""
     if tally is not None:
         tally.macs += x.numel() * len(codes)
         tally.bytes += codes.nbytes + scale.nbytes
-    if not few_tokens(x) and not many_whole(x):
-        return whole_product_reference(x, codes, scale)
+    if not few_tokens(x):
+        if len(scale) and many(x) and multiplies_whole_numbers():
+            return product_of_whole_numbers(x, codes, scale)
+        if multiplies_bf16(x):
+            q, by = tokens_in_8_bits(x)
+            y = F.linear(q.bfloat16(), in_bf16(codes, scale, x.size(-1))).float()
+            return y.mul_(by[:, None]).view(*x.shape[:-1], len(codes))
+        if not (many(x) and prompts_in_whole_numbers()):
+            return whole_product_reference(x, codes, scale)
     y = torch.empty(*x.shape[:-1], len(codes))
     matrix = whole_matrix(codes, scale, x.size(-1))
     wide = x.float().contiguous()
@@ -386,6 +396,8 @@ def whole_rows_sum(a, codes, scale, C, all=False):
         tally.macs += int(live.sum()) * C
         tally.bytes += int(live.any(dim=0).sum()) * (codes.size(1) + 8 * bool(len(scale)))
     if not few_tokens(a):
+        if multiplies_bf16(a):
+            return (a @ in_bf16(codes, scale, C)).float()
         return whole_rows_sum_reference(a, codes, scale, C)
     y = torch.empty(*a.shape[:-1], C)
     matrix = whole_matrix(codes, scale, C)
@@ -395,9 +407,50 @@ def whole_rows_sum(a, codes, scale, C, all=False):
     return y
 
 
-def many_whole(x):
-    """Is this a prompt on a CPU that multiplies whole numbers faster than floats?"""
-    return x.is_cpu and x.numel() > 0 and inferring() and prompts_in_whole_numbers()
+def product_of_whole_numbers(x, codes, scale):
+    """x (..., K) rounded to 8 bits times weights (N, K) of 8 bits, on a CPU -> (..., N) fp32."""
+    q, by = tokens_in_8_bits(x)
+    sums = torch._int_mm(q, codes.view(torch.int8)[:, :x.size(-1)].t())
+    cpu_library()[0].scale_sums(*map(pointer, (sums, by, scale)), *sums.shape, torch.get_num_threads())
+    return sums.view(torch.float32).view(*x.shape[:-1], len(codes))
+
+
+def tokens_in_8_bits(x):
+    """As in_8_bits, in C: x (..., K) on a CPU -> int8 (tokens, K) and scales (tokens)."""
+    x = x.contiguous() if x.dtype in NAMES else x.float().contiguous()
+    q = torch.empty(x.numel() // x.size(-1), x.size(-1), dtype=torch.int8)
+    by = torch.empty(len(q))
+    getattr(cpu_library()[0], f"in_8_bits_{NAMES[x.dtype]}")(*map(pointer, (x, q, by)), *q.shape,
+                                                             torch.get_num_threads())
+    return q, by
+
+
+@functools.cache
+def multiplies_whole_numbers():
+    """Does PyTorch multiply 8 bits fast here, and exactly? Without VNNI its sums of pairs are cut off at 16
+    bits (oneDNN), and ONEDNN_MAX_CPU_ISA can take VNNI away: a product that would be cut off tells."""
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported() and cpu_library()[0]):
+        return False
+    q = torch.full((64, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(q, -q) == -64 * 127 * 127).all())
+
+
+def multiplies_bf16(x):
+    """Is this a prompt in bf16 on a CPU that multiplies bf16 itself?"""
+    return many(x) and x.dtype == torch.bfloat16 and NATIVE_BF16 and cpu_library()[0] is not None
+
+
+def in_bf16(codes, scale, K):
+    """What quantised weights (N, K) stand for, rounded to bf16, on a CPU."""
+    rows = torch.empty(len(codes), K, dtype=torch.bfloat16)
+    matrix = whole_matrix(codes, scale, K)
+    cpu_library()[0].whole_to_bf16(ctypes.addressof(matrix), rows.data_ptr(), torch.get_num_threads())
+    return rows
+
+
+def many(x):
+    """Is this a prompt on a CPU?"""
+    return x.is_cpu and x.numel() > 0 and inferring()
 
 
 def prompts_in_whole_numbers():

@@ -48,10 +48,10 @@ OTHERS = "columns*2", "columns*4", "dendrites1", "dendrites4", *BREAK
 SHAPED = {
     "2:4": dict(weights="2:4"),
     "screened head": dict(screen=True),
-    "efficient": dict(mlp_topk=0.1, mlp_predict=64, mlp_active=0.2, weights="2:4", window=128, screen=True),
+    "efficient": dict(mlp_screen=4, mlp_live=0.1, window=128, screen=True),
+    "screened + 2:4 + window 128": dict(mlp_screen=4, mlp_live=0.1, weights="2:4", window=128, screen=True),
     "columns + 2:4 + window 128": dict(columns=32, columns_active=3, weights="2:4", window=128, screen=True),
-    "efficient + hierarchy 4": dict(mlp_topk=0.1, mlp_predict=64, mlp_active=0.2, weights="2:4", window=128,
-                                    hierarchy=4, screen=True),
+    "efficient + hierarchy 4": dict(mlp_screen=4, mlp_live=0.1, window=128, hierarchy=4, screen=True),
     "columns + 2:4 + hierarchy 4": dict(columns=32, columns_active=3, weights="2:4", hierarchy=4,
                                         screen=True),
     "columns + a quarter of attention": dict(columns=32, columns_active=3, attn_topk=0.25, screen=True)}

@@ -19,7 +19,7 @@ from benchmarks.record import CT2, HF, LLAMA, OURS, OURS_FP32, PEER, TWIN
 from benchmarks.timing import interleave, measurement, milliseconds, show, spread, times_better
 from benchmarks.work import ready, work
 from configurator import require
-from decode import engine
+from decode import calibrate, engine
 from decode.context import Cache, CachedContext
 from decode.quantized import check_quantize, kinds_in, quantize
 from decode.sampling import recorded_step
@@ -156,8 +156,13 @@ def add_sides(models, contexts, blocks, kinds, shape, place):
     """Add to the sides models with blocks ({side: flags}), and each of ours in every kind of whole numbers
     -> {side: its dense twin}; a dense model's, in whole numbers, is itself."""
     twins = {name: named_twin(flags) for name, flags in blocks.items() if named_twin(flags) != name}
+    text = torch.randint(shape["vocab_size"], (2, min(256, shape["block_size"])),
+                         generator=torch.Generator().manual_seed(1337))
     for name, flags in blocks.items():
-        models[name] = ready(GPT(GPTConfig(**shape | flags), seed=1337), place)
+        model = GPT(GPTConfig(**shape | flags), seed=1337).eval()
+        if calibrate.screened(model):            # of random weights, that no text has trained
+            calibrate.calibrate(model, text, model.config.mlp_live)
+        models[name] = ready(model, place)
         contexts[name] = contextlib.nullcontext()
     for kind in kinds:
         for name in (OURS, *blocks):

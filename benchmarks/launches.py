@@ -164,7 +164,7 @@ def predictions(launch):
     base = best["1.5B", "dense, squared ReLU, bf16"][0]
     for name in ("screened units, bf16", "dense, squared ReLU, int4", "screened units, int8", "2:4, bf16",
                  "efficient, bf16"):
-        packed = " (packed: not in the step yet)" * (name in ("2:4, bf16", "efficient, bf16"))
+        packed = " (packed: not in the step yet)" * (name == "2:4, bf16")
         rows.append(("G4", f"1.5B {name}{packed} against dense bf16", base / best["1.5B", name][0], "x"))
     worst = min((best[shape, "dense, squared ReLU, bf16"][0] / best[shape, v.name][0], f"{shape} {v.name}")
                 for shape in ("124M", "1.5B") for v in VARIANTS

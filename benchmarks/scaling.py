@@ -50,6 +50,7 @@ class Variant(NamedTuple):
     hierarchy: int = 1                           # the middle layers run on every so many tokens
     screened_head: bool = False                  # 8 bits of it are looked at first, where it has 16
     window: int = 0                              # of three layers in four
+    share: float = 0.0                           # of the units that a screen picks; 0: Scaling.share
 
     def form(self, part):
         """How a row of attention (0) or of W_up (1) is stored: see row_bytes."""
@@ -58,10 +59,12 @@ class Variant(NamedTuple):
 
 INT8, INT4 = (8, 8, 8), (8, 4, 8)
 COMBINED = dict(mlp="columns", two_of_four=True, hierarchy=4, screened_head=True)
-EFFICIENT = dict(mlp="predict", two_of_four=True, screened_head=True, window=128)
+EFFICIENT = dict(mlp="screen", share=0.1, screened_head=True, window=128)
+PREDICTING = dict(mlp="predict", two_of_four=True, screened_head=True, window=128)
 VARIANTS = tuple(Variant(f"{name}, {kind}", bits, **flags) for name, flags in {
     "dense, GELU": dict(mlp="gelu"), "dense, squared ReLU": {}, "screened units": dict(mlp="screen"),
     "2:4": dict(two_of_four=True), "hierarchy 4": dict(hierarchy=4), "efficient": EFFICIENT,
+    "predict + 2:4 + window 128": PREDICTING,
     "columns + 2:4 + hierarchy 4": COMBINED}.items()
     for kind, bits in {"bf16": (16, 16, 16), "int8": INT8, "int4": INT4}.items()
     if name != "2:4" or kind != "int4")          # 4 bits are stored dense
@@ -142,7 +145,7 @@ def kv_bytes(v, layers, C, context):
 
 def costs(v, layers, C, cfg):
     """Of a decode step, the mean of tokens: bytes of weights, of keys and values, and ops."""
-    layer = attention_bytes(v, C) + mlp_bytes(v, C, *rows_read(v, 4 * C, cfg.live, cfg.share))
+    layer = attention_bytes(v, C) + mlp_bytes(v, C, *rows_read(v, 4 * C, cfg.live, v.share or cfg.share))
     outer = outer_layers(v, layers)
     ran = outer + (layers - outer) / v.hierarchy
     each = OPS[v.mlp] - own_copy(v)              # which has no list of units
@@ -207,7 +210,7 @@ def rival_of(v):
 
 def flags_of(v, C):
     """The flags of GPTConfig that make a variant of width C."""
-    mlp = {"gelu": dict(act="gelu"), "relu2": {}, "screen": dict(mlp_screen=4),
+    mlp = {"gelu": dict(act="gelu"), "relu2": {}, "screen": dict(mlp_screen=4, mlp_live=v.share or 0.15),
            "predict": dict(mlp_topk=WINNERS, mlp_predict=C // RANK, mlp_active=PREDICTED),
            "columns": dict(columns=COLUMNS, columns_active=ACTIVE)}[v.mlp]
     more = dict(hierarchy=v.hierarchy if v.hierarchy > 1 else 0, screen=v.screened_head, window=v.window,

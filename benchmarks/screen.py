@@ -82,6 +82,9 @@ def screen(cfg):
     run = Run(cfg)
     print(f"{run.parameters:,} parameters, {cfg.dtype}, {sparse_kernels.path_taken(torch.device('cpu'))}")
     points, readers = measure_all(cfg, run)
+    without = [name for name, p in points.items() if "loss" not in p]
+    require(not (cfg.plot and without), f"plot: the loss of '{''.join(without[:1])}' is not measured: "
+            "leave time_only out, or type --losses=FILE of a record that has it")
     measurements = {} if cfg.loss_only else {"decode": timed(cfg, run, points, readers)}
     tell(cfg, run, points, measurements)
     if cfg.plot:
@@ -227,6 +230,8 @@ def compare(points, base):
     """Add to every point its loss less the dense one's, window by window, with a 95% interval."""
     dense = points[base]
     for point in points.values() if "loss" in dense else ():
+        if "loss" not in point:                  # timed alone, and not in the earlier record
+            continue
         point["nats"] = mean_interval([a - b for a, b in zip(point["of_windows"], dense["of_windows"])])
         point["percent"] = 100 * (point["loss"] / dense["loss"] - 1)
 
@@ -325,8 +330,6 @@ def draw(path, points, measurements):
     """The loss against tokens/s, or where no times are known against bytes a token."""
     key, label = (("tokens_per_second", "tokens/s, greedy, batch 1") if measurements
                   else ("bytes", "MB of weights a token"))
-    require(all("loss" in p for p in points.values()), "plot: the losses are not measured: leave time_only "
-            "out, or type --losses=FILE")
     with drawing(path, 1, (7, 4.5)) as axis:
         lines, names = {}, []
         for name, p in points.items():

@@ -44,6 +44,8 @@ def cpu_library():
         call.argtypes = [ctypes.c_void_p]
     for call in (library.whole_products, library.whole_rows_sum):
         call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
+    library.whole_to_bf16.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int]
+    library.scale_sums.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_int]
     library.rows_of_copy.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 2 + [ctypes.c_int]
     library.draw.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     library.uniform.argtypes, library.uniform.restype = [ctypes.c_uint64] * 3, ctypes.c_double
@@ -52,11 +54,13 @@ def cpu_library():
         getattr(library, f"osc_{name}").argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"osc_back_{name}").argtypes = [pointer] * 8 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"unpack24_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
+        getattr(library, f"in_8_bits_{name}").argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"copy8_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"norm_{name}").argtypes = ([pointer] * 4 + [number] * 4
                                                      + [ctypes.c_float, ctypes.c_int])
         for kernel, pointers, numbers, flags in (
-                ("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("event", 4, 2, 2), ("event_back", 6, 2, 2),
+                ("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("winners", 2, 3, 1), ("event", 4, 2, 2),
+                ("event_back", 6, 2, 2),
                 ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1),
                 ("relu2", 2, 1, 1), ("relu2_back", 3, 1, 1), ("norm_back", 6, 4, 1),
                 ("gates", 5, 3, 1), ("gates_back", 6, 2, 1)):

@@ -43,6 +43,15 @@ def among_largest(scores, k):
     n = scores.size(-1)
     if not 0 < k < n:
         return torch.full_like(scores, k > 0, dtype=torch.bool)
+    if in_c(scores) and not torch.compiler.is_compiling():
+        won = as_new(scores, torch.bool)
+        run_pass("winners", (scores.contiguous(), won), scores.numel() // n, n, k)
+        return won
+    return among_largest_reference(scores, k)
+
+
+def among_largest_reference(scores, k):
+    n = scores.size(-1)
     edge = scores.kthvalue(n - k + 1, dim=-1, keepdim=True).values
     above, equal = scores > edge, scores == edge
     if_number, if_nan = edge == edge, scores != scores

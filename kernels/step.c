@@ -2850,6 +2850,39 @@ void whole_products(const struct matrix *w, const float *x, float *y, long count
     }
     free(ready);
 }
+/* sums (M, N), which become floats: times a scale of each row and one of each column */
+void scale_sums(int32_t *sums, const float *by, const struct of_row *of, long M, long N, int threads) {
+    typedef float __attribute__((may_alias)) number;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        int32_t *row = sums + m * N;
+        #pragma omp simd
+        for (long n = 0; n < N; n++) ((number *)row)[n] = row[n] * (by[m] * of[n].scale);
+    }
+}
+/* out (rows, width) bf16 = what whole numbers stand for, rounded once */
+void whole_to_bf16(const struct matrix *w, uint16_t *out, int threads) {
+    long K = w->width, wide = padded(K);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long n = 0; n < w->rows; n++) {
+        const int8_t *codes = (const int8_t *)w->data + n * w->stride;
+        uint16_t *to = out + n * K;
+        if (w->kind == IS_I8) {
+            float scale = ((const struct of_row *)w->scale)[n].scale;
+            #pragma omp simd
+            for (long k = 0; k < K; k++) to[k] = down_bf16(codes[k] * scale);
+        } else
+            for (long k = 0; k < K; k += 32) {                  /* a group: the low or the high half of 32 bytes */
+                const uint8_t *bytes = (const uint8_t *)codes + k / 64 * 32;
+                float scale = up_bf16(((const uint16_t *)(codes + wide / 2))[k / 32]);
+                int high = k / 32 % 2 * 4;
+                uint16_t group[32];
+                #pragma omp simd
+                for (int i = 0; i < 32; i++) group[i] = down_bf16(((bytes[i] >> high & 15) - 8) * scale);
+                memcpy(to + k, group, (K - k < 32 ? K - k : 32) * sizeof(uint16_t));
+            }
+    }
+}
 /* What quads_i8 and op_bounds want of a copy in 8 bits (N, K): scale and sum of each row, and its size */
 void rows_of_copy(const int8_t *q, const float *scale, struct of_row *of, float *size, long N, long K, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)

@@ -67,6 +67,21 @@ void OF(fire)(const TYPE *v, TYPE *kept, uint8_t *won, long M, long n, long grou
     }
 }
 
+/* won: 1 at the places of the k largest of each row of scores s (M, n), 0 elsewhere */
+void OF(winners)(const TYPE *restrict s, uint8_t *restrict won, long M, long n, long k, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; m++) {
+        BUFFER(int32_t, rank, n);
+        #pragma omp simd
+        for (long i = 0; i < n; i++) rank[i] = rank_of(OF(up)(s[m * n + i]));
+        long ties;
+        int32_t edge = edge_of(rank, n, k, &ties);
+        for (long i = 0; i < n; i++)
+            won[m * n + i] = rank[i] > edge || (rank[i] == edge && ties-- > 0);
+        RELEASE(rank);
+    }
+}
+
 /* Its gradient from g: that of the places that won, behind act's */
 void OF(fire_back)(const TYPE *restrict g, const TYPE *restrict v, const uint8_t *restrict won,
                     TYPE *restrict dv, long M, long n, int act, int threads) {

@@ -841,6 +841,10 @@ def test_a_run_is_screened_in_parts_that_go_together(train, data):
         assert again["tokens_per_second"] == sides[name]["median"] > 0
         assert [again.get(key) for key in ("loss", "edges", "bytes", "nats")] == [
             p.get(key) for key in ("loss", "edges", "bytes", "nats")]
+    timed = "--losses=losses.json", "--time_only", "--shares=30", "--repeats=1"
+    points = record_of(run(train.folder, *words, *timed))["points"]
+    assert "loss" not in points["int8, 4-bit copy, 30%"] and points["int8"]["nats"]["n"] == 4
+    one_sentence(run(train.folder, *words, *timed, "--plot=p.png"), "bench.py", "float32, 4-bit copy, 30%")
     other = run(train.folder, *words, "--losses=losses.json", "--windows=3")
     one_sentence(other, "bench.py", "losses='losses.json'", "--windows=3")
     one_sentence(run(train.folder, *words, "--dataset=gone/"), "bench.py", "gone/")

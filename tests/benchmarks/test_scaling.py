@@ -80,7 +80,7 @@ def test_ops_on_paper_are_those_of_the_engine(programs, name):
 
 
 def test_rows_on_paper_are_those_that_a_variant_picks(programs):
-    for name in ("efficient, bf16", "columns + 2:4 + hierarchy 4, bf16"):
+    for name in ("predict + 2:4 + window 128, bf16", "columns + 2:4 + hierarchy 4, bf16"):
         v = BY_NAME[name]
         up, down = scaling.rows_read(v, 4 * C, 0.18, 0.15)
         assert [n for n in ran(programs[name], "layer 0 MLP", "linear", "read") if n][-1] == up
