@@ -774,8 +774,9 @@ class Screens:
                 f"'{c.act}' has none of: type --mlp_screen=4")
         require(not bits or c.act in ("relu2", "swiglu"), f"mlp_screen={bits} needs units that are zero or a "
                 f"gate that is small, act='{c.act}' has neither: it is for relu2 and swiglu")
-        require(not bits or c.act == "relu2" or c.mlp_live, f"mlp_live={c.mlp_live} reads what is not zero, "
-                f"which is all of act='{c.act}': type --mlp_live=0.5, for example")
+        require(not bits or c.act == "relu2" or c.mlp_live > type(c).mlp_live, f"mlp_live={c.mlp_live} is "
+                f"too little for act='{c.act}', none of whose units is zero by itself: type --mlp_live=0.65, "
+                "for example")
         require(not bits or (c.mlp_topk == 1 and not c.event_gate),
                 f"mlp_screen={bits} and mlp_topk={c.mlp_topk} or event_gate={c.event_gate} both choose which "
                 "units fire: leave one of them out")

@@ -184,7 +184,8 @@ def few_tokens(x):
 
 def all_finite(tensor):
     """Is no element NaN or infinite? In one pass."""
-    tensor = tensor.detach() if tensor.is_contiguous() else tensor.detach().transpose(0, -1)     # not by a copy
+    tensor = tensor.detach()
+    tensor = tensor if tensor.is_contiguous() else tensor.transpose(0, -1)           # aminmax copies others
     return all(end.isfinite().item() for end in torch.aminmax(tensor))
 
 

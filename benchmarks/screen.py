@@ -23,6 +23,7 @@ from decode import calibrate, engine
 from decode.context import Cache
 from decode.quantized import check_quantize, forms_of, kinds_in, quantize
 from kernels.arena import move_weights
+from layers import Linear
 from model import GPT, GPTConfig, build_model
 from training import checkpoint as ckpt
 from training.runtime import DTYPES
@@ -30,12 +31,13 @@ from viz.figures import drawing, name_points
 
 STORED = "bf16", "q8_0", "q4_0"                  # files of llama.cpp
 QUICK = dict(shares="15", bits="4", quantize="int8", windows=8, repeats=3)
+ALL_ROWS = ", all rows"                          # of W_down: as an engine reads them that skips none
 COUNTED = 16                                     # steps whose bytes are counted
 
 
 @dataclass(frozen=True)
 class Screen(Timed):
-    """Screened units of a trained run: loss, bytes and tokens/s, beside dense, whole numbers, llama.cpp."""
+    """Screened units of a trained run: loss, bytes, tokens/s, beside dense, whole numbers, llama.cpp."""
     out_dir: str = "out"  # the run; a folder behind the word screen is the same
     dataset: str = ""  # data folder: thresholds from its training text, losses on the other; empty: the run's
     shares: str = "5,10,15,20,30"  # mean shares of the units that are read, in percent, by commas
@@ -120,9 +122,13 @@ class Run:
                       "dtype": cfg.dtype, "data": folder.name, "held_out_tokens": self.x.numel(),
                       "calibrated_on_tokens": self.text.numel()}
 
-    def models(self, kind, bits):
-        """-> a model whose weights are as they decode and whose sums are fp32, and the one that decodes."""
-        model = build_model(self.loaded, self.path, mlp_screen=bits).eval()
+    def models(self, kind, bits, all_rows=False):
+        """-> a model whose weights are as they decode and whose sums are fp32, and the one that decodes.
+        all_rows: it reads all rows of W_down, also those of silent units."""
+        some = dict(mlp_screen=bits, mlp_live=0.5)                   # shares are set one by one
+        model = build_model(self.loaded, self.path, **some).eval()
+        for block in model.transformer.h if all_rows else ():
+            block.mlp.c_proj = by_output(block.mlp.c_proj)
         if kind:
             if 4 in forms_of(kind) and not self.moments:
                 self.moments = calibrate.input_moments(model.use_policy(False), self.text)
@@ -130,6 +136,13 @@ class Run:
         decodes = copy.deepcopy(model.to(self.dtype))
         move_weights(decodes)
         return model.float(), decodes
+
+
+def by_output(linear):
+    """A NeuronMajor as a Linear, whose memory does not lie by unit: a step reads all of it."""
+    found = Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    found.weight, found.bias = torch.nn.Parameter(linear.weight.detach().contiguous()), linear.bias
+    return found
 
 
 def data_of(dataset, loaded):
@@ -161,14 +174,18 @@ def measure_all(cfg, run):
     bits, shares = ([int(n) for n in words.split(",")] for words in (cfg.bits, cfg.shares))
     four = 4 if 4 in bits else bits[0]
     families = [("", some) for some in bits] + [(kind, four) for kind in kinds_in(cfg.quantize)]
-    count = len(families) * (1 + len(shares)) - len(bits) + 1
+    whole = run.config.act == "relu2"            # has silent units, whose rows a step leaves unread
+    count = len(families) * (1 + len(shares)) - len(bits) + 1 + whole * (len(families) - len(bits) + 1)
     progress = tqdm(total=count * cfg.windows, unit="window", disable=cfg.time_only)
-    for kind, some in families:
-        exact, decodes = run.models(kind, some)
+    ways = [(*family, all_rows) for family in families for all_rows in sorted({whole, False}, reverse=True)]
+    for kind, some, all_rows in ways:
+        if all_rows and (kind or base) + ALL_ROWS in points:
+            continue
+        exact, decodes = run.models(kind, some, all_rows)
         own, seen = calibrate.screened(exact)[0].own_copy(), None
-        for share in (0, *shares):
+        for share in (0,) if all_rows else (0, *shares):
             copied = f", {'its own' if own else f'{some}-bit'} copy, {share}%" * bool(share)
-            name = (kind or base) + copied
+            name = (kind or base) + copied + ALL_ROWS * all_rows
             if name in points:
                 continue
             point = points[name] = {"weights": kind or base, "bits": some * bool(share), "own_copy": own,

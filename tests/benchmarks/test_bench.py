@@ -825,9 +825,13 @@ def test_a_run_is_screened_in_parts_that_go_together(train, data):
     part = record_of(run(train.folder, *words, "--loss_only", "--out=losses.json"))
     points = part["points"]
     assert points.keys() == {"float32", "int8", "int4", *(
+        f"{kind}, all rows" for kind in ("float32", "int8", "int4")), *(
         f"{first} copy, {share}%" for first in ("float32, 4-bit", "int8, 4-bit", "int4, its own")
         for share in (15, 100))}
     assert not part["measurements"] and all("loss" in p and p["bytes"] > 0 for p in points.values())
+    for kind, place in (("float32", 1e-6), ("int8", 1e-2)):      # as if no unit were known to be silent
+        assert points[f"{kind}, all rows"]["loss"] == pytest.approx(points[kind]["loss"], abs=place)
+    assert points["float32, all rows"]["bytes"] > points["float32"]["bytes"]
     assert points["float32, 4-bit copy, 100%"]["percent"] == pytest.approx(0, abs=1e-3)
     assert points["float32, 4-bit copy, 100%"]["edges"] == [None] * len(points["float32"]["live"])
     assert points["float32, 4-bit copy, 15%"]["bytes"] < points["float32, 4-bit copy, 100%"]["bytes"]
