@@ -1312,6 +1312,16 @@ static void add_whole_rows(const struct matrix *w, const float *by, const long *
 #endif
 }
 
+#ifdef __AVX512F__
+/* to: `first` plus the places of the bits of `kept`, 16 numbers in all, of which those behind mean nothing
+   -> how many mean something */
+static inline long put_places(int32_t *to, long first, __mmask16 kept) {
+    const __m512i places = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(kept, _mm512_add_epi32(places, _mm512_set1_epi32(first))));
+    return __builtin_popcount(kept);
+}
+#endif
+
 /* ------------------------------------------------ ops ---------------------------------------------------- */
 
 /* x = table[id] (+ positions[column]) (+ rows of hashed n-grams), rounded. w: the token table; p[0], p[1]:
@@ -1526,6 +1536,21 @@ static inline long some(float v) {
     memcpy(&bits, &v, sizeof bits);
     return bits << 1 != 0;
 }
+/* to: which of n x are not 0, rising; it has room for `room` places, all of which may be written */
+static long not_zero(const float *x, long n, long room, int32_t *to) {
+    long count = 0, i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= n && count + 16 <= room; i += 16)
+        count += put_places(to + count, i, _mm512_test_epi32_mask(_mm512_loadu_si512(x + i),
+                                                                  _mm512_set1_epi32(0x7fffffff)));
+#endif
+    (void)room;
+    for (; i < n; i++) {
+        to[count] = i;
+        count += some(x[i]);
+    }
+    return count;
+}
 static inline long sums_of(long rows) { return rows < 16 * SUMS ? (rows + 15) / 16 : SUMS; }
 static void add_rows(const struct matrix *w, float *sums, const float *by, const long *rows, const int *live,
                      long n, int32_t *room) {
@@ -1547,10 +1572,8 @@ static void op_rows_sum(struct op *o, struct thread *me) {
         const int32_t *list = o->list < 0 ? 0 : list_of(o, me, r, most);
         long n = list ? *list++ : w->rows, count = 0;
         const float *x = at(me, o->in) + r * most;
-        for (long i = 0; i < n; i++) {
-            live[r * room + count] = i;
-            count += some(x[i]) | all;
-        }
+        if (all) for (; count < n; count++) live[r * room + count] = count;
+        else count = not_zero(x, n, room, live + r * room);
         if (list) for (long i = 0; i < n; i++) rows[r * room + i] = list[i];
         lives[r] = count;
         counts[r] = apart ? n / o->n[1] : sums_of(count);
@@ -2104,16 +2127,21 @@ static void op_columns(const struct op *o, struct thread *me) {
 /* list: the n[1] of n[0] units whose score is largest, of equal ones the first */
 static void op_choose(const struct op *o, struct thread *me) {
     long H = o->n[0], k = o->n[1];
-    uint32_t *score = (uint32_t *)me->scratch, *part = score + H;
+    int32_t *rank = (int32_t *)me->scratch;
     for (long r = 0; r < me->program->rows; r++) {
         const float *x = at(me, o->in) + r * H;
         int32_t *list = (int32_t *)(at(me, o->list) + r * (k + 1));
-        long put = 0, ties = k;
-        for (long i = 0; i < H; i++) part[i] = score[i] = order(x[i]);
-        uint32_t edge = kth(part, H, k);
-        for (long i = 0; i < H; i++) ties -= score[i] > edge;
-        for (long i = 0; i < H && put < k; i++)
-            if (score[i] > edge || (score[i] == edge && ties-- > 0)) list[++put] = i;
+        long put = 0, ties, i = 0;
+        #pragma omp simd
+        for (long j = 0; j < H; j++) rank[j] = rank_of(x[j]);
+        int32_t edge = edge_of(rank, H, k, &ties);
+#ifdef __AVX512F__
+        for (; !ties && i + 16 <= H && put + 16 <= k; i += 16)
+            put += put_places(list + 1 + put, i, _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(rank + i),
+                                                                         _mm512_set1_epi32(edge)));
+#endif
+        for (; i < H && put < k; i++)
+            if (rank[i] > edge || (rank[i] == edge && ties-- > 0)) list[++put] = i;
         list[0] = put;
     }
 }
@@ -2125,7 +2153,13 @@ static void op_above(const struct op *o, struct thread *me) {
     for (long r = 0; r < me->program->rows; r++) {
         const float *x = at(me, o->in) + r * n;
         int32_t *list = (int32_t *)(at(me, o->list) + r * (n + 1)), put = 1;
-        for (long i = 0; i < n; i++) {
+        long i = 0;
+#ifdef __AVX512F__
+        for (; i + 16 <= n && put + 15 <= n; i += 16)
+            put += put_places(list + put, i, _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_set1_ps(edge),
+                                                                _CMP_NLE_UQ));
+#endif
+        for (; i < n; i++) {
             list[put] = i;                                      /* room for one more than n: the last may lie */
             put += put <= n && !(x[i] <= edge);
         }
@@ -2139,12 +2173,8 @@ static void op_firing(const struct op *o, struct thread *me) {
     for (long r = 0; r < me->program->rows; r++) {
         const float *x = at(me, o->in) + r * n;
         float *by = at(me, o->by) + r * n;
-        int32_t *list = (int32_t *)(at(me, o->list) + r * (n + 1)), count = 0;
-        for (long i = 0; i < n; i++) {
-            list[1 + count] = i;
-            by[count] = x[i];
-            count += some(x[i]);
-        }
+        int32_t *list = (int32_t *)(at(me, o->list) + r * (n + 1)), count = not_zero(x, n, n, list + 1);
+        for (long i = 0; i < count; i++) by[i] = x[list[1 + i]];
         list[0] = count;
     }
 }
