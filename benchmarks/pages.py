@@ -122,6 +122,7 @@ class Language:
     best: str
     rivals: str
     lighter: str
+    first_head: tuple
     verdict: str
     same: str
     rounds: str
@@ -240,6 +241,7 @@ def won(name, axes):
 # -------------------------------------------------- the opening ---------------------------------------------
 
 GPT2, RACE, SCREEN = "decode_gpt2_cpu.json", "race_shakespeare_cpu.json", "screen_63m_cpu.json"
+FIRST = "first_minute_cpu.json"
 
 
 def opening(words, records):
@@ -264,18 +266,36 @@ def rivals_said(words, against):
 
 
 def lighter(words, records):
-    """What a trained model gains from integer weights and from screened units, where that was measured."""
+    """What a trained model gains from zeros, screened units and integer weights, where that was measured."""
     if SCREEN not in records:
         return ""
     record = records[SCREEN]
     points, sides = record["points"], record["measurements"]["decode"]["sides"]
-    speed, where = {name: side["median"] for name, side in sides.items()}, record["hardware"]
-    whole, screened = points["int8"], points["int8, 4-bit copy, 15%"]
+    where, first = record["hardware"], sides["bfloat16, all rows"]["median"]
+    speed = {name: side["median"] / first for name, side in sides.items()}
+    screened, whole = "bfloat16, 4-bit copy, 15%", "int8, 4-bit copy, 15%"
     return wrapped(words.lighter.format(
         size=record["model"]["parameters"] / 1e6, cpu=where["cpu"], threads=where["threads"],
-        int8=speed["int8"] / speed["bfloat16"], loss=whole["percent"],
-        rival=speed["int8"] / speed[f"{LLAMA} q8_0"], cost=screened["percent"],
-        screened=speed["int8, 4-bit copy, 15%"] / speed["int8"], link=f"[record](results/{SCREEN})"))
+        zeros=speed["bfloat16"], screened=speed[screened], screened_cost=points[screened]["percent"],
+        int8=speed["int8"], int8_cost=points["int8"]["percent"], both=speed[whole],
+        both_cost=points[whole]["percent"], least=speed["q4_all"], least_cost=points["q4_all"]["percent"],
+        rival=speed[f"{LLAMA} q8_0"], rival4=speed[f"{LLAMA} q4_0"], link=f"[record](results/{SCREEN})"))
+
+
+def first_minute(words, records):
+    """What the first command of the README has printed, as a table."""
+    if FIRST not in records:
+        return ""
+    record = records[FIRST]
+    runs, sides = record["runs"], record["measurements"]["decode"]["sides"]
+    first = next(iter(runs))
+    lines = [" | ".join(("", *words.first_head, "")).strip(), "|---" * len(words.first_head) + "|"]
+    for name, run in runs.items():
+        rate = sides[name]["median"]
+        change = f"{run['loss'] / runs[first]['loss'] - 1:+.2%}" * (name != first)
+        lines.append(f"| `{name}` | {run['loss']:.3f} | {change} | {run['weight_bytes'] / 1e6:.2f} "
+                     f"| {rate:,.0f} | {rate / sides[first]['median']:.2f}x |")
+    return "\n".join(lines)
 
 
 def wrapped(text):
@@ -322,10 +342,13 @@ LANGUAGES = {
         best="; {best:.0f} times with {name}, random weights, so that is speed alone",
         rivals=", in the same rounds {:.1f} times as fast as llama.cpp in bf16, {:.1f} times in 8 bits and "
                "{:.1f} times in 4",
-        lighter="Measured on a trained model of {size:.0f} M weights with squared ReLU ({cpu}, {threads} "
-                "threads, {link}): 8 bits decode {int8:.1f} times as fast as bf16 at {loss:+.2f}% loss, "
-                "{rival:.1f} times as fast as llama.cpp's q8_0 at that shape. Screened units on top lose "
-                "{cost:.2f}% and run at {screened:.1f} times the speed of 8 bits alone.",
+        lighter="A trained model of {size:.0f} M weights with squared ReLU ({cpu}, {threads} threads, "
+                "{link}), beside a step that reads all of its bf16 weights: left unread where units are zero "
+                "{zeros:.2f} times as fast, screened {screened:.2f} ({screened_cost:+.2f}% loss); in 8 bits "
+                "{int8:.2f} ({int8_cost:+.2f}%), with the screen {both:.2f} ({both_cost:+.2f}%); all in 4 "
+                "bits {least:.2f} ({least_cost:+.2f}%); llama.cpp at that shape {rival:.2f} in q8_0 and "
+                "{rival4:.2f} in q4_0.",
+        first_head=("run", "val loss", "change", "MB a token", "decode tokens/s", "speed"),
         verdict=". Of {arms} blocks and combinations trained at one small scale {paying} beat dense models "
                 "of every size in at least one cost ({sure} of them after Holm's correction for {tests} "
                 "tests), {losing} in none",
@@ -359,10 +382,13 @@ LANGUAGES = {
         best="({name}은 {best:.0f}배, 무작위 가중치라 속도만의 비교)",
         rivals=". 같은 회차에 잰 llama.cpp와 견주면 bf16으로 {:.1f}배, 8비트로 {:.1f}배, 4비트로 "
                "{:.1f}배입니다",
-        lighter="squared ReLU로 학습한 가중치 {size:.0f}백만 개의 모델에서 쟀습니다({cpu}, 스레드 "
-                "{threads}개, {link}). 8비트는 bf16보다 {int8:.1f}배 빠르고 손실은 {loss:+.2f}%이며, 같은 "
-                "크기의 llama.cpp q8_0의 {rival:.1f}배입니다. 그 위에 선별 유닛을 쓰면 손실이 {cost:.2f}% "
-                "늘고 속도는 8비트만 쓸 때의 {screened:.1f}배입니다.",
+        lighter="squared ReLU로 학습한 가중치 {size:.0f}백만 개의 모델({cpu}, 스레드 {threads}개, {link})이 "
+                "bf16 가중치를 모두 읽는 단계에 견주어 얼마나 빨라지는지입니다. 0인 유닛의 행을 읽지 않으면 "
+                "{zeros:.2f}배, 선별 유닛은 {screened:.2f}배(손실 {screened_cost:+.2f}%), 8비트는 "
+                "{int8:.2f}배({int8_cost:+.2f}%), 둘을 함께 쓰면 {both:.2f}배({both_cost:+.2f}%), 모두 "
+                "4비트면 {least:.2f}배({least_cost:+.2f}%)입니다. 같은 크기의 llama.cpp는 q8_0이 "
+                "{rival:.2f}배, q4_0이 {rival4:.2f}배입니다.",
+        first_head=("실행", "검증 손실", "변화", "토큰당 MB", "디코드 tokens/s", "속도"),
         verdict=". 작은 규모 하나에서 학습한 블록과 조합 {arms}개 가운데 {paying}개가 적어도 한 가지 "
                 "비용에서 모든 크기의 dense 모델을 이겼고(검정 {tests}개에 대한 Holm 보정 뒤에는 {sure}개), "
                 "{losing}개는 어느 것에서도 이기지 못했습니다",

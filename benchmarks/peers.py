@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import json
 import pickle
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from configurator import ConfigError, require
 from data import dataset as datasets
 from model import GPT
@@ -316,14 +318,14 @@ def bytes_of_matrices(path):
 class CTranslate2:
     """ctranslate2's GPT-2 with the weights of one of our models, through its converter, in one of its TYPES.
 
-    Batch 1, greedy, with torch's number of threads. Its Python API has no single step over a cache, so it is
-    timed on whole generations alone. Positions end with the block.
+    Batch 1, greedy, with torch's number of threads, in a process of its own (ct2_apart.py says why). Its
+    Python API has no single step over a cache, so it is timed on whole generations alone. Positions end with
+    the block.
     """
     TYPES = "float32", "int8"
 
     def __init__(self, ours, stored):
         installed("ctranslate2", "ctranslate2")
-        from ctranslate2 import Generator
         from transformers import GPT2Config, GPT2LMHeadModel
         self.stored = stored
         weights, config = as_gpt2(ours)
@@ -332,23 +334,37 @@ class CTranslate2:
         self.activation = GELUS[config["activation_function"]]
         with tempfile.TemporaryDirectory() as folder:
             converter_of(model).convert(folder, quantization=stored, force=True)
-            self.generator = Generator(folder, device="cpu", compute_type=stored, inter_threads=1,
-                                       intra_threads=torch.get_num_threads())
+            words = [ROOT / "benchmarks" / "ct2_apart.py", folder, stored, torch.get_num_threads()]
+            self.process = subprocess.Popen([sys.executable, "-P", *map(str, words)], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, text=True)
+            weakref.finalize(self, end, self.process)
+            self.computes = self.answer()        # it has read the folder
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        require(line, f"ctranslate2 with {self.stored} weights has ended before its answer")
+        return json.loads(line)
 
     def about(self):
         """What the record keeps of this side."""
         return {"engine": "ctranslate2", "weights": self.stored, "threads": torch.get_num_threads(),
-                "computes": self.generator.compute_type}
+                "computes": self.computes}
 
     def generate(self, prompt, new, **_):
         """Token ids (1, T) -> (1, T + new)."""
         ids = prompt[0].tolist()
-        found, = self.generator.generate_batch(
-            [[str(number) for number in ids]], max_length=new, beam_size=1, sampling_topk=1,
-            end_token=[], include_prompt_in_result=False)       # no id ends a text
-        made = found.sequences_ids[0]
+        self.process.stdin.write(json.dumps([ids, new]) + "\n")
+        self.process.stdin.flush()
+        made = self.answer()
         require(len(made) == new, f"ctranslate2 made {len(made)} of {new} tokens")
         return torch.tensor([ids + made])
+
+
+def end(process):
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def converter_of(model):

@@ -372,7 +372,8 @@ TABLES = (
 BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                    for part, make in (("opening", pages.opening), ("table", pages.main_table),
                                                       ("brief", pages.brief_table),
-                                                      ("lighter", pages.lighter))
+                                                      ("lighter", pages.lighter),
+                                                      ("first", pages.first_minute))
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
 BLOCKS["longer"] = pages.longer_table
