@@ -264,6 +264,13 @@ int picks(void) {
 #endif
 }
 
+/* The slope of a sigmoid of log size - log theta: size theta / (size + theta)^2 */
+static inline float step_slope(float size, float theta) {
+    float s = size > FLT_MAX ? FLT_MAX : size;
+    float edge = theta > FLT_MAX ? FLT_MAX : theta < FLT_MIN ? FLT_MIN : theta, by = 1 / (0.5f * s + 0.5f * edge);
+    return 0.5f * s * by * (size > FLT_MAX ? 0 : 0.5f * edge * by);
+}
+
 /* OF(up) is up_f32 in the first pass through cpu_typed.c, up_bf16 in the second */
 #define JOINED(name, type) name##_##type
 #define JOIN(name, type) JOINED(name, type)

@@ -134,16 +134,21 @@ void OF(event_back)(const TYPE *restrict g, const float *restrict of_open, const
             const TYPE *G = g + m * n, *V = v + m * n;
             TYPE *D = dv + m * n;
             float more = of_open[m];
-            #pragma omp simd
-            for (long i = from; i < to; i++) {
-                float x = OF(up)(V[i]), up = OF(up)(G[i]), a = act == 2 ? x : OF(act2)(x), size = fabsf(a);
-                float edge = theta[i], da = up * (float)(size > edge);
-                float s = size > FLT_MAX ? FLT_MAX : size;
-                edge = edge > FLT_MAX ? FLT_MAX : edge < FLT_MIN ? FLT_MIN : edge;
-                float by = 1 / (0.5f * s + 0.5f * edge);
-                float rest = size > FLT_MAX ? 0 : 0.5f * edge * by;
-                dlog[i] -= (OF(rounded)(up * a) + more) * (0.5f * s * by) * rest;
-                D[i] = act == 2 ? OF(down)(da) : x <= 0 ? 0 : OF(down)(OF(rounded)(da) * (2 * x));
+            if (act == 2) {
+                #pragma omp simd
+                for (long i = from; i < to; i++) {
+                    float x = OF(up)(V[i]), up = OF(up)(G[i]);
+                    dlog[i] -= (OF(rounded)(up * x) + more) * step_slope(fabsf(x), theta[i]);
+                    D[i] = OF(down)(up * (float)(fabsf(x) > theta[i]));
+                }
+            } else {
+                #pragma omp simd
+                for (long i = from; i < to; i++) {
+                    float x = OF(up)(V[i]), up = OF(up)(G[i]), a = OF(act2)(x);
+                    dlog[i] -= (OF(rounded)(up * a) + more) * step_slope(a, theta[i]);
+                    float da = OF(rounded)(up * (float)(a > theta[i])) * (2 * x);
+                    D[i] = OF(down)(x <= 0 ? 0 : da);
+                }
             }
         }
     }
@@ -168,6 +173,20 @@ void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restric
         }
 }
 
+/* The same of one gate: dv (width) -> dgate. Called with constants, which leaves a loop of vectors. */
+static inline __attribute__((always_inline)) float OF(one_back)(const TYPE *restrict g, const TYPE *restrict v,
+                                                                TYPE *restrict dv, float gate, long width,
+                                                                const int act, const int shut) {
+    float sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (long i = 0; i < width; i++) {
+        float x = OF(up)(v[i]), up = shut ? 0 : OF(up)(g[i]), da = OF(rounded)(up * gate), slope = x <= 0 ? 0 : da * (2 * x);
+        sum += OF(rounded)(up * (act == 2 ? x : OF(act2)(x)));
+        dv[i] = OF(down)(act == 2 ? da : slope);
+    }
+    return sum;
+}
+
 /* Its gradients from g: dv (M, N, width), dgates (M, N) */
 void OF(scale_back)(const TYPE *restrict g, const TYPE *restrict v, const TYPE *restrict gates,
                      TYPE *restrict dv, TYPE *restrict dgates, long M, long N, long width, int act,
@@ -175,16 +194,12 @@ void OF(scale_back)(const TYPE *restrict g, const TYPE *restrict v, const TYPE *
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++)
         for (long c = m * N; c < (m + 1) * N; c++) {
-            float gate = OF(up)(gates[c]), sum = 0;
+            float gate = OF(up)(gates[c]);
             const TYPE *G = g + c * width, *V = v + c * width;
             TYPE *D = dv + c * width;
-            #pragma omp simd reduction(+:sum)
-            for (long i = 0; i < width; i++) {
-                float x = OF(up)(V[i]), up = gate == 0 ? 0 : OF(up)(G[i]), da = OF(rounded)(up * gate);
-                sum += OF(rounded)(up * (act == 2 ? x : OF(act2)(x)));
-                D[i] = act == 2 ? OF(down)(da) : x <= 0 ? 0 : OF(down)(da * (2 * x));
-            }
-            dgates[c] = OF(down)(sum);
+            dgates[c] = OF(down)(
+                act == 2 ? gate == 0 ? OF(one_back)(G, V, D, gate, width, 2, 1) : OF(one_back)(G, V, D, gate, width, 2, 0)
+                : gate == 0 ? OF(one_back)(G, V, D, gate, width, 0, 1) : OF(one_back)(G, V, D, gate, width, 0, 0));
         }
 }
 
