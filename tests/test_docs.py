@@ -296,10 +296,28 @@ def test_the_short_table_keeps_the_twin_what_pays_and_the_worst_and_counts_the_r
 
 @pytest.mark.parametrize("language", pages.LANGUAGES)
 def test_what_integer_weights_gain_is_quoted_from_its_record(language):
-    speed = {"bfloat16": 100.0, "int8": 150.0, "int8, 4-bit copy, 15%": 300.0, "llama.cpp q8_0": 60.0}
+    screened, whole = "bfloat16, 4-bit copy, 15%", "int8, 4-bit copy, 15%"
+    speed = {"bfloat16, all rows": 100.0, "bfloat16": 111.0, screened: 122.0, "int8": 150.0, whole: 300.0,
+             "q4_all": 444.0, "llama.cpp q8_0": 60.0, "llama.cpp q4_0": 70.0}
+    lost = {screened: 0.06, "int8": 0.014, whole: 0.25, "q4_all": 1.73}
     record = {"model": {"parameters": 63e6}, "hardware": {"cpu": "x", "threads": 2},
-              "points": {"int8": {"percent": 0.014}, "int8, 4-bit copy, 15%": {"percent": 0.25}},
+              "points": {name: {"percent": percent} for name, percent in lost.items()},
               "measurements": {"decode": {"sides": {name: {"median": rate} for name, rate in speed.items()}}}}
     said = pages.lighter(pages.LANGUAGES[language], {pages.SCREEN: record})
-    assert all(figure in said for figure in ("63", "1.5", "+0.01%", "2.5", "0.25%", "2.0", pages.SCREEN))
+    figures = ("63", "1.11", "1.22", "+0.06%", "1.50", "+0.01%", "3.00", "+0.25%", "4.44", "+1.73%", "0.60",
+               "0.70")
+    assert all(figure in said for figure in (*figures, pages.SCREEN))
     assert pages.lighter(pages.LANGUAGES[language], {}) == ""
+
+
+@pytest.mark.parametrize("language", pages.LANGUAGES)
+def test_what_the_first_command_prints_is_quoted_from_its_record(language):
+    runs = {"out-dense": {"loss": 1.25, "weight_bytes": 5e6},
+            "out-dense@int8": {"loss": 1.3, "weight_bytes": 2.5e6}}
+    sides = {"out-dense": {"median": 4000.0}, "out-dense@int8": {"median": 6000.0}}
+    record = {"runs": runs, "measurements": {"decode": {"sides": sides}}}
+    lines = pages.first_minute(pages.LANGUAGES[language], {pages.FIRST: record}).splitlines()
+    assert lines[1] == "|---|---|---|---|---|---|" and len(lines) == 4
+    assert lines[2] == "| `out-dense` | 1.250 |  | 5.00 | 4,000 | 1.00x |"
+    assert lines[3] == "| `out-dense@int8` | 1.300 | +4.00% | 2.50 | 6,000 | 1.50x |"
+    assert pages.first_minute(pages.LANGUAGES[language], {}) == ""
