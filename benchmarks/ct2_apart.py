@@ -2,8 +2,6 @@
 threads than processors in the whole process, and the barriers of every other engine there wait asleep:
 llama.cpp's step took four times as long.
 
-    python benchmarks/ct2_apart.py FOLDER TYPE THREADS
-
 Writes what it computes in, then for every line [ids, new] that it reads the new ids, greedy: JSON.
 """
 import json
@@ -21,7 +19,3 @@ def main(folder, stored, threads):
             [[str(number) for number in ids]], max_length=new, beam_size=1, sampling_topk=1,
             end_token=[], include_prompt_in_result=False)       # no id ends a text
         print(json.dumps(found.sequences_ids[0]), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

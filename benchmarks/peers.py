@@ -334,9 +334,10 @@ class CTranslate2:
         self.activation = GELUS[config["activation_function"]]
         with tempfile.TemporaryDirectory() as folder:
             converter_of(model).convert(folder, quantization=stored, force=True)
-            words = [ROOT / "benchmarks" / "ct2_apart.py", folder, stored, torch.get_num_threads()]
-            self.process = subprocess.Popen([sys.executable, "-P", *map(str, words)], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, text=True)
+            says = "import sys; from benchmarks.ct2_apart import main; main(*sys.argv[1:])"
+            words = [sys.executable, "-c", says, folder, stored, str(torch.get_num_threads())]
+            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                            cwd=ROOT)
             weakref.finalize(self, end, self.process)
             self.computes = self.answer()        # it has read the folder
 

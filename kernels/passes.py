@@ -43,7 +43,7 @@ def among_largest(scores, k):
     n = scores.size(-1)
     if not 0 < k < n:
         return torch.full_like(scores, k > 0, dtype=torch.bool)
-    if in_c(scores) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and in_c(scores):
         won = as_new(scores, torch.bool)
         run_pass("winners", (scores.contiguous(), won), scores.numel() // n, n, k)
         return won
