@@ -376,7 +376,7 @@ def whole_product(x, codes, scale):
     if not few_tokens(x):
         if len(scale) and many(x) and multiplies_whole_numbers():
             return product_of_whole_numbers(x, codes, scale)
-        if multiplies_bf16(x):
+        if not len(scale) and multiplies_bf16(x):
             q, by = tokens_in_8_bits(x)
             y = F.linear(q.bfloat16(), in_bf16(codes, scale, x.size(-1))).float()
             return y.mul_(by[:, None]).view(*x.shape[:-1], len(codes))

@@ -337,7 +337,7 @@ class CTranslate2:
             says = "import sys; from benchmarks.ct2_apart import main; main(*sys.argv[1:])"
             words = [sys.executable, "-c", says, folder, stored, str(torch.get_num_threads())]
             self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                            cwd=ROOT)
+                                            cwd=ROOT, start_new_session=True)    # Ctrl-C is ours alone
             weakref.finalize(self, end, self.process)
             self.computes = self.answer()        # it has read the folder
 
@@ -354,8 +354,9 @@ class CTranslate2:
     def generate(self, prompt, new, **_):
         """Token ids (1, T) -> (1, T + new)."""
         ids = prompt[0].tolist()
-        self.process.stdin.write(json.dumps([ids, new]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):               # then no answer comes
+            self.process.stdin.write(json.dumps([ids, new]) + "\n")
+            self.process.stdin.flush()
         made = self.answer()
         require(len(made) == new, f"ctranslate2 made {len(made)} of {new} tokens")
         return torch.tensor([ids + made])
@@ -364,8 +365,9 @@ class CTranslate2:
 def end(process):
     process.kill()
     process.wait()
-    process.stdin.close()
     process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):   # what it has not read
+        process.stdin.close()
 
 
 def converter_of(model):

@@ -173,14 +173,15 @@ void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restric
         }
 }
 
-/* The same of one gate: dv (width) -> dgate. Called with constants, which leaves a loop of vectors. */
+/* The same of one gate: dv (width) -> dgate. Called with constants, which leave a loop of vectors. */
 static inline __attribute__((always_inline)) float OF(one_back)(const TYPE *restrict g, const TYPE *restrict v,
                                                                 TYPE *restrict dv, float gate, long width,
                                                                 const int act, const int shut) {
     float sum = 0;
     #pragma omp simd reduction(+:sum)
     for (long i = 0; i < width; i++) {
-        float x = OF(up)(v[i]), up = shut ? 0 : OF(up)(g[i]), da = OF(rounded)(up * gate), slope = x <= 0 ? 0 : da * (2 * x);
+        float x = OF(up)(v[i]), up = shut ? 0 : OF(up)(g[i]), da = OF(rounded)(up * gate);
+        float slope = x <= 0 ? 0 : da * (2 * x);
         sum += OF(rounded)(up * (act == 2 ? x : OF(act2)(x)));
         dv[i] = OF(down)(act == 2 ? da : slope);
     }
@@ -197,9 +198,12 @@ void OF(scale_back)(const TYPE *restrict g, const TYPE *restrict v, const TYPE *
             float gate = OF(up)(gates[c]);
             const TYPE *G = g + c * width, *V = v + c * width;
             TYPE *D = dv + c * width;
-            dgates[c] = OF(down)(
-                act == 2 ? gate == 0 ? OF(one_back)(G, V, D, gate, width, 2, 1) : OF(one_back)(G, V, D, gate, width, 2, 0)
-                : gate == 0 ? OF(one_back)(G, V, D, gate, width, 0, 1) : OF(one_back)(G, V, D, gate, width, 0, 0));
+            float sum;
+            if (gate == 0)
+                sum = act == 2 ? OF(one_back)(G, V, D, 0, width, 2, 1) : OF(one_back)(G, V, D, 0, width, 0, 1);
+            else
+                sum = act == 2 ? OF(one_back)(G, V, D, gate, width, 2, 0) : OF(one_back)(G, V, D, gate, width, 0, 0);
+            dgates[c] = OF(down)(sum);
         }
 }
 

@@ -69,6 +69,14 @@ PROMPT = torch.randint(65, (1, 9), generator=torch.Generator().manual_seed(2))
 EXACT = ("llamacpp", "f32"), ("ctranslate2", "float32"), ("hf", "")
 
 
+def test_a_ctranslate2_that_has_ended_is_one_sentence():
+    rival = rival_of("ctranslate2", "float32", lively())
+    rival.process.kill()
+    rival.process.wait()
+    with pytest.raises(ConfigError, match="ctranslate2 with float32 weights has ended"):
+        rival.generate(PROMPT, 3)
+
+
 @pytest.mark.parametrize("kind, stored", EXACT)
 @pytest.mark.parametrize("flags", [dict(bias=True), dict(bias=False), dict(tie_weights=False),
                                    dict(n_head=1)], ids=str)
