@@ -5,7 +5,6 @@ import textwrap
 from dataclasses import dataclass, field
 
 from benchmarks import ROOT, report
-from benchmarks.arms import ARMS, settings
 from benchmarks.record import LLAMA, OURS, OURS_FP32, TWIN, read
 from configurator import require
 
@@ -126,7 +125,6 @@ class Language:
     first_head: tuple
     verdict: str
     same: str
-    changed: str
     rounds: str
     no_rounds: str
 
@@ -144,7 +142,6 @@ def main_table(words, records):
                              link=f"[{TABLE}](results/{TABLE})", tests=len(report.corrected(record)[0]))
     told += "".join(words.same.format(name=named(name), first=named(first))
                     for name, first in record.get("same_as", {}).items())
-    told += changed_said(words, record)
     told += words.rounds if report.rounds_of(record) else words.no_rounds
     return "\n".join([*lines, "", wrapped(told)])
 
@@ -193,19 +190,7 @@ def brief_table(words, records):
     paying = [name for name in arms if won(name, record["axes"])]
     return "\n".join([*lines, "", wrapped(words.brief.format(
         tokens=f"{record['tokens']:,}", seeds=len(record["seeds"]), place=h["gpu"] or h["cpu"],
-        arms=len(arms), paying=len(paying), losing=len(arms) - len(paying))
-        + changed_said(words, record))])
-
-
-def changed_said(words, record):
-    """Which arms of a record have other flags today than when they were trained."""
-    recipe = record.get("config", {}).get("config")
-    rows = {name: row["settings"] for name, row in record["rows"].items()
-            if name in ARMS and "settings" in row}
-    now = {name: settings(recipe, name) for name in rows if recipe}
-    names = [name for name, flags in now.items()
-             if any(rows[name].get(key) != flags.get(key) for key in {*rows[name], *flags})]
-    return words.changed.format(", ".join(names)) if names else ""
+        arms=len(arms), paying=len(paying), losing=len(arms) - len(paying)))])
 
 
 def telling(rows, axes):
@@ -367,7 +352,6 @@ LANGUAGES = {
         verdict=". Of {arms} blocks and combinations trained at one small scale {paying} beat dense models "
                 "of every size in at least one cost ({sure} of them after Holm's correction for {tests} "
                 "tests), {losing} in none",
-        changed=" Other flags today than in this row: {}.",
         same=" {name} is the same model as {first}, flag by flag, and counts once.",
         rounds=" Intervals in time hold seeds and rounds of timing together.",
         no_rounds=" This record keeps no rounds of timing: its intervals in time hold the seeds alone and "
@@ -408,7 +392,6 @@ LANGUAGES = {
         verdict=". 작은 규모 하나에서 학습한 블록과 조합 {arms}개 가운데 {paying}개가 적어도 한 가지 "
                 "비용에서 모든 크기의 dense 모델을 이겼고(검정 {tests}개에 대한 Holm 보정 뒤에는 {sure}개), "
                 "{losing}개는 어느 것에서도 이기지 못했습니다",
-        changed=" 이 행과 지금의 플래그가 다른 것: {}.",
         same=" {name}는 플래그까지 {first}와 같은 모델이라 한 번만 셉니다.",
         rounds=" 시간의 구간은 시드와 측정 회차를 함께 담습니다.",
         no_rounds=" 이 기록은 회차별 시간을 남기지 않아 시간의 구간이 시드만 담고 있어 너무 좁습니다. 다음 "

@@ -22,3 +22,5 @@ def by_default():
 if find_spec("triton"):
     with by_default():
         importlib.import_module("kernels.triton_step")
+        with contextlib.suppress(ImportError):   # torch imports it late, and it refuses functions made here
+            importlib.import_module("triton.experimental.gluon.language")

@@ -311,17 +311,6 @@ def test_what_integer_weights_gain_is_quoted_from_its_record(language):
 
 
 @pytest.mark.parametrize("language", pages.LANGUAGES)
-def test_an_arm_whose_flags_have_changed_since_is_named(language):
-    recipe, words = "config/compare_pylib.py", pages.LANGUAGES[language]
-    then = {name: dict(arms.settings(recipe, name)) for name in ("efficient", "topk")}
-    rows = {name: {"settings": flags} for name, flags in then.items()}
-    record = {"config": {"config": recipe}, "rows": rows}
-    assert pages.changed_said(words, record) == ""
-    then["efficient"]["mlp_live"] = 0.5
-    assert pages.changed_said(words, record) == words.changed.format("efficient")
-
-
-@pytest.mark.parametrize("language", pages.LANGUAGES)
 def test_what_the_first_command_prints_is_quoted_from_its_record(language):
     runs = {"out-dense": {"loss": 1.25, "weight_bytes": 5e6},
             "out-dense@int8": {"loss": 1.3, "weight_bytes": 2.5e6}}
