@@ -167,10 +167,12 @@ def longer_table(records, folder=ROOT / "results" / "runs"):
         rows.append([named(arm), f"{statistics.mean(losses.values()):.4f}", str(len(losses)),
                      *["" if arm == TWIN else f"{delta:+.4f}"], f"{short['mean']:+.4f}" if short else ""])
     head = "arm", "val loss", "seeds", "to the dense model", f"the same in {TABLE}"
+    arm, apart = max(((arm, max(losses.values()) - min(losses.values())) for arm, losses in found.items()),
+                     key=lambda pair: pair[1], default=("", 0))
+    seeds = f" One seed says little: those of {arm} lie up to {apart:.2f} apart." if apart else ""
     return "\n".join([*report.lines_of(head, rows), "", wrapped(
         f"{LONGER:,} iterations, {LONGER * 1280:,} tokens a run, five a parameter; the rest of the table's "
-        "models is still to be trained. One seed says little: three of the dense model in the table differ "
-        "by 0.03.")])
+        f"runs is still to be trained.{seeds}")])
 
 
 MOST = 10                                        # rows of the README's own table
