@@ -28,7 +28,7 @@ from benchmarks.broken import BREAK
 from benchmarks.judge import as_trained, judge
 from benchmarks.peers import load_module
 from benchmarks.race import thinned
-from benchmarks.record import write_atomically
+from benchmarks.record import commit_of, cpu_name, write_atomically
 from configurator import ConfigError, require
 from data import dataset as datasets
 from training import rundir
@@ -125,6 +125,8 @@ class Store:
         model = as_trained(run.arm, folder, self.data)
         found = judge(model, self.data) | described(model, rows) | dict(
             arm=run.name, seed=1337 + run.seed, curve=curve_of(rows),
+            trained_on={"cpu": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability(),
+                        "commit": commit_of(ROOT)},
             seconds=rows[-1]["seconds"] + time.perf_counter() - clock,           # of all its parts
             step_ms=statistics.median(row["ms"] for row in rows[2:] if "ms" in row))
         require(math.isfinite(found["val_loss"]), "its validation loss is not finite")

@@ -253,10 +253,11 @@ def saved_iteration(folder):
 
 
 def finished(folder):
-    """What a queue has left of its run: the record without its times, and the weights."""
+    """What a queue has left of its run: the record without its times and place, and the weights."""
     [path], [weights] = folder.glob("runs/*.json"), folder.glob("cache/*/ckpt.pt")
     record = json.loads(path.read_text())
     assert record.pop("seconds") > 0 and record.pop("step_ms") > 0
+    assert record.pop("trained_on").keys() == {"cpu", "isa", "commit"}
     return record, torch.load(weights, weights_only=True)
 
 
