@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import sparse_kernels as kernels
 from configurator import require
 from kernels import picked
-from kernels.passes import relu2, rms_norm
+from kernels.passes import relu2, rms_norm, rotated
 
 
 def cast(tensor, dtype):
@@ -478,8 +478,7 @@ def project(x, weight, bias):
 
 def rotate(x, ctx):
     """Turn (B, T, H, D) by each token's position: the halves (a, b) to (a cos + b sin, b cos - a sin)."""
-    cos, sin = (table.to(x.dtype) for table in ctx.rotation)
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+    return rotated(x, *(table.to(x.dtype) for table in ctx.rotation))
 
 
 def as_is(x=None, *_):

@@ -232,7 +232,9 @@ def group_winners(a, group, k, act="none"):
 #
 # 8 bits: a row of (N, K) is K whole numbers in -127..127 times one fp32 scale; 4 bits: groups of 32 in a row
 # are numbers in -8..7 times a bf16 scale. A decode step reads 1/2 or 9/32 of bf16's bytes. What meets them is
-# rounded to 8 bits, one scale a token, so that products are sums of whole numbers.
+# rounded, so that products are sums of whole numbers: to 15 bits and one scale a token in front of 8 bits, to
+# 8 bits and a scale for each group in front of 4. In 8 bits and one scale a token the inputs of a Llama, a few
+# of which are far larger than all others, cost it a percent and more.
 #
 # codes (N, stride) uint8: rows are padded by zeros to a multiple of 64 numbers. 8 bits: a byte each. 4 bits:
 # every 32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the row's scales, and
@@ -240,6 +242,7 @@ def group_winners(a, group, k, act="none"):
 # touches, and the sum of its numbers; (0, 2) for 4 bits.
 
 GROUP = 32
+FINEST, DIGIT = 16319, 128                       # as in kernels/step.c: 127 * DIGIT + 63
 
 
 def quantize(weight, bits, moments=None):
@@ -274,8 +277,8 @@ def whole(wide, scale, least, most):
 
 
 def in_groups(rows, of):
-    """(N, K) -> (N, G, 32), zeros behind each row up to a multiple of `of`."""
-    return F.pad(rows, (0, -rows.size(1) % of)).unflatten(1, (-1, GROUP))
+    """(..., K) -> (..., G, 32), zeros behind each row up to a multiple of `of`."""
+    return F.pad(rows, (0, -rows.size(-1) % of)).unflatten(-1, (-1, GROUP))
 
 
 def least_squares(groups, most=7, by=1):
@@ -345,20 +348,23 @@ def scales_of(codes, scale, K):
     return codes[:, 32 * pairs:36 * pairs].contiguous().view(torch.bfloat16).float()
 
 
-def in_8_bits(x):
-    """x (..., K) -> whole numbers in -127..127 (fp32) and each token's scale (..., 1); NaN where x is not
-    finite."""
+def in_whole_numbers(x, largest):
+    """x (..., K) -> whole numbers in -largest..largest (fp32) and a scale (..., 1); NaN where x is not finite."""
     x = x.float()
     most = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     finite = most.isfinite()
-    by = torch.full_like(most, 127) / most      # 127 / most would be its reciprocal times 127: rounded twice
-    return torch.where(finite, (x * by).round(), 0), torch.where(finite, most / 127, torch.nan)
+    by = torch.full_like(most, largest) / most  # largest / most would be its reciprocal's product: rounded twice
+    return torch.where(finite, (x * by).round(), 0), torch.where(finite, most / largest, torch.nan)
 
 
 def whole_product_reference(x, codes, scale):
-    """x (..., K) rounded to 8 bits times quantised weights (N, K) -> (..., N) fp32."""
-    q, by = in_8_bits(x)
-    return F.linear(q, dequantize(codes, scale, x.size(-1))) * by
+    """x (..., K), rounded as above, times quantised weights (N, K) -> (..., N) fp32."""
+    rows = dequantize(codes, scale, x.size(-1))
+    if len(scale):
+        q, by = in_whole_numbers(x, FINEST)
+        return F.linear(q, rows) * by
+    q, by = in_whole_numbers(in_groups(x.float(), GROUP), 127)
+    return F.linear((q * by).flatten(-2)[..., :x.size(-1)], rows)
 
 
 def whole_rows_sum_reference(a, codes, scale, C):
@@ -368,7 +374,7 @@ def whole_rows_sum_reference(a, codes, scale, C):
 
 def whole_product(x, codes, scale):
     """As the reference; in inference on a CPU few tokens by the arithmetic of kernels/step.c. Many tokens: 8
-    bits as a product of whole numbers, exactly; 4 bits in a bf16 model as a product of bf16, to which the
+    bits as products of whole numbers, exactly; 4 bits in a bf16 model as a product of bf16, to which the
     weights are rounded; both where the processor does that fast, else by step.c where it has vectors."""
     if tally is not None:
         tally.macs += x.numel() * len(codes)
@@ -377,9 +383,7 @@ def whole_product(x, codes, scale):
         if len(scale) and many(x) and multiplies_whole_numbers():
             return product_of_whole_numbers(x, codes, scale)
         if not len(scale) and multiplies_bf16(x):
-            q, by = tokens_in_8_bits(x)
-            y = F.linear(q.bfloat16(), in_bf16(codes, scale, x.size(-1))).float()
-            return y.mul_(by[:, None]).view(*x.shape[:-1], len(codes))
+            return F.linear(x, in_bf16(codes, scale, x.size(-1))).float()
         if not (many(x) and prompts_in_whole_numbers()):
             return whole_product_reference(x, codes, scale)
     y = torch.empty(*x.shape[:-1], len(codes))
@@ -409,21 +413,22 @@ def whole_rows_sum(a, codes, scale, C, all=False):
 
 
 def product_of_whole_numbers(x, codes, scale):
-    """x (..., K) rounded to 8 bits times weights (N, K) of 8 bits, on a CPU -> (..., N) fp32."""
-    q, by = tokens_in_8_bits(x)
-    sums = torch._int_mm(q, codes.view(torch.int8)[:, :x.size(-1)].t())
-    cpu_library()[0].scale_sums(*map(pointer, (sums, by, scale)), *sums.shape, torch.get_num_threads())
+    """x (..., K) rounded to 15 bits times weights (N, K) of 8 bits, on a CPU -> (..., N) fp32."""
+    high, low, by = tokens_in_digits(x)
+    weights = codes.view(torch.int8)[:, :x.size(-1)].t()
+    sums, more = torch._int_mm(high, weights), torch._int_mm(low, weights)
+    cpu_library()[0].scale_sums(*map(pointer, (sums, more, by, scale)), *sums.shape, torch.get_num_threads())
     return sums.view(torch.float32).view(*x.shape[:-1], len(codes))
 
 
-def tokens_in_8_bits(x):
-    """As in_8_bits, in C: x (..., K) on a CPU -> int8 (tokens, K) and scales (tokens)."""
-    x = x.contiguous() if x.dtype in NAMES else x.float().contiguous()
-    q = torch.empty(x.numel() // x.size(-1), x.size(-1), dtype=torch.int8)
-    by = torch.empty(len(q))
-    getattr(cpu_library()[0], f"in_8_bits_{NAMES[x.dtype]}")(*map(pointer, (x, q, by)), *q.shape,
-                                                             torch.get_num_threads())
-    return q, by
+def tokens_in_digits(x):
+    """As in_whole_numbers(x, FINEST), in C: x (..., K) on a CPU -> int8 (tokens, K) twice, of which the first times DIGIT plus the
+    second are the numbers, and scales (tokens)."""
+    x = x.float().contiguous()
+    high, low = (torch.empty(x.numel() // x.size(-1), x.size(-1), dtype=torch.int8) for _ in range(2))
+    by = torch.empty(len(high))
+    cpu_library()[0].in_digits(*map(pointer, (x, high, low, by)), *high.shape, torch.get_num_threads())
+    return high, low, by
 
 
 @functools.cache

@@ -259,7 +259,7 @@ class Program:
         each = matrix.macs, matrix.bytes
         counts = ("read", *each) if units else (self.rows * matrix.c.rows * matrix.macs,
                                                 matrix.c.rows * matrix.bytes)
-        scratch = rows * (4 * wide + 192 * (wide // K) + 4 * most) + 64      # room_of in step.c
+        scratch = rows * (4 * wide + 320 * (wide // K) + 4 * most) + 64      # room_of in step.c
         scratch += 36 * min(matrix.c.rows, rows * most) if units else 0
         self.add("linear", (x, onto, units and units.list, by), (y,), scratch,
                  (most, blocks, wide if blocks else 0, stored), (), params, matrix, counts, act=ACTS[act],
@@ -413,10 +413,10 @@ class Program:
             q, scale, error = copy
             K = matrix.c.width
             scale, *sizes = kernels.rows_of_copy(q, scale) if K % 64 == 0 else (scale,)      # x in 8 bits too
-            self.add("bounds", (x,), (bounds,), self.rows * (4 * K + 192), (), (kernels.ROUND[self.dtype],),
+            self.add("bounds", (x,), (bounds,), self.rows * (4 * K + 320), (), (kernels.ROUND[self.dtype],),
                      [self.keep(t) for t in (q, scale, error, *sizes)], matrix,
                      (self.rows * self.ids * K, self.ids * K), by=bounds, **{"in": x})
-            self.add("screened", (x, bounds), (y,), self.rows * (4 * K + 192) + 4 * self.ids,
+            self.add("screened", (x, bounds), (y,), self.rows * (4 * K + 320) + 4 * self.ids,
                      (self.wants,), (), (), matrix,
                      ("read", matrix.macs, matrix.bytes), by=bounds, **{"in": x, "out": y})
         if cap:

@@ -18,7 +18,7 @@ FORMS = {"4": 4, "8": 8, "16": 16} | {name: name for name in GGML}      # of a p
 
 class Quantized(nn.Module):
     """A Linear's weights as whole numbers of 8 or 4 bits (kernels.quantize), for inference. forward rounds
-    its inputs to 8 bits a token, as a decode step does: the loss of this model is the loss of what decodes.
+    its inputs as a decode step does: the loss of this model is the loss of what decodes.
     2:4 weights are stored dense; in 8 bits a decode step reads those that are kept, where kernels/picked.py
     has a form for it."""
 

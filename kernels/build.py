@@ -45,7 +45,8 @@ def cpu_library():
     for call in (library.whole_products, library.whole_rows_sum):
         call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
     library.whole_to_bf16.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int]
-    library.scale_sums.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_int]
+    for call in (library.scale_sums, library.in_digits):
+        call.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 2 + [ctypes.c_int]
     library.rows_of_copy.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 2 + [ctypes.c_int]
     library.draw.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
     library.uniform.argtypes, library.uniform.restype = [ctypes.c_uint64] * 3, ctypes.c_double
@@ -54,7 +55,6 @@ def cpu_library():
         getattr(library, f"osc_{name}").argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"osc_back_{name}").argtypes = [pointer] * 8 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"unpack24_{name}").argtypes = [pointer] * 3 + [number] * 3 + [ctypes.c_int]
-        getattr(library, f"in_8_bits_{name}").argtypes = [pointer] * 3 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"copy8_{name}").argtypes = [pointer] * 4 + [number] * 2 + [ctypes.c_int]
         getattr(library, f"norm_{name}").argtypes = ([pointer] * 4 + [number] * 4
                                                      + [ctypes.c_float, ctypes.c_int])
@@ -63,7 +63,7 @@ def cpu_library():
                 ("event_back", 6, 2, 2),
                 ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1),
                 ("relu2", 2, 1, 1), ("relu2_back", 3, 1, 1), ("norm_back", 6, 4, 1),
-                ("gates", 5, 3, 1), ("gates_back", 6, 2, 1)):
+                ("gates", 5, 3, 1), ("gates_back", 6, 2, 1), ("rotate", 4, 7, 2)):
             getattr(library, f"{kernel}_{name}").argtypes = ([pointer] * pointers + [number] * numbers
                                                              + [ctypes.c_int] * flags)
     return library, "C kernels for decode steps" + anew

@@ -10,28 +10,6 @@ static float OF(widest)(const TYPE *x, long n) {
     return most;
 }
 
-/* q (M, K): the rows of x rounded to 8 bits; by (M): their scales, NaN of a row that is not finite */
-void OF(in_8_bits)(const TYPE *restrict x, int8_t *restrict q, float *restrict by, long M, long K, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long m = 0; m < M; m++) {
-        const TYPE *row = x + m * K;
-        float most = 1e-30f, wrong = 0;
-        #pragma omp simd reduction(max:most) reduction(+:wrong)
-        for (long k = 0; k < K; k++) {
-            float v = OF(up)(row[k]), size = fabsf(v);
-            most = size > most ? size : most;
-            wrong += v * 0;
-        }
-        float factor = wrong != 0 ? 0 : 127 / most;             /* NaN is not 0 either */
-        by[m] = wrong != 0 ? NAN : most / 127;
-        if (wrong != 0) memset(q + m * K, 0, K);
-        else {
-            #pragma omp simd
-            for (long k = 0; k < K; k++) q[m * K + k] = (int8_t)(int)rintf(OF(up)(row[k]) * factor);
-        }
-    }
-}
-
 /* y = sin(w x + phi) tanh(x) + b: x, y (M, N), the others (N). Angles beyond FAR go to libm. */
 void OF(osc)(const TYPE *restrict x, const float *restrict w, const float *restrict phi,
               const float *restrict b, TYPE *restrict y, long M, long N, int threads) {

@@ -351,10 +351,10 @@ def osc_kernel(name, dtype):
     return getattr(cpu_library()[0], f"{name}_{NAMES[dtype]}")
 
 
-# ------------------------------------------------ squared ReLU, norms, column gates -----------------------
+# ------------------------------------------------ squared ReLU, norms, rotations, column gates ------------
 #
 # As operators of torch a squared ReLU is two passes over memory and four for its gradient, an RMSNorm's
-# gradient ten, in fp32, and a column gate six and a sort.
+# gradient ten, in fp32, a rotation three and six, and a column gate six and a sort.
 
 def relu2(v):
     """As ACTS["relu2"]; on a CPU in one pass, forward and backward."""
@@ -425,6 +425,41 @@ class RMS(torch.autograd.Function):
         dw = None if weight is None else as_new(weight, torch.float32)
         run_pass("norm_back", (grad.contiguous(), rows, weight, by, dx, dw), *sizes)
         return dx, dw if dw is None else dw.to(weight.dtype), None
+
+
+def rotated_reference(x, cos, sin):
+    """x (B, T, H, n) with its halves (a, b) turned to (a cos + b sin, b cos - a sin); tables (T, 1, n) or
+    (B, T, 1, n), sin with its second half negative."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+
+
+def rotated(x, cos, sin):
+    """As the reference; on a CPU in one pass, forward and backward, where all rows share the tables."""
+    shared = x.dim() == 4 and x.stride(-1) == 1 and cos.shape == (x.size(1), 1, x.size(3))
+    if not (x.is_cpu and shared) or torch.compiler.is_compiling() or not in_c(x):
+        return rotated_reference(x, cos, sin)
+    return Rotated.apply(x, cos, sin)
+
+
+class Rotated(torch.autograd.Function):
+    """rotated by the C kernels, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        cos, sin = without_gaps(cos, sin)
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return turned(grad if grad.stride(-1) == 1 else grad.contiguous(), *ctx.saved_tensors, True), None, None
+
+
+def turned(x, cos, sin, back):
+    y = as_new(x)
+    run_pass("rotate", (x, cos, sin, y), *x.shape, *x.stride()[:3], back)
+    return y
 
 
 def column_gates_reference(s, inhibits, balance, k, dtype):

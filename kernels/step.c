@@ -247,9 +247,15 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
 /* Whole numbers. A row of I8: numbers of 8 bits, zeros behind them up to a multiple of 64; its scale, and the
    sum of its numbers, lie in w.scale. A row of I4: numbers of 4 bits in groups of 32, of which each has a scale:
    32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the scales in bf16. What is
-   multiplied by them is rounded to 8 bits, with one scale: in its room lie that scale (64 bytes for it), the
-   numbers, and for each 32 of them -8 times their sum (int32, of 64 numbers 8 of them: see FIX). Factors of rows
-   that are added up are whole numbers of 16 bits with AVX2, one scale for TOGETHER of them, else floats. */
+   multiplied by them is rounded to whole numbers: 8 bits with one scale lose one percent of loss where a few
+   inputs are far larger than all others. What meets I8 has 15 bits, -FINEST..FINEST, and one scale: in its room
+   lie that scale (64 bytes for it), a digit of 8 bits of each number (/ DIGIT, rounded), and the digits of what
+   that leaves (-64..63). What meets I4 has 8 bits and a scale for each 32: in its room lie, behind 64 bytes, the
+   numbers, -8 times the sum of each 32 (int32, of 64 numbers 8 of them: see FIX), and their scales, as the lanes
+   of a register meet them. Factors of rows that are added up are whole numbers of 16 bits with AVX2, one scale
+   for TOGETHER of them, else floats. */
+#define FINEST 16319                             /* 127 * DIGIT + 63; also in sparse_kernels.py */
+#define DIGIT 128
 struct of_row { float scale; int32_t sum; };
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -257,8 +263,10 @@ struct of_row { float scale; int32_t sum; };
 #endif
 #if defined(WHOLE_VNNI) && defined(PICKS)
 #define AT_ONCE 4                                /* lanes: their sums of four rows fill half of the registers */
+#define TWO 2                                    /* lanes whose inputs are two digits each */
 #else
 #define AT_ONCE 1
+#define TWO 1
 #endif
 #if defined(__AVX2__) && defined(__FMA__)
 #define WHOLE_AVX2 1
@@ -290,12 +298,10 @@ static inline float fused(float a, float b, float c) {
 
 static inline long padded(long K) { return (K + 63) / 64 * 64; }
 /* the room of what is multiplied by a row of width K, whatever the kind */
-static inline long room_of(long K) { return (K * 4 + 63) / 64 * 64 + 128; }
+static inline long room_of(long K) { return (K * 4 + 63) / 64 * 64 + 256; }
 
-static void round_to_8_bits(int64_t kind, const float *x, long n, char *to) {
-    long wide = padded(n);
-    int8_t *q = (int8_t *)to + 64;
-    int32_t *fix = (int32_t *)(to + 64 + wide);
+/* what x (n) is multiplied by to become whole numbers of 15 bits, and their scale; 0 and NaN where it is not finite */
+static float to_whole(const float *x, long n, float *scale) {
     float most = 1e-30f, wrong = 0;
     #pragma omp simd reduction(max:most) reduction(+:wrong)
     for (long i = 0; i < n; i++) {
@@ -303,29 +309,119 @@ static void round_to_8_bits(int64_t kind, const float *x, long n, char *to) {
         most = size > most ? size : most;
         wrong += x[i] * 0;
     }
-    float by = wrong != 0 ? 0 : 127 / most;                     /* NaN is not 0 either */
-    *(float *)to = wrong != 0 ? NAN : most / 127;
-    if (wrong != 0) memset(q, 0, n);
+    *scale = wrong != 0 ? NAN : most / FINEST;                  /* NaN is not 0 either */
+    return wrong != 0 ? 0 : FINEST / most;
+}
+static void round_to_whole(const float *x, long n, float by, int16_t *q) {
+    if (by == 0) memset(q, 0, n * sizeof *q);
     else {
         #pragma omp simd
-        for (long i = 0; i < n; i++) q[i] = (int8_t)(int)rintf(x[i] * by);
+        for (long i = 0; i < n; i++) q[i] = (int16_t)(int)rintf(x[i] * by);
     }
-    memset(q + n, 0, wide - n);
-    if (kind == IS_I4) memset(fix, 0, wide / 2);
-    if (kind == IS_I4) for (long g = 0; g < wide; g += 32) {
-        int32_t sum = 0;
-        for (long i = g; i < g + 32; i++) sum += q[i];
-        fix[FIX(g / 32)] = -8 * sum;
-    }
+}
+
+static void round_to_digits(const float *x, long n, char *to) {
+    long wide = padded(n);
+    int8_t *high = (int8_t *)to + 64, *low = high + wide;
+    float by = to_whole(x, n, (float *)to);
 #ifdef WHOLE_VNNI
-    if (kind == IS_I8 || kind == IS_PICKED_I8) for (long i = 0; i < wide; i++) q[i] ^= (int8_t)0x80;
-    if (kind == IS_I4) for (long g = 0; g + 128 <= wide; g += 128)      /* as the halves of 64 bytes have them */
-        for (long i = g + 32; i < g + 64; i++) {
-            int8_t t = q[i];
-            q[i] = q[i + 32];
-            q[i + 32] = t;
+    const __m512i half = _mm512_set1_epi32(DIGIT / 2), offset = _mm512_set1_epi32(128);
+    for (long k = 0; k < wide; k += 16) {
+        __mmask16 in = by == 0 || n <= k ? 0 : n >= k + 16 ? 0xffff : (1u << (n - k)) - 1;
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(in, x + k), _mm512_set1_ps(by)));
+        __m512i digit = _mm512_srai_epi32(_mm512_add_epi32(q, half), 7);
+        __m512i rest = _mm512_add_epi32(_mm512_sub_epi32(q, _mm512_slli_epi32(digit, 7)), offset);
+        _mm_storeu_si128((__m128i *)(high + k), _mm512_cvtepi32_epi8(_mm512_add_epi32(digit, offset)));
+        _mm_storeu_si128((__m128i *)(low + k), _mm512_cvtepi32_epi8(rest));
+    }
+#else
+    for (long k = 0; k < wide; k += 64) {
+        int16_t some[64] = {0};
+        round_to_whole(x + k, n - k < 64 ? n - k : 64, by, some);
+        #pragma omp simd
+        for (int i = 0; i < 64; i++) {
+            int16_t digit = (some[i] + DIGIT / 2) >> 7;
+            high[k + i] = (int8_t)digit;
+            low[k + i] = (int8_t)(some[i] - digit * DIGIT);
         }
+    }
 #endif
+}
+
+/* q (32) = n of x rounded to 8 bits, zeros behind them; sum: of them -> their scale; NaN where one is not finite */
+static float round_to_8_bits(const float *x, long n, int8_t *q, int32_t *sum) {
+#ifdef WHOLE_VNNI
+    const __m512 infinite = _mm512_set1_ps(INFINITY);
+    __mmask16 in = n >= 16 ? 0xffff : n < 0 ? 0 : (1u << n) - 1;
+    __mmask16 more = n >= 32 ? 0xffff : n < 16 ? 0 : (1u << (n - 16)) - 1;
+    __m512 u = _mm512_maskz_loadu_ps(in, x), v = _mm512_maskz_loadu_ps(more, x + 16);
+    __m512 most_of = _mm512_max_ps(_mm512_abs_ps(u), _mm512_abs_ps(v));
+    __mmask16 wrong = _mm512_cmp_ps_mask(_mm512_abs_ps(u), infinite, _CMP_NLT_UQ)
+                      | _mm512_cmp_ps_mask(_mm512_abs_ps(v), infinite, _CMP_NLT_UQ);
+    float most = fmaxf(_mm512_reduce_max_ps(most_of), 1e-30f);
+    __m512 by = _mm512_set1_ps(127 / most);
+    __m512i first = _mm512_maskz_cvtps_epi32(wrong ? 0 : 0xffff, _mm512_mul_ps(u, by));
+    __m512i second = _mm512_maskz_cvtps_epi32(wrong ? 0 : 0xffff, _mm512_mul_ps(v, by));
+    _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(first));
+    _mm_storeu_si128((__m128i *)(q + 16), _mm512_cvtepi32_epi8(second));
+    *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    return wrong ? NAN : most / 127;
+#else
+    float some[32] = {0}, most = 1e-30f, wrong = 0;
+    int32_t all = 0;
+    memcpy(some, x, (n < 0 ? 0 : n < 32 ? n : 32) * sizeof(float));
+    #pragma omp simd reduction(max:most) reduction(+:wrong)
+    for (int i = 0; i < 32; i++) {
+        most = fabsf(some[i]) > most ? fabsf(some[i]) : most;
+        wrong += some[i] * 0;
+    }
+    float by = 127 / most;
+    if (wrong != 0) memset(q, 0, 32);                           /* NaN is not 0 either */
+    else {
+        #pragma omp simd
+        for (int i = 0; i < 32; i++) q[i] = (int8_t)(int)rintf(some[i] * by);
+    }
+    #pragma omp simd reduction(+:all)
+    for (int i = 0; i < 32; i++) all += q[i];
+    *sum = all;
+    return wrong != 0 ? NAN : most / 127;
+#endif
+}
+
+static void round_in_groups(const float *x, long n, char *to) {
+    long wide = padded(n);
+    int8_t *q = (int8_t *)to + 64;
+    int32_t *fix = (int32_t *)(q + wide);
+    float *scale = (float *)(fix + wide / 8);
+    memset(fix, 0, wide / 2);
+#ifdef WHOLE_VNNI
+    memset(scale, 0, (wide + 127) / 128 * 128);
+#endif
+    for (long k = 0; k < wide; k += 32) {
+        long at = k, g = k / 32;
+#ifdef WHOLE_VNNI                                /* of 128 numbers the second 32 lie third, as the halves of 64 bytes have them */
+        if ((k | 64) < wide) at = k / 128 * 128 + (k / 32 % 2 * 2 + k / 64 % 2) * 32;
+#endif
+        int32_t sum;
+        float one = round_to_8_bits(x + k, n - k, q + at, &sum);
+        fix[FIX(g)] = -8 * sum;
+#ifdef WHOLE_VNNI
+        _mm256_storeu_ps(scale + g / 4 * 32 + g % 2 * 16 + g / 2 % 2 * 8, _mm256_set1_ps(one));
+#else
+        for (int i = 0; i < 4; i++) scale[g / 2 * 8 + g % 2 * 2 + i / 2 * 4 + i % 2] = one;
+#endif
+    }
+}
+
+/* a number by the sums of products of its two digits, with AVX-512 plus 128 each: less what that adds, 128 times the
+   sum of the row's numbers */
+static inline float of_digits(int32_t high, int32_t low, int32_t sum) {
+#ifdef WHOLE_VNNI
+    high -= 128 * sum, low -= 128 * sum;
+#else
+    (void)sum;
+#endif
+    return (float)DIGIT * high + low;
 }
 
 #ifdef WHOLE_AVX2
@@ -378,51 +474,64 @@ static inline void sums_of_vec(const vec *a, float *s) {
 EXACT void quads_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
                     const char *x, long apart, const int lanes, long K, float *s) {
     long wide = padded(K);
+    int32_t high[4] = {0}, low[4] = {0};
 #if defined(WHOLE_VNNI)
-    __m512i a[4 * AT_ONCE], v[AT_ONCE];
-    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_si512();
+    __m512i a[8 * TWO], v[2 * TWO];
+    for (int i = 0; i < 8 * lanes; i++) a[i] = _mm512_setzero_si512();
     for (long k = 0; k < wide; k += 64) {
-        for (int r = 0; r < lanes; r++) v[r] = _mm512_loadu_si512(x + r * apart + 64 + k);
+        for (int r = 0; r < lanes; r++) {
+            v[2 * r] = _mm512_loadu_si512(x + r * apart + 64 + k);
+            v[2 * r + 1] = _mm512_loadu_si512(x + r * apart + 64 + wide + k);
+        }
         for (int l = 0; l < 4; l++) {
             __m512i w = _mm512_loadu_si512(row[l] + k);
             if (next) FETCH(next[l] + k);
-            for (int r = 0; r < lanes; r++) a[4 * r + l] = _mm512_dpbusd_epi32(a[4 * r + l], v[r], w);
+            for (int r = 0; r < lanes; r++) {
+                a[8 * r + l] = _mm512_dpbusd_epi32(a[8 * r + l], v[2 * r], w);
+                a[8 * r + 4 + l] = _mm512_dpbusd_epi32(a[8 * r + 4 + l], v[2 * r + 1], w);
+            }
         }
     }
     for (int r = 0; r < lanes; r++) {
-        int32_t sum[4];
-        _mm_storeu_si128((__m128i *)sum, sums_of_wide_ints(a + 4 * r));
+        _mm_storeu_si128((__m128i *)high, sums_of_wide_ints(a + 8 * r));
+        _mm_storeu_si128((__m128i *)low, sums_of_wide_ints(a + 8 * r + 4));
         for (int l = 0; l < 4; l++)
-            s[4 * r + l] = (sum[l] - 128 * of[n[l]].sum) * (*(const float *)(x + r * apart) * of[n[l]].scale);
+            s[4 * r + l] = of_digits(high[l], low[l], of[n[l]].sum) * (*(const float *)(x + r * apart) * of[n[l]].scale);
     }
 #else
-    const char *X = x + 64;
-    int32_t sum[4] = {0};
+    const char *X = x + 64, *Y = X + wide;
     (void)apart;
     (void)lanes;
 #if defined(WHOLE_AVX2)
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i a[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
+    __m256i a[8];
+    for (int l = 0; l < 8; l++) a[l] = _mm256_setzero_si256();
     for (long k = 0; k < wide; k += 32) {
-        __m256i v = load_ints(X + k);
+        __m256i u = load_ints(X + k), v = load_ints(Y + k);
         for (int l = 0; l < 4; l++) {
-            __m256i w = load_ints(row[l] + k);
+            __m256i w = load_ints(row[l] + k), size = _mm256_abs_epi8(w);
             if (next) FETCH(next[l] + k);
             a[l] = _mm256_add_epi32(a[l], _mm256_madd_epi16(
-                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), ones));
+                _mm256_maddubs_epi16(size, _mm256_sign_epi8(u, w)), ones));
+            a[l + 4] = _mm256_add_epi32(a[l + 4], _mm256_madd_epi16(
+                _mm256_maddubs_epi16(size, _mm256_sign_epi8(v, w)), ones));
         }
     }
-    _mm_storeu_si128((__m128i *)sum, sums_of_ints(a));
+    _mm_storeu_si128((__m128i *)high, sums_of_ints(a));
+    _mm_storeu_si128((__m128i *)low, sums_of_ints(a + 4));
 #else
     (void)next;
     for (int l = 0; l < 4; l++) {
-        int32_t all = 0;
-        #pragma omp simd reduction(+:all)
-        for (long k = 0; k < wide; k++) all += (int32_t)(int8_t)row[l][k] * (int8_t)X[k];
-        sum[l] = all;
+        int32_t u = 0, v = 0;
+        #pragma omp simd reduction(+:u, v)
+        for (long k = 0; k < wide; k++) {
+            u += (int32_t)(int8_t)row[l][k] * (int8_t)X[k];
+            v += (int32_t)(int8_t)row[l][k] * (int8_t)Y[k];
+        }
+        high[l] = u, low[l] = v;
     }
 #endif
-    for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
+    for (int l = 0; l < 4; l++) s[l] = of_digits(high[l], low[l], 0) * (*(const float *)x * of[n[l]].scale);
 #endif
 }
 
@@ -443,12 +552,15 @@ INLINE void add_i4(const char *const *row, const char *const *next, const char *
         for (int r = 0; r < lanes; r++) {
             const char *X = x + r * apart + 64 + k;
             const int32_t *fix = (const int32_t *)(x + r * apart + 64 + wide) + k / 8;
+            const float *scale = (const float *)(x + r * apart + 64 + wide + wide / 2) + k / 4;
             __m512i p = _mm512_maskz_loadu_epi32(all ? 0x0101 : 0x0001, fix);
             __m512i q = _mm512_maskz_loadu_epi32(all ? 0x0404 : 0x0004, fix);
             p = _mm512_dpbusd_epi32(p, u, _mm512_loadu_si512(X));
             q = _mm512_dpbusd_epi32(q, v, _mm512_loadu_si512(X + (all ? 64 : 32)));
-            a[4 * r + l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(p), by, a[4 * r + l]);
-            a[4 * r + l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), more, a[4 * r + l]);
+            __m512 first_by = _mm512_mul_ps(by, _mm512_loadu_ps(scale));
+            __m512 second_by = _mm512_mul_ps(more, _mm512_loadu_ps(scale + 16));
+            a[4 * r + l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(p), first_by, a[4 * r + l]);
+            a[4 * r + l] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), second_by, a[4 * r + l]);
         }
     }
 }
@@ -463,12 +575,11 @@ EXACT void quads_i4(const char *const *row, const char *const *next, const char 
     for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_ps();
     for (; k + 128 <= wide; k += 128) add_i4(row, next, x, apart, lanes, wide, k, 1, a);
     if (k < wide) add_i4(row, next, x, apart, lanes, wide, k, 0, a);
-    for (int r = 0; r < lanes; r++)
-        _mm_storeu_ps(s + 4 * r, _mm_mul_ps(sums_of_wide_floats(a + 4 * r),
-                                            _mm_set1_ps(*(const float *)(x + r * apart))));
+    for (int r = 0; r < lanes; r++) _mm_storeu_ps(s + 4 * r, sums_of_wide_floats(a + 4 * r));
 #else
     const char *X = x + 64;
     const int32_t *fix = (const int32_t *)(X + wide);
+    const float *own = (const float *)(fix + wide / 8);         /* scales of x */
     (void)apart;
     (void)lanes;
 #if defined(WHOLE_AVX2)
@@ -479,6 +590,7 @@ EXACT void quads_i4(const char *const *row, const char *const *next, const char 
                                             -1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 2, 3);
     for (; k < wide; k += 64) {
         __m256i u = load_ints(X + k), v = load_ints(X + k + 32), less = load_ints(fix + k / 8);
+        __m256 by = _mm256_loadu_ps(own + k / 8);
         for (int l = 0; l < 4; l++) {
             __m256i w = load_ints(row[l] + k / 2);
             const float *two = (const float *)(row[l] + wide / 2 + k / 16);         /* scales */
@@ -486,13 +598,13 @@ EXACT void quads_i4(const char *const *row, const char *const *next, const char 
             __m256i p = _mm256_maddubs_epi16(_mm256_and_si256(w, low), u);
             __m256i q = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), low), v);
             __m256i sums = _mm256_add_epi16(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
-            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums, ones), less)),
-                                   _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_castps_si256(
-                                       _mm256_broadcast_ss(two)), places)), a[l]);
+            __m256 both = _mm256_mul_ps(by, _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_castps_si256(
+                _mm256_broadcast_ss(two)), places)));
+            a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(sums, ones), less)), both,
+                                   a[l]);
         }
     }
     _mm_storeu_ps(s, sums_of_floats(a));
-    for (int l = 0; l < 4; l++) s[l] *= *(const float *)x;
 #else
     (void)next;
     for (int l = 0; l < 4; l++) {
@@ -506,9 +618,9 @@ EXACT void quads_i4(const char *const *row, const char *const *next, const char 
                 u += (w[i] & 15) * (int8_t)X[k + i];
                 v += (w[i] >> 4) * (int8_t)X[k + 32 + i];
             }
-            s[l] += u * up_bf16(scale[k / 32]) + v * up_bf16(scale[k / 32 + 1]);
+            const float *by = own + k / 8;
+            s[l] += u * (by[0] * up_bf16(scale[k / 32])) + v * (by[2] * up_bf16(scale[k / 32 + 1]));
         }
-        s[l] *= *(const float *)x;
     }
 #endif
 #endif
@@ -536,7 +648,8 @@ static void halves_of(const float *x, long n, uint16_t *to) {
 /* what rows of a kind are multiplied by, made of x (n) in `to` */
 static void prepare(int64_t kind, const float *x, long n, char *to) {
     float *wide = (float *)to;
-    if (kind == IS_I8 || kind == IS_I4 || kind == IS_PICKED_I8) round_to_8_bits(kind, x, n, to);
+    if (kind == IS_I8 || kind == IS_PICKED_I8) round_to_digits(x, n, to);
+    if (kind == IS_I4) round_in_groups(x, n, to);
     if (kind == IS_F32 || kind == IS_KEPT_F32 || kind == IS_PICKED_F32) memcpy(wide, x, n * sizeof(float));
     if (kind == IS_PICKED_BF16) for (long i = 0; i < n; i++) wide[i] = rounded(x[i]);
     if (kind == IS_KEPT_F32 || kind == IS_PICKED_F32 || kind == IS_PICKED_BF16)
@@ -761,11 +874,11 @@ INLINE void quad_picked_bf16(const char *const *row, const char *const *next, co
 /* a += what 128 inputs from k on make of weights at byte b, or 64 in the lower half of registers (all: 0); m: their
    places, which are shifted on */
 INLINE void add_picked_i8(const char *const *row, const char *const *next, const char *x, long apart, const int lanes,
-                          long k, long b, const int all, __m512i *m, __m512i *a) {
+                          long wide, long k, long b, const int all, __m512i *m, __m512i *a) {
     const __m512i three = _mm512_set1_epi8(3), base = _mm512_set1_epi64(0x0c0c080804040000);
-    __m512i X[AT_ONCE], Y[AT_ONCE];
-    for (int r = 0; r < lanes; r++) {
-        const char *v = x + r * apart + 64 + k;
+    __m512i X[2 * TWO], Y[2 * TWO];
+    for (int r = 0; r < 2 * lanes; r++) {                       /* of each lane two digits */
+        const char *v = x + r / 2 * apart + r % 2 * wide + 64 + k;
         X[r] = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(v)), load_ints(v + 64), 1);
         Y[r] = _mm512_inserti64x4(_mm512_castsi256_si512(load_ints(v + 32)), load_ints(v + 96), 1);
     }
@@ -774,7 +887,7 @@ INLINE void add_picked_i8(const char *const *row, const char *const *next, const
         __m512i to = low_bits_or(m[l], three, base);
         if (next) FETCH(next[l] + b);
         m[l] = _mm512_srli_epi64(m[l], 4);
-        for (int r = 0; r < lanes; r++) {
+        for (int r = 0; r < 2 * lanes; r++) {
             __m512i v = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(X[r], to), 0xff00ff00ff00ff00, Y[r], to);
             a[4 * r + l] = _mm512_dpbusd_epi32(a[4 * r + l], v, w);
         }
@@ -784,49 +897,54 @@ INLINE void add_picked_i8(const char *const *row, const char *const *next, const
 
 INLINE void quads_picked_i8(const struct of_row *of, const long *n, const char *const *row, const char *const *next,
                             const char *x, long apart, const int lanes, long K, float *s) {
+    long wide = padded(K);
+    int32_t high[4], low[4];
 #ifdef WHOLE_VNNI
     const __m512i turns = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);        /* the second 32 bytes are one shift on */
-    __m512i a[4 * AT_ONCE], m[4];
-    for (int i = 0; i < 4 * lanes; i++) a[i] = _mm512_setzero_si512();
+    __m512i a[8 * TWO], m[4];
+    for (int i = 0; i < 8 * lanes; i++) a[i] = _mm512_setzero_si512();
     EACH_GROUP {
         for (int l = 0; l < 4; l++) {
             m[l] = _mm512_srlv_epi64(_mm512_broadcast_i64x4(load_ints(row[l] + b)), turns);
             if (next) FETCH(next[l] + b);
         }
-        for (b += 32; k + 64 < end; k += 128, b += 64) add_picked_i8(row, next, x, apart, lanes, k, b, 1, m, a);
-        if (k < end) add_picked_i8(row, next, x, apart, lanes, k, b, 0, m, a);
+        for (b += 32; k + 64 < end; k += 128, b += 64) add_picked_i8(row, next, x, apart, lanes, wide, k, b, 1, m, a);
+        if (k < end) add_picked_i8(row, next, x, apart, lanes, wide, k, b, 0, m, a);
         k = end;
     }
     for (int r = 0; r < lanes; r++) {
-        int32_t sum[4];
-        _mm_storeu_si128((__m128i *)sum, sums_of_wide_ints(a + 4 * r));
+        _mm_storeu_si128((__m128i *)high, sums_of_wide_ints(a + 8 * r));
+        _mm_storeu_si128((__m128i *)low, sums_of_wide_ints(a + 8 * r + 4));
         for (int l = 0; l < 4; l++)
-            s[4 * r + l] = (sum[l] - 128 * of[n[l]].sum) * (*(const float *)(x + r * apart) * of[n[l]].scale);
+            s[4 * r + l] = of_digits(high[l], low[l], of[n[l]].sum) * (*(const float *)(x + r * apart) * of[n[l]].scale);
     }
 #else
     const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
     const __m256i base = _mm256_set1_epi64x(0x0c0c080804040000);
-    __m256i a[4] = { _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256() };
-    __m256i m[4];
-    int32_t sum[4];
+    __m256i a[8], m[4];
+    for (int l = 0; l < 8; l++) a[l] = _mm256_setzero_si256();
     (void)apart;
     (void)lanes;
     EACH_GROUP {
         places_of(row, next, b, m);
         for (b += 32; k < end; k += 64, b += 32) {
-            __m256i X = load_ints(x + 64 + k), Y = load_ints(x + 96 + k);
+            __m256i X[2], Y[2];
+            for (int d = 0; d < 2; d++) X[d] = load_ints(x + 64 + d * wide + k), Y[d] = load_ints(x + 96 + d * wide + k);
             for (int l = 0; l < 4; l++) {
                 __m256i w = load_ints(row[l] + b), to = _mm256_or_si256(_mm256_and_si256(m[l], three), base);
-                __m256i v = _mm256_blend_epi32(_mm256_shuffle_epi8(X, to), _mm256_shuffle_epi8(Y, to), 0xcc);
                 if (next) FETCH(next[l] + b);
                 m[l] = _mm256_srli_epi16(m[l], 2);
-                a[l] = _mm256_add_epi32(a[l], _mm256_madd_epi16(
-                    _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), ones));
+                for (int d = 0; d < 2; d++) {
+                    __m256i v = _mm256_blend_epi32(_mm256_shuffle_epi8(X[d], to), _mm256_shuffle_epi8(Y[d], to), 0xcc);
+                    a[4 * d + l] = _mm256_add_epi32(a[4 * d + l], _mm256_madd_epi16(
+                        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(v, w)), ones));
+                }
             }
         }
     }
-    _mm_storeu_si128((__m128i *)sum, sums_of_ints(a));
-    for (int l = 0; l < 4; l++) s[l] = sum[l] * (*(const float *)x * of[n[l]].scale);
+    _mm_storeu_si128((__m128i *)high, sums_of_ints(a));
+    _mm_storeu_si128((__m128i *)low, sums_of_ints(a + 4));
+    for (int l = 0; l < 4; l++) s[l] = of_digits(high[l], low[l], 0) * (*(const float *)x * of[n[l]].scale);
 #endif
 }
 #endif
@@ -840,10 +958,16 @@ INLINE void some_lanes(int64_t kind, const struct matrix *w, const long *n, cons
     switch (kind) {
     case IS_F32: quads_f32(row, next, x, apart, lanes, w->width, s); break;
     case IS_BF16: quads_bf16(row, next, x, apart, lanes, w->width, s); break;
-    case IS_I8: quads_i8(w->scale, n, row, next, x, apart, lanes, w->width, s); break;
+    case IS_I8:
+        for (int r = 0; r < lanes; r += TWO)
+            quads_i8(w->scale, n, row, next, x + r * apart, apart, lanes < TWO ? lanes : TWO, w->width, s + 4 * r);
+        break;
     case IS_I4: quads_i4(row, next, x, apart, lanes, w->width, s); break;
 #ifdef WHOLE_AVX2
-    case IS_PICKED_I8: quads_picked_i8(w->scale, n, row, next, x, apart, lanes, w->width, s); break;
+    case IS_PICKED_I8:
+        for (int r = 0; r < lanes; r += TWO)
+            quads_picked_i8(w->scale, n, row, next, x + r * apart, apart, lanes < TWO ? lanes : TWO, w->width, s + 4 * r);
+        break;
 #endif
 #if defined(WHOLE_AVX2) && !defined(PICKS)
     case IS_PICKED_F32:
@@ -2549,17 +2673,17 @@ static inline void bound(float *low, long N, long n, float about, float off, flo
     low[N + n] = about + off;
 }
 
-/* x rounded to 8 bits in `to` -> how far it is from x, at most */
+/* x rounded to whole numbers in `to` -> how far it is from x, at most */
 static float round_and_see(const float *x, long K, char *to) {
-    const int8_t *q = (const int8_t *)to + 64;
-    round_to_8_bits(IS_I8, x, K, to);
+    const int8_t *high = (const int8_t *)to + 64, *low = high + padded(K);
+    round_to_digits(x, K, to);
     float by = *(const float *)to, off = 0;
     #pragma omp simd reduction(+:off)
     for (long k = 0; k < K; k++) {
 #ifdef WHOLE_VNNI
-        float wrong = x[k] - by * (int8_t)(q[k] ^ 0x80);
+        float wrong = x[k] - by * (DIGIT * (int8_t)(high[k] ^ 0x80) + (int8_t)(low[k] ^ 0x80));
 #else
-        float wrong = x[k] - by * q[k];
+        float wrong = x[k] - by * (DIGIT * high[k] + low[k]);
 #endif
         off += wrong * wrong;
     }
@@ -2758,11 +2882,13 @@ static void widen_rows(const struct matrix *w, long n, int16_t *to) {
     }
 }
 
-/* s (2, 4): the products of two tokens and four rows of I8 */
-static inline void eight_products(const int16_t *w, const int16_t *x, const int16_t *z, long wide, int32_t *s) {
+/* sums (2, 4 registers) += the products of two tokens and four rows of I8: at most 8,192 numbers in turn, which 32
+   bits hold */
+static inline void eight_products(const int16_t *w, const int16_t *x, const int16_t *z, long wide, long from, long to,
+                                  __m256 *sums) {
     __m256i a[8];
     for (int i = 0; i < 8; i++) a[i] = _mm256_setzero_si256();
-    for (long k = 0; k < wide; k += 32) {
+    for (long k = from; k < to; k += 32) {
         __m256i u = load_ints(x + k), v = load_ints(z + k), u2 = load_ints(x + k + 16), v2 = load_ints(z + k + 16);
         KEEP(u, v);
         KEEP(u2, v2);
@@ -2773,26 +2899,26 @@ static inline void eight_products(const int16_t *w, const int16_t *x, const int1
                                                                    _mm256_madd_epi16(row2, v2)));
         }
     }
-    _mm_storeu_si128((__m128i *)s, sums_of_ints(a));
-    _mm_storeu_si128((__m128i *)(s + 4), sums_of_ints(a + 4));
+    for (int i = 0; i < 8; i++) sums[i] = _mm256_add_ps(sums[i], _mm256_cvtepi32_ps(a[i]));
 }
 
-/* The same of I4; scales: of the rows' groups (4, wide / 32) */
+/* s (2, 4): the same of I4; scales: of the rows' groups (4, wide / 32), and of each token's */
 static inline void eight_products_i4(const int16_t *w, const float *scales, const int16_t *x, const int16_t *z,
-                                     long wide, float *s) {
+                                     const float *of_x, const float *of_z, long wide, float *s) {
     __m256 a[8];
     for (int i = 0; i < 8; i++) a[i] = _mm256_setzero_ps();
     for (long k = 0; k < wide; k += 32) {
         __m256i u = load_ints(x + k), v = load_ints(z + k), u2 = load_ints(x + k + 16), v2 = load_ints(z + k + 16);
         KEEP(u, v);
         KEEP(u2, v2);
+        __m256 first = _mm256_broadcast_ss(of_x + k / 32), second = _mm256_broadcast_ss(of_z + k / 32);
         for (long l = 0; l < 4; l++) {
             __m256i row = load_ints(w + l * wide + k), row2 = load_ints(w + l * wide + k + 16);
             __m256 scale = _mm256_broadcast_ss(scales + l * (wide / 32) + k / 32);
             a[l] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(
-                _mm256_madd_epi16(row, u), _mm256_madd_epi16(row2, u2))), scale, a[l]);
+                _mm256_madd_epi16(row, u), _mm256_madd_epi16(row2, u2))), _mm256_mul_ps(scale, first), a[l]);
             a[l + 4] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(
-                _mm256_madd_epi16(row, v), _mm256_madd_epi16(row2, v2))), scale, a[l + 4]);
+                _mm256_madd_epi16(row, v), _mm256_madd_epi16(row2, v2))), _mm256_mul_ps(scale, second), a[l + 4]);
         }
     }
     _mm_storeu_ps(s, sums_of_floats(a));
@@ -2802,17 +2928,23 @@ static inline void eight_products_i4(const int16_t *w, const float *scales, cons
 static void many_products(const struct matrix *w, const float *x, float *y, long count, int threads) {
     long K = w->width, wide = padded(K), groups = wide / 32, N = w->rows;
     int16_t *numbers = heap(count * wide * sizeof(int16_t));
-    float *by = heap(count * sizeof(float));
+    long each = w->kind == IS_I4 ? groups : 1;                  /* scales of a token */
+    float *by = heap(count * each * sizeof(float));
     #pragma omp parallel num_threads(threads)
     {
-        char *ready = heap(room_of(K));
         #pragma omp for schedule(static)
         for (long t = 0; t < count; t++) {
-            round_to_8_bits(IS_F32, x + t * K, K, ready);
-            by[t] = *(float *)ready;
-            for (long k = 0; k < wide; k++) numbers[t * wide + k] = (int8_t)ready[64 + k];
+            int16_t *own = numbers + t * wide;
+            if (w->kind == IS_I8) {
+                round_to_whole(x + t * K, K, to_whole(x + t * K, K, by + t), own);
+                memset(own + K, 0, (wide - K) * sizeof(int16_t));
+            } else for (long g = 0; g < groups; g++) {
+                int8_t q[32];
+                int32_t sum;
+                by[t * groups + g] = round_to_8_bits(x + t * K + 32 * g, K - 32 * g, q, &sum);
+                for (int i = 0; i < 32; i++) own[32 * g + i] = q[i];
+            }
         }
-        free(ready);
         int16_t *rows = heap(4 * wide * sizeof(int16_t));
         float *scales = heap(4 * groups * sizeof(float));
         for (long first = 0; first < count; first += BLOCK) {
@@ -2827,15 +2959,22 @@ static void many_products(const struct matrix *w, const float *x, float *y, long
                 }
                 for (long t = first; t < last; t += 2) {
                     long pair = t + 1 < last ? t + 1 : t;
-                    int32_t whole[8];
+                    __m256 sums[8];
                     float s[8];
-                    if (w->kind == IS_I8) eight_products(rows, numbers + t * wide, numbers + pair * wide, wide, whole);
-                    else eight_products_i4(rows, scales, numbers + t * wide, numbers + pair * wide, wide, s);
+                    for (int i = 0; i < 8; i++) sums[i] = _mm256_setzero_ps();
+                    for (long k = 0; k < wide && w->kind == IS_I8; k += 8192)
+                        eight_products(rows, numbers + t * wide, numbers + pair * wide, wide, k,
+                                       k + 8192 < wide ? k + 8192 : wide, sums);
+                    if (w->kind == IS_I8) {
+                        _mm_storeu_ps(s, sums_of_floats(sums));
+                        _mm_storeu_ps(s + 4, sums_of_floats(sums + 4));
+                    } else eight_products_i4(rows, scales, numbers + t * wide, numbers + pair * wide, by + t * groups,
+                                             by + pair * groups, wide, s);
                     for (long i = 0; i < 8; i++) {
                         long row = n + i % 4, token = i < 4 ? t : pair;
                         if (row >= N) continue;
-                        y[token * N + row] = w->kind == IS_I4 ? s[i] * by[token]
-                            : whole[i] * (by[token] * ((const struct of_row *)w->scale)[row].scale);
+                        y[token * N + row] = w->kind == IS_I4 ? s[i]
+                            : s[i] * (by[token] * ((const struct of_row *)w->scale)[row].scale);
                     }
                 }
             }
@@ -2880,14 +3019,35 @@ void whole_products(const struct matrix *w, const float *x, float *y, long count
     }
     free(ready);
 }
-/* sums (M, N), which become floats: times a scale of each row and one of each column */
-void scale_sums(int32_t *sums, const float *by, const struct of_row *of, long M, long N, int threads) {
+/* high (M, N), the sums of the products of numbers' digits, and `low`, become floats in `high`: what both make,
+   times a scale of each row and one of each column */
+void scale_sums(int32_t *high, const int32_t *low, const float *by, const struct of_row *of, long M, long N,
+                int threads) {
     typedef float __attribute__((may_alias)) number;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++) {
-        int32_t *row = sums + m * N;
+        int32_t *row = high + m * N;
         #pragma omp simd
-        for (long n = 0; n < N; n++) ((number *)row)[n] = row[n] * (by[m] * of[n].scale);
+        for (long n = 0; n < N; n++)
+            ((number *)row)[n] = ((float)DIGIT * row[n] + low[m * N + n]) * (by[m] * of[n].scale);
+    }
+}
+/* high and low (M, K): the digits of the rows of x as whole numbers; by (M): their scales, NaN where not finite */
+void in_digits(const float *x, int8_t *high, int8_t *low, float *by, long M, long K, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        int16_t *q = heap(K * sizeof *q);
+        #pragma omp for schedule(static)
+        for (long m = 0; m < M; m++) {
+            round_to_whole(x + m * K, K, to_whole(x + m * K, K, by + m), q);
+            #pragma omp simd
+            for (long k = 0; k < K; k++) {
+                int16_t digit = (q[k] + DIGIT / 2) >> 7;
+                high[m * K + k] = (int8_t)digit;
+                low[m * K + k] = (int8_t)(q[k] - digit * DIGIT);
+            }
+        }
+        free(q);
     }
 }
 /* out (rows, width) bf16 = what whole numbers stand for, rounded once */

@@ -308,6 +308,27 @@ void OF(norm_back)(const TYPE *restrict g, const TYPE *restrict x, const TYPE *r
     }
 }
 
+/* y (B, T, H, n) = x turned by its token's angles: the halves (a, z) to (a cos + z sin, z cos + a sin), of the
+   tables' (T, n) halves. Tokens of x lie `of_b`, `of_t` and `of_h` apart. back: the turn's gradient. */
+void OF(rotate)(const TYPE *restrict x, const TYPE *restrict cos, const TYPE *restrict sin, TYPE *restrict y,
+                long B, long T, long H, long n, long of_b, long of_t, long of_h, int back, int threads) {
+    long half = n / 2, first = back ? half : 0, second = half - first;
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < B * T; m++) {
+        const TYPE *C = cos + m % T * n, *S = sin + m % T * n;
+        for (long h = 0; h < H; h++) {
+            const TYPE *X = x + m / T * of_b + m % T * of_t + h * of_h;
+            TYPE *Y = y + (m * H + h) * n;
+            #pragma omp simd
+            for (long i = 0; i < half; i++) {
+                float a = OF(up)(X[i]), z = OF(up)(X[i + half]);
+                Y[i] = OF(down)(OF(rounded)(a * OF(up)(C[i])) + z * OF(up)(S[i + first]));
+                Y[i + half] = OF(down)(OF(rounded)(z * OF(up)(C[i + half])) + a * OF(up)(S[i + second]));
+            }
+        }
+    }
+}
+
 /* Which of N columns answer a token, and how much. Scores s (M, N) less what the others' activity inhibits,
    z_c = s_c - sum over d of relu(s_d) from[d][c]; of z + balance the k largest win, of equal ones the first.
    gates = sigmoid(z) of winners, else 0; slope: its derivative there. */

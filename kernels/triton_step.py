@@ -244,6 +244,16 @@ def whole(y, to_whole):
 
 
 @triton.jit
+def in_groups(y, ROWS: tl.constexpr, BK: tl.constexpr):
+    """y (ROWS, 1, BK) as groups of 32 in 8 bits hold it; NaN where a group is not finite."""
+    groups = tl.reshape(y, (ROWS, BK // 32, 32))
+    sizes = tl.where(groups == groups, tl.abs(groups), float("inf"))
+    tops = tl.maximum(tl.max(sizes, axis=2), 1e-30)[:, :, None]
+    by = tl.div_rn(tl.full((ROWS, 1, 1), 127.0, tl.float32), tops)
+    return tl.reshape(whole(groups, by) * (tops / 127.0), (ROWS, 1, BK))
+
+
+@triton.jit
 def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
                    router, scores, picked, inhibits, balance, R, N, K, stride, splits, eps, cap, width,
                    copy_stride, edge, M, best, INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
@@ -253,7 +263,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
     layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
     GATED: W has 2 N rows, and out = act(the first N) * the others. cap: bounds the result, where it is not
-    None. BITS: of whole numbers, which meet f(x) rounded to 8 bits a row (kernels.in_8_bits); 16: floats.
+    None. BITS: of whole numbers, which meet f(x) as whole_product_reference rounds it; 16: floats.
 
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
     multiplied by the gate of its group, zero: not wanted. COPY: a copy of W in so many bits says, plus bias,
@@ -279,19 +289,22 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     like = x                                     # of the stream's dtype
     if INPUT == "join":
         like = out
-    if BITS < 16 or COPY > 0:
+    if BITS == 8 or COPY == 8:
         tops = tl.full((ROWS, 1, BK), 1e-30, tl.float32)
         for first in range(0, end, BK):
             k = first + tl.arange(0, BK)[None, None, :]
             y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
             tops = tl.where(y == y, tl.maximum(tops, tl.abs(y)), float("inf"))
-        to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 127.0, tl.float32), tl.max(tops, axis=2)[:, :, None])
+        to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 16319.0, tl.float32), tl.max(tops, axis=2)[:, :, None])
     if COPY > 0:
         for first in range(0, K, BK):
             k = first + tl.arange(0, BK)[None, None, :]
             y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
-            sums += numbers(copy, copy_scale, row, k, k < K, K, copy_stride, COPY) * whole(y, to_whole)
-        score = tl.sum(sums / to_whole, axis=2)
+            y = whole(y, to_whole) if COPY == 8 else in_groups(y, ROWS, BK)
+            sums += numbers(copy, copy_scale, row, k, k < K, K, copy_stride, COPY) * y
+        if COPY == 8:
+            sums = sums / to_whole
+        score = tl.sum(sums, axis=2)
         if COPY == 8:
             score *= tl.load(copy_scale + 2 * n2, mask=n2 < N, other=0.0)
         if bias is not None:
@@ -307,12 +320,14 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
             inside = inside & wanted
         w = numbers(weight, scale, row, k, inside, K, stride, BITS)
         y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
-        if BITS < 16:
+        if BITS == 8:
             y = whole(y, to_whole)
+        if BITS == 4:
+            y = in_groups(y, ROWS, BK)
         sums += w * y
         if GATED:
             others += numbers(weight, scale, row + N, k, k < K, K, stride, BITS) * y
-    if BITS < 16:
+    if BITS == 8:
         sums, others = sums / to_whole, others / to_whole        # NaN where a number is not finite
     r, n = r2, n2
     y = tl.sum(sums, axis=2)

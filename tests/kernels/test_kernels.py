@@ -564,12 +564,13 @@ def test_whole_numbers_as_bf16_are_what_they_stand_for_rounded_once(bits):
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_tokens_are_rounded_to_8_bits_in_c_as_by_torch(dtype):
+def test_tokens_become_digits_in_c_as_by_torch(dtype):
     x = normal(3, 7, 65).to(dtype)
     x[0, 0], x[0, 1, 3], x[1, 2, 0] = 0, math.nan, math.inf
-    q, by = kernels.tokens_in_8_bits(x)
-    expected, scale = kernels.in_8_bits(x)
-    assert q.dtype == torch.int8 and torch.equal(q.float(), expected.flatten(0, 1))
+    high, low, by = kernels.tokens_in_digits(x)
+    expected, scale = kernels.in_whole_numbers(x, kernels.FINEST)
+    assert high.dtype == low.dtype == torch.int8 and expected.abs().max() == kernels.FINEST
+    assert torch.equal(kernels.DIGIT * high.float() + low, expected.flatten(0, 1))
     torch.testing.assert_close(by, scale.flatten(), atol=0, rtol=0, equal_nan=True)
 
 
@@ -789,6 +790,25 @@ def test_squared_relu_and_its_gradient_are_the_references_bit_for_bit(dtype):
         (found, right), (slope, exact) = both_ways(passes.relu2, kernels.ACTS["relu2"], v)
         assert torch.equal(found.nan_to_num(7.0), right.nan_to_num(7.0)) and found.dtype == dtype
         assert torch.equal(slope.nan_to_num(7.0), exact.nan_to_num(7.0))
+
+
+@built
+@dtypes
+@pytest.mark.parametrize("B, T, H, n", [(1, 1, 1, 2), (2, 5, 3, 8), (3, 17, 4, 32), (2, 9, 2, 70)])
+def test_rotations_and_their_gradients_are_as_near_as_their_dtype(B, T, H, n, dtype):
+    """Also of heads that lie apart, behind one another or with gaps, and where each row has its own tables."""
+    angles = normal(T, 1, n // 2)
+    tables = [torch.cat(halves, -1).to(dtype) for halves in ((angles.cos(), angles.cos()),
+                                                             (angles.sin(), -angles.sin()))]
+    x = normal(B, T, 3 * H, n, dtype=dtype)
+    for given in (x, x[:, :, H:], x[:, :, 0:H].transpose(1, 2).contiguous().transpose(1, 2),
+                  torch.stack((x, x), dim=-1)[..., 0]):
+        for found, right in both_ways(lambda x: passes.rotated(x, *tables).transpose(1, 2).contiguous(),
+                                      lambda x: passes.rotated_reference(x, *tables).transpose(1, 2), given):
+            torch.testing.assert_close(found, right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    own = [table.expand(B, T, 1, n) for table in tables]
+    assert torch.equal(passes.rotated(x, *own), passes.rotated_reference(x, *tables))
+    assert passes.rotated(x.requires_grad_(), *tables).grad_fn.name() == "RotatedBackward"
 
 
 @built
