@@ -467,7 +467,7 @@ class MatrixC(ctypes.Structure):
     """`struct matrix` of kernels/step.c."""
     _fields_ = [("kind", ctypes.c_int64), ("rows", ctypes.c_int64), ("width", ctypes.c_int64),
                 ("stride", ctypes.c_int64), ("data", ctypes.c_void_p), ("scale", ctypes.c_void_p),
-                ("scale_stride", ctypes.c_int64), ("bias", ctypes.c_void_p)]
+                ("scale_stride", ctypes.c_int64), ("bias", ctypes.c_void_p), ("across", ctypes.c_void_p)]
 
 
 I8, I4 = 4, 5                                    # kinds of a matrix, numbered as in step.c

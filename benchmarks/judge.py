@@ -1,5 +1,6 @@
 """What a trained model is worth: its loss as it decodes, and whether that loss means anything."""
 import torch
+from torch.nn import functional as F
 
 from benchmarks.broken import BREAK
 from benchmarks.runs import fixed_loss, trained_model, validation_of
@@ -8,6 +9,7 @@ from decode import calibrate
 from decode.context import takes_shortcuts
 
 JUDGED = 80                                      # validation batches that a run's loss is the mean of
+REPEATED, WARM = 32, 8                           # texts that come twice; tokens before a copy can be known as one
 
 
 def as_trained(arm, folder, data):
@@ -29,7 +31,21 @@ def judge(model, data):
     exact = found["val_loss"]
     if takes_shortcuts(model.config):
         exact = fixed_loss(model.use_policy(False), data, validation)
-    return found | {"val_loss_exact": exact}
+    return found | {"val_loss_exact": exact, "copying": copying(model.use_policy(False), data)}
+
+
+@torch.no_grad()
+def copying(model, data):
+    """How many nats a token of held-out text costs less where the same text stands before it (2209.11895: induction
+    heads): half a window twice, without the first tokens of each half. About 0 until a model has learnt to look
+    for what it reads in its context; None where a window is too short to tell."""
+    half = model.config.block_size // 2
+    if half < 4 * WARM:
+        return None
+    text, _ = datasets.TokenStream(data, "val", half, REPEATED, seed=0).batch(0)
+    twice = torch.cat((text, text), dim=1)
+    losses = F.cross_entropy(model(twice, twice)[0][:, :-1].float().transpose(1, 2), twice[:, 1:], reduction="none")
+    return (losses[:, WARM:half - 1].mean() - losses[:, half + WARM:].mean()).item()
 
 
 @torch.no_grad()

@@ -152,11 +152,13 @@ LONGER = 3200                                    # iterations of the runs that g
 def longer_table(records, folder=ROOT / "results" / "runs"):
     """What is there of the runs that are several times as long as the table's: loss, and to the dense twin's
     of the same seeds, beside what the table says of that."""
-    found = {}
+    found, copied = {}, {}
     for path in sorted(folder.glob("*.json")):
         run = read(path)
         if run.get("iters") == LONGER and "arm" in run:
             found.setdefault(run["arm"], {})[run["seed"]] = run["val_loss"]
+            if run.get("copying") is not None:
+                copied.setdefault(run["arm"], []).append(f"{run['copying']:.2f}")
     twin, table = found.get(TWIN, {}), records.get(TABLE, {"rows": {}})
     rows = []
     order = [TWIN, *table["rows"], *found]
@@ -165,8 +167,9 @@ def longer_table(records, folder=ROOT / "results" / "runs"):
         delta = statistics.mean(loss - twin[seed] for seed, loss in losses.items())
         short = table["rows"].get(arm, {}).get("to_twin")
         rows.append([named(arm), f"{statistics.mean(losses.values()):.4f}", str(len(losses)),
-                     *["" if arm == TWIN else f"{delta:+.4f}"], f"{short['mean']:+.4f}" if short else ""])
-    head = "arm", "val loss", "seeds", "to the dense model", f"the same in {TABLE}"
+                     *["" if arm == TWIN else f"{delta:+.4f}"], ", ".join(copied.get(arm, [])),
+                     f"{short['mean']:+.4f}" if short else ""])
+    head = "arm", "val loss", "seeds", "to the dense model", "copying", f"the same in {TABLE}"
     arm, apart = max(((arm, max(losses.values()) - min(losses.values())) for arm, losses in found.items()),
                      key=lambda pair: pair[1], default=("", 0))
     seeds = f" One seed says little: those of {arm} lie up to {apart:.2f} apart." if apart else ""

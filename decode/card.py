@@ -27,6 +27,7 @@ class Matrix(NamedTuple):
     width: int
     bits: int = 16
     scale: torch.Tensor | None = None
+    across: torch.Tensor | None = None
 
 
 class Plain(NamedTuple):
@@ -110,11 +111,12 @@ class Card:
             raise NotWritten("weights whose rows do not lie in turn")
         return Matrix(weight.detach(), self.vector(bias), weight.size(1))
 
-    def whole(self, codes, scale, width, bias):
+    def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
+        vectors = self.vector(bias), self.vector(across)
         if len(scale):
-            return Matrix(codes.view(torch.int8), self.vector(bias), width, 8, scale.view(torch.float32))
-        return Matrix(codes, self.vector(bias), width, 4, codes.view(torch.int16))
+            return Matrix(codes.view(torch.int8), vectors[0], width, 8, scale.view(torch.float32), vectors[1])
+        return Matrix(codes, vectors[0], width, 4, codes.view(torch.int16), vectors[1])
 
     def add(self, kernel, grid, arguments, options):
         """Append a launch."""
@@ -262,7 +264,7 @@ class Card:
         arrived = torch.zeros(columns, dtype=torch.int32, device=out.device)
         group, winners = a.winners or (0, 0)
         self.add(self.k.down_kernel, (columns, shares), (a.x, a.edges, matrix.weight, matrix.scale,
-                 matrix.bias, onto and onto.x, out, parts, arrived, rows, N, C,
+                 matrix.bias, matrix.across, onto and onto.x, out, parts, arrived, rows, N, C,
                  matrix.weight.stride(0), share, winners),
                  dict(ALL=all, BITS=matrix.bits, GROUP=group, **tile))
         return onto or Plain(out)

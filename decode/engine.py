@@ -190,11 +190,11 @@ class Program:
                     bias=self.vector(bias))
         return Matrix(c, laid.size(1) + 8 * (scale is not None), width // 2)
 
-    def whole(self, codes, scale, width, bias):
-        """Weights (rows, width) of kernels.quantize -> Matrix."""
+    def whole(self, codes, scale, width, bias, across=None):
+        """Weights (rows, width) of kernels.quantize -> Matrix. across: what sums of rows are multiplied by."""
         self.kept += codes, scale
         c = kernels.whole_matrix(codes, scale, width)
-        c.bias = self.vector(bias)
+        c.bias, c.across = self.vector(bias), self.vector(across)
         return Matrix(c, codes.size(1) + 8 * bool(len(scale)), width)
 
     def without_first(self, matrix, columns):

@@ -26,7 +26,7 @@ struct matrix {                                  /* one row for each output, or 
     const char *data;
     const void *scale;                           /* what else the kind has: 2:4's places; of I8 see of_row */
     int64_t scale_stride;
-    const float *bias;
+    const float *bias, *across;                  /* across: what sums of rows are multiplied by, or none */
 };
 
 struct op {
@@ -1722,6 +1722,7 @@ static void op_rows_sum(struct op *o, struct thread *me) {
             memset(sums, 0, C * sizeof(float));
             add_rows(w, sums, at(me, o->in) + r * most, o->list < 0 ? 0 : rows + r * room, order, n,
                      order + room);
+            for (long c = 0; c < C && apart && w->across; c++) sums[c] *= w->across[c];
             if (apart) round_all(me, sums, C);
         }
     if (me->number == 0) {
@@ -1742,11 +1743,13 @@ static void op_rows_sum(struct op *o, struct thread *me) {
     for (long r = 0; r < p->rows; r++) {
         float *y = at(me, o->out) + r * C, *sums = (float *)me->scratch;
         const float *onto = o->onto < 0 ? 0 : at(me, o->onto) + r * C;
-        for (long c = from; c < to; c++) sums[c] = w->bias && !apart ? w->bias[c] : 0;
+        for (long c = from; c < to; c++) sums[c] = w->bias && !apart && !w->across ? w->bias[c] : 0;
         for (long q = 0; q < counts[r]; q++) {
             const float *some = at(me, o->by) + (r * o->n[2] + q) * C;
             for (long c = from; c < to; c++) sums[c] += some[c];
         }
+        if (w->across && !apart)
+            for (long c = from; c < to; c++) sums[c] = sums[c] * w->across[c] + (w->bias ? w->bias[c] : 0);
         if (apart) {
             round_all(me, sums + from, to - from);
             for (long c = from; c < to && w->bias; c++) sums[c] += w->bias[c];

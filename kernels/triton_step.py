@@ -440,11 +440,11 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, ep
 
 
 @triton.jit
-def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, C, stride, share, winners,
-                ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived, R, N, C, stride, share,
+                winners, ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                 BU: tl.constexpr, BC: tl.constexpr):
-    """out[r] = the sum of a[r, n] weight[n] over the N units, plus bias and onto. edges: a counts as zero
-    unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a| count, of equal
+    """out[r] = the sum of a[r, n] weight[n] over the N units, times across, plus bias and onto. edges: a counts
+    as zero unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a| count, of equal
     ones the first. A program adds a share of the units; rows of units that are zero in every
     row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
     order: whoever it is, the bits are the same."""
@@ -477,6 +477,8 @@ def down_kernel(a, edges, weight, scale, bias, onto, out, parts, arrived, R, N, 
         y = tl.zeros((ROWS, BC), tl.float32)
         for i in range(shares):
             y += tl.load(parts + i * R * C + at, mask=here, other=0.0, cache_modifier=".cg")
+        if across is not None:
+            y *= tl.load(across + c, mask=c < C, other=0.0).to(tl.float32)
         if bias is not None:
             y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
         y = rounded(y, out)

@@ -126,7 +126,7 @@ def jobs_of_a_step(every=False):
                     (1, 16), (8, 16), (8, 8), (1, 4)):
                 for everything, group in ((False, 0), (True, 0), (False, 4))[:1 + 2 * every]:
                     form = dict(ALL=everything, BITS=bits, GROUP=group) | (
-                        dict(R=1, edges=None) if rows == 1 else {})
+                        dict(R=1, edges=None) if rows == 1 else {}) | ({} if bits < 16 else dict(across=None))
                     yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
                 for one in ({}, dict(R=1, H=1))[:1 + every]:

@@ -558,6 +558,25 @@ def test_a_run_is_judged_as_it_decodes_and_without_its_shortcuts(name, shortcuts
     assert first["val_loss_exact"] == judge.judge(model.use_policy(False), tmp_path)["val_loss"]
 
 
+def test_copying_is_what_a_text_costs_less_where_it_comes_again(tmp_path):
+    """A model that looks for the last token in its context and bets on what stood behind it, and one that does not."""
+    tokens(1, 20000, 2)[0].numpy().astype("uint16").tofile(tmp_path / "val.bin")
+
+    def model(idx, targets):
+        logits = torch.zeros(*idx.shape, 29)
+        if copies:
+            logits[:, half:].scatter_(2, idx[:, 1:half + 1, None], 5.0)
+        return logits, None
+
+    half, model.config = 64, SimpleNamespace(block_size=128, vocab_size=29)
+    copies = False
+    assert judge.copying(model, tmp_path) == 0
+    copies = True
+    assert 2.4 < judge.copying(model, tmp_path) < 5
+    model.config.block_size = 62
+    assert judge.copying(model, tmp_path) is None
+
+
 def test_the_leaky_arm_sees_the_future():
     assert judge.sees_the_future(broken.leak(build({}, std=0.2)), tokens(1, 16))
 

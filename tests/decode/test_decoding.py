@@ -15,7 +15,7 @@ from configurator import ConfigError
 from decode import calibrate, counters, engine, sampling
 from decode.context import Cache, CachedContext
 from decode.quantized import BITS, PARTS, Quantized, QuantizedByUnit, kinds_in, quantize
-from layers import settle
+from layers import NeuronMajor, settle
 from model import GPT
 from training import optimizers
 
@@ -684,3 +684,31 @@ def test_a_quantised_step_reads_fewer_bytes():
                 program.step()
             found[kind] = tally.bytes
     assert found["dense"] > 1.7 * found["int8"] > 1.7 * found["int4"] > 1.7 * found["q4_all"] > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_output_of_large_weights_costs_the_others_no_precision(bits, dtype):
+    """W_down by unit: a row holds a weight of each output, and its scale is that of the largest."""
+    down = NeuronMajor(70, 40, True, std=0.1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        down.weight.normal_()
+        down.weight[3] *= 1000.0
+        down.weight[4] = 0.0
+    whole = QuantizedByUnit(down, bits).to(dtype)
+    most = 2 * down.weight.abs().amax(dim=1, keepdim=True) / (127 if bits == 8 else 7)
+    assert ((whole.weight.float() - down.weight).abs() <= 0.6 * most).all()
+    a = torch.randn(2, 1, 70).relu().to(dtype)
+    with torch.inference_mode():
+        rows = whole.weight.float().t()
+        off = whole(a).float() - (a.float() @ rows + down.bias.to(dtype).float())
+        assert (off.abs() <= (1e-3 if dtype == torch.float32 else 2e-2) * (a.float() @ rows.abs() + 1e-3)).all()
+
+
+def test_units_rows_of_folders_from_before_their_outputs_had_a_share_load():
+    down = NeuronMajor(70, 40, False, std=0.1)
+    whole, again = QuantizedByUnit(down, 8), QuantizedByUnit(down, 8, empty=True)
+    state = {key: value for key, value in whole.state_dict().items() if key != "across"}
+    again.load_state_dict(state)
+    assert torch.equal(again.across, torch.ones(40)) and torch.equal(again.codes, whole.codes)

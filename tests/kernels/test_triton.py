@@ -491,7 +491,7 @@ def test_rows_of_live_units_are_added_up_and_dead_ones_are_not_read(rows):
         for dead, everything in ((0.0, True), (torch.nan, False)):
             poisoned = torch.where((a != 0).any(dim=0)[:, None], weight, weight * 0 + dead)
             steps.down_kernel[(columns, shares)](
-                a, None, poisoned, None, bias, onto, out, parts, arrived, rows, N, C, C, share, 0,
+                a, None, poisoned, None, bias, None, onto, out, parts, arrived, rows, N, C, C, share, 0,
                 ALL=everything, BITS=16, GROUP=0, **tile)
             check(out, expected, atol=1e-4, rtol=1e-4)
             assert not arrived.any()                      # ready for the next step
@@ -505,16 +505,18 @@ def test_rows_of_units_in_whole_numbers_are_added_up(bits):
         a = normal(rows, N, seed=0, dtype=torch.float32) * (normal(N, seed=1, dtype=torch.float32) > 0)
         weight = normal(N, C, seed=2, dtype=torch.float32)
         weight[(~(a != 0).any(dim=0)).nonzero()[0]] = torch.nan
+        bias, across = normal(C, seed=3, dtype=torch.float32), 2.0 ** (torch.arange(C, device=DEVICE) % 5 - 2)
         codes, scale = kernels.quantize(weight, bits)
         tile, columns, shares, share = steps.down_tile(1 << (rows - 1).bit_length(), N, C, 1)
         parts, out = torch.empty(shares, rows, C, device=DEVICE), torch.empty(rows, C, device=DEVICE)
         arrived, read = torch.zeros(columns, dtype=torch.int32, device=DEVICE), as_read(codes, scale)
         for everything in (True, False):
             steps.down_kernel[(columns, shares)](
-                a, None, read["weight"], read["scale"], None, None, out, parts, arrived, rows, N, C,
+                a, None, read["weight"], read["scale"], bias, across, None, out, parts, arrived, rows, N, C,
                 codes.stride(0), share, 0, ALL=everything, BITS=bits, GROUP=0, **tile)
             assert out.isnan().all() == everything
-        check(out, a @ kernels.dequantize(codes, scale, C).nan_to_num(0), atol=1e-4, rtol=1e-4)
+        expected = a @ kernels.dequantize(codes, scale, C).nan_to_num(0)
+        check(out, expected * across + bias, atol=1e-4, rtol=1e-4)
 
 
 @interpreted
@@ -532,8 +534,8 @@ def test_rows_of_units_whose_gate_is_shut_are_not_read_and_nan_passes_a_gate():
     arrived = torch.zeros(columns, dtype=torch.int32, device=DEVICE)
 
     def run(a, weight):
-        steps.down_kernel[(columns, shares)](a, edges, weight, None, None, None, out, parts, arrived, 3, 40,
-                                             9, 9, share, 0, ALL=False, BITS=16, GROUP=0, **tile)
+        steps.down_kernel[(columns, shares)](a, edges, weight, None, None, None, None, out, parts, arrived, 3,
+                                             40, 9, 9, share, 0, ALL=False, BITS=16, GROUP=0, **tile)
         return out
 
     check(run(a, poisoned), expected, atol=1e-4, rtol=1e-4)
