@@ -233,8 +233,8 @@ def group_winners(a, group, k, act="none"):
 # 8 bits: a row of (N, K) is K whole numbers in -127..127 times one fp32 scale; 4 bits: groups of 32 in a row
 # are numbers in -8..7 times a bf16 scale. A decode step reads 1/2 or 9/32 of bf16's bytes. What meets them is
 # rounded, so that products are sums of whole numbers: to 15 bits and one scale a token in front of 8 bits, to
-# 8 bits and a scale for each group in front of 4. In 8 bits and one scale a token the inputs of a Llama, a few
-# of which are far larger than all others, cost it a percent and more.
+# 8 bits and a scale for each group in front of 4. In 8 bits and one scale a token the inputs of a Llama, a
+# few of which are far larger than all others, cost it a percent and more.
 #
 # codes (N, stride) uint8: rows are padded by zeros to a multiple of 64 numbers. 8 bits: a byte each. 4 bits:
 # every 32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the row's scales, and
@@ -349,11 +349,11 @@ def scales_of(codes, scale, K):
 
 
 def in_whole_numbers(x, largest):
-    """x (..., K) -> whole numbers in -largest..largest (fp32) and a scale (..., 1); NaN where x is not finite."""
+    """x (..., K) -> whole numbers in -largest..largest (fp32), a scale (..., 1); NaN where not finite."""
     x = x.float()
     most = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
     finite = most.isfinite()
-    by = torch.full_like(most, largest) / most  # largest / most would be its reciprocal's product: rounded twice
+    by = torch.full_like(most, largest) / most  # largest / most would be a product: rounded twice
     return torch.where(finite, (x * by).round(), 0), torch.where(finite, most / largest, torch.nan)
 
 
@@ -422,8 +422,8 @@ def product_of_whole_numbers(x, codes, scale):
 
 
 def tokens_in_digits(x):
-    """As in_whole_numbers(x, FINEST), in C: x (..., K) on a CPU -> int8 (tokens, K) twice, of which the first times DIGIT plus the
-    second are the numbers, and scales (tokens)."""
+    """As in_whole_numbers(x, FINEST), in C: x (..., K) on a CPU -> int8 (tokens, K) twice, of which the first
+    times DIGIT plus the second are the numbers, and scales (tokens)."""
     x = x.float().contiguous()
     high, low = (torch.empty(x.numel() // x.size(-1), x.size(-1), dtype=torch.int8) for _ in range(2))
     by = torch.empty(len(high))

@@ -9,7 +9,7 @@ from decode import calibrate
 from decode.context import takes_shortcuts
 
 JUDGED = 80                                      # validation batches that a run's loss is the mean of
-REPEATED, WARM = 32, 8                           # texts that come twice; tokens before a copy can be known as one
+REPEATED, WARM = 32, 8                           # texts that come twice; tokens before one is known again
 
 
 def as_trained(arm, folder, data):
@@ -36,15 +36,16 @@ def judge(model, data):
 
 @torch.no_grad()
 def copying(model, data):
-    """How many nats a token of held-out text costs less where the same text stands before it (2209.11895: induction
-    heads): half a window twice, without the first tokens of each half. About 0 until a model has learnt to look
-    for what it reads in its context; None where a window is too short to tell."""
+    """How many nats a token of held-out text costs less where the same text stands before it (2209.11895:
+    induction heads): half a window twice, without the first tokens of each half. About 0 until a model has
+    learnt to look in its context for what it reads; None where a window is too short to tell."""
     half = model.config.block_size // 2
     if half < 4 * WARM:
         return None
     text, _ = datasets.TokenStream(data, "val", half, REPEATED, seed=0).batch(0)
     twice = torch.cat((text, text), dim=1)
-    losses = F.cross_entropy(model(twice, twice)[0][:, :-1].float().transpose(1, 2), twice[:, 1:], reduction="none")
+    logits = model(twice, twice)[0][:, :-1].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), twice[:, 1:], reduction="none")
     return (losses[:, WARM:half - 1].mean() - losses[:, half + WARM:].mean()).item()
 
 

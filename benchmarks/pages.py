@@ -287,11 +287,11 @@ def lighter(words, records):
         rival=speed[f"{LLAMA} q8_0"], rival4=speed[f"{LLAMA} q4_0"], link=f"[record](results/{SCREEN})"))
 
 
-def first_minute(words, records):
-    """What the first command of the README has printed, as a table."""
-    if FIRST not in records:
+def first_minute(words, records, name=FIRST):
+    """What the first command of the README has printed, or another `bench.py compare`, as a table."""
+    if name not in records:
         return ""
-    record = records[FIRST]
+    record = records[name]
     runs, sides = record["runs"], record["measurements"]["decode"]["sides"]
     first = next(iter(runs))
     rows = []

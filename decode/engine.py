@@ -191,7 +191,7 @@ class Program:
         return Matrix(c, laid.size(1) + 8 * (scale is not None), width // 2)
 
     def whole(self, codes, scale, width, bias, across=None):
-        """Weights (rows, width) of kernels.quantize -> Matrix. across: what sums of rows are multiplied by."""
+        """Weights (rows, width) of kernels.quantize -> Matrix. across: what sums of rows are times."""
         self.kept += codes, scale
         c = kernels.whole_matrix(codes, scale, width)
         c.bias, c.across = self.vector(bias), self.vector(across)

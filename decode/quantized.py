@@ -100,8 +100,8 @@ class Quantized(nn.Module):
 
 class QuantizedByUnit(Quantized):
     """A NeuronMajor's weights as whole numbers, the row of an input unit with scales of its own; inputs are
-    not rounded: each is a factor of a row. across (n_out): each output's share of all rows, a power of two, by
-    which they are divided first: an output of large weights would set the scales of all others, and cost
+    not rounded: each is a factor of a row. across (n_out): each output's share of all rows, a power of two,
+    by which they are divided first: an output of large weights would set the scales of all others, and cost
     SmolLM2's W_down in 8 bits 0.4% of loss. k: inputs that are read, the largest |x|; None: all."""
 
     def __init__(self, linear, bits, empty=False, moments=None):

@@ -453,7 +453,8 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return turned(grad if grad.stride(-1) == 1 else grad.contiguous(), *ctx.saved_tensors, True), None, None
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return turned(grad, *ctx.saved_tensors, True), None, None
 
 
 def turned(x, cos, sin, back):

@@ -443,9 +443,9 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, ep
 def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived, R, N, C, stride, share,
                 winners, ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                 BU: tl.constexpr, BC: tl.constexpr):
-    """out[r] = the sum of a[r, n] weight[n] over the N units, times across, plus bias and onto. edges: a counts
-    as zero unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a| count, of equal
-    ones the first. A program adds a share of the units; rows of units that are zero in every
+    """out[r] = the sum of a[r, n] weight[n] over the N units, times across, plus bias and onto. edges: a
+    counts as zero unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a|
+    count, of equal ones the first. A program adds a share of the units; rows of units that are zero in every
     row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
     order: whoever it is, the bits are the same."""
     s, shares = tl.program_id(1), tl.num_programs(1)

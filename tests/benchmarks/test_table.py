@@ -559,16 +559,16 @@ def test_a_run_is_judged_as_it_decodes_and_without_its_shortcuts(name, shortcuts
 
 
 def test_copying_is_what_a_text_costs_less_where_it_comes_again(tmp_path):
-    """A model that looks for the last token in its context and bets on what stood behind it, and one that does not."""
+    """A model that bets on what stood behind the last token's first place, and one that does not."""
     tokens(1, 20000, 2)[0].numpy().astype("uint16").tofile(tmp_path / "val.bin")
 
     def model(idx, targets):
-        logits = torch.zeros(*idx.shape, 29)
+        logits = torch.zeros(*idx.shape, 64)
         if copies:
             logits[:, half:].scatter_(2, idx[:, 1:half + 1, None], 5.0)
         return logits, None
 
-    half, model.config = 64, SimpleNamespace(block_size=128, vocab_size=29)
+    half, model.config = 64, SimpleNamespace(block_size=128, vocab_size=64)
     copies = False
     assert judge.copying(model, tmp_path) == 0
     copies = True

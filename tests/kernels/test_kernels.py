@@ -796,7 +796,7 @@ def test_squared_relu_and_its_gradient_are_the_references_bit_for_bit(dtype):
 @dtypes
 @pytest.mark.parametrize("B, T, H, n", [(1, 1, 1, 2), (2, 5, 3, 8), (3, 17, 4, 32), (2, 9, 2, 70)])
 def test_rotations_and_their_gradients_are_as_near_as_their_dtype(B, T, H, n, dtype):
-    """Also of heads that lie apart, behind one another or with gaps, and where each row has its own tables."""
+    """Of heads that lie apart, behind one another or with gaps; and where each row has its own tables."""
     angles = normal(T, 1, n // 2)
     tables = [torch.cat(halves, -1).to(dtype) for halves in ((angles.cos(), angles.cos()),
                                                              (angles.sin(), -angles.sin()))]
