@@ -229,11 +229,13 @@ def test_longer_runs_stand_beside_the_dense_model_of_the_same_seeds(tmp_path):
             (TWIN, 1, 2.0, pages.LONGER), (TWIN, 2, 1.0, pages.LONGER), ("osc", 1, 1.5, pages.LONGER),
             ("osc", 3, 9.0, pages.LONGER), ("osc", 2, 9.0, 350), ("gone", 3, 9.0, pages.LONGER),
             ("topk", 3, 9.0, pages.LONGER)]):
-        (tmp_path / f"{n}.json").write_text(json.dumps(dict(arm=arm, seed=seed, val_loss=loss, iters=iters)))
+        copies = {"copying": 0.1 * seed} if arm == TWIN else {"copying": None} if seed == 1 else {}
+        (tmp_path / f"{n}.json").write_text(json.dumps(dict(arm=arm, seed=seed, val_loss=loss, iters=iters)
+                                                       | copies))
     (tmp_path / "plan.json").write_text(json.dumps(dict(iters=pages.LONGER)))
     lines = pages.longer_table({}, tmp_path).splitlines()
-    assert lines[2:4] == [f"| {TWIN} | 1.5000 | 2 |  |  |",
-                          "| [osc](docs/osc.md) | 1.5000 | 1 | -0.5000 |  |"] and not lines[4]
+    assert lines[2:4] == [f"| {TWIN} | 1.5000 | 2 |  | 0.10, 0.20 |  |",
+                          "| [osc](docs/osc.md) | 1.5000 | 1 | -0.5000 |  |  |"] and not lines[4]
 
 
 def test_a_page_takes_the_rows_of_other_records_that_fit_it():
