@@ -113,7 +113,7 @@ class Card:
 
     def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
-        vectors = self.vector(bias), self.vector(across)
+        vectors = self.vector(bias), across
         if len(scale):
             return Matrix(codes.view(torch.int8), vectors[0], width, 8, scale.view(torch.float32), vectors[1])
         return Matrix(codes, vectors[0], width, 4, codes.view(torch.int16), vectors[1])

@@ -194,7 +194,7 @@ class Program:
         """Weights (rows, width) of kernels.quantize -> Matrix. across: what sums of rows are times."""
         self.kept += codes, scale
         c = kernels.whole_matrix(codes, scale, width)
-        c.bias, c.across = self.vector(bias), self.vector(across)
+        c.bias, c.across = self.vector(bias), None if across is None else self.floats(across)
         return Matrix(c, codes.size(1) + 8 * bool(len(scale)), width)
 
     def without_first(self, matrix, columns):

@@ -100,42 +100,49 @@ class Quantized(nn.Module):
 
 class QuantizedByUnit(Quantized):
     """A NeuronMajor's weights as whole numbers, the row of an input unit with scales of its own; inputs are
-    not rounded: each is a factor of a row. across (n_out): each output's share of all rows, a power of two,
-    by which they are divided first: an output of large weights would set the scales of all others, and cost
-    SmolLM2's W_down in 8 bits 0.4% of loss. k: inputs that are read, the largest |x|; None: all."""
+    not rounded: each is a factor of a row. across (n_out), fp32 as bits: the root mean square of each
+    output's weights, by which they are divided first: an output of large weights would set the scales of all
+    others, and cost SmolLM2's W_down in 8 bits 0.4% of loss. k: inputs that are read, the largest |x|; None:
+    all."""
 
     def __init__(self, linear, bits, empty=False, moments=None):
         super().__init__(linear, bits, empty, moments)
         self.k = getattr(linear, "k", None)
 
     def fill(self, weight, empty, moments=None):
-        most = weight.detach().float().abs().amax(dim=1)
-        across = torch.where(most.isfinite() & (most > 0), most / torch.frexp(most).mantissa, 1)
-        rows = weight if empty else weight / across[:, None].to(weight.dtype)
-        super().fill(rows.t(), empty)            # a group meets one input, whatever its size
-        self.register_buffer("across", across)
+        wide = weight.detach().float()
+        size = wide.square().mean(dim=1).sqrt()
+        size = torch.where(size.isfinite() & (size > 0), size, 1)
+        super().fill((wide / size[:, None]).t(), empty)      # a group meets one input, whatever its size
+        self.register_buffer("across", size.view(torch.int32))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **keys):
-        state_dict.setdefault(f"{prefix}across", torch.ones_like(self.across))      # of older folders
+        ones = torch.ones_like(self.across, dtype=torch.float32)
+        state_dict.setdefault(f"{prefix}across", ones.view(torch.int32))            # of older folders
         super()._load_from_state_dict(state_dict, prefix, *args, **keys)
 
     @property
+    def sizes(self):
+        """What `across` stands for."""
+        return self.across.view(torch.float32)
+
+    @property
     def weight(self):
-        rows = kernels.dequantize(self.codes, self.scale, self.out_features) * self.across.float()
+        rows = kernels.dequantize(self.codes, self.scale, self.out_features) * self.sizes
         return rows.to(self.like.dtype).t()
 
     def forward(self, a):
         a = a if self.k is None else kernels.keep_largest(a, self.k)
         y = kernels.whole_rows_sum(a, self.codes, self.scale, self.out_features,
                                    kernels.few_tokens(a) and not self.sound())
-        return stored(y * self.across.float(), self.bias, a.dtype)
+        return stored(y * self.sizes, self.bias, a.dtype)
 
     def emit(self, p, a, onto=None, units=None):
         a = a if self.k is None else p.largest(a, self.in_features, self.k)
         return p.rows_sum(a, self.emit_matrix(p), onto, units, all=not self.sound())
 
     def emit_matrix(self, p):
-        return p.whole(self.codes, self.scale, self.out_features, self.bias, self.across)
+        return p.whole(self.codes, self.scale, self.out_features, self.bias, self.sizes)
 
     def emit_some(self, p, x, rows):
         raise NotWritten("some outputs of whole numbers that lie by unit")

@@ -146,9 +146,9 @@ def jobs_of_a_step(every=False):
 SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length",
          "stride", "winners", "V", "seen_stride", "top_k")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
-STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", eps="fp32",
-            scale="fp32", logits="*fp32", seen="*u8", fine="*i32", room="*fp32", some="*fp32", ids="*i32",
-            tops="*fp32", most_of="*fp32", about="*i32", key="*i64", temperature="fp32",
+STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", across="*fp32",
+            eps="fp32", scale="fp32", logits="*fp32", seen="*u8", fine="*i32", room="*fp32", some="*fp32",
+            ids="*i32", tops="*fp32", most_of="*fp32", about="*i32", key="*i64", temperature="fp32",
             top_p="fp32", min_p="fp32", penalty="fp32")
 TYPES = "*fp32", "*bf16", "*u8", "*i8", "*i16", "*i32", "i32", "fp32"
 WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16")}     # weights and scales of so many bits

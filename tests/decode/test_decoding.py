@@ -712,4 +712,4 @@ def test_units_rows_of_folders_from_before_their_outputs_had_a_share_load():
     whole, again = QuantizedByUnit(down, 8), QuantizedByUnit(down, 8, empty=True)
     state = {key: value for key, value in whole.state_dict().items() if key != "across"}
     again.load_state_dict(state)
-    assert torch.equal(again.across, torch.ones(40)) and torch.equal(again.codes, whole.codes)
+    assert torch.equal(again.sizes, torch.ones(40)) and torch.equal(again.codes, whole.codes)
