@@ -34,7 +34,7 @@ from model import build_model
 from training import checkpoint, pretrained, retrofit
 from training.runtime import DTYPES
 
-VERSION = 1                                      # of what a trial's numbers mean; others do not count
+VERSION = 2                                      # of what a trial's numbers mean; others do not count
 COUNTED = 16                                     # steps whose bytes and multiply-adds are counted
 LOOKS = 8                                        # times that a trial's loss is looked at, at most
 SURE = 0.99                                      # of an interval that ends a trial before its last window
