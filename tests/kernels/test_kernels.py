@@ -1,4 +1,5 @@
 """Every kernel equals its reference over many shapes; whatever it does not take goes the library's way."""
+import ctypes
 import functools
 import itertools
 import math
@@ -560,6 +561,23 @@ def test_whole_numbers_as_bf16_are_what_they_stand_for_rounded_once(bits):
         found, expected = kernels.in_bf16(codes, scale, K), kernels.dequantize(codes, scale, K).bfloat16()
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@built
+@bits_4_and_8
+def test_sums_of_the_largest_numbers_do_not_overflow(bits):
+    """All inputs and weights at their largest, of either sign, over more than the 8,192 that 32 bits hold."""
+    K = 20_000
+    weight, x = torch.ones(5, K), torch.ones(9, 1, K)
+    weight[1], x[1] = -1, -1
+    codes, scale = kernels.quantize(weight, bits)
+    matrix, many = kernels.whole_matrix(codes, scale, K), torch.empty(9, 1, 5)
+    kernels.cpu_library()[0].whole_products(ctypes.addressof(matrix), x.data_ptr(), many.data_ptr(), 9, 1)
+    with torch.inference_mode():
+        few, prompt = (kernels.whole_product(some, codes, scale) for some in (x[:2], x))
+        for found in (few, prompt, many):
+            torch.testing.assert_close(found, x[:len(found)] @ kernels.dequantize(codes, scale, K).t(),
+                                       rtol=1e-4, atol=0)
 
 
 @built
