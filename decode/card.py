@@ -113,10 +113,8 @@ class Card:
 
     def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
-        vectors = self.vector(bias), across
-        if len(scale):
-            return Matrix(codes.view(torch.int8), vectors[0], width, 8, scale.view(torch.float32), vectors[1])
-        return Matrix(codes, vectors[0], width, 4, codes.view(torch.int16), vectors[1])
+        bits, of = (8, scale.view(torch.float32)) if len(scale) else (4, codes.view(torch.int16))
+        return Matrix(codes.view(torch.int8) if bits == 8 else codes, self.vector(bias), width, bits, of, across)
 
     def add(self, kernel, grid, arguments, options):
         """Append a launch."""
