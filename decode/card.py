@@ -114,7 +114,8 @@ class Card:
     def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
         bits, of = (8, scale.view(torch.float32)) if len(scale) else (4, codes.view(torch.int16))
-        return Matrix(codes.view(torch.int8) if bits == 8 else codes, self.vector(bias), width, bits, of, across)
+        codes = codes.view(torch.int8) if bits == 8 else codes
+        return Matrix(codes, self.vector(bias), width, bits, of, across)
 
     def add(self, kernel, grid, arguments, options):
         """Append a launch."""
