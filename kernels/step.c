@@ -320,6 +320,16 @@ static void round_to_whole(const float *x, long n, float by, int16_t *q) {
     }
 }
 
+/* the digits of q (n) */
+static inline void digits_of(const int16_t *q, long n, int8_t *high, int8_t *low) {
+    #pragma omp simd
+    for (long i = 0; i < n; i++) {
+        int16_t digit = (q[i] + DIGIT / 2) >> 7;
+        high[i] = (int8_t)digit;
+        low[i] = (int8_t)(q[i] - digit * DIGIT);
+    }
+}
+
 static void round_to_digits(const float *x, long n, char *to) {
     long wide = padded(n);
     int8_t *high = (int8_t *)to + 64, *low = high + wide;
@@ -338,12 +348,7 @@ static void round_to_digits(const float *x, long n, char *to) {
     for (long k = 0; k < wide; k += 64) {
         int16_t some[64] = {0};
         round_to_whole(x + k, n - k < 64 ? n - k : 64, by, some);
-        #pragma omp simd
-        for (int i = 0; i < 64; i++) {
-            int16_t digit = (some[i] + DIGIT / 2) >> 7;
-            high[k + i] = (int8_t)digit;
-            low[k + i] = (int8_t)(some[i] - digit * DIGIT);
-        }
+        digits_of(some, 64, high + k, low + k);
     }
 #endif
 }
@@ -3043,12 +3048,7 @@ void in_digits(const float *x, int8_t *high, int8_t *low, float *by, long M, lon
         #pragma omp for schedule(static)
         for (long m = 0; m < M; m++) {
             round_to_whole(x + m * K, K, to_whole(x + m * K, K, by + m), q);
-            #pragma omp simd
-            for (long k = 0; k < K; k++) {
-                int16_t digit = (q[k] + DIGIT / 2) >> 7;
-                high[m * K + k] = (int8_t)digit;
-                low[m * K + k] = (int8_t)(q[k] - digit * DIGIT);
-            }
+            digits_of(q, K, high + m * K, low + m * K);
         }
         free(q);
     }
