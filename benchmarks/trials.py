@@ -34,7 +34,7 @@ from model import build_model
 from training import checkpoint, pretrained, retrofit
 from training.runtime import DTYPES
 
-VERSION = 2                                      # of what a trial's numbers mean; others do not count
+VERSION = 3                                      # of what a trial's numbers mean; others do not count
 COUNTED = 16                                     # steps whose bytes and multiply-adds are counted
 LOOKS = 8                                        # times that a trial's loss is looked at, at most
 SURE = 0.99                                      # of an interval that ends a trial before its last window
@@ -159,7 +159,8 @@ class Lab:
     def set_thresholds(self, model, decodes):
         calibrate.calibrate(model, self.text[calibrate.AT_LOAD], model.config.mlp_live)
         for ours, theirs in zip(calibrate.screened(model), calibrate.screened(decodes)):
-            theirs.edge.copy_(ours.edge)
+            for name, values in ours.named_buffers(recurse=False):       # the threshold, and a gate's reach
+                theirs.get_buffer(name).copy_(values)
 
     def at_sampling(self, trial):
         """Can sample.py switch these flags on by itself?"""
@@ -254,7 +255,7 @@ class Lab:
         calibrate.read(program, ids.clone(), 0, self.prompt)
         with sparse_kernels.counting() as tally:
             calibrate.read(program, ids.clone(), self.prompt, steps)
-        kept = sum(2 * c.n_embd * min(c.window_of(layer) or self.prompt, self.prompt)
+        kept = sum(2 * c.kv_heads() * c.heads()[1] * min(c.window_of(layer) or self.prompt, self.prompt)
                    for layer in range(c.n_layer)) * self.dtype.itemsize
         return {"bytes": round(tally.bytes / steps), "macs": round(tally.macs / steps), "kv_bytes": kept}
 

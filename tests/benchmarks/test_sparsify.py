@@ -147,6 +147,19 @@ def test_a_torn_file_of_a_trial_is_measured_again(dense):
     assert lab_of(dense).measure(trial) == record
 
 
+def test_the_units_of_a_gated_model_that_a_step_reads_are_counted_and_so_are_shared_keys(dense):
+    trainer = Trainer(dense.folder, dense.folder / "data")
+    trainer(out="gated", **SHAPE | dict(act="swiglu", n_head=4, n_kv_head=2, max_iters=2))
+    lab = lab_of(dense, out_dir=str(dense.folder / "gated"))
+    screens = [Trial(flags=(("mlp_screen", 16), ("mlp_live", live))) for live in (0.8, 0.5)]
+    read = [lab.measure(trial)["bytes"] for trial in (Trial(), *screens)]
+    c, whole = lab.dense.config, lab.known(Trial())
+    rest = 2 * c.n_layer * c.units() * c.n_embd * lab.dtype.itemsize     # W_up and W_down
+    spared = [(read[0] - some) / rest for some in read[1:]]
+    assert 0.1 < spared[0] < 0.3 and 0.35 < spared[1] < 0.65             # of text that was not calibrated on
+    assert whole["kv_bytes"] == 2 * c.n_layer * c.n_embd // 2 * lab.prompt * lab.dtype.itemsize
+
+
 # -------------------------------------------------- what a trial is ----------------------------------------
 
 @pytest.mark.parametrize("trial", [
