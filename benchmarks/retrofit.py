@@ -1,20 +1,28 @@
 """Blocks switched on in a dense model that exists, beside that model trained on as long."""
+import contextlib
+import json
+import os
+import shutil
 import statistics
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from benchmarks import ROOT, Recipe
-from benchmarks.arms import ARMS, key_defaults, keys_of, parts, settings
-from benchmarks.record import TWIN
+from benchmarks.arms import APART, ARMS, key_defaults, keys_of, parts, settings
+from benchmarks.compare import Compare, compare
+from benchmarks.record import TWIN, write_atomically
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, losses_of, seeds, trained_with, validation_of
-from configurator import require
+from benchmarks.store import digest, golden_of, hash_of_data
+from configurator import ConfigError, require
 from data import dataset as datasets
 from decode import calibrate
 from model import build_model
-from training import checkpoint
+from training import checkpoint, rundir
 from training import retrofit as retrofitting
 
 SCREENED = "screened units"
@@ -22,20 +30,23 @@ CHOSEN = ("topk", "predict", SCREENED, "winners", "event", "window", "exits", "p
           "2:4", "attn_topk", "osc", "hierarchy")
 TAUGHT = ", taught"                              # of a side that learns from the dense model as well
 EVALUATED = 80                                   # batches of the losses before the first step
+FOUND = "found.json"                             # in the folder of a run that has ended, what it has found
 
 
 @dataclass(frozen=True)
 class Retrofit(Recipe):
-    """Blocks switched on in one dense model: its loss untouched and after some iterations, with a teacher."""
+    """Blocks switched on in a dense model: loss untouched, trained on, with a teacher; decode speed."""
     repeats: int = 3  # seeds of each retrofit; the dense model is the same for all
-    threads: int = 1  # CPU threads of a run
-    jobs: int = 1  # runs at a time
+    threads: int = 1  # CPU threads of a run, and of what is timed
+    jobs: int = 1  # runs at a time; decode steps are timed alone
     parent: str = ""  # the dense run that all begin from; empty: one is trained by the recipe
     dataset: str = "pylib"  # the data of all of them
     more: int = 250  # iterations of each retrofit, and of the dense model beside them
     rate: float = retrofitting.RATE  # their highest learning rates, as a share of the recipe's
     arms: str = ""  # some of the blocks, by commas; empty: all that keep the dense model's weights
     teacher: bool = True  # train each of them also with the dense model as its teacher
+    decode: bool = True  # then time how the first seed's models decode, in turns: bench.py compare
+    runs: str = "out-retrofits"  # folder where finished runs are kept, and found again
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,21 +58,33 @@ class Retrofit(Recipe):
 
 
 def retrofit(cfg):
-    data = datasets.prepare_if_missing(cfg.dataset).resolve()
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(cfg.jobs) as pool:
-        work = Path(work)
-        parent = Path(cfg.parent).resolve() if cfg.parent else work / "dense"
-        if not cfg.parent:
-            trained_with(cfg, data, parent, [], {}, 0, cfg.iters)
-        sides = [TWIN] + [arm + taught for arm in chosen(cfg) for taught in ("", TAUGHT)[:1 + cfg.teacher]]
-        todo = [(side, seed) for seed in range(cfg.repeats) for side in sides]
-        done = list(pool.map(lambda job: retrofit_run(cfg, data, work, parent, *job), todo))
-        dense = judged(parent, data)
-    runs = {side: [run for (other, _), run in zip(todo, done) if other == side] for side in sides}
-    losses = losses_of(runs)
-    show(cfg, dense, runs)
-    return {"measurements": {"val loss": losses}, "dense": dense, "validation": QUALITY_VALIDATION,
-            "seeds": seeds(cfg), "runs": runs}
+    runs = Runs(cfg, datasets.prepare_if_missing(cfg.dataset).resolve())
+    print(f"finished runs are kept in {runs.place}: the same command goes on", file=sys.stderr, flush=True)
+    dense = runs.dense()
+    sides = [TWIN] + [arm + taught for arm in chosen(cfg) for taught in ("", TAUGHT)[:1 + cfg.teacher]]
+    todo = [(side, seed) for seed in range(cfg.repeats) for side in sides]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        done = list(pool.map(lambda job: runs.found(*job), todo))
+    found = {side: [run for (other, _), run in zip(todo, done) if other == side] for side in sides}
+    losses = losses_of(found)
+    show(cfg, dense, found)
+    decode = decoded(cfg, runs, [side for side in sides if not side.endswith(TAUGHT)]) if cfg.decode else {}
+    return {"measurements": {"val loss": losses} | decode.get("measurements", {}), "dense": dense,
+            "validation": QUALITY_VALIDATION, "seeds": seeds(cfg), "runs": found,
+            "decode": decode.get("runs", {}), "place": decode.get("place")}
+
+
+def decoded(cfg, runs, sides):
+    """How the first seed's models decode, as sample.py does with their shortcuts -> compare's record, its
+    sides called as here."""
+    folders = {runs.folder(side, 0).name: side for side in sides}
+    found = compare(Compare(runs=tuple(str(runs.place / name) for name in folders), dataset=str(runs.data),
+                            threads=cfg.threads, temperature=0.0, sparse_decode=True, device="cpu"))
+    timed = found["measurements"]["decode"]
+    timed = timed | {key: {folders[name]: value for name, value in timed[key].items()}
+                     for key in ("sides", "ratio") if key in timed}
+    return found | {"measurements": {"decode": timed},
+                    "runs": {folders[name]: said for name, said in found["runs"].items()}}
 
 
 def chosen(cfg):
@@ -78,25 +101,100 @@ def words_of(arm):
     return ([], {}) if arm == TWIN else ([], dict(mlp_screen=4)) if arm == SCREENED else parts(arm)
 
 
+def settings_of(cfg, arm):
+    """What a run of an arm is trained with beside train.py's defaults -> {key: value}."""
+    return (settings(cfg.config, TWIN) | dict(mlp_screen=4) if arm == SCREENED else settings(cfg.config, arm))
+
+
 def beside_twins(cfg):
     """(flags, flags of the dense model beside it) of every block."""
-    twin = settings(cfg.config, TWIN)
-    return [(twin | dict(mlp_screen=4) if arm == SCREENED else settings(cfg.config, arm), twin)
-            for arm in CHOSEN]
+    return [(settings_of(cfg, arm), settings(cfg.config, TWIN)) for arm in CHOSEN]
 
 
-def retrofit_run(cfg, data, work, parent, side, seed):
-    """Train one block on from the dense model -> its losses."""
-    arm, recipe = side.removesuffix(TAUGHT), recipe_of(cfg)
-    files, flags = words_of(arm)
-    slower = {key: cfg.rate * recipe[key] for key in ("learning_rate", "muon_learning_rate", "min_lr")}
-    taught = {"teacher": parent} if side != arm else {}
-    out_dir = work / f"{side}-{seed}".replace(":", "-")
-    trained_with(cfg, data, out_dir, files, flags | slower | taught, seed, cfg.more, init_from=parent,
-                 eval_iters=EVALUATED)
-    found = judged(out_dir, data)
-    print(f"seed {seed}, {side}: val loss {found['val_loss']:.4f}", file=sys.stderr, flush=True)
-    return found
+class Runs:
+    """The dense model and the runs that go on from it, each in a folder whose name ends with a hash of what
+    decides its numbers: settings, iterations, seed, data, torch, the parent, and the golden curves of its
+    parts. A folder that is there is whole; of other seeds than the first the weights are not kept."""
+
+    def __init__(self, cfg, data):
+        self.cfg, self.data, self.place = cfg, data, Path(cfg.runs).resolve()
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"runs={cfg.runs} cannot be made ({error.strerror}): name another folder"
+                              ) from error
+        self.common = [hash_of_data(data), torch.__version__.partition("+")[0], QUALITY_VALIDATION, EVALUATED]
+
+    @cached_property
+    def parent(self):
+        """The folder of the dense model, which is trained where none is named."""
+        if self.cfg.parent:
+            return Path(self.cfg.parent).resolve()
+        key = digest([*self.common, settings(self.cfg.config, TWIN), self.iters])
+        place = self.place / f"parent-1337-{key}"
+        self.keep(place, lambda folder: trained_with(self.cfg, self.data, folder, [], {}, 0, self.cfg.iters))
+        return place
+
+    @property
+    def iters(self):
+        return self.cfg.iters or recipe_of(self.cfg)["max_iters"]
+
+    def dense(self):
+        """What is found of the dense model."""
+        return judged(self.parent, self.data)
+
+    @cached_property
+    def sha_of_parent(self):
+        return retrofitting.sha_of(checkpoint.read(self.parent)[1])
+
+    def keys(self, side):
+        """Keys of train.py that a run has beside its recipe's."""
+        arm, recipe = side.removesuffix(TAUGHT), recipe_of(self.cfg)
+        rates = "learning_rate", "muon_learning_rate", "min_lr"
+        slower = {key: self.cfg.rate * recipe[key] for key in rates}
+        return words_of(arm)[1] | slower | ({"teacher": self.parent} if side != arm else {})
+
+    def folder(self, side, seed):
+        arm = side.removesuffix(TAUGHT)
+        keys = {key: value for key, value in self.keys(side).items() if key != "teacher"}
+        said = {key: value for key, value in (settings_of(self.cfg, arm) | keys).items() if key not in APART}
+        key = digest([*self.common, said, golden_of(said), side != arm, self.sha_of_parent, seed,
+                      self.cfg.more])
+        name = "".join(c if c.isalnum() else "-" for c in side)
+        return self.place / f"{name}-{1337 + seed}-{key}"
+
+    def found(self, side, seed):
+        """What is found of one block trained on from the dense model; it is trained where that is missing."""
+        place, again = self.folder(side, seed), True
+        if not (place / FOUND).is_file():
+            self.keep(place, lambda folder: self.train(folder, side, seed))
+            again = False
+        found = json.loads((place / FOUND).read_text(encoding="utf-8"))
+        print(f"seed {seed}, {side}: val loss {found['val_loss']:.4f}" + ", kept" * again, file=sys.stderr,
+              flush=True)
+        return found
+
+    def train(self, folder, side, seed):
+        files, _ = words_of(side.removesuffix(TAUGHT))
+        trained_with(self.cfg, self.data, folder, files, self.keys(side), seed, self.cfg.more,
+                     init_from=self.parent, eval_iters=EVALUATED)
+        write_atomically(folder / FOUND, json.dumps(judged(folder, self.data)) + "\n")
+        for path in folder.glob("ckpt*.pt") if seed or side.endswith(TAUGHT) else ():
+            path.unlink()
+
+    def keep(self, place, make):
+        """Let `make` fill a folder that then becomes `place`, for one process at a time."""
+        work = place.with_name(place.name + ".tmp")
+        lock = rundir.take(work, "runs")
+        try:
+            if not place.is_dir():               # of a process that held it just now
+                shutil.rmtree(work / "run", ignore_errors=True)      # of one that was killed
+                make(work / "run")
+                os.replace(work / "run", place)
+        finally:
+            lock.release()
+        with contextlib.suppress(OSError):       # another process may hold it by now
+            work.rmdir()
 
 
 def judged(out_dir, data):

@@ -904,13 +904,53 @@ def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_pa
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     record = json.loads((tmp_path / out.splitlines()[-1].removeprefix("record: ")).read_text())
+    assert list(record["measurements"]["decode"]["sides"]) == [TWIN, "screened units", "exits"]
+    assert record["decode"]["exits"]["weight_bytes"] > 0 and str(tmp_path) not in json.dumps(record)
+    _, err = run_real("bench.py", [*words, "--decode=False"], tmp_path).communicate(timeout=900)
+    assert err.count(", kept\n") == 5                  # and none is trained again
     sides = [arm + taught for arm in ("screened units", "exits") for taught in ("", ", taught")]
     assert list(record["runs"]) == [TWIN, *sides]
     table = [line.split() for line in out.splitlines() if line.startswith(("screened", "exits"))]
-    assert [len(cells) for cells in table] == [7, 6] and "after 2 more (one seed)" in out
+    assert [len(cells) for cells in table[:2]] == [7, 6] and "after 2 more (one seed)" in out
     assert all(run["decoding"] > 0 for run in record["runs"]["exits"])
     assert record["runs"]["screened units"][0]["untouched"] == 0 and record["dense"]["iters"] == 8
     assert "untouched" not in record["runs"][TWIN][0] and "decoding" in record["runs"]["screened units"][0]
+
+
+def test_a_retrofit_that_has_ended_is_kept_and_one_that_was_killed_is_trained_again(tmp_path, monkeypatch):
+    from benchmarks import retrofit
+    begun = []
+
+    def train(cfg, data, folder, files, flags, seed, iters, **more):
+        folder.mkdir(parents=True)               # which what is left of the killed one would be
+        (folder / "ckpt.pt").write_text(f"{sorted(flags)} {seed}")
+        begun.append(folder.parent.name)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+
+    def runs_of(parent="parent", **keys):
+        (tmp_path / parent).mkdir(exist_ok=True)
+        (tmp_path / parent / "ckpt.pt").write_text(parent)
+        keys |= dict(parent=str(tmp_path / parent), runs=str(tmp_path / "runs"))
+        return retrofit.Runs(retrofit.Retrofit(**keys), tmp_path)
+    monkeypatch.setattr(retrofit, "trained_with", train)
+    monkeypatch.setattr(retrofit, "judged", lambda folder, data: {"val_loss": float(len(begun))})
+    monkeypatch.setattr(retrofit, "hash_of_data", lambda data: "data")
+    monkeypatch.setattr(retrofit.checkpoint, "read", lambda folder: ({}, str(folder / "ckpt.pt")))
+    runs = runs_of()
+    with pytest.raises(KeyboardInterrupt):
+        runs.found("topk", 0)
+    assert not runs.folder("topk", 0).exists()
+    assert [runs.found("topk", 0)["val_loss"] for _ in range(2)] == [2, 2] and len(begun) == 2
+    taught, other = "topk, taught", runs_of(more=9)
+    assert [runs.found(*job)["val_loss"] for job in (("topk", 1), (taught, 0), ("topk", 0))] == [3, 4, 2]
+    others = other, runs_of("elsewhere"), runs_of()
+    assert [some.found("topk", 0)["val_loss"] for some in others] == [5, 6, 2]
+    kept = [(folder / "ckpt.pt").exists() for folder in map(runs.folder, ("topk", "topk", taught), (0, 1, 0))]
+    assert kept == [True, False, False] and not [*runs.place.glob("*.tmp")]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="name another folder"):
+        retrofit.Runs(retrofit.Retrofit(runs=str(tmp_path / "file" / "runs")), tmp_path)
 
 
 def test_a_table_of_retrofits_says_what_each_block_costs_untouched_and_trained(capsys):
