@@ -221,7 +221,8 @@ def test_a_record_that_nobody_named_goes_where_git_looks_away(tmp_path):
     named = [(name, key, field.default) for name, kind in defaults.items()
              for key, field in kind.__dataclass_fields__.items()
              if key in ("out", "plot", "html", "runs", "cache") and name != "compare" and field.default]
-    assert named == [("table", "runs", "out-bench/runs"), ("table", "cache", "out-table")]
+    assert named == [("table", "runs", "out-bench/runs"), ("table", "cache", "out-table"),
+                     ("retrofit", "runs", "out-retrofits")]
     ignored = subprocess.run(["git", "check-ignore", "out-bench/x.json", "out-plots/x.png"], cwd=ROOT,
                              capture_output=True, text=True)
     assert ignored.returncode == 128 or len(ignored.stdout.split()) == 2, ignored       # 128: no checkout

@@ -694,6 +694,7 @@ def test_an_output_of_large_weights_costs_the_others_no_precision(bits, dtype):
     torch.manual_seed(0)
     with torch.no_grad():
         down.weight.normal_()
+        down.bias.normal_()
         down.weight[3] *= 1000.0
         down.weight[4] = 0.0
     whole = QuantizedByUnit(down, bits).to(dtype)
