@@ -65,7 +65,7 @@ class SampleConfig:
     speculate: int = 0  # tokens that the layers below the first exit draft at a time; 0: off
     screen: bool = False  # look at 8 bits of the head first, then at rows that can win: same tokens
     # --- faster, any model ---
-    quantize: str = ""  # weights of whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
+    quantize: str = ""  # int8, int4, q4_all, own (a GGUF's 4 bits), or mlp=4,attn=8,head=8; empty: none
     mlp_screen: int = 0  # bits of a copy that picks the units read: 4; of swiglu also 16, no copy; 0: off
     mlp_live: float = 0.15  # with mlp_screen, the mean share of units read; 0: all that fire by themselves
     measure: bool = True  # with screened units, first measure and print what they save; False: begin at once

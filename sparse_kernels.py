@@ -239,7 +239,8 @@ def group_winners(a, group, k, act="none"):
 # codes (N, stride) uint8: rows are padded by zeros to a multiple of 64 numbers. 8 bits: a byte each. 4 bits:
 # every 32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the row's scales, and
 # rows to a multiple of 64 bytes. scale (N, 2) int32: an 8-bit row's scale as bits, which no .to(dtype)
-# touches, and the sum of its numbers; (0, 2) for 4 bits.
+# touches, and the sum of its numbers; (0, 2) for 4 bits. (0, 1): each group of 4 bits also has an offset,
+# which is added to its numbers times the scale (bf16, behind the row's scales): a file's own 4 bits.
 
 GROUP = 32
 FINEST, DIGIT = 16319, 128                       # as in kernels/step.c: 127 * DIGIT + 63
@@ -266,9 +267,58 @@ def quantize_rows(wide, bits, moments=None):
     groups = in_groups(wide, 64)
     q, scale = least_squares(groups, 2 ** (bits - 1) - 1, 1 if moments is None else in_groups(
         (moments.float() / moments.mean()).nan_to_num(1).clamp(1e-4, 1e4)[None], 64))
-    low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)              # (N, K / 64, 32) each
-    codes = torch.cat(((low | high << 4).flatten(1), scale.contiguous().view(torch.uint8)), dim=1)
+    codes = torch.cat((nibbles(q + 8), as_bytes(scale)), dim=1)
     return F.pad(codes, (0, -codes.size(1) % 64)), torch.empty(0, 2, dtype=torch.int32, device=wide.device)
+
+
+OFF = 0.1                                        # of a step: what weights may lie beside a file's levels
+
+
+def on_levels(weight):
+    """weight (N, K) of which each group of 32 in a row lies on at most 16 levels one step apart, as a file of
+    4 bits holds them (ggml's Q4_0, Q4_1, Q4_K) -> codes, scale, with an offset a group; None where it does
+    not: where a weight is more than OFF of a step, and what bf16 rounds, away."""
+    parts = []
+    for part in weight.split(256):
+        parts.append(rows_on_levels(in_groups(part.float(), 64)))
+        if parts[-1] is None:
+            return None
+    codes = torch.cat(parts)
+    return F.pad(codes, (0, -codes.size(1) % 64)), torch.empty(0, 1, dtype=torch.int32, device=weight.device)
+
+
+def rows_on_levels(groups):
+    """groups (N, G, 32) fp32 -> their codes, or None."""
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    near = torch.maximum(low.abs(), high.abs()) / 128                              # twice what bf16 rounds
+    step, q = torch.zeros_like(low), torch.zeros_like(groups)
+    left = (high > low).nonzero(as_tuple=True)[:2]
+    for levels in range(15, 0, -1):              # between the lowest and the highest
+        some, least = groups[left], low[left]
+        one = (high[left] - least) / levels
+        found = ((some - least) / one).round()
+        fits = ((some - least - one * found).abs() <= (OFF * one + near[left]) / 2).all(dim=-1)
+        here = tuple(places[fits] for places in left)
+        step[here], q[here] = one[fits], found[fits]
+        left = tuple(places[~fits] for places in left)
+        if not len(left[0]):
+            break
+    scale = step.bfloat16().float()
+    offset = (groups - scale * (q - 8)).mean(dim=-1, keepdim=True).bfloat16().float()
+    if not ((groups - scale * (q - 8) - offset).abs() <= OFF * step + near).all():
+        return None
+    return torch.cat((nibbles(q), *(as_bytes(t[..., 0]) for t in (scale, offset))), dim=1)
+
+
+def nibbles(q):
+    """Numbers in 0..15 (N, G, 32), G even -> (N, 16 G) uint8: of each 64 the first 32 in the low halves."""
+    low, high = q.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return (low | high << 4).flatten(1)
+
+
+def as_bytes(scale):
+    """(N, G) -> (N, 2 G) uint8, of bf16."""
+    return scale.bfloat16().contiguous().view(torch.uint8)
 
 
 def whole(wide, scale, least, most):
@@ -332,20 +382,32 @@ def from_blocks(q, scale, like):
 
 
 def dequantize(codes, scale, K):
-    """What `quantize` has made of (N, K) weights, in fp32."""
+    """What `quantize` or `on_levels` has made of (N, K) weights, in fp32."""
     if len(scale):
         return codes.view(torch.int8)[:, :K] * scales_of(codes, scale, K)
     two = codes[:, :-(-K // 64) * 32].unflatten(1, (-1, 32))
     q = torch.stack((two & 15, two >> 4), dim=2).flatten(1, 2).float() - 8
-    return (q * scales_of(codes, scale, K)[..., None]).flatten(1)[:, :K]
+    q = q * scales_of(codes, scale, K)[..., None]
+    if has_offsets(scale):
+        q = q + bf16_of(codes, 36 * -(-K // 64), K)[..., None]
+    return q.flatten(1)[:, :K]
+
+
+def has_offsets(scale):
+    """Are they the weights of `on_levels`?"""
+    return scale.shape == (0, 1)
+
+
+def bf16_of(codes, at, K):
+    """What 4-bit rows of K numbers hold of each group from byte `at` on -> (N, G) fp32."""
+    return codes[:, at:at + 4 * -(-K // 64)].contiguous().view(torch.bfloat16).float()
 
 
 def scales_of(codes, scale, K):
     """The scales of quantised weights (N, K), in fp32: (N, 1), or of groups (N, G)."""
     if len(scale):
         return scale[:, :1].contiguous().view(torch.float32)
-    pairs = -(-K // 64)
-    return codes[:, 32 * pairs:36 * pairs].contiguous().view(torch.bfloat16).float()
+    return bf16_of(codes, 32 * -(-K // 64), K)
 
 
 def in_whole_numbers(x, largest):
@@ -477,7 +539,8 @@ KEPT = {torch.float32: 2, torch.bfloat16: 3}     # 2:4 as pack_24 gives it
 def whole_matrix(codes, scale, K):
     """Quantised weights (N, K) as C reads them; codes and scale must live as long."""
     return MatrixC(kind=I8 if len(scale) else I4, rows=len(codes), width=K, stride=codes.size(1),
-                   data=codes.data_ptr(), scale=scale.data_ptr())
+                   data=codes.data_ptr(), scale=scale.data_ptr(),
+                   scale_stride=36 * -(-K // 64) * has_offsets(scale))
 
 
 # ------------------------------------------------ 2:4 weights --------------------------------------------

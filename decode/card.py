@@ -113,6 +113,8 @@ class Card:
 
     def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
+        if kernels.has_offsets(scale):
+            raise NotWritten("4 bits with offsets")
         bits, of = (8, scale.view(torch.float32)) if len(scale) else (4, codes.view(torch.int16))
         codes = codes.view(torch.int8) if bits == 8 else codes
         return Matrix(codes, self.vector(bias), width, bits, of, across)

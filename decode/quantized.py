@@ -11,9 +11,10 @@ from kernels import picked
 from layers import NeuronMajor, Packed, Settled, TwoOfFour
 
 PARTS = "attn", "mlp", "head"
+OWN = "own"                                      # a file's own 4 bits where a matrix lies on them, else 8
 BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of PARTS
 GGML = {"q4_0": kernels.q4_0, "q8_0": kernels.q8_0}     # rounding of llama.cpp's files, for the loss alone
-FORMS = {"4": 4, "8": 8, "16": 16} | {name: name for name in GGML}      # of a part; 16: as it is
+FORMS = {"4": 4, "8": 8, "16": 16} | {name: name for name in (OWN, *GGML)}      # of a part; 16: as it is
 
 
 class Quantized(nn.Module):
@@ -23,7 +24,8 @@ class Quantized(nn.Module):
     has a form for it."""
 
     def __init__(self, linear, bits, empty=False, moments=None):
-        """linear: a Linear or a Packed. empty: a state dict is loaded next. moments: see quantize."""
+        """linear: a Linear or a Packed. bits: 8, 4 or OWN. empty: a state dict is loaded next. moments: see
+        quantize."""
         super().__init__()
         weight = dense_weight(linear)
         self.out_features, self.in_features = weight.shape
@@ -37,14 +39,23 @@ class Quantized(nn.Module):
 
     def fill(self, rows, empty, moments=None):
         some = rows[:1] if empty else rows       # shapes are those of one row
-        codes, scale = kernels.quantize(some.detach(), self.bits, moments)
+        laid = kernels.on_levels(some.detach()) if self.bits == OWN and not empty else None
+        codes, scale = laid or kernels.quantize(some.detach(), 4 if self.bits == 4 else 8, moments)
+        if self.bits == OWN and not empty:
+            self.bits = 4 if laid else 8
         if empty:
             codes, scale = (t.new_zeros(t.size(0) * len(rows), t.size(1)) for t in (codes, scale))
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
 
-    def _load_from_state_dict(self, *args, **keys):
-        super()._load_from_state_dict(*args, **keys)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **keys):
+        if self.bits == OWN:                     # what is loaded says whether it lies on a file's levels
+            self.bits, size = 8, -(-40 * -(-self.in_features // 64) // 64) * 64
+            shapes = [getattr(state_dict.get(prefix + name), "shape", None) for name in ("codes", "scale")]
+            if shapes == [(self.out_features, size), (0, 1)]:
+                self.bits = 4
+                self.codes, self.scale = self.codes.new_zeros(shapes[0]), self.scale.new_zeros(shapes[1])
+        super()._load_from_state_dict(state_dict, prefix, *args, **keys)
         self.rewritten()
 
     def rewritten(self):
@@ -106,7 +117,7 @@ class QuantizedByUnit(Quantized):
     all."""
 
     def __init__(self, linear, bits, empty=False, moments=None):
-        super().__init__(linear, bits, empty, moments)
+        super().__init__(linear, 8 if bits == OWN else bits, empty, moments)     # a file's groups lie across
         self.k = getattr(linear, "k", None)
 
     def fill(self, weight, empty, moments=None):
@@ -167,14 +178,14 @@ def dense_weight(linear):
 
 
 def forms_of(kind):
-    """What --quantize says -> the form of the matrices of each of PARTS: 4 or 8 bits, 16 (they stay), or one
-    of GGML. A ConfigError where it says nothing that is known."""
-    if kind in (*BITS, *GGML):
+    """What --quantize says -> the form of the matrices of each of PARTS: 4 or 8 bits, 16 (they stay), OWN,
+    or one of GGML. A ConfigError where it says nothing that is known."""
+    if kind in (*BITS, OWN, *GGML):
         return BITS.get(kind, (kind,) * 3)
     pairs = [word.partition("=") for word in str(kind).split(",")]
     given = {part: form for part, _, form in pairs}
     require(len(given) == len(pairs) and given.keys() <= {*PARTS} and {*given.values()} <= FORMS.keys(),
-            f"quantize='{kind}' must be {', '.join((*BITS, *GGML))}, or bits by part, such as "
+            f"quantize='{kind}' must be {', '.join((*BITS, OWN, *GGML))}, or bits by part, such as "
             f"mlp=4,attn=8,head=8: {', '.join(PARTS)}, each once at most, each {', '.join(FORMS)}")
     forms = tuple(FORMS[given.get(part, "16")] for part in PARTS)
     require({*forms} != {16}, f"quantize='{kind}' leaves all weights as they are: give a part 4 or 8 bits, "
@@ -215,10 +226,11 @@ def whole_parts(model):
 @torch.no_grad()
 def quantize(model, kind, empty=False, moments=None):
     """For inference: exchange the matrices of attention, MLP and head for whole numbers, or round them, as
-    forms_of(kind) says -> the model. Norms, routers, gates, probes, adapters, biases and positions stay. A
-    tied embedding reads the head's rows. empty: a state dict is loaded next. moments: of matrices, by name,
-    the mean square of each input (calibrate.input_moments), by which scales of 4 bits are chosen; without
-    them all inputs count the same."""
+    forms_of(kind) says -> the model; a ConfigError where it keeps a file's 4 bits and there are none. Norms,
+    routers, gates, probes, adapters, biases and positions stay. A tied embedding reads the head's rows.
+    empty: a state dict is loaded next. moments: of matrices, by name, the mean square of each input
+    (calibrate.input_moments), by which scales of 4 bits are chosen; without them all inputs count the
+    same."""
     forms = forms_of(kind)
     require(not is_quantized(model), f"quantize='{kind}': the weights are whole numbers already; leave "
             "quantize out")
@@ -232,7 +244,14 @@ def quantize(model, kind, empty=False, moments=None):
     if model.config.tie_weights and isinstance(model.lm_head, Quantized):
         wte = model.transformer.wte
         wte.weight, wte.tied = None, (model.lm_head,)
+    require(OWN not in forms or empty or any(kept_levels(model)), f"quantize='{kind}' keeps the 4 bits of a "
+            "file, and no matrix here lies on 16 levels in each group of 32: take --quantize=int8, or int4")
     return model
+
+
+def kept_levels(model):
+    """Of each matrix of whole numbers: has it a file's own 4 bits?"""
+    return [kernels.has_offsets(m.scale) for m in model.modules() if isinstance(m, Quantized)]
 
 
 def is_quantized(model):

@@ -25,7 +25,7 @@ struct matrix {                                  /* one row for each output, or 
     int64_t kind, rows, width, stride;           /* stride: bytes from row to row */
     const char *data;
     const void *scale;                           /* what else the kind has: 2:4's places; of I8 see of_row */
-    int64_t scale_stride;
+    int64_t scale_stride;                        /* of I4: where in a row the offsets of its groups lie, 0: it has none */
     const float *bias, *across;                  /* across: what sums of rows are multiplied by, or none */
 };
 
@@ -246,13 +246,14 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
 
 /* Whole numbers. A row of I8: numbers of 8 bits, zeros behind them up to a multiple of 64; its scale, and the
    sum of its numbers, lie in w.scale. A row of I4: numbers of 4 bits in groups of 32, of which each has a scale:
-   32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the scales in bf16. What is
+   32 bytes hold 64 numbers plus 8, the first 32 in the low halves; behind them lie the scales in bf16, and where each
+   group also has an offset, which is added to its numbers times the scale, those, in bf16 too. What is
    multiplied by them is rounded to whole numbers: 8 bits with one scale lose one percent of loss where a few
    inputs are far larger than all others. What meets I8 has 15 bits, -FINEST..FINEST, and one scale: in its room
    lie that scale (64 bytes for it), a digit of 8 bits of each number (/ DIGIT, rounded), and the digits of what
    that leaves (-64..63). What meets I4 has 8 bits and a scale for each 32: in its room lie, behind 64 bytes, the
-   numbers, -8 times the sum of each 32 (int32, of 64 numbers 8 of them: see FIX), and their scales, as the lanes
-   of a register meet them. Factors of rows that are added up are whole numbers of 16 bits with AVX2, one scale
+   numbers, -8 times the sum of each 32 (int32, of 64 numbers 8 of them: see FIX), their scales, as the lanes of a
+   register meet them, and the sum of what each 32 stand for (SUMS_AT bytes from the start on). Factors of rows that are added up are whole numbers of 16 bits with AVX2, one scale
    for TOGETHER of them, else floats. */
 #define FINEST 16319                             /* 127 * DIGIT + 63; also in sparse_kernels.py */
 #define DIGIT 128
@@ -275,6 +276,7 @@ struct of_row { float scale; int32_t sum; };
 
 /* where -8 times the sum of 32 numbers lies: lanes 0 and 2 of the 8 that stand for 64 of them, as quads_i4 has them */
 #define FIX(group) ((group) / 2 * 8 + (group) % 2 * 2)
+#define SUMS_AT(wide) (64 + (wide) / 2 * 3 + ((wide) + 127) / 128 * 128)
 
 #ifdef WHOLE_AVX2
 #define EXACT INLINE                             /* sums of whole numbers, and of floats in an order of their own */
@@ -397,7 +399,7 @@ static void round_in_groups(const float *x, long n, char *to) {
     long wide = padded(n);
     int8_t *q = (int8_t *)to + 64;
     int32_t *fix = (int32_t *)(q + wide);
-    float *scale = (float *)(fix + wide / 8);
+    float *scale = (float *)(fix + wide / 8), *sums = (float *)(to + SUMS_AT(wide));
     memset(fix, 0, wide / 2);
 #ifdef WHOLE_VNNI
     memset(scale, 0, (wide + 127) / 128 * 128);
@@ -410,6 +412,7 @@ static void round_in_groups(const float *x, long n, char *to) {
         int32_t sum;
         float one = round_to_8_bits(x + k, n - k, q + at, &sum);
         fix[FIX(g)] = -8 * sum;
+        sums[g] = one * sum;
 #ifdef WHOLE_VNNI
         _mm256_storeu_ps(scale + g / 4 * 32 + g % 2 * 16 + g / 2 % 2 * 8, _mm256_set1_ps(one));
 #else
@@ -631,13 +634,44 @@ EXACT void quads_i4(const char *const *row, const char *const *next, const char 
 #endif
 }
 
+#ifdef WHOLE_VNNI
+/* scales of up to 16 groups, zeros behind the last */
+static inline __m512 wide_scales(const uint16_t *p, long n) {
+    __mmask16 in = n < 16 ? (1u << n) - 1 : 0xffff;
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, p)), 16));
+}
+#endif
+
+/* s (4) += the offsets of the groups of four rows of I4, which lie `at` bytes from where a row begins, times `sums` */
+ONCE void add_offsets(const char *const *row, long at, const float *sums, long groups, float *s) {
+#ifdef WHOLE_VNNI
+    __m512 a[4];
+    for (int l = 0; l < 4; l++) a[l] = _mm512_setzero_ps();
+    for (long g = 0; g < groups; g += 16) {
+        __m512 by = _mm512_maskz_loadu_ps(groups - g < 16 ? (1u << (groups - g)) - 1 : 0xffff, sums + g);
+        for (int l = 0; l < 4; l++)
+            a[l] = _mm512_fmadd_ps(by, wide_scales((const uint16_t *)(row[l] + at) + g, groups - g), a[l]);
+    }
+    _mm_storeu_ps(s, _mm_add_ps(_mm_loadu_ps(s), sums_of_wide_floats(a)));
+#else
+    for (int l = 0; l < 4; l++) {
+        const uint16_t *offsets = (const uint16_t *)(row[l] + at);
+        float more = 0;
+        #pragma omp simd reduction(+:more)
+        for (long g = 0; g < groups; g++) more += up_bf16(offsets[g]) * sums[g];
+        s[l] += more;
+    }
+#endif
+}
+
 /* element c of a row of whole numbers; of: the row's, of I8 */
 static inline float whole(const struct matrix *w, long n, long c) {
     const char *row = w->data + n * w->stride;
     if (w->kind == IS_I8) return ((const struct of_row *)w->scale)[n].scale * (int8_t)row[c];
     uint8_t two = row[c / 64 * 32 + c % 32];
     float scale = up_bf16(((const uint16_t *)(row + padded(w->width) / 2))[c / 32]);
-    return scale * ((c & 32 ? two >> 4 : two & 15) - 8);
+    float offset = w->scale_stride ? up_bf16(((const uint16_t *)(row + w->scale_stride))[c / 32]) : 0;
+    return scale * ((c & 32 ? two >> 4 : two & 15) - 8) + offset;
 }
 
 /* x (n) in bf16, for vdpbf16ps, to which numbers below 2^-126 are zeros as well */
@@ -967,7 +1001,12 @@ INLINE void some_lanes(int64_t kind, const struct matrix *w, const long *n, cons
         for (int r = 0; r < lanes; r += TWO)
             quads_i8(w->scale, n, row, next, x + r * apart, apart, lanes < TWO ? lanes : TWO, w->width, s + 4 * r);
         break;
-    case IS_I4: quads_i4(row, next, x, apart, lanes, w->width, s); break;
+    case IS_I4:
+        quads_i4(row, next, x, apart, lanes, w->width, s);
+        for (int r = 0; r < lanes && w->scale_stride; r++)
+            add_offsets(row, w->scale_stride, (const float *)(x + r * apart + SUMS_AT(padded(w->width))),
+                        padded(w->width) / 32, s + 4 * r);
+        break;
 #ifdef WHOLE_AVX2
     case IS_PICKED_I8:
         for (int r = 0; r < lanes; r += TWO)
@@ -1081,11 +1120,15 @@ static void add_row(const struct matrix *w, long n, float by, float *restrict su
         for (; c < blocks; c += 64) {
             const uint8_t *two = (const uint8_t *)row + c / 2;
             const uint16_t *scale = (const uint16_t *)(row + padded(w->width) / 2) + c / 32;
-            float f = by * up_bf16(scale[0]), g = by * up_bf16(scale[1]), *y = sums + c;
+            float f = by * up_bf16(scale[0]), g = by * up_bf16(scale[1]), u = 0, v = 0, *y = sums + c;
+            if (w->scale_stride) {
+                const uint16_t *offset = (const uint16_t *)(row + w->scale_stride) + c / 32;
+                u = by * up_bf16(offset[0]), v = by * up_bf16(offset[1]);
+            }
             #pragma omp simd
-            for (long e = 0; e < 32; e++) y[e] += f * ((two[e] & 15) - 8);
+            for (long e = 0; e < 32; e++) y[e] += f * ((two[e] & 15) - 8) + u;
             #pragma omp simd
-            for (long e = 0; e < 32; e++) y[e + 32] += g * ((two[e] >> 4) - 8);
+            for (long e = 0; e < 32; e++) y[e + 32] += g * ((two[e] >> 4) - 8) + v;
         }
         for (; c < to; c++) sums[c] += by * whole(w, n, c);
     } else {
@@ -1122,12 +1165,6 @@ static inline __m512i high_bytes(const __m512i *m) {
     __m512i x = _mm512_ternarylogic_epi32(one, _mm512_srli_epi32(n[0], 8), n[1], 0xca);
     __m512i y = _mm512_ternarylogic_epi32(one, _mm512_srli_epi32(n[2], 8), n[3], 0xca);
     return _mm512_ternarylogic_epi32(two, x, _mm512_slli_epi32(y, 16), 0xca);
-}
-
-/* scales of up to 16 groups, zeros behind the last */
-static inline __m512 wide_scales(const uint16_t *p, long n) {
-    __mmask16 in = n < 16 ? (1u << n) - 1 : 0xffff;
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, p)), 16));
 }
 
 /* Factors of TOGETHER rows, b[l] times the row's scale (of a group: I4), as whole numbers -> their scale; 0: they are
@@ -2938,6 +2975,7 @@ static void many_products(const struct matrix *w, const float *x, float *y, long
     int16_t *numbers = heap(count * wide * sizeof(int16_t));
     long each = w->kind == IS_I4 ? groups : 1;                  /* scales of a token */
     float *by = heap(count * each * sizeof(float));
+    float *group_sums = heap(count * each * sizeof(float));     /* of what each 32 numbers of I4 stand for */
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for schedule(static)
@@ -2950,11 +2988,12 @@ static void many_products(const struct matrix *w, const float *x, float *y, long
                 int8_t q[32];
                 int32_t sum;
                 by[t * groups + g] = round_to_8_bits(x + t * K + 32 * g, K - 32 * g, q, &sum);
+                group_sums[t * groups + g] = by[t * groups + g] * sum;
                 for (int i = 0; i < 32; i++) own[32 * g + i] = q[i];
             }
         }
         int16_t *rows = heap(4 * wide * sizeof(int16_t));
-        float *scales = heap(4 * groups * sizeof(float));
+        float *scales = heap(4 * groups * sizeof(float)), *offsets = heap(4 * groups * sizeof(float));
         for (long first = 0; first < count; first += BLOCK) {
             long last = first + BLOCK < count ? first + BLOCK : count;
             #pragma omp for schedule(static)
@@ -2963,7 +3002,9 @@ static void many_products(const struct matrix *w, const float *x, float *y, long
                 if (w->kind == IS_I4) for (long l = 0; l < 4; l++) {
                     long row = n + l < N ? n + l : N - 1;
                     const uint16_t *of = (const uint16_t *)(w->data + row * w->stride + wide / 2);
+                    const uint16_t *more = (const uint16_t *)(w->data + row * w->stride + w->scale_stride);
                     for (long g = 0; g < groups; g++) scales[l * groups + g] = up_bf16(of[g]);
+                    for (long g = 0; g < groups && w->scale_stride; g++) offsets[l * groups + g] = up_bf16(more[g]);
                 }
                 for (long t = first; t < last; t += 2) {
                     long pair = t + 1 < last ? t + 1 : t;
@@ -2981,6 +3022,13 @@ static void many_products(const struct matrix *w, const float *x, float *y, long
                     for (long i = 0; i < 8; i++) {
                         long row = n + i % 4, token = i < 4 ? t : pair;
                         if (row >= N) continue;
+                        if (w->kind == IS_I4 && w->scale_stride) {
+                            const float *own = offsets + i % 4 * groups, *sums_of = group_sums + token * groups;
+                            float more = 0;
+                            #pragma omp simd reduction(+:more)
+                            for (long g = 0; g < groups; g++) more += own[g] * sums_of[g];
+                            s[i] += more;
+                        }
                         y[token * N + row] = w->kind == IS_I4 ? s[i]
                             : s[i] * (by[token] * ((const struct of_row *)w->scale)[row].scale);
                     }
@@ -2989,9 +3037,11 @@ static void many_products(const struct matrix *w, const float *x, float *y, long
         }
         free(rows);
         free(scales);
+        free(offsets);
     }
     free(numbers);
     free(by);
+    free(group_sums);
 }
 #endif
 
@@ -3068,10 +3118,11 @@ void whole_to_bf16(const struct matrix *w, uint16_t *out, int threads) {
             for (long k = 0; k < K; k += 32) {                  /* a group: the low or the high half of 32 bytes */
                 const uint8_t *bytes = (const uint8_t *)codes + k / 64 * 32;
                 float scale = up_bf16(((const uint16_t *)(codes + wide / 2))[k / 32]);
+                float offset = w->scale_stride ? up_bf16(((const uint16_t *)(codes + w->scale_stride))[k / 32]) : 0;
                 int high = k / 32 % 2 * 4;
                 uint16_t group[32];
                 #pragma omp simd
-                for (int i = 0; i < 32; i++) group[i] = down_bf16(((bytes[i] >> high & 15) - 8) * scale);
+                for (int i = 0; i < 32; i++) group[i] = down_bf16(((bytes[i] >> high & 15) - 8) * scale + offset);
                 memcpy(to + k, group, (K - k < 32 ? K - k : 32) * sizeof(uint16_t));
             }
     }

@@ -16,7 +16,7 @@ if not __package__:                          # typed as a file: the checkout is 
 from configurator import ConfigError, configure, require, run_script
 from data import dataset as datasets
 from decode import calibrate
-from decode.quantized import GGML, check_quantize, forms_of, held_bytes, quantize
+from decode.quantized import GGML, OWN, check_quantize, forms_of, held_bytes, kept_levels, quantize
 from kernels.build import cpu_library
 from layers import settle
 from model import build_model
@@ -32,7 +32,7 @@ class ExportConfig:
     export_dir: str = ""  # the folder that is written; default: out_dir and the form's name
     to: str = "packed"  # packed (2:4, quantised), safetensors (any model), hf (dense, for transformers)
     dtype: str = "bfloat16"  # of the weights that are written: float32, bfloat16, float16
-    quantize: str = ""  # with packed, whole numbers: int8, int4, q4_all, or mlp=4,attn=8,head=8; empty: none
+    quantize: str = ""  # packed: int8, int4, q4_all, own (a GGUF's 4 bits), mlp=4,attn=8,head=8; empty: none
     val: bool | str = False  # with quantize, print the validation loss before and behind it; or of a FOLDER
 
     def __post_init__(self):
@@ -82,9 +82,12 @@ def quantized(model, kind, val, about, folder=""):
     moments, scales = moments_of(model, about, folder) if 4 in forms else (None, "")
     quantize(model, kind, moments=moments)
     said = f"weights quantised to {kind}: {held_bytes(model) / 2**20:.1f} MiB of {held / 2**20:.1f}{scales}"
+    if OWN in forms:
+        kept = kept_levels(model)
+        said += f"; {sum(kept)} of {len(kept)} matrices keep the 4 bits of a file, the others have 8"
     if {*forms} & {*GGML}:
         said += "; ggml's blocks are stored as what they stand for, to tell their loss: a step saves nothing"
-    if {*forms} & {4, 8} and next(model.buffers()).is_cpu and cpu_library()[0] is None:
+    if {*forms} & {4, 8, OWN} and next(model.buffers()).is_cpu and cpu_library()[0] is None:
         said += "; without C kernels they are multiplied as what they stand for"
     if stream:
         after = estimate.validation_loss(model, stream)

@@ -14,7 +14,16 @@ import sparse_kernels as kernels
 from configurator import ConfigError
 from decode import calibrate, counters, engine, sampling
 from decode.context import Cache, CachedContext
-from decode.quantized import BITS, PARTS, Quantized, QuantizedByUnit, kinds_in, quantize
+from decode.quantized import (
+    BITS,
+    PARTS,
+    Quantized,
+    QuantizedByUnit,
+    kept_levels,
+    kinds_in,
+    quantize,
+    whole_parts,
+)
 from layers import NeuronMajor, settle
 from model import GPT
 from training import optimizers
@@ -565,7 +574,8 @@ def test_names_are_short_for_bits_by_part():
     "mlp", "mlp=", "mlp=5", "mlp=04", "=4", "ffn=4", "mlp=4,mlp=8", "mlp=4,", ",", "mlp=4 attn=8", "mlp==4",
     "mlp=4;attn=8", "int8,mlp=4", "MLP=4", "", 8, None, "mlp=q4", "mlp=-4", "mlp=4,attn=8,mlp=4", ["mlp=4"]])
 def test_bits_by_part_that_mean_nothing_are_one_sentence(kind):
-    with pytest.raises(ConfigError, match=r"must be int8, int4, q4_all, .*mlp=4,attn=8,head=8") as caught:
+    says = r"must be int8, int4, q4_all, own, .*mlp=4,attn=8,head=8"
+    with pytest.raises(ConfigError, match=says) as caught:
         quantize(build({}), kind)
     assert "\n" not in str(caught.value)
 
@@ -576,6 +586,66 @@ def test_bits_by_part_that_change_nothing_and_twice_are_one_sentence():
             quantize(build({}), kind)
     with pytest.raises(ConfigError, match="whole numbers already"):
         quantize(quantize(build({}), "mlp=4"), "attn=8")
+
+
+# ------------------------------------------------ a file's own 4 bits
+
+
+def from_a_file(flags, parts=("attn", "mlp", "head"), seed=0):
+    """A model whose matrices of these parts lie on levels, as those of a GGUF file of 4 bits."""
+    model, generator = build(flags, std=0.2), torch.Generator().manual_seed(seed)
+    for place, module, name, _ in whole_parts(model):
+        weight = getattr(module, name).weight
+        if PARTS[place] in parts and weight.size(1) % 32 == 0:
+            q = torch.randint(16, (len(weight), weight.size(1) // 32, 32), generator=generator)
+            step = torch.rand(*q.shape[:2], 1, generator=generator).half().float() / 16
+            low = (-step * (4 + 8 * torch.rand(*q.shape[:2], 1, generator=generator))).half().float()
+            with torch.no_grad():
+                weight.copy_((q * step + low).flatten(1))
+    return model
+
+
+LLAMA = dict(norm="rmsnorm", pos="rope", act="swiglu", bias=False, n_embd=64, n_head=4, n_kv_head=2)
+OWN_ARMS = {"llama": LLAMA, "llama of another width": LLAMA | dict(mlp_units=160), "gpt2": dict(n_embd=64),
+            "relu2": dict(act="relu2", n_embd=96, n_head=2, tie_weights=False),
+            "top half": LLAMA | dict(mlp_topk=0.5), "columns": dict(ARMS["columns"], n_embd=64)}
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arm", OWN_ARMS)
+def test_a_files_own_4_bits_are_kept_and_decode_what_forward_computes(arm, dtype):
+    """By unit they cannot be kept: 8 bits. A matrix stands for the weights that it had, but for bf16's
+    rounding."""
+    model = from_a_file(OWN_ARMS[arm])
+    before = [getattr(module, name).weight.detach().clone() for _, module, name, _ in whole_parts(model)]
+    model = quantize(model.to(dtype), "own").use_policy()
+    now = [getattr(module, name) for _, module, name, _ in whole_parts(model)]
+    by_unit = [isinstance(each, QuantizedByUnit) for each in now]
+    assert kept_levels(model) == [not each for each in by_unit]
+    for linear, weight, eight in zip(now, before, by_unit):
+        off = (linear.weight.float() - weight).abs()
+        assert (off <= 0.02 * weight.abs().amax(1, keepdim=True)).all() or eight
+    for rows in (1, 3, 8):
+        idx = tokens(rows, 6)
+        with torch.inference_mode():
+            program = engine.program_of(model, Cache(model, rows, 8), 31, None, idx.device)
+            program.begin(idx, [0] * rows, [1] * rows)
+            for column in range(6):
+                found, expected = program.step().clone(), model(idx[:, :column + 1])[0][:, 0]
+                assert (found - expected.float()).abs().median() < (1e-4 if dtype == torch.float32 else 0.05)
+                assert (found - expected.float()).abs().max() < (0.1 if dtype == torch.float32 else 1.0)
+
+
+def test_parts_keep_their_own_4_bits_beside_other_forms():
+    model = quantize(from_a_file(LLAMA, parts=("mlp",)), "attn=own,mlp=own,head=8")
+    assert [getattr(*each[1:3]).bits for each in whole_parts(model)] == [8, 8, 4, 4] * 2 + [8]
+    model = quantize(from_a_file(LLAMA), "mlp=own")
+    assert kept_levels(model) == [True] * 4 and isinstance(model.lm_head, nn.Linear)
+    for kind in ("own", "mlp=own,attn=8"):
+        says = f"quantize='{kind}' keeps the 4 bits of a file, .*take --quantize=int8"
+        with pytest.raises(ConfigError, match=says):
+            quantize(build(LLAMA, std=0.2), kind)
 
 
 def test_a_list_of_kinds_is_cut_at_its_names():

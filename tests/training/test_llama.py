@@ -17,7 +17,8 @@ from configurator import ConfigError
 from data import dataset
 from data import tokenizer as tokenizers
 from data.tokenizer import bytes_of_characters
-from model import GPT, GPTConfig
+from decode.quantized import kept_levels, whole_parts
+from model import GPT, GPTConfig, build_model
 from training import checkpoint, export, gguf_file, llama, pretrained
 from viz.chat import Chat
 
@@ -420,6 +421,38 @@ def test_a_quantised_gguf_file_is_what_its_numbers_stand_for(tmp_path, kind):
     path = as_gguf(folder, tmp_path / "model.gguf", kind=kind)
     same(path, rounded)
     assert path.stat().st_size < 0.6 * sum(t.nbytes for t in weights.values()) + 9999
+
+
+@pytest.mark.parametrize("kind, kept", [("Q4_0", True), ("Q4_1", True), ("Q8_0", False), ("F16", False)])
+def test_a_gguf_files_own_4_bits_are_kept_and_exported(tmp_path, kind, kept):
+    """What decodes is the file's weights, but for bf16 scales; of other files a sentence says that there are
+    none."""
+    folder = written(tmp_path / "hf", hidden_size=64, intermediate_size=96)
+    plain = GPT.from_pretrained(str(as_gguf(folder, tmp_path / "model.gguf", kind=kind))).eval()
+    about = {"model": plain.state_dict(), "model_args": plain.config.model_args()}
+    checkpoint.save(about, tmp_path / "ckpt.pt")
+    to = export.ExportConfig(out_dir=str(tmp_path), quantize="own", export_dir=str(tmp_path / "own"),
+                             dtype="float32")
+    if not kept:
+        with pytest.raises(ConfigError, match="no matrix here lies on 16 levels"):
+            export.main(to)
+        return
+    export.main(to)
+    own = build_model(*checkpoint.read(tmp_path / "own")).eval()
+    assert kept_levels(own) and all(kept_levels(own))
+    for theirs, ours in zip(whole_parts(plain), whole_parts(own)):
+        weight, stands_for = (getattr(module, name).weight for _, module, name, _ in (theirs, ours))
+        assert (weight - stands_for).abs().max() <= 0.02 * weight.abs().max()
+    idx = torch.arange(12)[None] % plain.config.vocab_size
+    with torch.no_grad():
+        off, logits = own(idx, idx)[0] - plain(idx, idx)[0], plain(idx, idx)[0]
+    assert off.norm() <= 0.05 * logits.norm()
+    damaged = checkpoint.read(tmp_path / "own")[0]
+    name = next(key for key in damaged["model"] if key.endswith("c_fc.codes"))
+    for shape in ((3, 64), (0, 64), (192, 128)):
+        damaged["model"][name] = torch.zeros(shape, dtype=torch.uint8)
+        with pytest.raises(ConfigError):
+            build_model(damaged, tmp_path)
 
 
 def cut(path, share):
