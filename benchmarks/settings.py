@@ -3,14 +3,14 @@ import os
 from dataclasses import dataclass, replace
 
 from configurator import ConfigError, close_match, parse, require
-from decode.quantized import BITS, GGML, OWN, PARTS, check_quantize
+from decode.quantized import BITS, GGML, PARTS, check_quantize
 from model import GPTConfig
 
 AT_SAMPLING = {"mlp_screen", "mlp_live", "mlp_topk", "gate_first", "attn_topk", "window", "window_pattern",
                "weights", "screen"}              # flags that sample.py switches on by itself
 EXAMPLE = "type RUN@int8, RUN@mlp_screen=4 or RUN@sparse_decode+int8, for example"
 SHORTCUTS = "mlp_predict", "mlp_screen", "exits"   # what models are trained for
-NAMES = "sparse_decode", "quantize", *BITS, OWN
+NAMES = "sparse_decode", "quantize", *BITS, "own"
 
 @dataclass(frozen=True)
 class Setting:

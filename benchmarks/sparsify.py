@@ -24,6 +24,7 @@ from benchmarks.screen import Reader, rewind
 from benchmarks.timing import interleave, measurement
 from benchmarks.trials import WHOLE, Lab, Trial, cost_of, digest, losses_of
 from configurator import ConfigError, require
+from decode.quantized import OWN
 from viz.figures import drawing, name_points, pyplot
 
 TIMED = 8                                        # points whose decode steps are timed, at most
@@ -110,7 +111,7 @@ def ladders(c):
     live = [dict(mlp_screen=bits, mlp_live=share) for share in some]
     wide = [dict(mlp_topk=share) for share in (0.7, 0.5, 0.3)]
     return [
-        *(("bits", [Trial(bits=bits)]) for bits in ((8, 8, 8), (8, 4, 8), (4, 8, 8), (8, 8, 4))),
+        *(("bits", [Trial(bits=bits)]) for bits in ((8, 8, 8), (OWN,) * 3, (8, 4, 8), (4, 8, 8), (8, 8, 4))),
         *[flags("units", *live)] * bool(live),
         flags("head", dict(screen=True)),
         *([flags("units", *wide), flags("units", *(one | dict(gate_first=True) for one in wide))]

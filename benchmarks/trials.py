@@ -27,7 +27,7 @@ from configurator import require
 from data import dataset as datasets
 from decode import calibrate, engine
 from decode.context import Cache
-from decode.quantized import BITS, PARTS, is_quantized, quantize
+from decode.quantized import FORMS, KINDS, OWN, PARTS, has_levels, is_quantized, quantize
 from kernels.arena import move_weights
 from layers import Packed, TwoOfFour, settle
 from model import build_model
@@ -67,8 +67,8 @@ class Trial(NamedTuple):
 
 def kind_of(bits):
     """Bits of each of layers.PARTS as --quantize says them; empty: all stay."""
-    named = next((kind for kind, forms in BITS.items() if forms == bits), None)
-    return named or ",".join(f"{part}={form}" for part, form in zip(PARTS, bits) if form != 16)
+    named, words = ({form: word for word, form in kinds.items()} for kinds in (KINDS, FORMS))
+    return named.get(bits) or ",".join(f"{part}={words[bit]}" for part, bit in zip(PARTS, bits) if bit != 16)
 
 
 class Found(NamedTuple):
@@ -174,6 +174,8 @@ class Lab:
         require(not flags or retrofit.changes(self.dense.config, config), "the model has that already")
         for _, module in self.dense.named_modules() if 4 in trial.bits else ():
             require(getattr(module, "in_features", 0) % 2 == 0, "4 bits are stored in pairs")
+        require(OWN not in trial.bits or (trial.trained is None and has_levels(self.dense, trial.bits)),
+                "no weights from a file of 4 bits")
 
     # ---------------------------------------------- numbers ---------------------------------------------
 

@@ -11,10 +11,11 @@ from kernels import picked
 from layers import NeuronMajor, Packed, Settled, TwoOfFour
 
 PARTS = "attn", "mlp", "head"
-OWN = "own"                                      # a file's own 4 bits where a matrix lies on them, else 8
+OWN = 5                                          # a file's 4 bits and their scales, where a matrix has them
 BITS = {"int8": (8, 8, 8), "int4": (8, 4, 8), "q4_all": (4, 4, 4)}      # of PARTS
 GGML = {"q4_0": kernels.q4_0, "q8_0": kernels.q8_0}     # rounding of llama.cpp's files, for the loss alone
-FORMS = {"4": 4, "8": 8, "16": 16} | {name: name for name in (OWN, *GGML)}      # of a part; 16: as it is
+FORMS = {"4": 4, "own": OWN, "8": 8, "16": 16} | {name: name for name in GGML}  # of a part; 16: as it is
+KINDS = BITS | {"own": (OWN,) * 3} | {name: (name,) * 3 for name in GGML}
 
 
 class Quantized(nn.Module):
@@ -180,12 +181,12 @@ def dense_weight(linear):
 def forms_of(kind):
     """What --quantize says -> the form of the matrices of each of PARTS: 4 or 8 bits, 16 (they stay), OWN,
     or one of GGML. A ConfigError where it says nothing that is known."""
-    if kind in (*BITS, OWN, *GGML):
-        return BITS.get(kind, (kind,) * 3)
+    if kind in [*KINDS]:                         # a list is no key
+        return KINDS[kind]
     pairs = [word.partition("=") for word in str(kind).split(",")]
     given = {part: form for part, _, form in pairs}
     require(len(given) == len(pairs) and given.keys() <= {*PARTS} and {*given.values()} <= FORMS.keys(),
-            f"quantize='{kind}' must be {', '.join((*BITS, OWN, *GGML))}, or bits by part, such as "
+            f"quantize='{kind}' must be {', '.join(KINDS)}, or bits by part, such as "
             f"mlp=4,attn=8,head=8: {', '.join(PARTS)}, each once at most, each {', '.join(FORMS)}")
     forms = tuple(FORMS[given.get(part, "16")] for part in PARTS)
     require({*forms} != {16}, f"quantize='{kind}' leaves all weights as they are: give a part 4 or 8 bits, "
@@ -234,6 +235,8 @@ def quantize(model, kind, empty=False, moments=None):
     forms = forms_of(kind)
     require(not is_quantized(model), f"quantize='{kind}': the weights are whole numbers already; leave "
             "quantize out")
+    require(OWN not in forms or empty or has_levels(model, forms), f"quantize='{kind}' keeps the 4 bits of a "
+            "file, and no matrix here lies on 16 levels in each group of 32: take --quantize=int8, or int4")
     for place, module, name, path in [*whole_parts(model)]:
         form, child = forms[place], getattr(module, name)
         if form in GGML:
@@ -244,9 +247,15 @@ def quantize(model, kind, empty=False, moments=None):
     if model.config.tie_weights and isinstance(model.lm_head, Quantized):
         wte = model.transformer.wte
         wte.weight, wte.tied = None, (model.lm_head,)
-    require(OWN not in forms or empty or any(kept_levels(model)), f"quantize='{kind}' keeps the 4 bits of a "
-            "file, and no matrix here lies on 16 levels in each group of 32: take --quantize=int8, or int4")
     return model
+
+
+def has_levels(model, forms=KINDS["own"]):
+    """Has any matrix of a model, of the parts that are to keep it, a file's own 4 bits, as kernels.on_levels
+    finds them?"""
+    found = (getattr(module, name) for place, module, name, _ in whole_parts(model) if forms[place] == OWN)
+    return any(kernels.on_levels(dense_weight(one)) is not None for one in found
+               if not isinstance(one, NeuronMajor))
 
 
 def kept_levels(model):

@@ -105,6 +105,30 @@ def test_combinations_read_less_than_their_parts_and_are_measured_themselves(fou
     assert max(len(p["flags"]) + (p["bits"] != [16, 16, 16]) for p in combined.values()) > 1
 
 
+def test_a_files_own_4_bits_are_tried_where_the_weights_have_them(dense, found):
+    """Of the dense model alone: what was trained on lies on no levels."""
+    assert not any("own" in name for name in found[1]["points"])
+    folder = dense.folder / "of-a-file"
+    folder.mkdir()
+    loaded = checkpoint.read(dense.folder / "run")[0]
+    for name, weight in loaded["model"].items():
+        if name.endswith(("c_attn.weight", "c_fc.weight")):
+            low = weight.view(len(weight), -1, 32).amin(-1, keepdim=True)
+            step = (weight.view(len(weight), -1, 32).amax(-1, keepdim=True) - low) / 15
+            weight.copy_((low + step * ((weight.view(len(weight), -1, 32) - low) / step).round()).flatten(1))
+    checkpoint.save(loaded, folder / "ckpt.pt")
+    cfg = sparsify.Sparsify(**SMALL, out_dir=str(folder), trials=str(dense.folder / "own"), only="bits",
+                            loss_only=True)
+    search = sparsify.Search(cfg)
+    own = Trial(bits=(5, 5, 5))
+    assert str(own) == "quantize=own" and trials.kind_of((16, 5, 8)) == "mlp=own,head=8"
+    assert ("bits", [own]) in search.ladders and not search.fits(own._replace(trained=()))
+    search.run()
+    points = search.record({}, False)["points"]
+    assert points["quantize=own"]["passes"]
+    assert points["quantize=own"]["bytes"] < points["quantize=int8"]["bytes"] < points["dense"]["bytes"]
+
+
 def test_the_same_command_finds_all_of_it_again_and_another_limit_goes_on_from_there(dense, found):
     folder = dense.folder / "kept"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
