@@ -255,7 +255,7 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
    numbers, -8 times the sum of each 32 (int32, of 64 numbers 8 of them: see FIX), their scales, as the lanes of a
    register meet them, and the sum of what each 32 stand for (SUMS_AT bytes from the start on). Factors of rows that are added up are whole numbers of 16 bits with AVX2, one scale
    for TOGETHER of them, else floats. */
-#define FINEST 16319                             /* 127 * DIGIT + 63; also in sparse_kernels.py */
+#define FINEST 16319                             /* 127 * DIGIT + 63; also in kernels/whole.py */
 #define DIGIT 128
 struct of_row { float scale; int32_t sum; };
 
