@@ -380,5 +380,6 @@ BLOCKS["longer"] = pages.longer_table
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))
 BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, sentence in TESTED.items()}
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
-BLOCKS["pretrained"] = partial(pages.first_minute, pages.LANGUAGES[""], name="compare_smollm2_cpu.json")
+BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) for name, record in (
+    ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))
