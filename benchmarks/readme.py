@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks import ROOT, pages, report
-from benchmarks.record import CAUSAL, DENSE, DENSE_FP32, OURS, PEER, TWIN, mean_of, read, write_atomically
+from benchmarks.record import (
+    CAUSAL,
+    DENSE,
+    DENSE_FP32,
+    OURS,
+    PEER,
+    TAUGHT,
+    TWIN,
+    mean_of,
+    read,
+    write_atomically,
+)
 from configurator import close_match, require
 
 BEGIN, END = "<!-- rows: {} -->", "<!-- end of rows -->"
@@ -197,6 +208,28 @@ def sparsify_rows(record):
                    f"| {size / first:.0%}")
 
 
+def retrofit_rows(record):
+    """Blocks of a trained dense model beside the dense model trained on as long, seed by seed."""
+    runs, rates = record["runs"], record["measurements"].get("decode", {"sides": {}})["sides"]
+
+    def beside(side):
+        return [run["val_loss"] - dense["val_loss"] for run, dense in zip(runs.get(side, ()), runs[TWIN])]
+
+    for side, found in runs.items():
+        if not side.endswith(TAUGHT):
+            off, taught = beside(side), beside(side + TAUGHT)
+            spread = f" ({min(off):+.4f} to {max(off):+.4f})" * (len(off) > 1)
+            policy = [run["decoding"] - run["val_loss"] for run in found if "decoding" in run]
+            rate = rates[side]["median"] if side in rates else 0
+            yield " | ".join((
+                side, f"{found[0]['untouched']:+.4f}" if side != TWIN and "untouched" in found[0] else "",
+                f"{statistics.fmean(run['val_loss'] for run in found):.4f}",
+                f"{statistics.fmean(off):+.4f}{spread}" if side != TWIN else "",
+                f"{statistics.fmean(taught):+.4f}" if taught else "",
+                f"{statistics.fmean(policy):+.4f}" if policy else "",
+                f"{rate:,.0f}, {rate / rates[TWIN]['median']:.2f}x" if rate else "", str(len(found))))
+
+
 def step_rows(record):
     for title, result in record["measurements"].items():
         case = title.removeprefix("training step")
@@ -342,6 +375,8 @@ TABLES = (
      "weights, nats (95%, paired) | % | MB a token | tokens/s", ("screen",), screen_rows),
     ("a trained run made sparse | held-out loss to the run's own (95%, paired) | on windows that chose "
      "nothing | MB a decode step reads | of the run's own", ("sparsify",), sparsify_rows),
+    ("retrofit | untouched | val loss | to dense trained on as long (seeds) | with a teacher | shortcuts on "
+     "| tokens/s, to dense | seeds", ("retrofit",), retrofit_rows),
     (f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read", ("mlp",),
      mlp_rows),
     (f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache", ("window",),
@@ -382,4 +417,5 @@ BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, senten
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
 BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) for name, record in (
     ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
+BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {"retrofit_pylib_cpu.json": ".*"}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

@@ -21,6 +21,7 @@ PACKAGES = ("numpy", "triton", "transformers", "llama-cpp-python", "gguf",      
             "ctranslate2")                                                     # Python
 # sides by the names that records give them
 PEER, OURS, OURS_FP32, TWIN = "nanoGPT", "ours", "ours float32", "dense"
+TAUGHT = ", taught"                              # of a retrofit that learns from the dense model as well
 HF, LLAMA, CT2 = "Hugging Face", "llama.cpp", "ctranslate2"
 DENSE, DENSE_FP32 = "F.linear, bfloat16", "F.linear, float32"
 CAUSAL = "causal SDPA"

@@ -15,7 +15,7 @@ import torch
 from benchmarks import ROOT, Recipe
 from benchmarks.arms import APART, ARMS, key_defaults, keys_of, parts, settings
 from benchmarks.compare import Compare, compare
-from benchmarks.record import TWIN, write_atomically
+from benchmarks.record import TAUGHT, TWIN, write_atomically
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, losses_of, seeds, trained_with, validation_of
 from benchmarks.store import digest, golden_of, hash_of_data
 from configurator import ConfigError, require
@@ -28,7 +28,6 @@ from training import retrofit as retrofitting
 SCREENED = "screened units"
 CHOSEN = ("topk", "predict", SCREENED, "winners", "event", "window", "exits", "ponder", "columns", "experts",
           "2:4", "attn_topk", "osc", "hierarchy")
-TAUGHT = ", taught"                              # of a side that learns from the dense model as well
 EVALUATED = 80                                   # batches of the losses before the first step
 FOUND = "found.json"                             # in the folder of a run that has ended, what it has found
 

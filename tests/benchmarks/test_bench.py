@@ -965,6 +965,11 @@ def test_a_table_of_retrofits_says_what_each_block_costs_untouched_and_trained(c
     assert "1.5000 after 9 iterations, 1.1000 after 7 more (means of 2 seeds)" in first
     assert topk.split() == ["topk", "+0.0200", "1.1600", "+0.0600", "+0.0200"] and "after 7" in head
     assert predict.split() == ["predict", "+0.5000", "1.3000", "+0.2000", "1.4000"]
+    rates = {"decode": {"sides": {TWIN: {"median": 2000.0}, "topk": {"median": 3000.0}}}}
+    dense, topk, predict = readme.retrofit_rows({"runs": runs, "measurements": rates})
+    assert dense == "dense |  | 1.1000 |  |  |  | 2,000, 1.00x | 2"
+    assert topk == "topk | +0.0200 | 1.1600 | +0.0600 (-0.0300 to +0.1500) | +0.0200 |  | 3,000, 1.50x | 2"
+    assert predict == "predict | +0.5000 | 1.3000 | +0.2000 (+0.1000 to +0.3000) |  | +0.1000 |  | 2"
 
 
 SCRIPT = Path(bench.__file__).parent / "benchmarks" / "gpu.sh"
