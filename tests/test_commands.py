@@ -162,7 +162,7 @@ def write_data(folder):
 
 
 def tiny_llama(path):
-    """A GGUF file of a random Llama with a tokenizer of its own."""
+    """A GGUF file of 4 bits of a random Llama with a tokenizer of its own."""
     for package in ("gguf", "tokenizers"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     from test_llama import gguf_tokenizer
@@ -171,7 +171,7 @@ def tiny_llama(path):
     tokens = gguf_tokenizer()
     shape = dict(n_layer=2, n_head=2, n_embd=64, mlp_units=96, n_kv_head=1, block_size=1024, bias=False,
                  norm="rmsnorm", pos="rope", act="swiglu", vocab_size=len(tokens["ggml.tokens"]))
-    peers.write_gguf(GPT(GPTConfig(**shape), seed=3), "f32", path, tokens)
+    peers.write_gguf(GPT(GPTConfig(**shape), seed=3), "q4_1", path, tokens)
 
 
 @pytest.fixture(scope="module")
