@@ -253,7 +253,8 @@ static void act_all(const struct op *o, float *restrict y, long from, long to) {
    lie that scale (64 bytes for it), a digit of 8 bits of each number (/ DIGIT, rounded), and the digits of what
    that leaves (-64..63). What meets I4 has 8 bits and a scale for each 32: in its room lie, behind 64 bytes, the
    numbers, -8 times the sum of each 32 (int32, of 64 numbers 8 of them: see FIX), their scales, as the lanes of a
-   register meet them, and the sum of what each 32 stand for (SUMS_AT bytes from the start on). Factors of rows that are added up are whole numbers of 16 bits with AVX2, one scale
+   register meet them, and the sum of what each 32 stand for (SUMS_AT bytes from the start on).
+   Factors of rows that are added up are whole numbers of 16 bits with AVX2, one scale
    for TOGETHER of them, else floats. */
 #define FINEST 16319                             /* 127 * DIGIT + 63; also in kernels/whole.py */
 #define DIGIT 128
