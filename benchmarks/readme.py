@@ -209,25 +209,30 @@ def sparsify_rows(record):
 
 
 def retrofit_rows(record):
-    """Blocks of a trained dense model beside the dense model trained on as long, seed by seed."""
+    """Blocks of a trained dense model beside the dense model trained on as long, seed by seed; how they
+    decode beside it, and in 8 bits beside it in 8 bits."""
     runs, rates = record["runs"], record["measurements"].get("decode", {"sides": {}})["sides"]
 
     def beside(side):
         return [run["val_loss"] - dense["val_loss"] for run, dense in zip(runs.get(side, ()), runs[TWIN])]
+
+    def speed(side, kind=""):
+        mine, twin = rates.get(side + kind), rates.get(TWIN + kind)
+        return f"{mine['median']:,.0f}, {mine['median'] / twin['median']:.2f}x" if mine else ""
 
     for side, found in runs.items():
         if not side.endswith(TAUGHT):
             off, taught = beside(side), beside(side + TAUGHT)
             spread = f" ({min(off):+.4f} to {max(off):+.4f})" * (len(off) > 1)
             policy = [run["decoding"] - run["val_loss"] for run in found if "decoding" in run]
-            rate = rates[side]["median"] if side in rates else 0
+            read = record.get("decode", {}).get(side, {}).get("weight_bytes")
             yield " | ".join((
                 side, f"{found[0]['untouched']:+.4f}" if side != TWIN and "untouched" in found[0] else "",
                 f"{statistics.fmean(run['val_loss'] for run in found):.4f}",
                 f"{statistics.fmean(off):+.4f}{spread}" if side != TWIN else "",
                 f"{statistics.fmean(taught):+.4f}" if taught else "",
-                f"{statistics.fmean(policy):+.4f}" if policy else "",
-                f"{rate:,.0f}, {rate / rates[TWIN]['median']:.2f}x" if rate else "", str(len(found))))
+                f"{statistics.fmean(policy):+.4f}" if policy else "", f"{read / 1e6:.2f}" if read else "",
+                speed(side), speed(side, ", int8"), str(len(found))))
 
 
 def step_rows(record):
@@ -376,7 +381,7 @@ TABLES = (
     ("a trained run made sparse | held-out loss to the run's own (95%, paired) | on windows that chose "
      "nothing | MB a decode step reads | of the run's own", ("sparsify",), sparsify_rows),
     ("retrofit | untouched | val loss | to dense trained on as long (seeds) | with a teacher | shortcuts on "
-     "| tokens/s, to dense | seeds", ("retrofit",), retrofit_rows),
+     "| MB a token | tokens/s, to dense | in int8 | seeds", ("retrofit",), retrofit_rows),
     (f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read", ("mlp",),
      mlp_rows),
     (f"attention, forward and backward; a decoded token | ms | times {CAUSAL} | cache", ("window",),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT, Recipe
-from benchmarks.arms import APART, ARMS, key_defaults, keys_of, parts, settings
+from benchmarks.arms import APART, ARMS, DENSE, key_defaults, keys_of, parts, settings
 from benchmarks.compare import Compare, compare
 from benchmarks.record import TAUGHT, TWIN, write_atomically
 from benchmarks.runs import QUALITY_VALIDATION, fixed_loss, losses_of, seeds, trained_with, validation_of
@@ -21,13 +21,14 @@ from benchmarks.store import digest, golden_of, hash_of_data
 from configurator import ConfigError, require
 from data import dataset as datasets
 from decode import calibrate
+from decode.quantized import check_quantize, kinds_in
 from model import build_model
 from training import checkpoint, rundir
 from training import retrofit as retrofitting
 
 SCREENED = "screened units"
-CHOSEN = ("topk", "predict", SCREENED, "winners", "event", "window", "exits", "ponder", "columns", "experts",
-          "2:4", "attn_topk", "osc", "hierarchy")
+CHOSEN = ("dense/2", "dense/4", "topk", "predict", SCREENED, "winners", "event", "window", "exits",
+          "ponder", "columns", "experts", "2:4", "attn_topk", "osc", "hierarchy")
 EVALUATED = 80                                   # batches of the losses before the first step
 FOUND = "found.json"                             # in the folder of a run that has ended, what it has found
 
@@ -43,8 +44,10 @@ class Retrofit(Recipe):
     more: int = 250  # iterations of each retrofit, and of the dense model beside them
     rate: float = retrofitting.RATE  # their highest learning rates, as a share of the recipe's
     arms: str = ""  # some of the blocks, by commas; empty: all that keep the dense model's weights
-    teacher: bool = True  # train each of them also with the dense model as its teacher
+    teacher: bool = True  # train each of them, the dense one too, also with the dense model as its teacher
     decode: bool = True  # then time how the first seed's models decode, in turns: bench.py compare
+    quantize: str = "int8"  # these times also with weights in whole numbers, as bench.py compare; empty: not
+    dtype: str = "auto"  # of the weights that are timed: auto, float32, bfloat16, float16
     runs: str = "out-retrofits"  # folder where finished runs are kept, and found again
 
     def __post_init__(self):
@@ -53,6 +56,8 @@ class Retrofit(Recipe):
         require(not unknown, f"arms='{self.arms}': {unknown[:1]} must be among {', '.join(CHOSEN)}")
         for key in ("more", "jobs"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
+        for kind in kinds_in(self.quantize):
+            check_quantize(kind, smaller=True)
         require(self.rate > 0, f"rate={self.rate} must be above 0: a share of the recipe's learning rates")
 
 
@@ -60,7 +65,7 @@ def retrofit(cfg):
     runs = Runs(cfg, datasets.prepare_if_missing(cfg.dataset).resolve())
     print(f"finished runs are kept in {runs.place}: the same command goes on", file=sys.stderr, flush=True)
     dense = runs.dense()
-    sides = [TWIN] + [arm + taught for arm in chosen(cfg) for taught in ("", TAUGHT)[:1 + cfg.teacher]]
+    sides = [arm + taught for arm in (TWIN, *chosen(cfg)) for taught in ("", TAUGHT)[:1 + cfg.teacher]]
     todo = [(side, seed) for seed in range(cfg.repeats) for side in sides]
     with ThreadPoolExecutor(cfg.jobs) as pool:
         done = list(pool.map(lambda job: runs.found(*job), todo))
@@ -75,10 +80,12 @@ def retrofit(cfg):
 
 def decoded(cfg, runs, sides):
     """How the first seed's models decode, as sample.py does with their shortcuts -> compare's record, its
-    sides called as here."""
-    folders = {runs.folder(side, 0).name: side for side in sides}
-    found = compare(Compare(runs=tuple(str(runs.place / name) for name in folders), dataset=str(runs.data),
-                            threads=cfg.threads, temperature=0.0, sparse_decode=True, device="cpu"))
+    sides called as here, "dense, int8" for the dense model in 8 bits."""
+    kinds = ("", *(f", {kind}" for kind in kinds_in(cfg.quantize)))
+    folders = {runs.folder(side, 0).name + kind: side + kind for side in sides for kind in kinds}
+    words = tuple(str(runs.place / runs.folder(side, 0).name) for side in sides)
+    found = compare(Compare(runs=words, dataset=str(runs.data), threads=cfg.threads, quantize=cfg.quantize,
+                            temperature=0.0, sparse_decode=True, device="cpu", dtype=cfg.dtype))
     timed = found["measurements"]["decode"]
     timed = timed | {key: {folders[name]: value for name, value in timed[key].items()}
                      for key in ("sides", "ratio") if key in timed}
@@ -107,7 +114,7 @@ def settings_of(cfg, arm):
 
 def beside_twins(cfg):
     """(flags, flags of the dense model beside it) of every block."""
-    return [(settings_of(cfg, arm), settings(cfg.config, TWIN)) for arm in CHOSEN]
+    return [(settings_of(cfg, arm), settings(cfg.config, TWIN)) for arm in CHOSEN if arm not in DENSE]
 
 
 class Runs:
@@ -217,18 +224,23 @@ def judged(out_dir, data):
 
 def show(cfg, dense, runs):
     """The table, for people."""
-    on = statistics.fmean(run["val_loss"] for run in runs[TWIN])
+    on, itself = mean_loss(runs[TWIN]), runs.get(TWIN + TAUGHT)
+    taught = f", {mean_loss(itself):.4f} with itself as its teacher" if itself else ""
+    of = f"means of {cfg.repeats} seeds" if cfg.repeats > 1 else "one seed"
     print(f"the dense model: val loss {dense['val_loss']:.4f} after {dense['iters']} iterations, {on:.4f} "
-          f"after {cfg.more} more (" + (f"means of {cfg.repeats} seeds)" if cfg.repeats > 1 else "one seed)"))
+          f"after {cfg.more} more{taught} ({of})")
     print(f"{'block':16}{'untouched':>11}{'after ' + str(cfg.more):>14}{'to dense':>10}{'with a teacher':>16}"
           f"{'as it decodes':>15}")
     for side, found in runs.items():
-        if side == TWIN or side.endswith(TAUGHT):
+        if side.removesuffix(TAUGHT) == TWIN or side.endswith(TAUGHT):
             continue
-        mean = statistics.fmean(run["val_loss"] for run in found)
-        taught = [run["val_loss"] for run in runs.get(side + TAUGHT, ())]
+        mean, taught = mean_loss(found), runs.get(side + TAUGHT)
         began = f"{found[0]['untouched']:+.4f}" if "untouched" in found[0] else "as it was"
         decoded = [run["decoding"] for run in found if "decoding" in run]
         print(f"{side:16}{began:>11}{mean:>14.4f}{mean - on:>+10.4f}"
-              f"{f'{statistics.fmean(taught) - on:+.4f}' if taught else '':>16}"
+              f"{f'{mean_loss(taught) - on:+.4f}' if taught else '':>16}"
               f"{f'{statistics.fmean(decoded):.4f}' if decoded else '':>15}".rstrip())
+
+
+def mean_loss(runs):
+    return statistics.fmean(run["val_loss"] for run in runs)

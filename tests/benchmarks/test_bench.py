@@ -901,18 +901,19 @@ def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_pa
                                         "max_iters = lr_decay_iters = eval_interval = 8\n")
     words = ["retrofit", f"--config={tmp_path / 'recipe.py'}", "--repeats=1", "--more=2",
              "--arms=screened units,exits"]
-    process = run_real("bench.py", words, tmp_path)                     # six runs of new processes
+    process = run_real("bench.py", words, tmp_path)                   # seven runs of new processes
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     record = json.loads((tmp_path / out.splitlines()[-1].removeprefix("record: ")).read_text())
-    assert list(record["measurements"]["decode"]["sides"]) == [TWIN, "screened units", "exits"]
+    assert list(record["measurements"]["decode"]["sides"]) == [
+        side + kind for side in (TWIN, "screened units", "exits") for kind in ("", ", int8")]
     assert record["decode"]["exits"]["weight_bytes"] > 0 and str(tmp_path) not in json.dumps(record)
     _, err = run_real("bench.py", [*words, "--decode=False"], tmp_path).communicate(timeout=900)
-    assert err.count(", kept\n") == 5                  # and none is trained again
-    sides = [arm + taught for arm in ("screened units", "exits") for taught in ("", ", taught")]
-    assert list(record["runs"]) == [TWIN, *sides]
+    assert err.count(", kept\n") == 6                  # and none is trained again
+    sides = [arm + taught for arm in (TWIN, "screened units", "exits") for taught in ("", ", taught")]
+    assert list(record["runs"]) == sides
     table = [line.split() for line in out.splitlines() if line.startswith(("screened", "exits"))]
-    assert [len(cells) for cells in table[:2]] == [7, 6] and "after 2 more (one seed)" in out
+    assert [len(cells) for cells in table[:2]] == [7, 6] and "with itself as its teacher (one seed)" in out
     assert all(run["decoding"] > 0 for run in record["runs"]["exits"])
     assert record["runs"]["screened units"][0]["untouched"] == 0 and record["dense"]["iters"] == 8
     assert "untouched" not in record["runs"][TWIN][0] and "decoding" in record["runs"]["screened units"][0]
@@ -965,11 +966,14 @@ def test_a_table_of_retrofits_says_what_each_block_costs_untouched_and_trained(c
     assert "1.5000 after 9 iterations, 1.1000 after 7 more (means of 2 seeds)" in first
     assert topk.split() == ["topk", "+0.0200", "1.1600", "+0.0600", "+0.0200"] and "after 7" in head
     assert predict.split() == ["predict", "+0.5000", "1.3000", "+0.2000", "1.4000"]
-    rates = {"decode": {"sides": {TWIN: {"median": 2000.0}, "topk": {"median": 3000.0}}}}
-    dense, topk, predict = readme.retrofit_rows({"runs": runs, "measurements": rates})
-    assert dense == "dense |  | 1.1000 |  |  |  | 2,000, 1.00x | 2"
-    assert topk == "topk | +0.0200 | 1.1600 | +0.0600 (-0.0300 to +0.1500) | +0.0200 |  | 3,000, 1.50x | 2"
-    assert predict == "predict | +0.5000 | 1.3000 | +0.2000 (+0.1000 to +0.3000) |  | +0.1000 |  | 2"
+    speeds = {TWIN: 2000.0, "topk": 3000.0, "dense, int8": 4000.0, "topk, int8": 5000.0}
+    rates = {"decode": {"sides": {side: {"median": speed} for side, speed in speeds.items()}}}
+    record = {"runs": runs, "measurements": rates, "decode": {"topk": {"weight_bytes": 2e6}}}
+    dense, topk, predict = readme.retrofit_rows(record)
+    assert dense == "dense |  | 1.1000 |  |  |  |  | 2,000, 1.00x | 4,000, 1.00x | 2"
+    assert topk == ("topk | +0.0200 | 1.1600 | +0.0600 (-0.0300 to +0.1500) | +0.0200 |  | 2.00 | 3,000, "
+                    "1.50x | 5,000, 1.25x | 2")
+    assert predict == "predict | +0.5000 | 1.3000 | +0.2000 (+0.1000 to +0.3000) |  | +0.1000 |  |  |  | 2"
 
 
 SCRIPT = Path(bench.__file__).parent / "benchmarks" / "gpu.sh"
