@@ -809,16 +809,20 @@ class Screens:
     def forward(self, x, ctx):
         return self.ways[ctx.choices.predict](self, x, ctx)
 
+    def is_calibrated(self):
+        """Is there a threshold, and all else that it stands on?"""
+        return not any(bool(value.isnan().any()) for value in self.buffers(recurse=False))
+
     def found_edge(self):
         """The threshold; a ConfigError where there is none."""
-        require(not self.edge.isnan(), "mlp_screen: this model has no thresholds, or was trained on since "
+        require(self.is_calibrated(), "mlp_screen: this model has no thresholds, or was trained on since "
                 "they were found: calibrate.calibrate finds them, as sample.py does")
         return self.edge
 
     def emit(self, p, x, onto):
         if not p.choices.predict:
             return super().emit(p, x, onto)
-        if self.edge.isnan():
+        if not self.is_calibrated():
             raise NotWritten("thresholds that are not found")
         return self.emit_screened(p, x, onto)
 

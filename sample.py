@@ -246,12 +246,33 @@ def checked_spelling(text):
 
 def main(cfg):
     place = runtime.choose(cfg.device, cfg.dtype, cfg.compile, decodes=True)
-    flags = cfg.sparse_flags()
-    model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer, **flags)
+    model, tokenizer, about = load_run(cfg.init_from, cfg.out_dir, cfg.tokenizer, **cfg.sparse_flags())
     on = continual.switch_on(model, cfg.adapter)
     sampler = sampling.Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty,
                                tokenizer.vocab_size, cfg.draws)
     said, data = [], (cfg.val is True and cfg.tokenizer) or cfg.val
+    screens = make_ready(model, cfg, place, about, data, said)
+    stream = streaming(model, cfg)
+    way = sparse_kernels.path_taken(place.device) + on, decoding(model, cfg, place.device)
+    if screens and cfg.measure:
+        said.append(saved(model, about, data, cfg.tokenizer, cfg.threads))
+    print("\n".join(filter(None, (f"{place}, {', '.join(way)}", *said))), file=sys.stderr)
+    model.choose(watch=engine.Watch() if cfg.show_program else None)
+    if place.compile:
+        model.trunk = torch.compile(model.trunk, dynamic=True)
+    if cfg.chat:
+        continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
+        frame, start = framed(cfg, prompt_of(cfg.start))
+        converse(Chat(continued, tokenizer, place.device, cfg.seed, start, cfg.stop, cfg.enter, cfg.special,
+                      frame))
+        return show_program(model)
+    write_samples(model, cfg, place, tokenizer, stream, sampler)
+
+
+def make_ready(model, cfg, place, about, data, said):
+    """Turn what was loaded into what decodes: blocks that need no training, whole numbers, device, dtype,
+    shortcuts, packing -> does a screen pick units? What there is to print of it joins `said`."""
+    flags = cfg.sparse_flags()
     more = {key: value for key, value in flags.items() if key not in ("mlp_screen", "mlp_live")}
     if flags.get("weights") == "2:4":
         said.append(prune(model.to(device=place.device), about, cfg.tokenizer))
@@ -271,21 +292,12 @@ def main(cfg):
         said.append("2:4 weights packed, as the checkpoint has them" if came_packed else why)
     if place.device.type == "cpu":
         said.append(move_weights(model))
-    stream = streaming(model, cfg)
+    return bool(screens)
+
+
+def write_samples(model, cfg, place, tokenizer, stream, sampler):
+    """Continue the prompt num_samples times, token by token, and say how fast that was."""
     recorder = tracing.Recorder(model, sampler) if cfg.trace else None
-    way = sparse_kernels.path_taken(place.device) + on, decoding(model, cfg, place.device)
-    if screens and cfg.measure:
-        said.append(saved(model, about, data, cfg.tokenizer, cfg.threads))
-    print("\n".join(filter(None, (f"{place}, {', '.join(way)}", *said))), file=sys.stderr)
-    model.choose(watch=engine.Watch() if cfg.show_program else None)
-    if place.compile:
-        model.trunk = torch.compile(model.trunk, dynamic=True)
-    if cfg.chat:
-        continued = partial(stream, max_new_tokens=cfg.max_new_tokens, sampler=sampler, overflow=cfg.overflow)
-        frame, start = framed(cfg, prompt_of(cfg.start))
-        converse(Chat(continued, tokenizer, place.device, cfg.seed, start, cfg.stop, cfg.enter, cfg.special,
-                      frame))
-        return show_program(model)
     ids = tokenizers.begun(tokenizer, prompt_of(cfg.start), cfg.special)
     require(ids, "start='' has no tokens: type --start=SOMETHING, for example a newline")
     prompt = torch.tensor([ids], device=place.device)

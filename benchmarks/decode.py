@@ -136,13 +136,7 @@ def decode(cfg):
     acts = activations(models)
     if rivals:
         print("activations: " + ", ".join(f"{name} {act}" for name, act in acts.items()))
-    show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch {cfg.batch}", results["decode"])
-    for name, ratio in results["decode"]["to_twin"].items():
-        print(f"  {name}: {ratio:.2f}x the tokens/s of {twins[name]} ({worked[name]['ceiling']:.2f}x is the "
-              f"ceiling by {worked[name]['weight_bytes'] / 1e6:.0f} MB of weights a token), random weights")
-    show(f"one token at a context of exactly {cfg.prompt}", results["step"])
-    if read:
-        tell_bandwidth(results["step"], read, worked[OURS]["weight_bytes"])
+    tell(cfg, results, worked, read)
     if blocks:
         tell_correlation(results["step"], worked, blocks)
     tell_agreement(agreement)
@@ -150,6 +144,19 @@ def decode(cfg):
             "work": worked, "kernels": sparse_kernels.path_taken(place.device), "seeds": [1337],
             "activations": acts, "timed": TIMED,
             "peers": {name: rival.about() for name, rival in rivals.items()}}
+
+
+def tell(cfg, results, worked, read):
+    """Rates and steps, every side beside the dense model of its kind and beside reading its weights."""
+    decode = results["decode"]
+    show(f"decode, {cfg.new} new tokens after {cfg.prompt}, batch {cfg.batch}", decode)
+    for name, ratio in decode["to_twin"].items():
+        ceiling, megabytes = worked[name]["ceiling"], worked[name]["weight_bytes"] / 1e6
+        print(f"  {name}: {ratio:.2f}x the tokens/s of {decode['twins'][name]} ({ceiling:.2f}x is the "
+              f"ceiling by {megabytes:.0f} MB of weights a token), random weights")
+    show(f"one token at a context of exactly {cfg.prompt}", results["step"])
+    if read:
+        tell_bandwidth(results["step"], read, worked[OURS]["weight_bytes"])
 
 
 def add_sides(models, contexts, blocks, kinds, shape, place):

@@ -21,7 +21,7 @@ def screened(model):
 
 
 def needs_thresholds(model):
-    return any(bool(mlp.edge.isnan()) for mlp in screened(model))
+    return not all(mlp.is_calibrated() for mlp in screened(model))
 
 
 def calibrate(model, ids, live):

@@ -183,6 +183,20 @@ def test_screened_gates_pick_in_every_layer_the_share_that_is_asked_for():
     assert (kept == (mlp.scores(inputs[0], None) > mlp.edge)).float().mean() > 0.97
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("lost", ["edge", "reach"])
+def test_gates_that_lost_a_part_of_their_thresholds_leave_no_unit_out_unsaid(lost):
+    """A file may hold one and not the other: as if there were none, decoding and in a whole forward."""
+    model, idx = build(GATES, std=0.2), tokens(8, 16, seed=5)
+    calibrate.calibrate(model, idx, 0.5)
+    assert not calibrate.needs_thresholds(model)
+    getattr(calibrate.screened(model)[0], lost).fill_(math.nan)
+    assert calibrate.needs_thresholds(model)
+    with pytest.raises(ConfigError, match="has no thresholds"):
+        model.use_policy()(idx)
+    assert "thresholds that are not found" in str(engine.trial(model, idx.device, 1))
+
+
 @built
 @torch.inference_mode()
 @pytest.mark.parametrize("kind, bits", [("", 4), ("int4", 4), ("", 16), ("int8", 16)])
