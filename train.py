@@ -219,6 +219,8 @@ require(given.get("dataset") in (None, cfg.task_names()[0]), f"dataset='{cfg.dat
         f"tasks='{cfg.tasks}': leave --dataset out")
 
 place = runtime.choose(device_name, cfg.dtype, cfg.compile)
+if place.device.type == "cpu":
+    runtime.keep_freed_memory()
 out_dir = Path(cfg.out_dir)
 require(cfg.gradient_accumulation_steps % world.size == 0,
         f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} must be a multiple of the "

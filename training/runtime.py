@@ -1,4 +1,5 @@
 """Where a run computes and in which precision: chosen once, printed once, the same for every script."""
+import ctypes
 import math
 import os
 import platform
@@ -91,6 +92,20 @@ def choose_dtype(name, device, decodes=False):
             "type --dtype=float32 or --dtype=auto")
     tf32 = ", its matmuls in TF32" if name == "float32" and device.type == "cuda" else ""
     return DTYPES[name], "dtype as asked" + tf32
+
+
+# mallopt(3): what is freed at the heap's end stays, the heap grows by 64 MiB, nothing is mapped apart
+KEEP = {-1: -1, -2: 64 << 20, -4: 0}
+
+
+def keep_freed_memory():
+    """Ask glibc to keep the memory that a step of training on a CPU frees: it gives large pieces back, and
+    for the next step the kernel clears them page by page. True where that was done; elsewhere nothing is."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt      # Windows and macOS have none, musl's libc has none either
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all([mallopt(key, value) for key, value in KEEP.items()])
 
 
 def peak_flops(device):

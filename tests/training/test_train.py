@@ -2,6 +2,7 @@
 import functools
 import os
 import pickle
+import platform
 import re
 import shutil
 import subprocess
@@ -543,3 +544,31 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(train):
     job = run_real("train.py", words(**keys), train.folder, PYTHONPROFILEIMPORTTIME="1")
     imported = re.findall(r"^import time:.*\| +(\S+)$", job.communicate(timeout=LIMIT)[1], re.M)
     assert job.returncode == 0 and "torch.nn" in imported and "torch._dynamo" not in imported
+
+
+TOUCHED = """
+import resource, sys, torch
+from training import runtime
+kept = len(sys.argv) > 1 and runtime.keep_freed_memory()
+def faults():
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(40 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
+faults()
+print(kept, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's malloc")
+def test_memory_that_is_freed_is_not_cleared_again_by_the_kernel():
+    """Training keeps it: 40 MiB, more than glibc ever keeps by itself, are touched anew each time without."""
+    said = [subprocess.run([sys.executable, "-c", TOUCHED, *words], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.split() for words in ([], ["keep"])]
+    (without, anew), (asked, again) = said
+    assert (without, asked) == ("False", "True") and int(again) < int(anew) / 10, said
+
+
+def test_where_there_is_no_such_call_freed_memory_is_the_systems_business(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    assert not runtime.keep_freed_memory()
