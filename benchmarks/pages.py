@@ -32,6 +32,14 @@ def at_gpt2s_shape(sides):
     return {"decode_gpt2_cpu.json": rf"decode gpt2: decode, tokens/s( \((dense.*|{sides})\).*)?"}
 
 
+RETROFITS = "retrofit_pylib_cpu.json"
+
+
+def retrofitted(arms):
+    """In one trained dense model, beside it trained on as long."""
+    return {RETROFITS: f"dense|{arms}"}
+
+
 def of_mlp(sides):
     return {"mlp_cpu.json": rf"width \d+: ({sides}|dense), bfloat16.*|width 768: F.linear, bfloat16"}
 
@@ -40,32 +48,35 @@ TWO_OF_FOUR = "quality_two_of_four_cpu.json"
 MECHANISMS = {
     "osc": Page(("osc", "osc+window"), quality("dense|gelu|osc")),
     "mlp_topk": Page(("topk",), {"quality_pylib_cpu.json": "dense|predict"} | of_mlp("top 10%")
-                     | at_gpt2s_shape("top 10%")),
-    "winners": Page(("winners",), quality("dense|winners")),
-    "event_gate": Page(("event",), quality("dense|event")),
+                     | at_gpt2s_shape("top 10%") | retrofitted("topk")),
+    "winners": Page(("winners",), quality("dense|winners") | retrofitted("winners")),
+    "event_gate": Page(("event",), quality("dense|event") | retrofitted("event")),
     "columns": Page(("columns", "columns*2", "columns*4", "columns+window+2:4"),
                     quality(r"dense|dense/4|columns(\*\d)?") | of_mlp("columns 3 of 32")
-                    | at_gpt2s_shape("columns 3 of 32")),
+                    | at_gpt2s_shape("columns 3 of 32") | retrofitted("columns")),
     "compartments": Page(("compartments",), quality("dense|compartments")),
-    "experts": Page(("experts",), quality("dense|experts")),
+    "experts": Page(("experts",), quality("dense|experts") | retrofitted("experts")),
     "mlp_predict": Page(("predict", "predict+window", "hierarchy+predict"),
                         quality("dense|predict") | of_mlp("predicted 20%")
-                        | at_gpt2s_shape("predicted 20%")),
+                        | at_gpt2s_shape("predicted 20%") | retrofitted("predict")),
     "mlp_screen": Page((), {"screen_63m_cpu.json": ".*", "screen_63m_losses.json":
-                       r"bfloat16, ([238]-bit copy, .*|4-bit copy, (5|20|30)%)|int8, 4-bit copy, 20%"}),
+                       r"bfloat16, ([238]-bit copy, .*|4-bit copy, (5|20|30)%)|int8, 4-bit copy, 20%"}
+                       | retrofitted("screened units")),
     "window": Page(("window", "predict+window", "osc+window", "columns+window+2:4"),
-                   context("dense|window") | {"window_cpu.json": ".*"} | at_gpt2s_shape("window 128")),
+                   context("dense|window") | {"window_cpu.json": ".*"} | at_gpt2s_shape("window 128")
+                   | retrofitted("window")),
     "dendrites": Page(("dendrites", "dendrites1", "dendrites4"),
                       context(r"dense|dendrites\d?") | at_gpt2s_shape("1 of 4 dendrites")),
     "hierarchy": Page(("hierarchy", "hierarchy+predict"),
                       context("dense|hierarchy") | at_gpt2s_shape("hierarchy 4")),
-    "exits": Page(("exits",), {"depth_cpu.json": ".*"}),
-    "ponder": Page(("ponder",), {"ponder_cpu.json": ".*"}),
+    "exits": Page(("exits",), {"depth_cpu.json": ".*"} | retrofitted("exits")),
+    "ponder": Page(("ponder",), {"ponder_cpu.json": ".*"} | retrofitted("ponder")),
     "grow": Page((), {"grow_cpu.json": ".*"}),
     "weights": Page(("2:4", "columns+window+2:4"),
-                    {TWO_OF_FOUR: "dense|2:4", "kernels_cpu.json": ".*"} | at_gpt2s_shape("2:4")),
+                    {TWO_OF_FOUR: "dense|2:4", "kernels_cpu.json": ".*"} | at_gpt2s_shape("2:4")
+                    | retrofitted("2:4")),
     "attn_topk": Page(("attn_topk",), {TWO_OF_FOUR: "dense|attn_topk"}
-                      | at_gpt2s_shape(r"columns \+ a quarter of attention")),
+                      | at_gpt2s_shape(r"columns \+ a quarter of attention") | retrofitted("attn_topk")),
     "screen": Page((), at_gpt2s_shape("screened head")),
     "quantize": Page((), {"quantize_63m_cpu.json": ".*"}),
     "continual": Page((), {"continual_cpu.json": ".*"}),

@@ -422,5 +422,5 @@ BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, senten
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
 BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) for name, record in (
     ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
-BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {"retrofit_pylib_cpu.json": ".*"}))
+BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {pages.RETROFITS: ".*"}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

@@ -25,6 +25,7 @@ from decode.quantized import check_quantize, kinds_in
 from model import build_model
 from training import checkpoint, rundir
 from training import retrofit as retrofitting
+from viz.figures import drawing, name_points, pyplot
 
 SCREENED = "screened units"
 CHOSEN = ("dense/2", "dense/4", "topk", "predict", SCREENED, "winners", "event", "window", "exits",
@@ -48,6 +49,7 @@ class Retrofit(Recipe):
     decode: bool = True  # then time how the first seed's models decode, in turns: bench.py compare
     quantize: str = "int8"  # these times also with weights in whole numbers, as bench.py compare; empty: not
     dtype: str = "auto"  # of the weights that are timed: auto, float32, bfloat16, float16
+    plot: str = ""  # also draw the losses against these times into this PNG (needs matplotlib)
     runs: str = "out-retrofits"  # folder where finished runs are kept, and found again
 
     def __post_init__(self):
@@ -58,10 +60,14 @@ class Retrofit(Recipe):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         for kind in kinds_in(self.quantize):
             check_quantize(kind, smaller=True)
+        require(not self.plot or (self.decode and os.path.isdir(Path(self.plot).parent)), f"plot="
+                f"'{self.plot}' needs a folder that exists, and times: leave --decode=False out")
         require(self.rate > 0, f"rate={self.rate} must be above 0: a share of the recipe's learning rates")
 
 
 def retrofit(cfg):
+    if cfg.plot:
+        pyplot()                                 # better missed now than in an hour
     runs = Runs(cfg, datasets.prepare_if_missing(cfg.dataset).resolve())
     print(f"finished runs are kept in {runs.place}: the same command goes on", file=sys.stderr, flush=True)
     dense = runs.dense()
@@ -73,6 +79,8 @@ def retrofit(cfg):
     losses = losses_of(found)
     show(cfg, dense, found)
     decode = decoded(cfg, runs, [side for side in sides if not side.endswith(TAUGHT)]) if cfg.decode else {}
+    if cfg.plot:
+        draw(cfg, found, decode)
     return {"measurements": {"val loss": losses} | decode.get("measurements", {}), "dense": dense,
             "validation": QUALITY_VALIDATION, "seeds": seeds(cfg), "runs": found,
             "decode": decode.get("runs", {}), "place": decode.get("place")}
@@ -91,6 +99,28 @@ def decoded(cfg, runs, sides):
                      for key in ("sides", "ratio") if key in timed}
     return found | {"measurements": {"decode": timed},
                     "runs": {folders[name]: said for name, said in found["runs"].items()}}
+
+
+def draw(cfg, found, decode):
+    """Every model's loss as it decodes, taught where that was trained, against the time of a token: seeds'
+    range; a line leads to the same model in whole numbers, whose change of loss is the first seed's."""
+    timed, kinds, points = decode["measurements"]["decode"]["sides"], kinds_in(cfg.quantize), []
+    ms = {side: 1e3 / s["median"] for side, s in timed.items()}
+    with drawing(cfg.plot, size=(8, 5)) as axis:
+        for arm in (TWIN, *chosen(cfg)):
+            losses = [run.get("decoding", run["val_loss"]) for run in found.get(arm + TAUGHT, found[arm])]
+            loss = statistics.fmean(losses)
+            bars = axis.errorbar([ms[arm]], [loss], [[loss - min(losses)], [max(losses) - loss]], fmt="o",
+                                 markersize=5, capsize=2, elinewidth=0.8)
+            points.append((arm, ms[arm], loss))
+            for whole in (f"{arm}, {kind}" for kind in kinds):
+                change = decode["runs"][whole]["loss"] - decode["runs"][arm]["loss"]
+                axis.plot([ms[arm], ms[whole]], [loss, loss + change], "-s", color=bars[0].get_color(),
+                          lw=0.5, markersize=4, mfc="none", markevery=[1])
+        axis.set(xlabel="ms a decoded token, batch 1", ylabel="validation loss as it decodes, nats")
+        axis.set_title(f"filled: {decode['place']}; hollow: {', '.join(kinds)}" if kinds else "", fontsize=8)
+        axis.margins(0.1)
+        name_points(axis, points)
 
 
 def chosen(cfg):

@@ -901,12 +901,13 @@ def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_pa
                                         "max_iters = lr_decay_iters = eval_interval = 8\n")
     words = ["retrofit", f"--config={tmp_path / 'recipe.py'}", "--repeats=1", "--more=2",
              "--arms=screened units,exits"]
-    process = run_real("bench.py", words, tmp_path)                   # seven runs of new processes
+    process = run_real("bench.py", [*words, "--plot=losses.png"], tmp_path)         # seven runs of new processes
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     record = json.loads((tmp_path / out.splitlines()[-1].removeprefix("record: ")).read_text())
     assert list(record["measurements"]["decode"]["sides"]) == [
         side + kind for side in (TWIN, "screened units", "exits") for kind in ("", ", int8")]
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert record["decode"]["exits"]["weight_bytes"] > 0 and str(tmp_path) not in json.dumps(record)
     _, err = run_real("bench.py", [*words, "--decode=False"], tmp_path).communicate(timeout=900)
     assert err.count(", kept\n") == 6                  # and none is trained again
