@@ -24,6 +24,8 @@ BLOCKS = {
     "columns 3 of 32": dict(columns=32, columns_active=3),
     "experts 2 of 8": dict(experts=8, experts_active=2), "top 10%": dict(mlp_topk=0.1),
     "winners 2 of 4": dict(mlp_topk=0.5, mlp_topk_group=4), "event gates": dict(event_gate=True),
+    "gates first": dict(act="swiglu", gate_first=True, mlp_topk=0.5),
+    "screened gates": dict(act="swiglu", mlp_screen=4, mlp_live=0.65),
     "predicted 20%": dict(mlp_topk=0.1, mlp_predict=64), "osc": dict(act="osc"),
     "compartments": dict(compartments=4), "grouped queries": dict(n_kv_head=4),
     "larger inputs of attention": dict(attn_topk=0.5), "dendrites": dict(dendrites=4, dendrites_active=2),

@@ -60,6 +60,8 @@ class Retrofit(Recipe):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)} must be at least 1")
         for kind in kinds_in(self.quantize):
             check_quantize(kind, smaller=True)
+            require("own" not in kind, f"quantize='{kind}' keeps the bits of a file, and these models are "
+                    "trained: take --quantize=int8, or int4")
         require(not self.plot or (self.decode and os.path.isdir(Path(self.plot).parent)), f"plot="
                 f"'{self.plot}' needs a folder that exists, and times: leave --decode=False out")
         require(self.rate > 0, f"rate={self.rate} must be above 0: a share of the recipe's learning rates")

@@ -15,7 +15,7 @@ import torch
 import sparse_kernels as kernels
 from decode.engine import ROWS, NotWritten
 
-ACTS = "none", "relu2", "gelu", "gelu_tanh"
+ACTS = "none", "relu2", "gelu", "gelu_tanh", "silu", "osc"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -46,10 +46,11 @@ class Plain(NamedTuple):
 
 class Units(NamedTuple):
     """Which of `size` outputs of a product a step computes. gates: (R, size / width), zero where a group of
-    `width` is left out, else its factor; None: those whose score by `copy` of the product's weights is above
-    `edge`. apart: see engine.Listed."""
+    `width` is left out; by: their factors, which the outputs are multiplied by, or None; gates=None: those
+    whose score by `copy` of the product's weights is above `edge`. apart: see engine.Listed."""
     size: int
     gates: torch.Tensor | None = None
+    by: torch.Tensor | Plain | None = None
     width: int = 1
     apart: int = 0
     copy: Matrix | None = None
@@ -129,19 +130,15 @@ class Card:
 
     def embed(self, matrix, positions=None, ngrams=None, order=0):
         """See Program.embed."""
-        if ngrams is not None:
-            raise NotWritten("n-grams")
-        C = matrix.width
-        x, table = self.empty(self.rows, C), self.vector(positions)
+        C, buckets = matrix.width, 1 if ngrams is None else len(ngrams)
+        x = self.empty(self.rows, C)
         self.add(self.k.embed_kernel, (self.rows, -(-C // 1024)), (self.history, self.start, matrix.weight,
-                 matrix.scale, table, x, self.history.stride(0), C, matrix.weight.stride(0)),
-                 dict(BITS=matrix.bits, BC=1024, num_warps=4))
+                 matrix.scale, self.vector(positions), self.vector(ngrams), x, self.history.stride(0), C,
+                 matrix.weight.stride(0), buckets), dict(BITS=matrix.bits, ORDER=order, BC=1024, num_warps=4))
         return Plain(x)
 
     def norm(self, x, size, gain=None, bias=None, eps=1e-5, by_root=False):
         """The products that read it compute it themselves."""
-        if gain is None:
-            raise NotWritten("a norm without gains")
         return Plain(x.x, "rmsnorm" if by_root else "layernorm", None, self.vector(gain), self.vector(bias),
                      eps)
 
@@ -156,7 +153,8 @@ class Card:
             scores = self.empty(self.rows, len(matrix.weight))
             self.product(**self.again() | dict(norm=x, router=matrix, scores=scores))
             return Plain(scores)
-        return self.product(x, matrix, act, onto, units=units)
+        waves = torch.stack(params).contiguous() if act == "osc" else None
+        return self.product(x, matrix, "none" if act == "osc" else act, onto, units=units, waves=waves)
 
     def routes(self, x, matrix):
         """May the last program of the product appended last compute matrix . x too?"""
@@ -173,7 +171,7 @@ class Card:
 
     def product(self, x, matrix, act="none", onto=None, gated=False, dtype=None, cap=None, units=None,
                 out=None, norm=None, router=None, scores=None, choice="", best=0, picked=None,
-                among=(None, None)):
+                among=(None, None), waves=None, edges=None):
         """Append a launch of product_kernel, to `out` if that is there. norm, router, scores: of out, what
         its last program makes besides; choice, best, picked: what it chooses then. among: inhibition and
         balance of columns."""
@@ -182,6 +180,7 @@ class Card:
         N, K = len(matrix.weight) // (1 + gated), matrix.width
         out = onto.x if onto else self.empty(self.rows, N, dtype=dtype) if out is None else out
         by, copy = norm or x, units and units.copy
+        gates = units and (units.gates if units.by is None else getattr(units.by, "x", units.by))
         M = scores.size(1) if scores is not None else N
         ends = scores is not None or choice
         halved = x.kind == "join" or bool(units or choice)
@@ -190,16 +189,17 @@ class Card:
         more = self.k.choice_tile(self.tall, N, M if choice else 0) if ends else dict(BM=1, BT=1, BLOCK=1)
         self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (
             x.x, x.marks, by.gain, by.shift, matrix.weight, matrix.scale, matrix.bias, onto and onto.x, out,
-            units and units.gates, copy and copy.weight, copy and copy.scale,
+            gates, copy and copy.weight, copy and copy.scale,
             torch.zeros(1, dtype=torch.int32, device=out.device) if ends else None, router and router.weight,
-            out if scores is None else scores, picked, *among, self.rows, N, K, matrix.weight.stride(0),
-            x.splits, by.eps, cap, units and units.width, copy and copy.weight.stride(0),
-            units and units.edge, M, best),
+            out if scores is None else scores, picked, *among, waves, edges, self.rows, N, K,
+            matrix.weight.stride(0), x.splits, by.eps, cap, units and units.width,
+            copy and copy.weight.stride(0), units and units.edge, M, best),
             dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, BITS=matrix.bits,
-                 COPY=copy.bits if copy else 0, ROUTE=norm.kind if norm else "", CHOICE=choice, **tile,
-                 **more))
+                 COPY=copy.bits if copy else 0, ROUTE=norm.kind if norm else "", CHOICE=choice,
+                 ALIKE=bool(units) and units.by is None, **tile, **more))
         self.last = dict(x=x, matrix=matrix, act=act, onto=onto, gated=gated, dtype=dtype, cap=cap,
-                         units=units, norm=norm, router=router, scores=scores, out=out)
+                         units=units, norm=norm, router=router, scores=scores, out=out, waves=waves,
+                         edges=edges)
         return onto or Plain(out)
 
     def swiglu(self, x, size):
@@ -214,7 +214,7 @@ class Card:
         self.made(scores)
         gates = self.empty(self.rows, count, dtype=torch.float32)
         self.product(**self.again() | dict(choice=choice, best=k, picked=gates, among=among))
-        return Units(count * width, gates, width, apart)
+        return Units(count * width, gates, gates, width, apart)
 
     def made(self, x):
         """NotWritten unless the product that was appended last has made x."""
@@ -254,6 +254,15 @@ class Card:
         """The sum of rows that reads it opens its gates."""
         return x._replace(edges=thresholds.detach().float().contiguous())
 
+    def firing(self, x, size):
+        """See Program.firing: those that the product which made x has not left at zero."""
+        if x.winners:
+            raise NotWritten("winners of groups that choose what is computed next")
+        if x.edges is not None:
+            self.made(x._replace(edges=None))
+            x = self.product(**self.again() | dict(edges=x.edges))
+        return Units(size, x.x, x.x)
+
     def rows_sum(self, a, matrix, onto=None, units=None, all=False):
         """See Program.rows_sum."""
         if a.kind != "plain":
@@ -275,16 +284,14 @@ class Card:
         if alone:
             raise NotWritten("keys and values alone")
         kept, tile = self.cache.layers[layer], self.k.attend_tile(width)
-        if kept.size(2) != heads:
-            raise NotWritten("queries that share keys and values")
-        size = kept.size(3)
+        groups, size = kept.shape[2:4]
         splits = max(1, min(self.k.MOST_SPLITS, -(-size // self.k.SPLIT),
                             2 * self.processors // (self.rows * heads)))
         parts = self.empty(splits, self.rows, heads * width, dtype=torch.float32)
         marks = self.empty(2, splits, self.rows, heads, dtype=torch.float32)
         cos, sin = map(self.vector, rotation or (None, None))
         self.add(self.k.attend_kernel, (self.rows * heads, splits), (qkv.x, cos, sin, self.vector(gain), kept,
-                 self.start, parts, marks, self.rows, heads, size, eps or 0.0, width ** -0.5),
+                 self.start, parts, marks, self.rows, heads, groups, size, eps or 0.0, width ** -0.5),
                  dict(NORM=eps is not None, **tile))
         return Plain(parts, "join", marks, splits=splits, width=width)
 

@@ -31,6 +31,13 @@ def activate(y, like, ACT: tl.constexpr):
 
 
 @triton.jit
+def oscillate(y, waves, n, N, like):
+    """sin(w y + phi) tanh(y) + b of fp32, w, phi and b in waves (3, N) by units n."""
+    w, phi, b = (tl.load(waves + i * N + n, mask=n < N, other=0.0).to(tl.float32) for i in (0, 1, 2))
+    return rounded(tl.sin(w * y + phi) * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y))) + b, like)
+
+
+@triton.jit
 def numbers(weight, scale, row, k, here, K, stride, BITS: tl.constexpr):
     """Numbers k of the rows `row` of weights (N, K), `stride` apart, in fp32; of 8 bits without the row's
     scale. 4 bits lie as kernels.quantize lays them: 32 bytes hold two groups of 32, and behind them are the
@@ -49,9 +56,10 @@ def numbers(weight, scale, row, k, here, K, stride, BITS: tl.constexpr):
 
 
 @triton.jit
-def embed_kernel(history, start, table, scale, positions, x, length, C, stride, BITS: tl.constexpr,
-                 BC: tl.constexpr):
-    """x[b] = table[the id at column start[b] of row b] + positions[start[b]]. Moves 3 C numbers a row."""
+def embed_kernel(history, start, table, scale, positions, ngrams, x, length, C, stride, buckets,
+                 BITS: tl.constexpr, ORDER: tl.constexpr, BC: tl.constexpr):
+    """x[b] = table[the id at column start[b] of row b] + positions[start[b]]. Moves 3 C numbers a row, and C
+    more for each of the n-grams, 2 to ORDER ids long, whose rows of `ngrams` (buckets, C) are added too."""
     b = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     column = tl.load(start + b)
@@ -60,6 +68,15 @@ def embed_kernel(history, start, table, scale, positions, x, length, C, stride, 
     if BITS == 8:
         y *= tl.load(scale + 2 * token)
     y = rounded(y, x)
+    if ngrams is not None:
+        key, sums = (token + 1) * 1000003, tl.zeros((BC,), tl.float32)
+        for n in tl.static_range(ORDER - 1):
+            before = tl.load(history + b * length + column - n - 1, mask=column > n, other=-1)
+            key = key * 31 + (before + 1) * 10007 + n
+            row = key % buckets
+            row = tl.where(row < 0, row + buckets, row)
+            sums += tl.load(ngrams + row * C + c, mask=c < C, other=0.0).to(tl.float32)
+        y = rounded(y + rounded(sums, x), x)
     if positions is not None:
         y += tl.load(positions + column * C + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(x + b * C + c, y.to(x.dtype.element_ty), mask=c < C)
@@ -114,7 +131,9 @@ def input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT: t
         return rounded(joined(x, marks, r, k, R, K, splits, D), like)
     y = part(x, r, k, R, K)
     if INPUT == "layernorm" or INPUT == "rmsnorm":
-        y = (y - mean) * by * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+        y = (y - mean) * by
+        if gain is not None:
+            y *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
         if shift is not None:
             y += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
         y = rounded(y, like)
@@ -255,19 +274,22 @@ def in_groups(y, ROWS: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
-                   router, scores, picked, inhibits, balance, R, N, K, stride, splits, eps, cap, width,
-                   copy_stride, edge, M, best, INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-                   D: tl.constexpr, BITS: tl.constexpr, COPY: tl.constexpr, ROUTE: tl.constexpr,
-                   CHOICE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                   BM: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr):
+                   router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits, eps, cap,
+                   width, copy_stride, edge, M, best, INPUT: tl.constexpr, ACT: tl.constexpr,
+                   GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, COPY: tl.constexpr,
+                   ROUTE: tl.constexpr, CHOICE: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr,
+                   BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+                   BLOCK: tl.constexpr):
     """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
     layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
-    GATED: W has 2 N rows, and out = act(the first N) * the others. cap: bounds the result, where it is not
-    None. BITS: of whole numbers, which meet f(x) as whole_product_reference rounds it; 16: floats.
+    GATED: W has 2 N rows, and out = act(the first N) * the others. waves (3, N): w, phi and b of an osc,
+    which is then the activation. edges (N,): out is zero unless its size exceeds its own. cap: bounds the
+    result, where it is not None. BITS: of whole numbers, which meet f(x) as whole_product_reference rounds
+    it; 16: floats.
 
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
-    multiplied by the gate of its group, zero: not wanted. COPY: a copy of W in so many bits says, plus bias,
-    by a score above `edge`, or one that is not a number, which outputs are wanted.
+    multiplied by the gate of its group, zero: not wanted; ALIKE: no more than that. COPY: a copy of W in so
+    many bits says, plus bias, by a score above `edge`, or one that is not a number, which outputs are wanted.
 
     The program that arrives last goes on with what takes all outputs. ROUTE: the norm of out, by this name,
     with gain and shift, times a router (M, N), to scores. CHOICE: keep the `best` largest outputs, or open
@@ -279,7 +301,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     row, end = tl.minimum(n, N - 1), K
     wanted, gate = n < N, tl.full((ROWS, BN), 1.0, tl.float32)
     if gates is not None:
-        gate = tl.load(gates + r2 * (N // width) + n2 // width, mask=here, other=0.0)
+        gate = tl.load(gates + r2 * (N // width) + n2 // width, mask=here, other=0.0).to(tl.float32)
         wanted = tl.max((gate != 0.0).to(tl.int32), axis=0)[None, :, None] > 0
         end = tl.max(wanted.to(tl.int32)) * K
     sums, others = tl.zeros((ROWS, BN, BK), tl.float32), tl.zeros((ROWS, BN, BK), tl.float32)
@@ -336,6 +358,8 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     if bias is not None:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     y = activate(rounded(y, like), like, ACT)
+    if waves is not None:
+        y = oscillate(y, waves, n, N, like)
     if GATED:
         z = tl.sum(others, axis=2)
         if BITS == 8:
@@ -343,7 +367,11 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
         if bias is not None:
             z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
         y *= rounded(z, like)
-    if COPY > 0 or gates is not None:
+    if edges is not None:                         # NaN stays NaN
+        y = tl.where(tl.abs(y) > tl.load(edges + n, mask=n < N, other=0.0), y, y * 0.0)
+    if COPY > 0 or ALIKE:
+        y = tl.where(gate != 0.0, y, 0.0)
+    elif gates is not None:
         y = tl.where(gate != 0.0, rounded(y * gate, like), 0.0)
     if cap is not None:
         y = cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y / cap)))
@@ -389,24 +417,25 @@ def head_of(at, cos, sin, column, eps, like, D: tl.constexpr, BD: tl.constexpr, 
 
 
 @triton.jit
-def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, eps, scale, NORM: tl.constexpr,
-                  D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
-    """One query of each row and head over a share of the columns that its cache (2, R, H, size, D) holds,
-    column c in place c % size; the program whose share the new column is in writes key and value. Leaves
-    sums of values in parts (splits, R, H, D), the largest score and the sum of weights in marks
-    (2, splits, R, H)."""
+def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, G, size, eps, scale,
+                  NORM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+    """One query of each row and head over a share of the columns that its cache (2, R, G, size, D) holds,
+    column c in place c % size; H / G neighbours share a head of keys and values, and of those the first one's
+    program whose share the new column is in writes it. Leaves sums of values in parts (splits, R, H, D), the
+    largest score and the sum of weights in marks (2, splits, R, H)."""
     b, h, s, splits = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1), tl.num_programs(1)
-    d, inner = tl.arange(0, BD), tl.arange(0, BD) < D
+    d, inner, g = tl.arange(0, BD), tl.arange(0, BD) < D, h // (H // G)
     column = tl.load(start + b).to(tl.int32)
     place, seen = column % size, tl.minimum(column + 1, size)
-    own = qkv + (b * 3 * H + h) * D
-    q = head_of(own, cos, sin, column, eps, kept, D, BD, NORM)
-    k = head_of(own + H * D, cos, sin, column, eps, kept, D, BD, NORM)
-    v = tl.load(own + 2 * H * D + d, mask=inner, other=0.0).to(tl.float32)
+    row = qkv + b * (H + 2 * G) * D
+    own = row + (H + g) * D
+    q = head_of(row + h * D, cos, sin, column, eps, kept, D, BD, NORM)
+    k = head_of(own, cos, sin, column, eps, kept, D, BD, NORM)
+    v = tl.load(own + G * D + d, mask=inner, other=0.0).to(tl.float32)
     if gain is not None:
         q = rounded(q * tl.load(gain + h).to(tl.float32), kept)
-    keys = kept + (b * H + h).to(tl.int64) * size * D
-    values = kept + (R * H + b * H + h).to(tl.int64) * size * D
+    keys = kept + (b * G + g).to(tl.int64) * size * D
+    values = kept + (R * G + b * G + g).to(tl.int64) * size * D
     share = tl.cdiv(tl.cdiv(seen, splits), BS) * BS
     begin = s * share
     end = tl.minimum(begin + share, seen)
@@ -427,7 +456,7 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, size, ep
         y = y * old + tl.sum(value * by[:, None], axis=0)
         high = top
     places = place + tl.zeros((BD,), tl.int32)
-    mine = inner & (places >= begin) & (places < end)
+    mine = inner & (places >= begin) & (places < end) & (h % (H // G) == 0)
     tl.store(keys + place * D + d, k.to(kept.dtype.element_ty), mask=mine)
     tl.store(values + place * D + d, v.to(kept.dtype.element_ty), mask=mine)
     mark = (s * R + b) * H + h

@@ -78,22 +78,25 @@ CHOOSING = {
                     picked="*fp32", router="*bf16", scores="*bf16", inhibits="*fp32", balance="*bf16",
                     M="i32"),
     "experts": dict(INPUT="join", CHOICE="experts", ROUTE="rmsnorm", arrived="*i32", best="i32",
-                    picked="*fp32", router="*bf16", scores="*bf16", M="i32")}
+                    picked="*fp32", router="*bf16", scores="*bf16", M="i32"),
+    "alike": dict(INPUT="rmsnorm", gates="*bf16", width=1, ALIKE=True),
+    "events": dict(INPUT="rmsnorm", edges="*fp32"), "osc": dict(INPUT="layernorm", waves="*bf16")}
 
 
 def some_choosing():
     """(bits, rows, (name, form)) of CHOOSING, some of all."""
     return [(bits, rows, (name, CHOOSING[name])) for bits, rows, name in (
         (16, 1, "screen"), (8, 8, "screen"), (16, 8, "screen in 8"), (16, 1, "gates"), (16, 8, "columns"),
-        (16, 1, "experts"), (16, 8, "largest"), (4, 8, "choose"))]
+        (16, 1, "experts"), (16, 8, "largest"), (4, 8, "choose"), (16, 1, "alike"), (16, 8, "events"),
+        (16, 1, "osc"))]
 
 
 def of_choice(rows, absent):
     """Constants of a product that chooses nothing, or of `rows` rows: a size of 1 is a constant to Triton."""
     nothing = ("gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
-               "width", "copy_stride", "edge", "M", "best")
-    return dict.fromkeys((*nothing, *absent)) | dict(COPY=0, ROUTE="", CHOICE="", BM=1, BT=1, BLOCK=1) | (
-        dict(R=1) if rows == 1 else {})
+               "waves", "edges", "width", "copy_stride", "edge", "M", "best")
+    return dict.fromkeys((*nothing, *absent)) | dict(
+        COPY=0, ROUTE="", CHOICE="", ALIKE=False, BM=1, BT=1, BLOCK=1) | (dict(R=1) if rows == 1 else {})
 
 
 def jobs_of_a_step(every=False):
@@ -129,7 +132,7 @@ def jobs_of_a_step(every=False):
                         dict(R=1, edges=None) if rows == 1 else {}) | ({} if bits < 16 else dict(across=None))
                     yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
-                for one in ({}, dict(R=1, H=1))[:1 + every]:
+                for one in ({}, dict(R=1, H=1, G=1))[:1 + every]:
                     yield "step attend_kernel", arch, half, dict(NORM=True) | one, steps.attend_tile(width)
             for vocabulary, many in ((50304, True), (31, True), (50304, False))[:1 + 2 * every] if (
                     half == "bf16") else ():
@@ -140,11 +143,12 @@ def jobs_of_a_step(every=False):
                     form = dict(TOP_K=many, TOP_P=top_p) | (dict(seen=None) if many else {})
                     yield "step draw_kernel", arch, half, form, tile_of_draw
             for bits in whole if every else (16,):
-                yield "step embed_kernel", arch, half, dict(BC=1024, BITS=bits), dict(num_warps=4)
+                for form in (dict(ORDER=0, ngrams=None, buckets=1), dict(ORDER=3)):
+                    yield "step embed_kernel", arch, half, dict(BC=1024, BITS=bits) | form, dict(num_warps=4)
 
 
-SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "size", "splits", "length",
-         "stride", "winners", "V", "seen_stride", "top_k")
+SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "G", "buckets", "size", "splits",
+         "length", "stride", "winners", "V", "seen_stride", "top_k")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
 STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", across="*fp32",
             eps="fp32", scale="fp32", logits="*fp32", seen="*u8", fine="*i32", room="*fp32", some="*fp32",

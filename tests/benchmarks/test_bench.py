@@ -901,7 +901,7 @@ def test_retrofits_are_measured_beside_the_dense_model_trained_on_as_long(tmp_pa
                                         "max_iters = lr_decay_iters = eval_interval = 8\n")
     words = ["retrofit", f"--config={tmp_path / 'recipe.py'}", "--repeats=1", "--more=2",
              "--arms=screened units,exits"]
-    process = run_real("bench.py", [*words, "--plot=losses.png"], tmp_path)         # seven runs of new processes
+    process = run_real("bench.py", [*words, "--plot=losses.png"], tmp_path)   # seven new processes' runs
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     record = json.loads((tmp_path / out.splitlines()[-1].removeprefix("record: ")).read_text())
