@@ -21,7 +21,8 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 class Matrix(NamedTuple):
     """weight (rows, width), one row after the other, and a bias or None; or codes and scales of whole numbers
-    of 8 or 4 bits (kernels.quantize)."""
+    of 8 or 4 bits (kernels.quantize), bits 5: 4 with offsets (on_levels); or values of 2:4 and, for scales,
+    their places (kernels.pack_24), bits 2."""
     weight: torch.Tensor
     bias: torch.Tensor | None
     width: int
@@ -112,11 +113,14 @@ class Card:
             raise NotWritten("weights whose rows do not lie in turn")
         return Matrix(weight.detach(), self.vector(bias), weight.size(1))
 
+    def packed(self, values, meta, bias, width):
+        """See Program.packed."""
+        return self.matrix(values, bias)._replace(width=width, bits=2, scale=meta.contiguous())
+
     def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
-        if kernels.has_offsets(scale):
-            raise NotWritten("4 bits with offsets")
-        bits, of = (8, scale.view(torch.float32)) if len(scale) else (4, codes.view(torch.int16))
+        bits, of = (8, scale.view(torch.float32)) if len(scale) else (
+            4 + kernels.has_offsets(scale), codes.view(torch.int16))
         codes = codes.view(torch.int8) if bits == 8 else codes
         return Matrix(codes, self.vector(bias), width, bits, of, across)
 

@@ -31,24 +31,45 @@ def activate(y, like, ACT: tl.constexpr):
 
 
 @triton.jit
+def sine(z):
+    """To 1e-6 where |z| < 1e4: z less the nearest multiple of pi, by Taylor. tl.sin has a path for larger z
+    that wants memory of its own."""
+    n = whole(z, 0.3183098861837907)
+    r = z - n * 3.140625 - n * 9.67653589793e-4
+    s = r * r
+    y = 1.0 + s * (-1.0 / 6 + s * (1.0 / 120 + s * (-1.0 / 5040 + s * (1.0 / 362880 - s * (1.0 / 39916800)))))
+    return tl.where(n - 2.0 * tl.floor(n * 0.5) == 0.0, r * y, -r * y)
+
+
+@triton.jit
 def oscillate(y, waves, n, N, like):
     """sin(w y + phi) tanh(y) + b of fp32, w, phi and b in waves (3, N) by units n."""
-    w, phi, b = (tl.load(waves + i * N + n, mask=n < N, other=0.0).to(tl.float32) for i in (0, 1, 2))
-    return rounded(tl.sin(w * y + phi) * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y))) + b, like)
+    w = tl.load(waves + n, mask=n < N, other=0.0).to(tl.float32)
+    phi = tl.load(waves + N + n, mask=n < N, other=0.0).to(tl.float32)
+    b = tl.load(waves + 2 * N + n, mask=n < N, other=0.0).to(tl.float32)
+    return rounded(sine(w * y + phi) * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * y))) + b, like)
+
+
+@triton.jit
+def of_bf16(bits):
+    """What the bits of a bf16, as int16, stand for."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def numbers(weight, scale, row, k, here, K, stride, BITS: tl.constexpr):
     """Numbers k of the rows `row` of weights (N, K), `stride` apart, in fp32; of 8 bits without the row's
     scale. 4 bits lie as kernels.quantize lays them: 32 bytes hold two groups of 32, and behind them are the
-    groups' scales in bf16, which `scale` points to as int16."""
+    groups' scales in bf16, which `scale` points to as int16; 5: behind these their offsets too."""
     at = weight + row.to(tl.int64) * stride
-    if BITS == 4:
+    if BITS == 4 or BITS == 5:
         w = tl.load(at + k // 64 * 32 + k % 32, mask=here, other=8, eviction_policy="evict_first")
         q = ((w.to(tl.int32) >> (k // 32 % 2 * 4)) & 15) - 8
-        bits = tl.load(scale + row.to(tl.int64) * (stride // 2) + tl.cdiv(K, 64) * 16 + k // 32, mask=here,
-                       other=0)
-        return q.to(tl.float32) * (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        group = scale + row.to(tl.int64) * (stride // 2) + tl.cdiv(K, 64) * 16 + k // 32
+        y = q.to(tl.float32) * of_bf16(tl.load(group, mask=here, other=0))
+        if BITS == 5:
+            y += of_bf16(tl.load(group + tl.cdiv(K, 64) * 2, mask=here, other=0))
+        return y
     return tl.load(at + k, mask=here, other=0, eviction_policy="evict_first").to(tl.float32)
 
 
@@ -273,6 +294,28 @@ def in_groups(y, ROWS: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def picked_sums(weight, scale, row, first, here, stride, y, ROWS: tl.constexpr, BK: tl.constexpr):
+    """The products of y (ROWS, 1, BK), numbers from `first` on of an input, with 2:4 rows as pack_24 lays
+    them, places in `scale`: (ROWS, BN, BK / 4), a sum for each four. NaN where the input is not finite, as
+    the dense product has it of the rows that prune what meets it."""
+    four = first // 4 + tl.arange(0, BK // 4)[None, None, :]
+    both = row.to(tl.int64)[:, :, :, None] * stride + 2 * four[:, :, :, None] + tl.arange(0, 2)[
+        None, None, None, :]
+    inside = here & (2 * four < stride)
+    kept = tl.load(weight + both, mask=inside[:, :, :, None], other=0, eviction_policy="evict_first")
+    low, high = tl.split(kept.to(tl.float32))
+    code = tl.load(scale + row.to(tl.int64) * (stride // 16) + four // 8, mask=inside, other=0,
+                   eviction_policy="evict_first") >> (four % 8 * 4)
+    one, two = code & 3, (code >> 2) & 3
+    even, odd = tl.split(tl.reshape(y, (ROWS, 1, BK // 4, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    sums = low * tl.where(one == 0, x0, tl.where(one == 1, x1, x2))
+    sums += high * tl.where(two == 1, x1, tl.where(two == 2, x2, x3))
+    return sums + (x0 * 0.0 + x1 * 0.0 + x2 * 0.0 + x3 * 0.0)
+
+
+@triton.jit
 def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
                    router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits, eps, cap,
                    width, copy_stride, edge, M, best, INPUT: tl.constexpr, ACT: tl.constexpr,
@@ -285,7 +328,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     GATED: W has 2 N rows, and out = act(the first N) * the others. waves (3, N): w, phi and b of an osc,
     which is then the activation. edges (N,): out is zero unless its size exceeds its own. cap: bounds the
     result, where it is not None. BITS: of whole numbers, which meet f(x) as whole_product_reference rounds
-    it; 16: floats.
+    it, 5: of 4 bits with offsets; 16: floats; 2: floats of which two of four are packed (picked_sums).
 
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
     multiplied by the gate of its group, zero: not wanted; ALIKE: no more than that. COPY: a copy of W in so
@@ -304,7 +347,6 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
         gate = tl.load(gates + r2 * (N // width) + n2 // width, mask=here, other=0.0).to(tl.float32)
         wanted = tl.max((gate != 0.0).to(tl.int32), axis=0)[None, :, None] > 0
         end = tl.max(wanted.to(tl.int32)) * K
-    sums, others = tl.zeros((ROWS, BN, BK), tl.float32), tl.zeros((ROWS, BN, BK), tl.float32)
     mean, by = 0.0, 1.0
     if INPUT == "layernorm" or INPUT == "rmsnorm":
         mean, by = statistics(x, r, R, K, end, eps, INPUT == "layernorm", ROWS, BK)
@@ -319,14 +361,15 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
             tops = tl.where(y == y, tl.maximum(tops, tl.abs(y)), float("inf"))
         to_whole = tl.div_rn(tl.full((ROWS, 1, 1), 16319.0, tl.float32), tl.max(tops, axis=2)[:, :, None])
     if COPY > 0:
+        copied = tl.zeros((ROWS, BN, BK), tl.float32)
         for first in range(0, K, BK):
             k = first + tl.arange(0, BK)[None, None, :]
             y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
             y = whole(y, to_whole) if COPY == 8 else in_groups(y, ROWS, BK)
-            sums += numbers(copy, copy_scale, row, k, k < K, K, copy_stride, COPY) * y
+            copied += numbers(copy, copy_scale, row, k, k < K, K, copy_stride, COPY) * y
         if COPY == 8:
-            sums = sums / to_whole
-        score = tl.sum(sums, axis=2)
+            copied = copied / to_whole
+        score = tl.sum(copied, axis=2)
         if COPY == 8:
             score *= tl.load(copy_scale + 2 * n2, mask=n2 < N, other=0.0)
         if bias is not None:
@@ -334,21 +377,28 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
         gate = tl.where(here & ~(rounded(score, like) <= edge), 1.0, 0.0)
         wanted = tl.max((gate != 0.0).to(tl.int32), axis=0)[None, :, None] > 0
         end = tl.max(wanted.to(tl.int32)) * K
-        sums = tl.zeros((ROWS, BN, BK), tl.float32)
+    SUMS: tl.constexpr = BK // 4 if BITS == 2 else BK
+    sums, others = tl.zeros((ROWS, BN, SUMS), tl.float32), tl.zeros((ROWS, BN, SUMS), tl.float32)
     for first in range(0, end, BK):
         k = first + tl.arange(0, BK)[None, None, :]
         inside = k < K
         if COPY > 0 or gates is not None:
             inside = inside & wanted
-        w = numbers(weight, scale, row, k, inside, K, stride, BITS)
+        if BITS > 2:
+            w = numbers(weight, scale, row, k, inside, K, stride, BITS)
         y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
         if BITS == 8:
             y = whole(y, to_whole)
-        if BITS == 4:
+        if BITS == 4 or BITS == 5:
             y = in_groups(y, ROWS, BK)
-        sums += w * y
-        if GATED:
-            others += numbers(weight, scale, row + N, k, k < K, K, stride, BITS) * y
+        if BITS == 2:
+            sums += picked_sums(weight, scale, row, first, wanted, stride, y, ROWS, BK)
+            if GATED:
+                others += picked_sums(weight, scale, row + N, first, n < N, stride, y, ROWS, BK)
+        else:
+            sums += w * y
+            if GATED:
+                others += numbers(weight, scale, row + N, k, k < K, K, stride, BITS) * y
     if BITS == 8:
         sums, others = sums / to_whole, others / to_whole        # NaN where a number is not finite
     r, n = r2, n2

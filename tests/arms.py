@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from decode import calibrate
+from decode.quantized import PARTS, whole_parts
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)                        # tiny tensors: a second thread only waits
@@ -92,6 +93,20 @@ def build(arm, std=None, **changes):
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
     if calibrate.screened(model):
         calibrate.calibrate(model, tokens(8, 16, seed=3), model.config.mlp_live)
+    return model
+
+
+def from_a_file(flags, parts=("attn", "mlp", "head"), seed=0, **changes):
+    """A model whose matrices of these parts lie on levels, as those of a GGUF file of 4 bits."""
+    model, generator = build(flags, std=0.2, **changes), torch.Generator().manual_seed(seed)
+    for place, module, name, _ in whole_parts(model):
+        weight = getattr(module, name).weight
+        if PARTS[place] in parts and weight.size(1) % 32 == 0:
+            q = torch.randint(16, (len(weight), weight.size(1) // 32, 32), generator=generator)
+            step = torch.rand(*q.shape[:2], 1, generator=generator).half().float() / 16
+            low = (-step * (4 + 8 * torch.rand(*q.shape[:2], 1, generator=generator))).half().float()
+            with torch.no_grad():
+                weight.copy_((q * step + low).flatten(1))
     return model
 
 

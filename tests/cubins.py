@@ -102,7 +102,8 @@ def of_choice(rows, absent):
 def jobs_of_a_step(every=False):
     """The same of the kernels of a decode step."""
     some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
-    whole = {16: some, 8: {("join", "none", 8)}, 4: {("layernorm", "gelu", 8)}}
+    whole = {16: some, 8: {("join", "none", 8)}, 4: {("layernorm", "gelu", 8)}, 2: {("layernorm", "gelu", 1)},
+             5: {("rmsnorm", "silu", 1)}}
     forms = {(kind, act, rows) for kind in ("layernorm", "rmsnorm") for rows in (1, 2, 4, 8)
              for act in ("none", "gelu", "gelu_tanh", "relu2", "silu")}
     forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
@@ -117,7 +118,7 @@ def jobs_of_a_step(every=False):
                 form = dict(INPUT=kind, ACT=act, GATED=gated, D=64, BITS=bits) | of_choice(rows, absent)
                 yield "step product_kernel", arch, half, form, tile
             for bits, rows, (name, form) in itertools.product(
-                    whole, (1, 2, 4, 8), CHOOSING.items()) if every else some_choosing():
+                    (16, 8, 4), (1, 2, 4, 8), CHOOSING.items()) if every else some_choosing():
                 kind = form["INPUT"]
                 tile = steps.product_tile(rows, 10 ** 6, 4096, name == "largest", True, 1)
                 act = "relu2" if kind == "layernorm" else "none"
@@ -125,7 +126,7 @@ def jobs_of_a_step(every=False):
                 choice = steps.choice_tile(rows, 768, 64 if name in ("columns", "experts") else 4096)
                 absent = ("cap",) if kind == "join" else ("cap", "marks")
                 yield "step product_kernel", arch, half, of_choice(rows, absent) | choice | form, tile
-            for rows, bits in itertools.product((1, 2, 4, 8), whole) if every else (
+            for rows, bits in itertools.product((1, 2, 4, 8), (16, 8, 4)) if every else (
                     (1, 16), (8, 16), (8, 8), (1, 4)):
                 for everything, group in ((False, 0), (True, 0), (False, 4))[:1 + 2 * every]:
                     form = dict(ALL=everything, BITS=bits, GROUP=group) | (
@@ -142,7 +143,7 @@ def jobs_of_a_step(every=False):
                 for top_p in (True, False)[:1 + every]:
                     form = dict(TOP_K=many, TOP_P=top_p) | (dict(seen=None) if many else {})
                     yield "step draw_kernel", arch, half, form, tile_of_draw
-            for bits in whole if every else (16,):
+            for bits in (16, 8, 4) if every else (16,):
                 for form in (dict(ORDER=0, ngrams=None, buckets=1), dict(ORDER=3)):
                     yield "step embed_kernel", arch, half, dict(BC=1024, BITS=bits) | form, dict(num_warps=4)
 
@@ -155,7 +156,7 @@ STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="
             ids="*i32", tops="*fp32", most_of="*fp32", about="*i32", key="*i64", temperature="fp32",
             top_p="fp32", min_p="fp32", penalty="fp32")
 TYPES = "*fp32", "*bf16", "*u8", "*i8", "*i16", "*i32", "i32", "fp32"
-WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16")}     # weights and scales of so many bits
+WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16"), 5: ("*u8", "*i16")}     # weights and scales of so many bits
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
 
 
@@ -184,6 +185,8 @@ def build(job):
         key: kind.replace("bf16", half) for key, kind in given.items()}
     if constants.get("BITS") in WHOLE:
         types["table" if "table" in types else "weight"], types["scale"] = WHOLE[constants["BITS"]]
+    if constants.get("BITS") == 2:
+        types["scale"] = "*i32"                  # places
     if constants.get("INPUT") == "join":
         types["x"] = "*fp32"                     # parts of sums
     aligned = [i for i, key in enumerate(kernel.arg_names)

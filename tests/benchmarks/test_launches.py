@@ -15,16 +15,18 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton o
 
 @pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 def test_a_step_on_a_card_is_five_launches_a_layer_and_five_outside_or_says_what_it_lacks(arm):
-    """Six a layer where units are predicted. Forward takes two and a half times as many, or the host decides
-    what it runs."""
+    """Six a layer where units are predicted or gates come first, seven with a copy of these or an adapter.
+    Forward takes twice as many and more, or the host decides what it runs."""
     found = launches.counted(arm, **{key: value for key, value in TINY.items() if key != "n_layer"})
     waits = arm.keys() & {*sampling.HOST_DECIDES}
     assert ("host decides" in found.get("before", "")) == bool(waits)
     if "after" in found:
         assert found["after"]
         return
-    assert found["after_layer"] == 5 + ("mlp_predict" in arm) and found["after_outside"] == 3
-    assert waits or found["before_layer"] >= 2.5 * found["after_layer"]
+    more = bool(arm.keys() & {"mlp_predict", "gate_first"})
+    more += 2 * ("adapters" in arm or (arm.get("act") == "swiglu" and "mlp_screen" in arm))
+    assert found["after_layer"] == 5 + more and found["after_outside"] == 3
+    assert waits or found["before_layer"] >= 2 * found["after_layer"]
     assert waits or found["before_outside"] >= 2.5 * found["after_outside"]
 
 

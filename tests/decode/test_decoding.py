@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from arms import ARMS, PAIRS, TINY, build, tokens
+from arms import ARMS, PAIRS, TINY, build, from_a_file, tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -589,20 +589,6 @@ def test_bits_by_part_that_change_nothing_and_twice_are_one_sentence():
 
 
 # ------------------------------------------------ a file's own 4 bits
-
-
-def from_a_file(flags, parts=("attn", "mlp", "head"), seed=0):
-    """A model whose matrices of these parts lie on levels, as those of a GGUF file of 4 bits."""
-    model, generator = build(flags, std=0.2), torch.Generator().manual_seed(seed)
-    for place, module, name, _ in whole_parts(model):
-        weight = getattr(module, name).weight
-        if PARTS[place] in parts and weight.size(1) % 32 == 0:
-            q = torch.randint(16, (len(weight), weight.size(1) // 32, 32), generator=generator)
-            step = torch.rand(*q.shape[:2], 1, generator=generator).half().float() / 16
-            low = (-step * (4 + 8 * torch.rand(*q.shape[:2], 1, generator=generator))).half().float()
-            with torch.no_grad():
-                weight.copy_((q * step + low).flatten(1))
-    return model
 
 
 LLAMA = dict(norm="rmsnorm", pos="rope", act="swiglu", bias=False, n_embd=64, n_head=4, n_kv_head=2)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import interpreted
 import pytest
 import torch
-from arms import ARMS, build, tokens
+from arms import ARMS, build, from_a_file, tokens
 from torch.nn import functional as F
 
 import sparse_kernels as kernels
@@ -24,6 +24,7 @@ from decode import card, draws, sampling
 from decode.context import Cache
 from decode.engine import NotWritten
 from decode.quantized import quantize
+from layers import Packed, settle
 
 
 def counts(x, n):
@@ -616,11 +617,15 @@ def test_a_step_on_a_card_gives_the_logits_of_forward_in_few_launches_a_layer(ar
     ("swiglu", "int8", 1), ("gate", "int4", 3), ("tanh", "mlp=4,head=8", 2), ("screen", "int8", 3),
     ("screen", "int4", 2), ("columns", "int8", 3), ("predict", "int4", 1), ("topk", "int4", 3),
     ("llama", "int8", 2), ("osc", "int4", 1), ("ngram", "q4_all", 3), ("gate first", "int8", 2),
-    ("screened gates", "int8", 1), ("screened gates", "int4", 3)])
+    ("screened gates", "int8", 1), ("screened gates", "int4", 3), ("llama", "own", 1), ("gpt2", "own", 3)])
 def test_a_step_on_a_card_in_whole_numbers_gives_the_logits_of_forward(arm, kind, rows, monkeypatch):
     """Inputs are rounded behind norms and joined splits, a tied embedding reads whole numbers too. One near a
     half may go to its other neighbour: a row here and there is further away."""
-    model = quantize(build(STEP_ARMS[arm], std=0.2, n_layer=1), kind).to(DEVICE).use_policy()
+    if kind == "own":
+        model = from_a_file(STEP_ARMS[arm], n_layer=1, n_embd=64)
+    else:
+        model = build(STEP_ARMS[arm], std=0.2, n_layer=1)
+    model = quantize(model, kind).to(DEVICE).use_policy()
     own_copy = (arm, kind) == ("screened gates", "int4")
     pairs, caches = compared(model, rows, monkeypatch, LAUNCHES.get(arm, 5) - own_copy)
     found, right = map(torch.cat, zip(*pairs))
@@ -628,6 +633,49 @@ def test_a_step_on_a_card_in_whole_numbers_gives_the_logits_of_forward(arm, kind
     assert apart.quantile(0.5) <= 1e-4 and apart.max() <= 2e-2, apart
     for kept, written in caches:
         check(kept, written, atol=2e-2, rtol=0)
+
+
+@interpreted
+@pytest.mark.parametrize(("arm", "rows"), [
+    ("gpt2", 3), ("swiglu", 1), ("llama", 8), ("topk", 2), ("columns", 1)])
+def test_a_step_on_a_card_reads_packed_weights(arm, rows, monkeypatch):
+    """Two of four, as pack_24 lays them, in every product that has them."""
+    monkeypatch.setattr("kernels.picked.wanted", lambda device, whole=False: False)
+    shape = dict(n_embd=40, mlp_units=96) if arm == "columns" else dict(n_embd=40, n_head=4)
+    model = settle(build(STEP_ARMS[arm] | dict(weights="2:4"), std=0.2, n_layer=1, **shape))
+    assert sum(isinstance(module, Packed) for module in model.modules()) >= 2
+    pairs, caches = compared(model.to(DEVICE).use_policy(), rows, monkeypatch)
+    for found, right in pairs:
+        check(found, right, atol=2e-4, rtol=0)
+        assert torch.equal(found.argmax(-1), right.argmax(-1))
+    for kept, written in caches:
+        check(kept, written, atol=1e-5, rtol=1e-5)
+
+
+@interpreted
+def test_a_product_of_a_step_ends_with_an_osc_of_any_size():
+    """sin(w y + phi) tanh(y) + b, where the sine's argument goes through hundreds of turns too."""
+    weight, x = normal(7, 20, seed=1, dtype=torch.float32) * 30, normal(3, 20, seed=2, dtype=torch.float32)
+    waves = normal(3, 7, seed=3, dtype=torch.float32) * 5
+    x[2, 0], y = torch.nan, x @ weight.t()
+    right = torch.sin((waves[0] * y).double() + waves[1]) * torch.tanh(y) + waves[2]
+    out = product(x, weight, waves=waves)
+    check(out[:2], right[:2].float(), atol=5e-4, rtol=0)                 # by the rounding of w y
+    assert (waves[0] * y)[:2].abs().max() > 500 and out[2].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_packed_product_of_a_step_equals_the_dense_one_of_what_it_unpacks_to(gated):
+    """Of odd widths; where an input is not finite, neither is what comes out."""
+    weight = kernels.prune_24(normal(6, 52, seed=1, dtype=torch.float32))
+    values, meta = kernels.pack_24(weight.cpu())
+    x = normal(2, 52, seed=3, dtype=torch.float32)
+    x[1, 7] = torch.inf
+    out = product(x, values.to(DEVICE), scale=meta.to(DEVICE), bits=2, gated=gated)
+    right = x @ weight.t()
+    check(out[0], (right[0, :3] * right[0, 3:]) if gated else right[0], atol=1e-5, rtol=1e-5)
+    assert not out[1].isfinite().any()
 
 
 class Counted:
@@ -764,7 +812,8 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
     assert {row["kernel"] for row in found} == {
         f"step {name}_kernel" for name in ("embed", "product", "attend", "down", "sift", "draw")}
     products = [row for row in found if row["kernel"] == "step product_kernel"]
-    assert {row["bits"] for row in products} == {16, 8, 4} and sum(row["chooses"] for row in products) >= 35
+    assert {row["bits"] for row in products} == {16, 8, 5, 4, 2}
+    assert sum(row["chooses"] for row in products) >= 35
     for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
