@@ -178,7 +178,8 @@ class Card:
                 among=(None, None), waves=None, edges=None):
         """Append a launch of product_kernel, to `out` if that is there. norm, router, scores: of out, what
         its last program makes besides; choice, best, picked: what it chooses then. among: inhibition and
-        balance of columns."""
+        balance of columns. waves: w, phi and b of an osc. edges: an output is zero unless its size exceeds
+        its own."""
         if x.edges is not None or x.winners:
             raise NotWritten("a product of gated units that are read by output")
         N, K = len(matrix.weight) // (1 + gated), matrix.width
