@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import time
 import weakref
 
 import torch
@@ -306,11 +307,23 @@ def tokens_in_digits(x):
 @functools.cache
 def multiplies_whole_numbers():
     """Does PyTorch multiply 8 bits fast here, and exactly? Without VNNI its sums of pairs are cut off at 16
-    bits (oneDNN), and ONEDNN_MAX_CPU_ISA can take VNNI away: a product that would be cut off tells."""
+    bits (oneDNN), and ONEDNN_MAX_CPU_ISA can take VNNI away: a product that would be cut off tells. Or it
+    multiplies them one by one, which takes 60 times as long as fp32: a product that is timed tells."""
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported() and cpu_library()[0]):
         return False
-    q = torch.full((64, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(q, -q) == -64 * 127 * 127).all())
+    q = torch.full((128, 128), 127, dtype=torch.int8)
+    exact = bool((torch._int_mm(q, -q) == -128 * 127 * 127).all())
+    wide = q.float()
+    return exact and least_seconds(torch._int_mm, q, q) < 8 * least_seconds(torch.mm, wide, wide)
+
+
+def least_seconds(op, *given):
+    """Of five calls."""
+    def once():
+        began = time.perf_counter()
+        op(*given)
+        return time.perf_counter() - began
+    return min(once() for _ in range(5))
 
 
 def multiplies_bf16(x):

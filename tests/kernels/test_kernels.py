@@ -622,6 +622,16 @@ def test_a_processor_whose_sums_of_whole_numbers_are_cut_off_is_found_out():
         assert found.stdout == "False\n", found.stderr
 
 
+@built
+@pytest.mark.parametrize(("times", "fast"), [(1, True), (60, False)])
+def test_a_torch_that_multiplies_whole_numbers_one_by_one_is_found_out(monkeypatch, times, fast):
+    """As on a processor with AVX2 alone, where a prompt in 8 bits took 30 times as long as in bf16."""
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.float() @ b.float()).int())
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(kernels, "least_seconds", lambda op, *_: 1e-4 * (times if op is torch._int_mm else 1))
+    assert kernels.multiplies_whole_numbers.__wrapped__() == fast
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_levels_of_a_file_are_found(dtype):
     """However many of the 16 a group uses, and where the weights were rounded to bf16; never where there are
