@@ -203,7 +203,7 @@ class Lab:
                 "name another folder")
 
     def recipe_key(self, trial):
-        return None if trial.trained is None else sorted(self.plan.items())
+        return None if trial.trained is None else [*sorted(self.plan.items()), "taught"]
 
     def file_of(self, trial):
         flags = dict(trial.flags) | dict(trial.trained or ())
@@ -272,7 +272,7 @@ class Lab:
 
     def folder_of(self, trial):
         """The run that a trained trial's flags and weights are from."""
-        words = [f"{key}-{value}" for key, value in trial.trained] or ["dense"]
+        words = [f"{key}-{value}" for key, value in trial.trained] or ["dense-taught"]
         name = "-".join(words).replace(":", "-").replace(",", "-")
         return self.place / f"{name}-{self.plan['iters']}x{self.plan['rows']}"
 
@@ -301,10 +301,10 @@ class Lab:
         return path
 
     def training_words(self, trial):
-        """What train.py is called with to train a trial's flags."""
-        keys = dict(trial.trained)
-        if trial.trained:
-            keys |= {"teacher": self.cfg.out_dir} | ({"train_only": "new"} if "exits" in keys else {})
+        """What train.py is called with to train a trial's flags. The dense model that all stand beside has
+        itself as its teacher: what it gains by that is no block's."""
+        keys = dict(trial.trained) | {"teacher": self.cfg.out_dir}
+        keys |= {"train_only": "new"} if "exits" in keys else {}
         return [str(self.recipe_file())], {"init_from": self.cfg.out_dir} | keys | {
             "out_dir": str(self.folder_of(trial))}
 
