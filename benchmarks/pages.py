@@ -5,7 +5,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 from benchmarks import ROOT, report
-from benchmarks.record import LLAMA, OURS, OURS_FP32, TWIN, read
+from benchmarks.record import LLAMA, OURS, OURS_FP32, TAUGHT, TWIN, read
 from configurator import require
 
 TABLE = "table_cpu.json"
@@ -32,12 +32,12 @@ def at_gpt2s_shape(sides):
     return {"decode_gpt2_cpu.json": rf"decode gpt2: decode, tokens/s( \((dense.*|{sides})\).*)?"}
 
 
-RETROFITS = "retrofit_pylib_cpu.json"
+RETROFITS, RETROFITS_OF_ONE_SEED = "retrofit_pylib_cpu.json", "retrofit_pylib_others_cpu.json"
 
 
-def retrofitted(arms):
+def retrofitted(arms, record=RETROFITS):
     """In one trained dense model, beside it trained on as long."""
-    return {RETROFITS: f"dense|{arms}"}
+    return {record: f"dense|{arms}"}
 
 
 def of_mlp(sides):
@@ -55,7 +55,7 @@ MECHANISMS = {
                     quality(r"dense|dense/4|columns(\*\d)?") | of_mlp("columns 3 of 32")
                     | at_gpt2s_shape("columns 3 of 32") | retrofitted("columns")),
     "compartments": Page(("compartments",), quality("dense|compartments")),
-    "experts": Page(("experts",), quality("dense|experts") | retrofitted("experts")),
+    "experts": Page(("experts",), quality("dense|experts") | retrofitted("experts", RETROFITS_OF_ONE_SEED)),
     "mlp_predict": Page(("predict", "predict+window", "hierarchy+predict"),
                         quality("dense|predict") | of_mlp("predicted 20%")
                         | at_gpt2s_shape("predicted 20%") | retrofitted("predict")),
@@ -69,14 +69,15 @@ MECHANISMS = {
                       context(r"dense|dendrites\d?") | at_gpt2s_shape("1 of 4 dendrites")),
     "hierarchy": Page(("hierarchy", "hierarchy+predict"),
                       context("dense|hierarchy") | at_gpt2s_shape("hierarchy 4")),
-    "exits": Page(("exits",), {"depth_cpu.json": ".*"} | retrofitted("exits")),
-    "ponder": Page(("ponder",), {"ponder_cpu.json": ".*"} | retrofitted("ponder")),
+    "exits": Page(("exits",), {"depth_cpu.json": ".*"} | retrofitted("exits", RETROFITS_OF_ONE_SEED)),
+    "ponder": Page(("ponder",), {"ponder_cpu.json": ".*"} | retrofitted("ponder", RETROFITS_OF_ONE_SEED)),
     "grow": Page((), {"grow_cpu.json": ".*"}),
     "weights": Page(("2:4", "columns+window+2:4"),
                     {TWO_OF_FOUR: "dense|2:4", "kernels_cpu.json": ".*"} | at_gpt2s_shape("2:4")
                     | retrofitted("2:4")),
     "attn_topk": Page(("attn_topk",), {TWO_OF_FOUR: "dense|attn_topk"}
-                      | at_gpt2s_shape(r"columns \+ a quarter of attention") | retrofitted("attn_topk")),
+                      | at_gpt2s_shape(r"columns \+ a quarter of attention")
+                      | retrofitted("attn_topk", RETROFITS_OF_ONE_SEED)),
     "screen": Page((), at_gpt2s_shape("screened head")),
     "quantize": Page((), {"quantize_63m_cpu.json": ".*"}),
     "continual": Page((), {"continual_cpu.json": ".*"}),
@@ -85,6 +86,7 @@ MECHANISMS = {
                     {TWO_OF_FOUR: "dense|efficient.*"} | at_gpt2s_shape(r"efficient.*|columns \+.*")),
 }
 PAGE_OF = {arm: name for name, page in reversed(MECHANISMS.items()) for arm in page.arms}
+PAGE_OF["screened units"] = "mlp_screen"
 
 
 def named(arm):
@@ -193,41 +195,47 @@ MOST = 10                                        # rows of the README's own tabl
 
 
 def brief_table(words, records):
-    """At most MOST rows: the dense twin and the dense frontier's two nearest models, every arm that pays, the
-    presets, and the arm that loses most."""
-    if TABLE not in records:
-        return words.missing.format(COMMAND)
-    record = records[TABLE]
-    rows = {name: row for name, row in report.rows_once(record).items() if row["share"] == 1}
-    lines = report.lines_of(words.brief_head, [brief(words, name, rows[name], record)
-                                               for name in telling(rows, record["axes"])])
-    h = record["hardware"]
-    arms = [name for name, row in rows.items() if row["kind"] == "arm"]
-    paying = [name for name in arms if won(name, record["axes"])]
+    """A trained dense model and each block switched on in it, as they decode: dense ones first, then the less
+    lost the higher; of more than MOST rows those that lose least, and the one that loses most."""
+    if RETROFITS not in records:
+        return words.missing.format(f"`python bench.py retrofit --out=results/{RETROFITS}`")
+    record = records[RETROFITS]
+    losses = {side: as_decoded(runs) for side, runs in record["runs"].items()}
+    lost = {side: losses.get(side + TAUGHT, losses[side]) - losses[TWIN]
+            for side in losses if not side.endswith(TAUGHT)}
+    rivals = [side for side in lost if side.startswith(TWIN)]
+    blocks = sorted(lost.keys() - set(rivals), key=lost.get)
+    blocks = blocks[:MOST - len(rivals) - 1] + blocks[-1:] if len(rivals) + len(blocks) > MOST else blocks
+    lines = report.lines_of(words.brief_head, [in_brief(record, losses, side) for side in rivals + blocks])
+    shape, h, decode = record["dense"]["model_args"], record["hardware"], record["decode"]
+    change = max((abs(run["loss"] / decode[side.removesuffix(", int8")]["loss"] - 1)
+                  for side, run in decode.items() if side.endswith(", int8")), default=0)
     return "\n".join([*lines, "", wrapped(words.brief.format(
-        tokens=f"{record['tokens']:,}", seeds=len(record["seeds"]), place=h["gpu"] or h["cpu"],
-        arms=len(arms), paying=len(paying), losing=len(arms) - len(paying)))])
+        layers=shape["n_layer"], width=shape["n_embd"], tokens=record["tokens"] * record["dense"]["iters"],
+        more=record["tokens"] * record["config"]["more"], seeds=len(record["seeds"]), cpu=h["cpu"],
+        threads=h["threads"], change=100 * change, link=f"[record](results/{RETROFITS})"))])
 
 
-def telling(rows, axes):
-    """The names of brief_table's rows."""
-    loss = {name: row["val_loss"]["mean"] for name, row in rows.items()}
-    on_line = report.frontier_names(rows, axes["decode time"]["costs"])
-    near = sorted(set(on_line) - {TWIN}, key=lambda name: abs(loss[name] - loss[TWIN]))[:2]
-    arms = [name for name, row in rows.items() if row["kind"] == "arm" and not row["sees_the_future"]]
-    pays = sorted((name for name in arms if won(name, axes)), key=loss.get)
-    presets = [name for name in ("efficient", "lossless", "quality") if name in rows]
-    worst = sorted(set(arms) - set(pays), key=loss.get)[-1:]
-    named = list(dict.fromkeys([TWIN, *near, *presets, *worst, *pays]))[:MOST]
-    return sorted(named, key=lambda name: (name != TWIN, rows[name]["kind"] != "dense", loss[name]))
+def as_decoded(runs):
+    """The mean loss of runs, shortcuts on where they have any."""
+    return statistics.fmean(run.get("decoding", run["val_loss"]) for run in runs)
 
 
-def brief(words, name, row, record):
+def in_brief(record, losses, side):
     """A row's cells."""
-    delta = row["to_twin"]
-    return [named(name), f"{row['val_loss']['mean']:.3f}", f"{delta['mean']:+.3f}" if delta else "",
-            f"{row['speed']['decode, batch 1']['median']:,.0f}", f"{row['weight_bytes'] / 1e6:.2f} MB",
-            pays(words, name, row, record["axes"])]
+    rates = record["measurements"].get("decode", {}).get("sides", {})
+    read = record["decode"].get(side, {}).get("weight_bytes")
+    beside = [f"{losses[name] - losses[TWIN]:+.3f}" if name in losses and name != TWIN else ""
+              for name in (side, side + TAUGHT)]
+    return [named(side), f"{losses[side]:.3f}", *beside, f"{read / 1e6:.2f}" if read else "",
+            *(speed(rates, side + kind) for kind in ("", ", int8"))]
+
+
+def speed(rates, side):
+    """Tokens/s, and beside the dense model's; "" where that was not timed."""
+    if side not in rates:
+        return ""
+    return f"{rates[side]['median']:,.0f} ({rates[side]['median'] / rates[TWIN]['median']:.2f}x)"
 
 
 def short(words, name, row, record):
@@ -335,12 +343,13 @@ LANGUAGES = {
     "": Language(
         head=("arm", "val loss", "to its dense twin", "decode speed", "training speed",
               "M multiply-adds a token", "pays in"),
-        brief_head=("model", "val loss", "to dense", "decode tokens/s", "weights read a token", "pays in"),
-        brief="Four layers, 128 wide, {tokens} tokens a run, {seeds} seeds, {place}; nats a byte. *Pays*: "
-              "its whole 95% interval lies beyond what dense models of any width and depth reach at that "
-              "cost. "
-              "{paying} of {arms} blocks and combinations pay somewhere, {losing} nowhere: "
-              "[all of them](docs/table.md).",
+        brief_head=("model", "val loss", "to dense", "taught by dense", "MB a token", "tokens/s",
+                    "in 8 bits"),
+        brief="A dense model of {layers} layers, {width} wide, trained with {tokens:,} tokens; each block "
+              "switched on in it and trained on with {more:,} more, as was the dense model, without and with "
+              "the dense model as teacher; `dense/2` keeps half of its MLP's units. {seeds} seeds, {threads} "
+              "thread of an {cpu}, {link}; nats a byte of each as it decodes, speeds beside dense bf16; 8 "
+              "bits change a loss by {change:.2f}% at most.",
         rival="rival", no="no", leaks="no: it sees the future",
         axes={axis: axis for axis in report.SHOWN},
         told="{tokens} tokens a run, {seeds} seeds, {place}. Val loss: nats a byte, of the model as it "
@@ -375,12 +384,12 @@ LANGUAGES = {
     " in Korean": Language(
         head=("블록", "검증 손실", "밀집 쌍둥이와의 차", "디코드 속도", "학습 속도", "토큰당 곱셈-덧셈(백만)",
               "이득이 있는 곳"),
-        brief_head=("모델", "검증 손실", "dense와의 차", "디코드 tokens/s", "토큰당 읽는 가중치",
-                    "이득이 있는 곳"),
-        brief="4층, 폭 128, 실행마다 {tokens}토큰, 시드 {seeds}개, {place}. 손실은 바이트당 nat. *이득*은 "
-              "95% 구간 전체가 폭과 깊이를 바꾼 dense 모델들의 경계선을 그 비용에서 넘을 때만 인정합니다. "
-              "블록과 조합 {arms}개 가운데 {paying}개는 어딘가에서 이득이고 {losing}개는 어디에서도 이득이 "
-              "없습니다: [전체 표](docs/table.md).",
+        brief_head=("모델", "검증 손실", "dense와의 차", "dense를 교사로", "토큰당 MB", "tokens/s", "8비트"),
+        brief="{tokens:,}토큰으로 학습한 {layers}층, 폭 {width}의 dense 모델 하나에서 블록마다 켠 다음 "
+              "{more:,}토큰을 더 학습했고, dense 모델도 똑같이 더 학습했습니다. dense 모델을 교사로 둔 "
+              "경우와 두지 않은 경우가 함께 있으며 `dense/2`는 MLP 유닛의 절반만 남긴 것입니다. 시드 "
+              "{seeds}개, {cpu} 스레드 {threads}개, {link}. 손실은 실제로 디코드하는 모델의 바이트당 nat, "
+              "속도는 bf16 dense 모델과 견준 값이고, 8비트는 손실을 많아야 {change:.2f}% 바꿉니다.",
         rival="경쟁 상대", no="없음", leaks="없음: 미래를 본다",
         axes={"decode time": "디코드 시간", "decode bytes": "디코드 바이트", "training time": "학습 시간"},
         told="실행마다 {tokens}토큰, 시드 {seeds}개, {place}. 검증 손실: 지름길을 켜고 실제로 디코드하는 "

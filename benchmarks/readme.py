@@ -422,5 +422,6 @@ BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, senten
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
 BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) for name, record in (
     ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
-BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {pages.RETROFITS: ".*"}))
+BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {name: ".*" for name in (
+    pages.RETROFITS, pages.RETROFITS_OF_ONE_SEED, "retrofit_pylib_longer_cpu.json")}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

@@ -83,8 +83,10 @@ def retrofit(cfg):
     decode = decoded(cfg, runs, [side for side in sides if not side.endswith(TAUGHT)]) if cfg.decode else {}
     if cfg.plot:
         draw(cfg, found, decode)
+    recipe = recipe_of(cfg)
+    tokens = recipe["batch_size"] * recipe["block_size"] * recipe["gradient_accumulation_steps"]
     return {"measurements": {"val loss": losses} | decode.get("measurements", {}), "dense": dense,
-            "validation": QUALITY_VALIDATION, "seeds": seeds(cfg), "runs": found,
+            "validation": QUALITY_VALIDATION, "seeds": seeds(cfg), "runs": found, "tokens": tokens,
             "decode": decode.get("runs", {}), "place": decode.get("place")}
 
 

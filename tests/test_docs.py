@@ -260,11 +260,28 @@ def test_the_opening_quotes_the_records(language, records):
     assert words.verdict.format(arms=2, paying=1, losing=1, tests=tests, sure=1) in said and tests == 6
 
 
-def test_the_short_table_keeps_the_twin_what_pays_and_the_worst_and_counts_the_rest(records):
-    lines = pages.brief_table(pages.LANGUAGES[""], records).splitlines()
-    names = [line.split(" | ")[0].removeprefix("| ") for line in lines[2:] if line.startswith("|")]
-    assert names[0] == TWIN and "[osc](docs/osc.md)" in names and "bad" in names and len(names) <= pages.MOST
-    assert "leaky" not in names and "1 of 2 blocks" in " ".join(" ".join(lines).split())
+@pytest.mark.parametrize("language", pages.LANGUAGES)
+def test_the_short_table_says_what_each_block_in_a_trained_model_costs_and_saves(language):
+    """As it decodes; of more blocks than rows those that lose least, and the one that loses most."""
+    names = [f"block {n}" for n in range(9)]
+    runs = {TWIN: [dict(val_loss=2.0)], f"{TWIN}, taught": [dict(val_loss=1.75)],
+            "dense/2": [dict(val_loss=2.5)], "predict": [dict(val_loss=2.0, decoding=2.125)]}
+    runs |= {name: [dict(val_loss=3.0 + n), dict(val_loss=4.0 + n)] for n, name in enumerate(names)}
+    rates = {TWIN: 1000.0, "dense, int8": 1500.0, "predict": 1250.0}
+    decode = {TWIN: dict(loss=2.0, weight_bytes=4e6), "dense, int8": dict(loss=2.01, weight_bytes=2e6)}
+    record = {"runs": runs, "decode": decode, "tokens": 1280,
+              "dense": {"iters": 3200, "model_args": dict(n_layer=4, n_embd=128)}, "seeds": [1, 2],
+              "config": dict(more=320), "hardware": dict(cpu="x", threads=1),
+              "measurements": {"decode": {"sides": {side: {"median": rate} for side, rate in rates.items()}}}}
+    lines = pages.brief_table(pages.LANGUAGES[language], {pages.RETROFITS: record}).splitlines()
+    rows = [line for line in lines[2:] if line.startswith("|")]
+    assert rows[:3] == ["| dense | 2.000 |  | -0.250 | 4.00 | 1,000 (1.00x) | 1,500 (1.50x) |",
+                        "| dense/2 | 2.500 | +0.500 |  |  |  |  |",
+                        "| [predict](docs/mlp_predict.md) | 2.125 | +0.125 |  |  | 1,250 (1.25x) |  |"]
+    assert [row.split(" | ")[0] for row in rows[3:]] == [f"| block {n}" for n in (0, 1, 2, 3, 4, 5, 8)]
+    said = " ".join(" ".join(lines).split())
+    assert all(figure in said for figure in ("4,096,000", "409,600", "128", "0.50%", pages.RETROFITS))
+    assert "bench.py retrofit" in pages.brief_table(pages.LANGUAGES[language], {})
 
 
 @pytest.mark.parametrize("language", pages.LANGUAGES)
