@@ -296,7 +296,7 @@ def test_a_retrofit_that_does_not_run_is_told_of_and_the_front_stays(dense):
     name = digest([keys["minutes"], keys["retrofits"], keys["only"]])
     place.mkdir(parents=True, exist_ok=True)
     (place / f"plan-{name}.json").write_text(json.dumps(plan))
-    (place / "dense-1x1").write_text("in the way")
+    (place / "dense-taught-1x1").write_text("in the way")
     result = typed(dense, **keys).wait()
     record = record_of(result)
     assert result.status == 0 and "dense, trained: not trained: " in result.out, result.out
