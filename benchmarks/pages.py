@@ -86,12 +86,12 @@ MECHANISMS = {
                     {TWO_OF_FOUR: "dense|efficient.*"} | at_gpt2s_shape(r"efficient.*|columns \+.*")),
 }
 PAGE_OF = {arm: name for name, page in reversed(MECHANISMS.items()) for arm in page.arms}
-PAGE_OF["screened units"] = "mlp_screen"
+PAGES = PAGE_OF | {"screened units": "mlp_screen"}          # which is an arm of retrofits alone
 
 
 def named(arm):
     """An arm's name with a link to its page, as seen from the root; combinations lead to their first part."""
-    return f"[{arm}](docs/{PAGE_OF[arm]}.md)" if arm in PAGE_OF else arm
+    return f"[{arm}](docs/{PAGES[arm]}.md)" if arm in PAGES else arm
 
 
 # -------------------------------------------------- a mechanism's own rows ----------------------------------
