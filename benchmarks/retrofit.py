@@ -23,7 +23,7 @@ from data import dataset as datasets
 from decode import calibrate
 from decode.quantized import check_quantize, kinds_in
 from model import build_model
-from training import checkpoint, rundir
+from training import checkpoint, rundir, runtime
 from training import retrofit as retrofitting
 from viz.figures import drawing, name_points, pyplot
 
@@ -64,10 +64,15 @@ class Retrofit(Recipe):
                     "trained: take --quantize=int8, or int4")
         require(not self.plot or (self.decode and os.path.isdir(Path(self.plot).parent)), f"plot="
                 f"'{self.plot}' needs a folder that exists, and times: leave --decode=False out")
+        require(self.decode or (self.quantize, self.dtype) == (type(self).quantize, type(self).dtype),
+                f"quantize='{self.quantize}' and dtype='{self.dtype}' are of what is timed, which --decode=False "
+                "leaves out: leave one of them out")
         require(self.rate > 0, f"rate={self.rate} must be above 0: a share of the recipe's learning rates")
 
 
 def retrofit(cfg):
+    if cfg.decode:
+        runtime.choose("cpu", cfg.dtype, False, decodes=True)          # what is wrong is better said now
     if cfg.plot:
         pyplot()                                 # better missed now than in an hour
     runs = Runs(cfg, datasets.prepare_if_missing(cfg.dataset).resolve())
