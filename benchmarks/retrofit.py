@@ -65,8 +65,8 @@ class Retrofit(Recipe):
         require(not self.plot or (self.decode and os.path.isdir(Path(self.plot).parent)), f"plot="
                 f"'{self.plot}' needs a folder that exists, and times: leave --decode=False out")
         require(self.decode or (self.quantize, self.dtype) == (type(self).quantize, type(self).dtype),
-                f"quantize='{self.quantize}' and dtype='{self.dtype}' are of what is timed, which --decode=False "
-                "leaves out: leave one of them out")
+                f"quantize='{self.quantize}' and dtype='{self.dtype}' are of what is timed, which "
+                "--decode=False leaves out: leave one of them out")
         require(self.rate > 0, f"rate={self.rate} must be above 0: a share of the recipe's learning rates")
 
 
