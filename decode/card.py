@@ -3,7 +3,8 @@
 activations, gates of two halves, residuals and the joining of attention's splits are parts of the products
 next to them. So is the choice of units: products of chosen units leave the others' rows unread, and what
 takes all scores - columns, experts, the largest units - is done by the program that stores the last of them.
-A layer is five launches at most; six where a predictor picks its units.
+A layer is five launches at most; six where a predictor picks its units. Where tokens part ways - exits,
+ponder, hierarchy - a tensor on the card says which rows go on, and the kernels between look at it.
 
 What a module asks for that is not written here raises NotWritten, and `forward` decodes.
 """
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 import sparse_kernels as kernels
-from decode.engine import ROWS, NotWritten
+from decode.engine import NOTHING, ROWS, NotWritten
 
 ACTS = "none", "relu2", "gelu", "gelu_tanh", "silu", "osc"
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -66,6 +67,8 @@ class Card:
     been launched since it was made. A CUDA graph may record `step`: nothing in it depends on the host.
     """
     wants = None                                 # every logit is exact
+    live, left, again = None, False, 0           # the rows that go on, if not all; whether those that do not
+    #                                              have left early; the run of a block that ponders
 
     def __init__(self, model, cache, history, start, ids, draws=None, seen=None):
         """draws, seen: a Sampler's filters (draws.settings) and the ids that are in each row, (B, ...) bool:
@@ -80,10 +83,12 @@ class Card:
             raise NotWritten(f"{self.rows} rows at once, {ROWS} is the most")
         if self.dtype not in DTYPES:
             raise NotWritten(f"a stream in {self.dtype}")
-        from kernels import triton_step  # a machine without Triton reads this file too
-        self.k, self.tall = triton_step, 1 << (self.rows - 1).bit_length()
+        from kernels import triton_depth, triton_draw, triton_step  # a machine without Triton reads this too
+        self.k, self.depth, self.ids_of = triton_step, triton_depth, triton_draw
+        self.tall = 1 << (self.rows - 1).bit_length()
         self.processors = kernels.triton_kernels().processors(history.device)
         self.calls, self.launches, self.ran, self.module, self.last = [], [], Counter(), "", None
+        self.counters, self.begins = [], []      # of modules; what takes over from the cache
         model.emit(self)
 
     def __getattr__(self, name):
@@ -95,6 +100,17 @@ class Card:
             kernel[grid](*arguments, **options)
         self.ran.update(name for name, _ in self.launches)
         return self.answer
+
+    def begin(self):
+        """Before the first step: take over what the prompt has left in the cache beside keys and values."""
+        for take_over in self.begins:
+            take_over(self.cache.states)
+
+    def tell(self):
+        """Add what steps have counted to the modules that count it; the host waits for it."""
+        for module, name, number in self.counters:
+            setattr(module, name, getattr(module, name) + int(number.sum()))
+            number.zero_()
 
     # ------------------------------------------------ values, vectors, matrices
 
@@ -155,7 +171,7 @@ class Card:
             raise NotWritten(f"the activation {act}" if act not in ACTS else "products of blocks")
         if own and act == "none" and self.routes(x, matrix):
             scores = self.empty(self.rows, len(matrix.weight))
-            self.product(**self.again() | dict(norm=x, router=matrix, scores=scores))
+            self.product(**self.retaken() | dict(norm=x, router=matrix, scores=scores))
             return Plain(scores)
         waves = torch.stack(params).contiguous() if act == "osc" else None
         return self.product(x, matrix, "none" if act == "osc" else act, onto, units=units, waves=waves)
@@ -167,7 +183,7 @@ class Card:
                 and x.kind in ("layernorm", "rmsnorm") and matrix.bits == 16 and matrix.bias is None
                 and size <= self.k.MOST_ROUTED)
 
-    def again(self):
+    def retaken(self):
         """Take the product that was appended last back -> what it was made of."""
         self.calls.pop(), self.launches.pop()
         made, self.last = self.last, None
@@ -175,11 +191,11 @@ class Card:
 
     def product(self, x, matrix, act="none", onto=None, gated=False, dtype=None, cap=None, units=None,
                 out=None, norm=None, router=None, scores=None, choice="", best=0, picked=None,
-                among=(None, None), waves=None, edges=None):
+                among=(None, None), waves=None, edges=None, always=None):
         """Append a launch of product_kernel, to `out` if that is there. norm, router, scores: of out, what
         its last program makes besides; choice, best, picked: what it chooses then. among: inhibition and
         balance of columns. waves: w, phi and b of an osc. edges: an output is zero unless its size exceeds
-        its own."""
+        its own. always: outputs from there on are those of rows that do not go on too."""
         if x.edges is not None or x.winners:
             raise NotWritten("a product of gated units that are read by output")
         N, K = len(matrix.weight) // (1 + gated), matrix.width
@@ -198,7 +214,8 @@ class Card:
             torch.zeros(1, dtype=torch.int32, device=out.device) if ends else None, router and router.weight,
             out if scores is None else scores, picked, *among, waves, edges, self.rows, N, K,
             matrix.weight.stride(0), x.splits, by.eps, cap, units and units.width,
-            copy and copy.weight.stride(0), units and units.edge, M, best),
+            copy and copy.weight.stride(0), units and units.edge, M, best, self.live,
+            N if always is None else always),
             dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, BITS=matrix.bits,
                  COPY=copy.bits if copy else 0, ROUTE=norm.kind if norm else "", CHOICE=choice,
                  ALIKE=bool(units) and units.by is None, **tile, **more))
@@ -209,7 +226,7 @@ class Card:
 
     def swiglu(self, x, size):
         """The product that made x ends with it."""
-        return self.product(**self.again() | dict(act="silu", gated=True, out=None))
+        return self.product(**self.retaken() | dict(act="silu", gated=True, out=None))
 
     def chosen(self, scores, choice, k, width, apart=0, among=(None, None)):
         """The last program of the product that made `scores` chooses k of them -> Units, `width` each."""
@@ -218,7 +235,7 @@ class Card:
             raise NotWritten(f"a choice among {count} groups, {self.k.MOST_GROUPS} is the most")
         self.made(scores)
         gates = self.empty(self.rows, count, dtype=torch.float32)
-        self.product(**self.again() | dict(choice=choice, best=k, picked=gates, among=among))
+        self.product(**self.retaken() | dict(choice=choice, best=k, picked=gates, among=among))
         return Units(count * width, gates, gates, width, apart)
 
     def made(self, x):
@@ -235,6 +252,10 @@ class Card:
         """See Program.experts."""
         return self.chosen(scores, "experts", k, width, apart=width)
 
+    def branches(self, scores, count, k, width):
+        """See Program.branches."""
+        return self.chosen(scores, "branches", k, width)
+
     def choose(self, scores, count, k):
         """See Program.choose."""
         return self.chosen(scores, "choose", k, 1)
@@ -242,14 +263,25 @@ class Card:
     def above(self, scores, count, edge):
         """See Program.above: the product of these units computes the scores itself."""
         self.made(scores)
-        return Units(count, copy=self.again()["matrix"], edge=edge)
+        return Units(count, copy=self.retaken()["matrix"], edge=edge)
 
     def largest(self, x, size, k):
         """See Program.largest: the last program of the product that made x keeps them."""
         if k >= size:
             return x
+        if x.kind != "plain":
+            return self.input(x, size, best=k)
         self.made(x)
-        return self.product(**self.again() | dict(choice="largest", best=k))
+        return self.product(**self.retaken() | dict(choice="largest", best=k))
+
+    def input(self, x, size, act="none", units=None, best=0):
+        """What a product of x would multiply, alone: of Units, or its `best` largest."""
+        y = self.empty(self.rows, size)
+        self.add(self.k.input_kernel, (self.rows,), (
+            x.x, x.marks, x.gain, x.shift, units and units.gates, y, self.rows, size, x.splits, x.eps,
+            units and units.width, best), dict(INPUT=x.kind, ACT=act, KEEP=best > 0, D=x.width,
+                                               **self.k.input_tile(size)))
+        return Plain(y)
 
     def group_winners(self, x, size, group, k):
         """See Program.group_winners: the sum of rows that reads it finds them."""
@@ -265,7 +297,7 @@ class Card:
             raise NotWritten("winners of groups that choose what is computed next")
         if x.edges is not None:
             self.made(x._replace(edges=None))
-            x = self.product(**self.again() | dict(edges=x.edges))
+            x = self.product(**self.retaken() | dict(edges=x.edges))
         return Units(size, x.x, x.x)
 
     def rows_sum(self, a, matrix, onto=None, units=None, all=False):
@@ -280,7 +312,7 @@ class Card:
         group, winners = a.winners or (0, 0)
         self.add(self.k.down_kernel, (columns, shares), (a.x, a.edges, matrix.weight, matrix.scale,
                  matrix.bias, matrix.across, onto and onto.x, out, parts, arrived, rows, N, C,
-                 matrix.weight.stride(0), share, winners),
+                 matrix.weight.stride(0), share, winners, self.live),
                  dict(ALL=all, BITS=matrix.bits, GROUP=group, **tile))
         return onto or Plain(out)
 
@@ -288,17 +320,120 @@ class Card:
         """See Program.attend; the product that reads it joins the splits."""
         if alone:
             raise NotWritten("keys and values alone")
-        kept, tile = self.cache.layers[layer], self.k.attend_tile(width)
+        if self.left:                            # whose keys and values are what they left with
+            self.made(qkv)
+            self.product(**self.retaken() | dict(always=heads * width))
+        return self.attended(qkv.x, qkv.x[:, heads * width:], layer, heads, width, eps, rotation, gain)
+
+    def attend_open(self, q, kv, units, branch, layer, heads, width, eps, rotation, gain):
+        """See Program.attend_open."""
+        y = self.attended(q.x, kv.x, layer, heads, width, eps, rotation, gain, units)
+        return self.input(y, heads * width, "gelu", units)
+
+    def attended(self, q, kv, layer, heads, width, eps, rotation, gain, units=None):
+        """Attention of queries and new keys and values (rows, ...), of heads of Units alone."""
+        kept, tile = self.kv(layer), self.k.attend_tile(width)
         groups, size = kept.shape[2:4]
         splits = max(1, min(self.k.MOST_SPLITS, -(-size // self.k.SPLIT),
                             2 * self.processors // (self.rows * heads)))
         parts = self.empty(splits, self.rows, heads * width, dtype=torch.float32)
         marks = self.empty(2, splits, self.rows, heads, dtype=torch.float32)
         cos, sin = map(self.vector, rotation or (None, None))
-        self.add(self.k.attend_kernel, (self.rows * heads, splits), (qkv.x, cos, sin, self.vector(gain), kept,
-                 self.start, parts, marks, self.rows, heads, groups, size, eps or 0.0, width ** -0.5),
-                 dict(NORM=eps is not None, **tile))
+        self.add(self.k.attend_kernel, (self.rows * heads, splits), (
+                 q, kv, cos, sin, self.vector(gain), kept, self.start, parts, marks, units and units.gates,
+                 self.rows, heads, groups, size, q.stride(0), kv.stride(0), units and units.width, eps or 0.0,
+                 width ** -0.5, self.live), dict(NORM=eps is not None, LEFT=self.left, **tile))
         return Plain(parts, "join", marks, splits=splits, width=width)
+
+    def kv(self, layer, run=None):
+        """See Program.kv."""
+        run = self.again if run is None else run
+        return self.cache.layers[self.cache.depth + run - 1 if run else layer]
+
+    # ------------------------------------------------ rows part ways
+
+    def counter(self, module, name):
+        """A number of each row that a step adds to an attribute of a module."""
+        self.counters.append((module, name, self.empty(self.rows, dtype=torch.int64).zero_()))
+        return self.counters[-1][2]
+
+    def value(self, size):
+        """None: what rows leave with stays where they have it."""
+
+    def enter(self, counts, size=0):
+        """See Program.enter."""
+        self.entered, self.going, self.outer = counts, self.empty(self.rows, dtype=torch.int32), self.live
+        return Plain(self.empty(self.rows, size)) if size else None
+
+    def owed(self, layers, size, counts):
+        """Nothing: rows that have left get their keys and values at once -> where layers are counted."""
+        return layers, counts
+
+    def pay(self, owed, layer, emit_kv):
+        """From here on rows that have left get nothing but their keys and values."""
+        self.left = True
+
+    def probed(self, probe):
+        """Take the product of a probe back, which the kernel that asks it computes -> its arguments there."""
+        self.made(probe)
+        made = self.retaken()
+        x, matrix = made["x"], made["matrix"]
+        if x.kind != "rmsnorm" or x.gain is not None or matrix.bits != 16 or matrix.weight.size(0) != 1:
+            raise NotWritten("a probe that is not one row of floats behind a norm without gains")
+        tile = dict(BC=min(self.depth.WIDE, max(32, 1 << (matrix.width - 1).bit_length())), num_warps=4)
+        return (x.x, matrix.weight, matrix.bias), (matrix.width, x.eps), tile
+
+    def leave(self, x, size, probe, threshold, out, depth, owed):
+        """See Program.leave."""
+        (probe, about, tile), (layers, counts) = self.probed(probe), owed
+        self.add(self.depth.leave_kernel, (self.rows,), (*probe, self.going, self.entered, counts, *about,
+                 threshold, depth, layers), dict(FIRST=self.live is None, **tile))
+        self.live = self.going
+
+    def halt(self, x, size, probe, total, layer, runs, epsilon, counts):
+        """See Program.halt."""
+        (probe, about, tile), kept, run = self.probed(probe), self.kv(layer), self.again
+        last, (_, rows, groups, length, width) = run + 1 == runs, kept.shape
+        if not run:
+            self.rest = self.empty(self.rows, dtype=torch.float32)
+        later = kept if last else self.kv(layer, run + 1)
+        self.add(self.depth.halt_kernel, (self.rows,), (
+            *probe, total.x, self.rest, self.outer, self.going, self.entered, counts, kept, later, self.start,
+            rows, *about, epsilon, 2 * groups, length, width, runs - 1 - run),
+            dict(FIRST=not run, LAST=last, BD=max(16, 1 << (width - 1).bit_length()), **tile))
+        self.live = self.going
+
+    def land(self, *skips):
+        """Nothing is skipped: launches in between find no row that goes on."""
+
+    def join(self, x=None, size=0, out=None, layers=0, owed=None):
+        """From here on all rows go on that there were before `enter` -> where they lie."""
+        self.live, self.left = self.outer, False
+        return x or out
+
+    def group(self, x, pool):
+        """See Program.group. The kernels up to `spread` stand at groups' numbers and run for rows whose
+        group is complete."""
+        s, C = pool.shape
+        states, groups, before = (self.empty(self.rows, *shape, C) for shape in ((s,), (), ()))
+        self.begins.append(lambda kept: states.copy_(kept.get("group", NOTHING)))
+        live, ends = self.empty(self.rows, dtype=torch.int32), torch.zeros_like(self.start)
+        tile = dict(EVERY=s, BC=min(self.depth.WIDE, max(32, 1 << (C - 1).bit_length())), num_warps=4)
+        self.add(self.depth.group_kernel, (self.rows,), (x.x, states, self.vector(pool), self.start, groups,
+                 before, live, ends, C), tile)
+        self.live, self.tokens, self.start = live, self.start, ends
+        return Plain(groups), before, None
+
+    def spread(self, groups, before, x, factors):
+        """See Program.spread."""
+        s, C = factors.shape
+        told = self.empty(self.rows, C)
+        self.begins.append(lambda kept: told.copy_(kept.get("said", NOTHING)[:, 0]))
+        tile = dict(EVERY=s, BC=min(self.depth.WIDE, max(32, 1 << (C - 1).bit_length())), num_warps=4)
+        self.add(self.depth.spread_kernel, (self.rows,), (groups.x, before, x.x, told, self.vector(factors),
+                 self.tokens, self.live, C), tile)
+        self.live, self.start = None, self.tokens
+        return x
 
     def logits(self, x, matrix, cap, copy=None):
         """The head in fp32, bounded by cap (0: not)."""
@@ -309,7 +444,7 @@ class Card:
 
     def draw(self):
         """The next ids, as `draw` of the decode engine's program; fine: are all largest logits finite?"""
-        d, (R, V), tiles = self.draws, self.answer.shape, self.k.draw_tiles(self.answer.size(1))
+        d, (R, V), tiles = self.draws, self.answer.shape, self.ids_of.draw_tiles(self.answer.size(1))
         greedy, device = d.temperature == 0 or d.top_k == 1, self.start.device
         top_k = 0 < d.top_k < V and not greedy
         self.fine = torch.ones(1, dtype=torch.int32, device=device)
@@ -318,11 +453,11 @@ class Card:
         ids, about = (self.empty(R, n, dtype=torch.int32) for n in (V, 2))
         most, tops = (self.empty(R, n, dtype=torch.float32) for n in (1, -(-V // tiles[0]["CHUNK"])))
         sizes = V, self.history.stride(0), self.seen.stride(0)
-        self.add(self.k.sift_kernel, (R,), (self.answer, *row, self.fine, room, some, ids, tops, most, about,
-                 *sizes, float(d.temperature), d.top_k, float(d.penalty)),
-                 dict(GREEDY=greedy, TOP_K=top_k, **tiles[0]))
+        self.add(self.ids_of.sift_kernel, (R,), (
+                 self.answer, *row, self.fine, room, some, ids, tops, most, about, *sizes,
+                 float(d.temperature), d.top_k, float(d.penalty)), dict(GREEDY=greedy, TOP_K=top_k, **tiles[0]))
         if not greedy:
-            self.add(self.k.draw_kernel, (R,), (*row, some if top_k else room, ids, most, about,
+            self.add(self.ids_of.draw_kernel, (R,), (*row, some if top_k else room, ids, most, about,
                      torch.tensor([d.key], device=device), *sizes, float(d.top_p), float(d.min_p)),
                      dict(TOP_K=top_k, TOP_P=d.top_p < 1, **tiles[1]))
 

@@ -276,7 +276,10 @@ class Step:
         """Of the tokens at columns ends - 1 of history: logits (B, ids) if the card makes them, else states
         (B, C)."""
         self.start.copy_(torch.tensor(ends) - 1)
-        return self.replay()
+        answer = self.replay()
+        if self.card and self.card.counters:
+            self.card.tell()
+        return answer
 
     def advance(self, ends, steps):
         """So many steps, the first of the tokens at columns ends - 1, each of the ids that the one before has
@@ -286,10 +289,13 @@ class Step:
         for _ in range(steps):
             self.replay()
         self.card.fine.item() or damaged()
+        self.card.tell()
         columns = column(ends, self.start.device) + torch.arange(steps, device=self.start.device)
         return self.history.gather(1, columns)
 
     def replay(self):
+        if not self.calls and self.card:
+            self.card.begin()
         self.calls += 1
         if self.calls == self.EAGER and self.start.is_cuda:
             self.record()

@@ -2,7 +2,8 @@
 
 Every sum is in fp32, in an order that the shapes alone decide: a step gives the same bits each time. What a
 prompt would store in the stream's dtype is rounded to it here too. ROWS is the number of rows, rounded up to
-a power of 2. Tensors that a kernel does not use are None, and no code is made for them.
+a power of 2. Tensors that a kernel does not use are None, and no code is made for them. live (rows,): for
+rows at 0 nothing is stored, and where all are, nothing is read (kernels/triton_depth.py).
 """
 import triton
 import triton.language as tl
@@ -227,8 +228,9 @@ def open_groups(scores, picked, inhibits, balance, like, M, k, CHOICE: tl.conste
                 SOME: tl.constexpr):
     """The gates of M groups (BLOCK or fewer), zero but for k of them, of equal ones the first. columns: those
     whose score less what the others inhibit it by, plus balance, is largest open by the sigmoid of the
-    former. experts: those with the largest shares by softmax, made to sum to 1. Groups meet SOME others at a
-    time, which lie in scores and then in picked."""
+    former. experts: those with the largest shares by softmax, made to sum to 1. branches: those with the
+    largest sigmoids, of which but the first must be a half or more. Groups meet SOME others at a time, which
+    lie in scores and then in picked."""
     m = tl.arange(0, BLOCK)
     s = tl.load(scores + m, mask=m < M, other=-float("inf")).to(tl.float32)
     if CHOICE == "columns":
@@ -240,6 +242,9 @@ def open_groups(scores, picked, inhibits, balance, like, M, k, CHOICE: tl.conste
             s -= tl.sum(by * tl.where(active < 0.0, 0.0, active)[None, :], axis=1)
         rank = s + tl.load(balance + m, mask=m < M, other=0.0).to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-s))
+    elif CHOICE == "branches":
+        gate = 1.0 / (1.0 + tl.exp(-s))
+        rank = gate
     else:
         gate = tl.exp(s - tl.max(s, axis=0))
         gate = gate / tl.sum(gate, axis=0)
@@ -253,6 +258,8 @@ def open_groups(scores, picked, inhibits, balance, like, M, k, CHOICE: tl.conste
         before = (theirs > key[:, None]) | ((theirs == key[:, None]) & (other[None, :] < m[:, None]))
         ahead += tl.sum(before.to(tl.int32), axis=1)
     chosen = (ahead < k) & (m < M)
+    if CHOICE == "branches":
+        chosen = chosen & ((gate >= 0.5) | (ahead == 0))
     if CHOICE == "experts":
         gate = gate / tl.sum(tl.where(chosen, gate, 0.0), axis=0)
     tl.debug_barrier()
@@ -318,7 +325,7 @@ def picked_sums(weight, scale, row, first, here, stride, y, ROWS: tl.constexpr, 
 @triton.jit
 def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
                    router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits, eps, cap,
-                   width, copy_stride, edge, M, best, INPUT: tl.constexpr, ACT: tl.constexpr,
+                   width, copy_stride, edge, M, best, live, always, INPUT: tl.constexpr, ACT: tl.constexpr,
                    GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, COPY: tl.constexpr,
                    ROUTE: tl.constexpr, CHOICE: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr,
                    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
@@ -333,6 +340,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
     multiplied by the gate of its group, zero: not wanted; ALIKE: no more than that. COPY: a copy of W in so
     many bits says, plus bias, by a score above `edge`, or one that is not a number, which outputs are wanted.
+    Outputs from `always` on are stored for rows that are not live too.
 
     The program that arrives last goes on with what takes all outputs. ROUTE: the norm of out, by this name,
     with gain and shift, times a router (M, N), to scores. CHOICE: keep the `best` largest outputs, or open
@@ -341,6 +349,11 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     n = tl.program_id(0) * BN + tl.arange(0, BN)[None, :, None]
     r2, n2 = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
     at, here = r2 * N + n2, (r2 < R) & (n2 < N)
+    if live is not None:
+        alive = tl.load(live + r2, mask=r2 < R, other=0) != 0
+        if (tl.max(alive.to(tl.int32)) == 0) & ((tl.program_id(0) + 1) * BN <= always):
+            return
+        here = here & (alive | (n2 >= always))
     row, end = tl.minimum(n, N - 1), K
     wanted, gate = n < N, tl.full((ROWS, BN), 1.0, tl.float32)
     if gates is not None:
@@ -438,7 +451,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
             if CHOICE == "choose":
                 for b in range(R):
                     keep_largest(scores + b * M, picked + b * M, M, best, False, BLOCK)
-            if CHOICE == "columns" or CHOICE == "experts":
+            if CHOICE == "columns" or CHOICE == "experts" or CHOICE == "branches":
                 for b in range(R):
                     open_groups(scores + b * M, picked + b * M, inhibits, balance, like, M, best, CHOICE,
                                 BLOCK, min(BLOCK, 8))
@@ -467,19 +480,29 @@ def head_of(at, cos, sin, column, eps, like, D: tl.constexpr, BD: tl.constexpr, 
 
 
 @triton.jit
-def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, G, size, eps, scale,
-                  NORM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+def attend_kernel(queries, kv, cos, sin, gain, kept, start, parts, marks, gates, R, H, G, size, stride,
+                  kv_stride, branch, eps, scale, live, NORM: tl.constexpr, LEFT: tl.constexpr,
+                  D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
     """One query of each row and head over a share of the columns that its cache (2, R, G, size, D) holds,
     column c in place c % size; H / G neighbours share a head of keys and values, and of those the first one's
     program whose share the new column is in writes it. Leaves sums of values in parts (splits, R, H, D), the
-    largest score and the sum of weights in marks (2, splits, R, H)."""
+    largest score and the sum of weights in marks (2, splits, R, H). LEFT: rows that are not live have left:
+    their keys and values are written all the same, and those of heads whose group of `branch` numbers has a
+    gate at zero, gates (R, H D / branch). queries, kv: rows `stride` and kv_stride apart."""
     b, h, s, splits = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1), tl.num_programs(1)
+    alive = True
+    if live is not None:
+        alive = tl.load(live + b) != 0
+        if not LEFT:
+            if not alive:
+                return
+    if gates is not None:
+        alive = alive & (tl.load(gates + b * (H * D // branch) + h * D // branch) != 0)
     d, inner, g = tl.arange(0, BD), tl.arange(0, BD) < D, h // (H // G)
     column = tl.load(start + b).to(tl.int32)
     place, seen = column % size, tl.minimum(column + 1, size)
-    row = qkv + b * (H + 2 * G) * D
-    own = row + (H + g) * D
-    q = head_of(row + h * D, cos, sin, column, eps, kept, D, BD, NORM)
+    own = kv + b * kv_stride + g * D
+    q = head_of(queries + b * stride + h * D, cos, sin, column, eps, kept, D, BD, NORM)
     k = head_of(own, cos, sin, column, eps, kept, D, BD, NORM)
     v = tl.load(own + G * D + d, mask=inner, other=0.0).to(tl.float32)
     if gain is not None:
@@ -491,7 +514,7 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, G, size,
     end = tl.minimum(begin + share, seen)
     high, total = -float("inf"), 0.0
     y = tl.zeros((BD,), tl.float32)
-    for first in range(begin, end, BS):
+    for first in range(begin, tl.where(alive, end, begin), BS):
         at = first + tl.arange(0, BS)
         new = (at == place)[:, None]
         known = ((at < end) & (at != place))[:, None] & inner[None, :]
@@ -515,12 +538,35 @@ def attend_kernel(qkv, cos, sin, gain, kept, start, parts, marks, R, H, G, size,
     tl.store(marks + splits * R * H + mark, total)
 
 
+@triton.jit
+def input_kernel(x, marks, gain, shift, gates, y, R, K, splits, eps, branch, best, INPUT: tl.constexpr,
+                 ACT: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr, BC: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    """y (R, K) is what a product with this INPUT would multiply; after ACT; times the gate of its group of
+    `branch` numbers, gates (R, K / branch), where that is not zero; KEEP: its `best` largest alone."""
+    b = tl.program_id(0)
+    r = b + tl.zeros((1, 1, 1), tl.int32)
+    mean, by = 0.0, 1.0
+    if INPUT == "layernorm" or INPUT == "rmsnorm":
+        mean, by = statistics(x, r, R, K, K, eps, INPUT == "layernorm", 1, BC)
+    for first in range(0, K, BC):
+        k = first + tl.arange(0, BC)[None, None, :]
+        v = activate(input_of(x, marks, gain, shift, mean, by, y, r, k, R, K, splits, INPUT, D), y, ACT)
+        if gates is not None:
+            gate = tl.load(gates + b * (K // branch) + k // branch, mask=k < K, other=0.0).to(tl.float32)
+            v = tl.where(gate != 0.0, rounded(v * gate, y), 0.0)
+        tl.store(y + b * K + k, v.to(y.dtype.element_ty), mask=k < K)
+    if KEEP:
+        tl.debug_barrier()
+        keep_largest(y + b * K, None, K, best, True, BLOCK)
+
+
 # ------------------------------------------------ rows of units -------------------------------------------
 
 
 @triton.jit
 def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived, R, N, C, stride, share,
-                winners, ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+                winners, live, ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                 BU: tl.constexpr, BC: tl.constexpr):
     """out[r] = the sum of a[r, n] weight[n] over the N units, times across, plus bias and onto. edges: a
     counts as zero unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a|
@@ -530,10 +576,15 @@ def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived
     s, shares = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, ROWS)[:, None, None]
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, None, :]
+    alive = r < R
+    if live is not None:
+        alive = tl.load(live + r, mask=r < R, other=0) != 0
+        if tl.max(alive.to(tl.int32)) == 0:
+            return
     sums = tl.zeros((ROWS, BU, BC), tl.float32)
     for first in range(s * share, (s + 1) * share, BU):
         n = first + tl.arange(0, BU)[None, :, None]
-        by = tl.load(a + r * N + n, mask=(r < R) & (n < N), other=0.0).to(tl.float32)
+        by = tl.load(a + r * N + n, mask=alive & (n < N), other=0.0).to(tl.float32)
         if edges is not None:                    # NaN stays NaN
             by = tl.where(tl.abs(by) > tl.load(edges + n, mask=n < N, other=0.0), by, by * 0.0)
         if GROUP > 0:
@@ -543,12 +594,12 @@ def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived
                 other = keys(a, at - n % GROUP + j, R * N, True)
                 ahead += ((other > mine) | ((other == mine) & (j < n % GROUP))).to(tl.int32)
             by = tl.where(ahead < winners, by, 0.0)
-        live = n < N
+        wanted = n < N
         if not ALL:
-            live = live & (tl.max((by != 0.0).to(tl.int32), axis=0)[None, :, :] > 0)
+            wanted = wanted & (tl.max((by != 0.0).to(tl.int32), axis=0)[None, :, :] > 0)
         if BITS == 8:
-            by *= tl.load(scale + 2 * n, mask=live, other=0.0)
-        sums += by * numbers(weight, scale, n, c, live & (c < C), C, stride, BITS)
+            by *= tl.load(scale + 2 * n, mask=wanted, other=0.0)
+        sums += by * numbers(weight, scale, n, c, wanted & (c < C), C, stride, BITS)
     r, c = tl.arange(0, ROWS)[:, None], tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     at, here = r * C + c, (r < R) & (c < C)
     tl.store(parts + s * R * C + at, tl.sum(sums, axis=1), mask=here)
@@ -563,143 +614,9 @@ def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived
         y = rounded(y, out)
         if onto is not None:
             y += tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
+        if live is not None:
+            here = here & (tl.load(live + r, mask=r < R, other=0) != 0)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
-
-
-# ------------------------------------------------ the next id --------------------------------------------
-
-
-@triton.jit
-def mass(x, at, n, most):
-    """exp(x - most) of the numbers `at` of n, as step.c has it: what is 87 or more below is 0."""
-    y = tl.load(x + at, mask=at < n, other=-float("inf")) - most
-    return tl.where(y < -87.0, 0.0, tl.exp(y))
-
-
-@triton.jit
-def mass_from(x, n, most, edge, BLOCK: tl.constexpr):
-    """The mass of those of n numbers x whose order is `edge` or more."""
-    total = 0.0
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        reaches = keys(x, at, n, False) >= edge
-        total += tl.sum(tl.where(reaches, mass(x, at, n, most), 0.0), axis=0)
-    return total
-
-
-@triton.jit
-def take(history, start, seen, b, last, V, length, seen_stride):
-    """Row b goes on with the id `last`."""
-    column = tl.load(start + b) + 1
-    last = tl.minimum(last, V - 1)
-    tl.store(history + b * length + column, last.to(tl.int64))
-    tl.store(start + b, column)
-    if seen is not None:
-        tl.store(seen + b * seen_stride + last, 1)
-
-
-@triton.jit
-def sift_kernel(logits, history, start, seen, fine, room, some, ids, tops, most_of, about, V, length,
-                seen_stride, temperature, top_k, penalty, GREEDY: tl.constexpr, TOP_K: tl.constexpr,
-                BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Logits (R, V) of a program's row, penalised where they are `seen` (R, seen_stride): GREEDY: the first
-    of the largest is taken, and no draw_kernel follows. Else they are put to `room` by temperature, their
-    largest to most_of (R,); with TOP_K those that may be among the k largest to `some`, and their ids:
-    no smaller than the k-th of the largest of each CHUNK (tops). about (R, 2): how many, and the order of the
-    smallest that stays. fine: 0 once a row's largest logit was not finite."""
-    b = tl.program_id(0)
-    t, most, wrong = room + b * V, tl.full((), -float("inf"), tl.float32), 0
-    for first in range(0, V, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        y = tl.load(logits + b * V + at, mask=at < V, other=-float("inf"))
-        wrong += tl.sum((y != y).to(tl.int32), axis=0)
-        if seen is not None:
-            old = tl.load(seen + b * seen_stride + at, mask=at < V, other=0) != 0
-            y = tl.where(old, tl.where(y > 0.0, y / penalty, y * penalty), y)
-        if not GREEDY:
-            y = y / temperature
-        tl.store(t + at, y, mask=at < V)
-        high = tl.max(tl.reshape(y, (BLOCK // CHUNK, CHUNK)), axis=1)
-        most = tl.maximum(most, tl.max(high, axis=0))
-        if TOP_K:
-            chunk = first // CHUNK + tl.arange(0, BLOCK // CHUNK)
-            tl.store(tops + b * tl.cdiv(V, CHUNK) + chunk, high, mask=chunk * CHUNK < V)
-    if (wrong > 0) | (most != most) | (tl.abs(most) == float("inf")):
-        tl.store(fine, 0)
-    tl.debug_barrier()
-    if GREEDY:
-        last = V
-        for first in range(0, V, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            y = tl.load(t + at, mask=at < V, other=-float("inf"))
-            last = tl.minimum(last, tl.min(tl.where((y == most) & (at < V), at, V), axis=0))
-        take(history, start, seen, b, last, V, length, seen_stride)
-    else:
-        n, edge = V, tl.zeros((), tl.uint32)
-        if TOP_K:
-            bound = kth(tops + b * tl.cdiv(V, CHUNK), tl.cdiv(V, CHUNK), top_k, False, BLOCK // CHUNK)
-            n = 0
-            for first in range(0, V, BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                stays = (keys(t, at, V, False) >= bound) & (at < V)
-                place = b * V + n + tl.cumsum(stays.to(tl.int32), axis=0) - 1
-                tl.store(some + place, tl.load(t + at, mask=stays), mask=stays)
-                tl.store(ids + place, at, mask=stays)
-                n += tl.sum(stays.to(tl.int32), axis=0)
-            tl.debug_barrier()
-            edge = kth(some + b * V, n, top_k, False, BLOCK)     # ties of the k-th stay
-        tl.store(most_of + b, most)
-        tl.store(about + 2 * b, n)
-        tl.store(about + 2 * b + 1, edge.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def draw_kernel(history, start, seen, some, ids, most_of, about, key, V, length, seen_stride, top_p, min_p,
-                TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
-    """The id behind the token at column start[b] of row b, as choose_id of step.c draws it by the stream's
-    key from what sift_kernel has left: written to history and noted in `seen`, and start moves on."""
-    b = tl.program_id(0)
-    t, most, n = some + b * V, tl.load(most_of + b), tl.load(about + 2 * b)
-    edge, ties = tl.load(about + 2 * b + 1).to(tl.uint32, bitcast=True), V
-    if TOP_P:
-        wanted = top_p * mass_from(t, n, most, edge, BLOCK)
-        low, edge, bit = edge, tl.zeros((), tl.uint32), tl.full((), 2147483648, tl.uint32)
-        for _ in range(32):
-            reach = mass_from(t, n, most, tl.maximum(edge | bit, low), BLOCK)
-            edge = tl.where(reach >= wanted, edge | bit, edge)
-            bit = bit >> 1
-        edge = tl.maximum(edge, low)
-        bits = tl.where(edge >= 2147483648, edge ^ 2147483648, edge ^ 4294967295)
-        each = tl.exp(bits.to(tl.float32, bitcast=True) - most)           # of the equals at the edge
-        above = mass_from(t, n, most, edge + 1, BLOCK)
-        ties = tl.maximum(1, tl.ceil((wanted - above) / each).to(tl.int32))
-    total = tl.zeros((), tl.float64)
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        rising, e = keys(t, at, n, False), mass(t, at, n, most)
-        equal = (rising == edge).to(tl.int32)
-        stays = (rising > edge) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= ties))
-        ties -= tl.sum(equal, axis=0)
-        e = tl.where(stays & (e >= min_p), e, 0.0)
-        total += tl.sum(e, axis=0).to(tl.float64)
-        tl.store(t + at, e, mask=at < n)
-    tl.debug_barrier()
-    column = tl.load(start + b) + 1
-    high, low_word, _, _ = tl.philox(tl.load(key), column.to(tl.uint32), (column >> 32).to(tl.uint32),
-                                     b.to(tl.uint32), 0)
-    u = (high.to(tl.uint64) << 21 | (low_word >> 11).to(tl.uint64)).to(tl.float64) * 2.0 ** -53
-    want, before, last, end = u * total, tl.zeros((), tl.float64), V, 0
-    for first in range(0, n, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        e = tl.load(t + at, mask=at < n, other=0.0)
-        reached = (before + tl.cumsum(e, axis=0).to(tl.float64) > want) & (e > 0.0)
-        last = tl.minimum(last, tl.min(tl.where(reached, at, V), axis=0))
-        end = tl.maximum(end, tl.max(tl.where(e > 0.0, at, 0), axis=0))
-        before += tl.sum(e, axis=0).to(tl.float64)
-    last = tl.minimum(last, end)                                 # sums that rounded
-    if TOP_K:
-        last = tl.load(ids + b * V + last)
-    take(history, start, seen, b, last, V, length, seen_stride)
 
 
 # ------------------------------------------------ shapes --------------------------------------------------
@@ -733,13 +650,6 @@ def choice_tile(rows, K, count):
                 BLOCK=min(2048, triton.next_power_of_2(max(1, count))))
 
 
-def draw_tiles(V):
-    """Tiles of sift_kernel and of draw_kernel over V ids."""
-    BLOCK = min(4096, max(64, triton.next_power_of_2(V)))
-    return (dict(BLOCK=BLOCK, CHUNK=min(64, BLOCK // 16), num_warps=16 if BLOCK > 1024 else 4),
-            dict(BLOCK=min(2048, BLOCK), num_warps=8 if BLOCK > 1024 else 4))
-
-
 def down_tile(rows, N, C, processors):
     """Tile of down_kernel, its columns and shares, and units of a share."""
     tile = DOWNS[rows]
@@ -747,6 +657,12 @@ def down_tile(rows, N, C, processors):
     shares = max(1, min(triton.cdiv(N, tile["BU"]), 4 * processors // columns, 32))
     share = triton.cdiv(triton.cdiv(N, shares), tile["BU"]) * tile["BU"]
     return dict(ROWS=rows, **tile, num_warps=4), columns, triton.cdiv(N, share), share
+
+
+def input_tile(K):
+    """Tile of input_kernel."""
+    return dict(BC=min(1024, max(32, triton.next_power_of_2(K))), num_warps=4,
+                BLOCK=min(2048, max(32, triton.next_power_of_2(K))))
 
 
 def attend_tile(D):

@@ -27,6 +27,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 kernels = importlib.import_module("kernels.triton_kernels")
 steps = importlib.import_module("kernels.triton_step")
+depth = importlib.import_module("kernels.triton_depth")
+ids_of = importlib.import_module("kernels.triton_draw")
 warnings.filterwarnings("ignore", category=UserWarning, module="triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -40,7 +42,9 @@ EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "
             "down_kernel": "FFMA", "largest_kernel": "SETP", "step product_kernel": "FFMA",
             "step attend_kernel": "FFMA", "step down_kernel": "FFMA",
             "step embed_kernel": "FADD|FFMA|HADD|HFMA", "step draw_kernel": "SETP",
-            "step sift_kernel": "SETP"}
+            "step sift_kernel": "SETP", "step leave_kernel": "FFMA", "step halt_kernel": "FFMA",
+            "step input_kernel": "FMUL|FFMA", "step group_kernel": "FADD|FFMA|HADD|HFMA",
+            "step spread_kernel": "FADD|FFMA|HADD|HFMA"}
 WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
 
 
@@ -79,8 +83,13 @@ CHOOSING = {
                     M="i32"),
     "experts": dict(INPUT="join", CHOICE="experts", ROUTE="rmsnorm", arrived="*i32", best="i32",
                     picked="*fp32", router="*bf16", scores="*bf16", M="i32"),
+    "branches": dict(INPUT="layernorm", CHOICE="branches", arrived="*i32", best="i32", picked="*fp32",
+                     scores="*bf16", M="i32"),
     "alike": dict(INPUT="rmsnorm", gates="*bf16", width=1, ALIKE=True),
     "events": dict(INPUT="rmsnorm", edges="*fp32"), "osc": dict(INPUT="layernorm", waves="*bf16")}
+
+
+GROUPS = "columns", "experts", "branches"
 
 
 def some_choosing():
@@ -88,13 +97,13 @@ def some_choosing():
     return [(bits, rows, (name, CHOOSING[name])) for bits, rows, name in (
         (16, 1, "screen"), (8, 8, "screen"), (16, 8, "screen in 8"), (16, 1, "gates"), (16, 8, "columns"),
         (16, 1, "experts"), (16, 8, "largest"), (4, 8, "choose"), (16, 1, "alike"), (16, 8, "events"),
-        (16, 1, "osc"))]
+        (16, 1, "osc"), (16, 1, "branches"))]
 
 
 def of_choice(rows, absent):
     """Constants of a product that chooses nothing, or of `rows` rows: a size of 1 is a constant to Triton."""
     nothing = ("gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
-               "waves", "edges", "width", "copy_stride", "edge", "M", "best")
+               "waves", "edges", "width", "copy_stride", "edge", "M", "best", "live", "always")
     return dict.fromkeys((*nothing, *absent)) | dict(
         COPY=0, ROUTE="", CHOICE="", ALIKE=False, BM=1, BT=1, BLOCK=1) | (dict(R=1) if rows == 1 else {})
 
@@ -123,7 +132,7 @@ def jobs_of_a_step(every=False):
                 tile = steps.product_tile(rows, 10 ** 6, 4096, name == "largest", True, 1)
                 act = "relu2" if kind == "layernorm" else "none"
                 form = dict(ACT=act, GATED=False, D=64, BITS=bits) | form
-                choice = steps.choice_tile(rows, 768, 64 if name in ("columns", "experts") else 4096)
+                choice = steps.choice_tile(rows, 768, 64 if name in GROUPS else 4096)
                 absent = ("cap",) if kind == "join" else ("cap", "marks")
                 yield "step product_kernel", arch, half, of_choice(rows, absent) | choice | form, tile
             for rows, bits in itertools.product((1, 2, 4, 8), (16, 8, 4)) if every else (
@@ -131,37 +140,69 @@ def jobs_of_a_step(every=False):
                 for everything, group in ((False, 0), (True, 0), (False, 4))[:1 + 2 * every]:
                     form = dict(ALL=everything, BITS=bits, GROUP=group) | (
                         dict(R=1, edges=None) if rows == 1 else {}) | ({} if bits < 16 else dict(across=None))
+                    form |= dict(live=None) if bits < 16 else {}
                     yield "step down_kernel", arch, half, form, steps.down_tile(rows, 3072, 768, 132)[0]
             for width in (64, 32, 128) if every else (64,):
                 for one in ({}, dict(R=1, H=1, G=1))[:1 + every]:
-                    yield "step attend_kernel", arch, half, dict(NORM=True) | one, steps.attend_tile(width)
+                    for live in (dict(LEFT=False, live=None, gates=None, branch=None),
+                                 dict(LEFT=True, gates="*fp32"))[:1 if one else 2]:
+                        yield ("step attend_kernel", arch, half, dict(NORM=True) | one | live,
+                               steps.attend_tile(width))
             for vocabulary, many in ((50304, True), (31, True), (50304, False))[:1 + 2 * every] if (
                     half == "bf16") else ():
-                tile, tile_of_draw = steps.draw_tiles(vocabulary)
+                tile, tile_of_draw = ids_of.draw_tiles(vocabulary)
                 for form in (dict(GREEDY=False, TOP_K=many), dict(GREEDY=True, TOP_K=False, seen=None)):
                     yield "step sift_kernel", arch, half, form, tile
                 for top_p in (True, False)[:1 + every]:
                     form = dict(TOP_K=many, TOP_P=top_p) | (dict(seen=None) if many else {})
                     yield "step draw_kernel", arch, half, form, tile_of_draw
+            yield from jobs_of_depth(arch, half, every)
             for bits in (16, 8, 4) if every else (16,):
                 for form in (dict(ORDER=0, ngrams=None, buckets=1), dict(ORDER=3)):
                     yield "step embed_kernel", arch, half, dict(BC=1024, BITS=bits) | form, dict(num_warps=4)
 
 
+def jobs_of_depth(arch, half, every):
+    """Kernels by which tokens part ways, and a product between them."""
+    for kind, act, rows in (("layernorm", "gelu", 1), ("join", "none", 8)):
+        form = dict(INPUT=kind, ACT=act, GATED=False, D=64, BITS=16) | of_choice(rows, (
+            "cap", *(("gain", "shift") if kind == "join" else ("marks",))))
+        form = {key: value for key, value in form.items() if key not in ("live", "always")}
+        yield "step product_kernel", arch, half, form, steps.product_tile(rows, 10 ** 6, 4096, False,
+                                                                          kind == "join", 1)
+    for kind, act, absent in (("join", "gelu", ()), ("rmsnorm", "none", ("gates", "branch", "shift"))):
+        form = dict(INPUT=kind, ACT=act, KEEP=kind != "join", D=64, best="i32") | dict.fromkeys(absent)
+        form |= dict.fromkeys(("gain", "shift")) | dict(gates="*fp32") if kind == "join" else dict(marks=None)
+        yield "step input_kernel", arch, half, form, steps.input_tile(768)
+    tile = dict(num_warps=4)
+    for first in (True, False):
+        yield "step leave_kernel", arch, half, dict(FIRST=first, BC=1024), tile
+        for last in (False, True)[:1 + every]:
+            form = dict(FIRST=first, LAST=last, BC=1024, BD=64) | dict(outer=None)
+            yield "step halt_kernel", arch, half, form, tile
+    yield "step halt_kernel", arch, half, dict(FIRST=True, LAST=False, BC=1024, BD=32), tile
+    for each in (2, 4, 16)[:1 + 2 * every]:
+        for name in ("group", "spread"):
+            yield f"step {name}_kernel", arch, half, dict(EVERY=each, BC=1024), tile
+
+
 SIZES = ("M", "N", "K", "C", "n", "k", "words", "chosen", "share", "R", "H", "G", "buckets", "size", "splits",
-         "length", "stride", "winners", "V", "seen_stride", "top_k")
+         "length", "stride", "winners", "V", "seen_stride", "top_k", "always", "depth", "most", "cells", "D",
+         "count", "branch", "kv_stride")
 POINTERS = dict(values="*i32", meta="*i32", fragments="*i32", places="*i32", groups="*i64", parts="*fp32")
 STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="*fp32", across="*fp32",
             eps="fp32", scale="fp32", logits="*fp32", seen="*u8", fine="*i32", room="*fp32", some="*fp32",
             ids="*i32", tops="*fp32", most_of="*fp32", about="*i32", key="*i64", temperature="fp32",
-            top_p="fp32", min_p="fp32", penalty="fp32")
+            top_p="fp32", min_p="fp32", penalty="fp32", live="*i32", outer="*i32", tokens="*i64",
+            layers="*i64", runs="*i64", left="*fp32", ends="*i64", threshold="fp32", epsilon="fp32")
 TYPES = "*fp32", "*bf16", "*u8", "*i8", "*i16", "*i32", "i32", "fp32"
 WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16"), 5: ("*u8", "*i16")}     # weights and scales of so many bits
 INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
 
 
 def kernel_of(name):
-    return getattr(steps if name.startswith("step ") else kernels, name.split()[-1])
+    homes = (steps, depth, ids_of) if name.startswith("step ") else (kernels,)
+    return next(getattr(home, name.split()[-1]) for home in homes if hasattr(home, name.split()[-1]))
 
 
 def types_of(name, half):

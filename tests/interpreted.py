@@ -21,6 +21,7 @@ def by_default():
 
 if find_spec("triton"):
     with by_default():
-        importlib.import_module("kernels.triton_step")
+        for name in ("step", "depth", "draw"):
+            importlib.import_module(f"kernels.triton_{name}")
         with contextlib.suppress(ImportError):   # torch imports it late, and it refuses functions made here
             importlib.import_module("triton.experimental.gluon.language")
