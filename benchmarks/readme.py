@@ -363,6 +363,20 @@ def paper_rows(record):
         yield f"{name} | {(p['weight_bytes'] + p['kv_bytes']) / 1e6:,.0f} | {rates} | {lose}"
 
 
+def launch_rows(record):
+    """Kernels that a card launches for a decode step."""
+    for name, p in record["points"].items():
+        yield f"{name} | " + " | ".join(
+            f"{p[f'{side}_layer']:g} | {p[f'{side}_outside']:g}" if f"{side}_layer" in p else f"{p[side]} |"
+            for side in ("before", "after"))
+
+
+def predicted_rows(record):
+    """What bytes and launches would take."""
+    for target, what, value, unit in record["predictions"]:
+        yield f"{target}: {what} | " + (f"{value:.2f} {unit}" if unit else "")
+
+
 def figure(s):
     """A median in four digits, thousands apart."""
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
@@ -403,6 +417,10 @@ TABLES = (
     ("weights of 63 M | val loss | nats to dense | % | bytes", ("quantize",), quantized_rows),
     ("arithmetic, not a measurement | MB a token | this CPU, tokens/s | RTX 3090 | RTX 4090 | H100 "
      "| what it may lose, nats", ("scaling",), paper_rows),
+    ("a decode step on a card | forward's ops a layer | outside | kernels a layer | outside", ("launches",),
+     launch_rows),
+    ("arithmetic, not a measurement: bytes at 4 TB/s, 3 us a launch | predicted", ("launches",),
+     predicted_rows),
     ("injected | held | seconds", ("faults",), fault_rows),
     ("the suite on | passed | skipped | failed | minutes", ("suite",), suite_rows),
     (f"bits per byte | bytes | {' | '.join(ARCHIVERS)} | s, there and back", ("compress",), compression_rows),
@@ -422,6 +440,7 @@ BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, senten
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
 BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) for name, record in (
     ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
+BLOCKS["launches"] = partial(mechanism, pages.Page((), {"launches_paper.json": ".*"}))
 BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {name: ".*" for name in (
     pages.RETROFITS, pages.RETROFITS_OF_ONE_SEED, "retrofit_pylib_longer_cpu.json")}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))

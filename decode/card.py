@@ -455,7 +455,8 @@ class Card:
         sizes = V, self.history.stride(0), self.seen.stride(0)
         self.add(self.ids_of.sift_kernel, (R,), (
                  self.answer, *row, self.fine, room, some, ids, tops, most, about, *sizes,
-                 float(d.temperature), d.top_k, float(d.penalty)), dict(GREEDY=greedy, TOP_K=top_k, **tiles[0]))
+                 float(d.temperature), d.top_k, float(d.penalty)),
+                 dict(GREEDY=greedy, TOP_K=top_k, **tiles[0]))
         if not greedy:
             self.add(self.ids_of.draw_kernel, (R,), (*row, some if top_k else room, ids, most, about,
                      torch.tensor([d.key], device=device), *sizes, float(d.top_p), float(d.min_p)),
