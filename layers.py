@@ -129,7 +129,7 @@ class TwoOfFour(Linear):
         whole rows."""
         if self.weight.grad is not None:
             weight, grad = (getattr(t, "to_local", lambda: t)() for t in (self.weight, self.weight.grad))
-            grad.add_(self.pull * (weight * ~kernels.two_of_four(weight.abs())))
+            grad.add_(weight - kernels.prune_24(weight), alpha=self.pull)
 
 
 class Pruned(torch.autograd.Function):
