@@ -29,6 +29,7 @@ from viz.figures import drawing, name_points, pyplot
 
 TIMED = 8                                        # points whose decode steps are timed, at most
 NOTABLE = 0.99                                   # of the bytes, that a point may read at most
+NEAR = 1.1                                       # times the bytes of a better point: it may still be faster
 STEPS, FEWEST = 60, 20                           # iterations of a retrofit that are wanted, at the least
 BESIDE, BEGIN = 1.5, 10                          # of a step: times a forward and backward; of a run: seconds
 
@@ -335,10 +336,11 @@ class Search:
     # ---------------------------------------------- the front -------------------------------------------
 
     def front(self):
-        """Points that no other beats in bytes and loss, behind the dense model, from many bytes to few."""
+        """Points that no other beats in loss with fewer bytes by NEAR, behind the dense model, from many bytes
+        to few."""
         points = [(cost_of(self.lab.known(t)), self.best_known(t).share, t) for t in self.passed]
         best = [t for cost, share, t in points if share <= self.cfg.max_loss and not any(
-            c <= cost and s <= share and (c, s) != (cost, share) for c, s, _ in points)]
+            NEAR * c <= cost and s <= share for c, s, _ in points)]
         best.sort(key=lambda trial: -cost_of(self.lab.known(trial)))
         return [Trial(), *best[-TIMED + 1:]]
 
