@@ -30,6 +30,7 @@ from viz.figures import drawing, name_points, pyplot
 TIMED = 8                                        # points whose decode steps are timed, at most
 NOTABLE = 0.99                                   # of the bytes, that a point may read at most
 NEAR = 1.1                                       # times the bytes of a better point: it may still be faster
+IN_8_BITS = Trial(bits=(8, 8, 8))
 STEPS, FEWEST = 60, 20                           # iterations of a retrofit that are wanted, at the least
 BESIDE, BEGIN = 1.5, 10                          # of a step: times a forward and backward; of a run: seconds
 
@@ -342,7 +343,9 @@ class Search:
         best = [t for cost, share, t in points if share <= self.cfg.max_loss and not any(
             NEAR * c <= cost and s <= share for c, s, _ in points)]
         best.sort(key=lambda trial: -cost_of(self.lab.known(trial)))
-        return [Trial(), *best[-TIMED + 1:]]
+        rival = [trial for trial in best if trial == IN_8_BITS]          # stays, as the dense model does
+        some = [trial for trial in best if trial not in rival][-TIMED + 1 + len(rival):]
+        return [Trial(), *(trial for trial in best if trial in rival + some)]
 
     def best_known(self, trial):
         """A trial's loss beside the dense model's: on other windows, where that is known -> Found."""

@@ -320,15 +320,21 @@ class Card:
         """See Program.attend; the product that reads it joins the splits."""
         if alone:
             raise NotWritten("keys and values alone")
-        if self.left:                            # whose keys and values are what they left with
-            self.made(qkv)
-            self.product(**self.retaken() | dict(always=heads * width))
+        self.for_the_left(qkv, heads * width)
         return self.attended(qkv.x, qkv.x[:, heads * width:], layer, heads, width, eps, rotation, gain)
 
     def attend_open(self, q, kv, units, branch, layer, heads, width, eps, rotation, gain):
         """See Program.attend_open."""
+        self.for_the_left(kv, 0)
         y = self.attended(q.x, kv.x, layer, heads, width, eps, rotation, gain, units)
         return self.input(y, heads * width, "gelu", units)
+
+    def for_the_left(self, x, first):
+        """Rows that have left get the outputs from `first` on too, keys and values, of the product that was
+        appended last."""
+        if self.left:
+            self.made(x)
+            self.product(**self.retaken() | dict(always=first))
 
     def attended(self, q, kv, layer, heads, width, eps, rotation, gain, units=None):
         """Attention of queries and new keys and values (rows, ...), of heads of Units alone."""

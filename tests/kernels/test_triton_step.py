@@ -382,6 +382,8 @@ DEPTH_ARMS = {"exits": dict(exits="1,2", n_layer=3), "exits, windows": dict(
                   exits="1", n_layer=2, window=3, pos="rope", qk_norm=True, act="relu2", adapters="a"),
               "exits, columns": dict(exits="1", n_layer=2, columns=4, columns_active=1, act="relu2"),
               "exits, screen": dict(exits="1,2", n_layer=3, act="relu2", mlp_screen=4, mlp_live=0.25),
+              "exits, dendrites": dict(exits="1", n_layer=2, dendrites=4, dendrites_active=2),
+              "exits, attn_topk": dict(exits="1", n_layer=2, attn_topk=0.5, norm="rmsnorm"),
               "ponder": dict(ponder=3, n_layer=1),
               "ponder, windows": dict(ponder=2, n_layer=2, window=3, norm="rmsnorm"),
               "ponder, units": dict(ponder=3, n_layer=1, act="swiglu", mlp_topk=0.5, n_head=4, n_kv_head=2),
