@@ -32,7 +32,7 @@ def at_gpt2s_shape(sides):
     return {"decode_gpt2_cpu.json": rf"decode gpt2: decode, tokens/s( \((dense.*|{sides})\).*)?"}
 
 
-RETROFITS, RETROFITS_OF_ONE_SEED = "retrofit_pylib_cpu.json", "retrofit_pylib_others_cpu.json"
+RETROFITS, OTHER_RETROFITS = "retrofit_pylib_cpu.json", "retrofit_pylib_others_cpu.json"
 
 
 def retrofitted(arms, record=RETROFITS):
@@ -55,7 +55,7 @@ MECHANISMS = {
                     quality(r"dense|dense/4|columns(\*\d)?") | of_mlp("columns 3 of 32")
                     | at_gpt2s_shape("columns 3 of 32") | retrofitted("columns")),
     "compartments": Page(("compartments",), quality("dense|compartments")),
-    "experts": Page(("experts",), quality("dense|experts") | retrofitted("experts", RETROFITS_OF_ONE_SEED)),
+    "experts": Page(("experts",), quality("dense|experts") | retrofitted("experts", OTHER_RETROFITS)),
     "mlp_predict": Page(("predict", "predict+window", "hierarchy+predict"),
                         quality("dense|predict") | of_mlp("predicted 20%")
                         | at_gpt2s_shape("predicted 20%") | retrofitted("predict")),
@@ -69,15 +69,15 @@ MECHANISMS = {
                       context(r"dense|dendrites\d?") | at_gpt2s_shape("1 of 4 dendrites")),
     "hierarchy": Page(("hierarchy", "hierarchy+predict"),
                       context("dense|hierarchy") | at_gpt2s_shape("hierarchy 4")),
-    "exits": Page(("exits",), {"depth_cpu.json": ".*"} | retrofitted("exits", RETROFITS_OF_ONE_SEED)),
-    "ponder": Page(("ponder",), {"ponder_cpu.json": ".*"} | retrofitted("ponder", RETROFITS_OF_ONE_SEED)),
+    "exits": Page(("exits",), {"depth_cpu.json": ".*"} | retrofitted("exits", OTHER_RETROFITS)),
+    "ponder": Page(("ponder",), {"ponder_cpu.json": ".*"} | retrofitted("ponder", OTHER_RETROFITS)),
     "grow": Page((), {"grow_cpu.json": ".*"}),
     "weights": Page(("2:4", "columns+window+2:4"),
                     {TWO_OF_FOUR: "dense|2:4", "kernels_cpu.json": ".*"} | at_gpt2s_shape("2:4")
                     | retrofitted("2:4")),
     "attn_topk": Page(("attn_topk",), {TWO_OF_FOUR: "dense|attn_topk"}
                       | at_gpt2s_shape(r"columns \+ a quarter of attention")
-                      | retrofitted("attn_topk", RETROFITS_OF_ONE_SEED)),
+                      | retrofitted("attn_topk", OTHER_RETROFITS)),
     "screen": Page((), at_gpt2s_shape("screened head")),
     "quantize": Page((), {"quantize_63m_cpu.json": ".*"}),
     "continual": Page((), {"continual_cpu.json": ".*"}),

@@ -442,5 +442,5 @@ BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) f
     ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
 BLOCKS["launches"] = partial(mechanism, pages.Page((), {"launches_paper.json": ".*"}))
 BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {name: ".*" for name in (
-    pages.RETROFITS, pages.RETROFITS_OF_ONE_SEED, "retrofit_pylib_longer_cpu.json")}))
+    pages.RETROFITS, pages.OTHER_RETROFITS, "retrofit_pylib_longer_cpu.json")}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))
