@@ -337,8 +337,8 @@ class Search:
     # ---------------------------------------------- the front -------------------------------------------
 
     def front(self):
-        """Points that no other beats in loss with fewer bytes by NEAR, behind the dense model, from many bytes
-        to few."""
+        """Points that none beats in loss with NEAR times fewer bytes, behind the dense one, from many to few.
+        """
         points = [(cost_of(self.lab.known(t)), self.best_known(t).share, t) for t in self.passed]
         best = [t for cost, share, t in points if share <= self.cfg.max_loss and not any(
             NEAR * c <= cost and s <= share for c, s, _ in points)]

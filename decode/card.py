@@ -167,8 +167,11 @@ class Card:
         """act(matrix . x + bias) + onto, in onto's place; units: of Units alone, the others are zero. own:
         it is small; the last program of the product behind whose norm it stands computes it, if it can.
         stored: see Program.linear; here a product and its bias are always added in fp32."""
-        if act not in ACTS or blocks:
-            raise NotWritten(f"the activation {act}" if act not in ACTS else "products of blocks")
+        if act not in ACTS:
+            raise NotWritten(f"the activation {act}")
+        if blocks:
+            size = matrix.width * len(matrix.weight) // blocks
+            return self.product(self.input(x, size), matrix, act, fold=(blocks, size))
         if own and act == "none" and self.routes(x, matrix):
             scores = self.empty(self.rows, len(matrix.weight))
             self.product(**self.retaken() | dict(norm=x, router=matrix, scores=scores))
@@ -191,11 +194,12 @@ class Card:
 
     def product(self, x, matrix, act="none", onto=None, gated=False, dtype=None, cap=None, units=None,
                 out=None, norm=None, router=None, scores=None, choice="", best=0, picked=None,
-                among=(None, None), waves=None, edges=None, always=None):
+                among=(None, None), waves=None, edges=None, always=None, fold=(None, None)):
         """Append a launch of product_kernel, to `out` if that is there. norm, router, scores: of out, what
         its last program makes besides; choice, best, picked: what it chooses then. among: inhibition and
         balance of columns. waves: w, phi and b of an osc. edges: an output is zero unless its size exceeds
-        its own. always: outputs from there on are those of rows that do not go on too."""
+        its own. always: outputs from there on are those of rows that do not go on too. fold: so many
+        outputs in turn meet a part of x each, which is so long."""
         if x.edges is not None or x.winners:
             raise NotWritten("a product of gated units that are read by output")
         N, K = len(matrix.weight) // (1 + gated), matrix.width
@@ -207,6 +211,8 @@ class Card:
         halved = x.kind == "join" or bool(units or choice)
         tile = self.k.product_tile(self.tall, N, K, gated or choice == "largest", halved,
                                    self.processors)
+        while fold[0] and fold[0] % tile["BN"]:
+            tile["BN"] //= 2
         more = self.k.choice_tile(self.tall, N, M if choice else 0) if ends else dict(BM=1, BT=1, BLOCK=1)
         self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (
             x.x, x.marks, by.gain, by.shift, matrix.weight, matrix.scale, matrix.bias, onto and onto.x, out,
@@ -215,7 +221,7 @@ class Card:
             out if scores is None else scores, picked, *among, waves, edges, self.rows, N, K,
             matrix.weight.stride(0), x.splits, by.eps, cap, units and units.width,
             copy and copy.weight.stride(0), units and units.edge, M, best, self.live,
-            N if always is None else always),
+            N if always is None else always, *fold),
             dict(INPUT=x.kind, ACT=act, GATED=gated, D=x.width, BITS=matrix.bits,
                  COPY=copy.bits if copy else 0, ROUTE=norm.kind if norm else "", CHOICE=choice,
                  ALIKE=bool(units) and units.by is None, **tile, **more))
@@ -269,9 +275,8 @@ class Card:
         """See Program.largest: the last program of the product that made x keeps them."""
         if k >= size:
             return x
-        if x.kind != "plain":
+        if x.kind != "plain" or not self.last or self.last["out"] is not x.x:
             return self.input(x, size, best=k)
-        self.made(x)
         return self.product(**self.retaken() | dict(choice="largest", best=k))
 
     def input(self, x, size, act="none", units=None, best=0):
@@ -281,6 +286,18 @@ class Card:
             x.x, x.marks, x.gain, x.shift, units and units.gates, y, self.rows, size, x.splits, x.eps,
             units and units.width, best), dict(INPUT=x.kind, ACT=act, KEEP=best > 0, D=x.width,
                                                **self.k.input_tile(size)))
+        return Plain(y)
+
+    def mix(self, x, size, by, act="none", params=()):
+        """See Program.mix."""
+        if act not in ACTS:
+            raise NotWritten(f"the activation {act}")
+        waves = torch.stack(params).contiguous() if act == "osc" else None
+        y, width = self.empty(self.rows, size), size // len(by)
+        tile = dict(BC=min(1024, max(32, 1 << (width - 1).bit_length())), num_warps=4)
+        self.add(self.k.mix_kernel, (self.rows, -(-width // tile["BC"])), (
+            x.x, self.vector(by), waves, y, size),
+            dict(EACH=len(by), ACT="none" if waves is not None else act, **tile))
         return Plain(y)
 
     def group_winners(self, x, size, group, k):
@@ -333,7 +350,8 @@ class Card:
         """Rows that have left get the outputs from `first` on too, keys and values, of the product that was
         appended last."""
         if self.left:
-            self.made(x)
+            if not self.last or self.last["out"] is not x.x:
+                raise NotWritten("keys and values alone where attn_topk chooses what makes them")
             self.product(**self.retaken() | dict(always=first))
 
     def attended(self, q, kv, layer, heads, width, eps, rotation, gain, units=None):

@@ -325,10 +325,10 @@ def picked_sums(weight, scale, row, first, here, stride, y, ROWS: tl.constexpr, 
 @triton.jit
 def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
                    router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits, eps, cap,
-                   width, copy_stride, edge, M, best, live, always, INPUT: tl.constexpr, ACT: tl.constexpr,
-                   GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, COPY: tl.constexpr,
-                   ROUTE: tl.constexpr, CHOICE: tl.constexpr, ALIKE: tl.constexpr, ROWS: tl.constexpr,
-                   BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+                   width, copy_stride, edge, M, best, live, always, fold, length, INPUT: tl.constexpr,
+                   ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+                   COPY: tl.constexpr, ROUTE: tl.constexpr, CHOICE: tl.constexpr, ALIKE: tl.constexpr,
+                   ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
                    BLOCK: tl.constexpr):
     """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
     layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
@@ -340,7 +340,8 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
     multiplied by the gate of its group, zero: not wanted; ALIKE: no more than that. COPY: a copy of W in so
     many bits says, plus bias, by a score above `edge`, or one that is not a number, which outputs are wanted.
-    Outputs from `always` on are stored for rows that are not live too.
+    Outputs from `always` on are stored for rows that are not live too. fold: so many outputs in turn meet K
+    of the `length` numbers of x, the next so many the K behind these (INPUT plain).
 
     The program that arrives last goes on with what takes all outputs. ROUTE: the norm of out, by this name,
     with gain and shift, times a router (M, N), to scores. CHOICE: keep the `best` largest outputs, or open
@@ -354,6 +355,11 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
         if (tl.max(alive.to(tl.int32)) == 0) & ((tl.program_id(0) + 1) * BN <= always):
             return
         here = here & (alive | (n2 >= always))
+    like = x                                     # of the stream's dtype
+    if INPUT == "join":
+        like = out
+    if fold is not None:
+        x = x + tl.program_id(0) * BN // fold * K + r * (length - K)
     row, end = tl.minimum(n, N - 1), K
     wanted, gate = n < N, tl.full((ROWS, BN), 1.0, tl.float32)
     if gates is not None:
@@ -363,9 +369,6 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     mean, by = 0.0, 1.0
     if INPUT == "layernorm" or INPUT == "rmsnorm":
         mean, by = statistics(x, r, R, K, end, eps, INPUT == "layernorm", ROWS, BK)
-    like = x                                     # of the stream's dtype
-    if INPUT == "join":
-        like = out
     if BITS == 8 or COPY == 8:
         tops = tl.full((ROWS, 1, BK), 1e-30, tl.float32)
         for first in range(0, end, BK):
@@ -536,6 +539,23 @@ def attend_kernel(queries, kv, cos, sin, gain, kept, start, parts, marks, gates,
     tl.store(parts + mark * D + d, y, mask=inner)
     tl.store(marks + mark, high)
     tl.store(marks + splits * R * H + mark, total)
+
+
+@triton.jit
+def mix_kernel(x, by, waves, y, N, EACH: tl.constexpr, ACT: tl.constexpr, BC: tl.constexpr):
+    """y[b] = act(by x[b]): x and y (R, N) as (EACH, N / EACH), by (EACH, EACH). waves (3, N): see
+    product_kernel."""
+    b, size = tl.program_id(0), N // EACH
+    u = tl.program_id(1) * BC + tl.arange(0, BC)
+    for j in tl.static_range(EACH):
+        sums = tl.zeros((BC,), tl.float32)
+        for k in tl.static_range(EACH):
+            part_of = tl.load(x + b * N + k * size + u, mask=u < size, other=0.0).to(tl.float32)
+            sums += tl.load(by + j * EACH + k).to(tl.float32) * part_of
+        v = activate(rounded(sums, x), x, ACT)
+        if waves is not None:
+            v = oscillate(v, waves, j * size + u, N, x)
+        tl.store(y + b * N + j * size + u, v.to(y.dtype.element_ty), mask=u < size)
 
 
 @triton.jit

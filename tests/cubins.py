@@ -43,8 +43,8 @@ EXPECTED = {"gemv_24": "FFMA", "gemm_24": "HMMA|HGMMA", "mma_24": r"HMMA\.SP", "
             "step attend_kernel": "FFMA", "step down_kernel": "FFMA",
             "step embed_kernel": "FADD|FFMA|HADD|HFMA", "step draw_kernel": "SETP",
             "step sift_kernel": "SETP", "step leave_kernel": "FFMA", "step halt_kernel": "FFMA",
-            "step input_kernel": "FMUL|FFMA", "step group_kernel": "FADD|FFMA|HADD|HFMA",
-            "step spread_kernel": "FADD|FFMA|HADD|HFMA"}
+            "step input_kernel": "FMUL|FFMA", "step mix_kernel": "FFMA",
+            "step group_kernel": "FADD|FFMA|HADD|HFMA", "step spread_kernel": "FADD|FFMA|HADD|HFMA"}
 WIDE = r"LDG\.E[.A-Z0-9]*\.128|LDGSTS\.E[.A-Z0-9]*\.128"
 
 
@@ -103,7 +103,8 @@ def some_choosing():
 def of_choice(rows, absent):
     """Constants of a product that chooses nothing, or of `rows` rows: a size of 1 is a constant to Triton."""
     nothing = ("gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
-               "waves", "edges", "width", "copy_stride", "edge", "M", "best", "live", "always")
+               "waves", "edges", "width", "copy_stride", "edge", "M", "best", "live", "always",
+               "fold", "length")
     return dict.fromkeys((*nothing, *absent)) | dict(
         COPY=0, ROUTE="", CHOICE="", ALIKE=False, BM=1, BT=1, BLOCK=1) | (dict(R=1) if rows == 1 else {})
 
@@ -174,6 +175,11 @@ def jobs_of_depth(arch, half, every):
         form = dict(INPUT=kind, ACT=act, KEEP=kind != "join", D=64, best="i32") | dict.fromkeys(absent)
         form |= dict.fromkeys(("gain", "shift")) | dict(gates="*fp32") if kind == "join" else dict(marks=None)
         yield "step input_kernel", arch, half, form, steps.input_tile(768)
+    form = dict(INPUT="plain", ACT="gelu", GATED=False, D=64, BITS=16, fold="i32", length="i32")
+    yield ("step product_kernel", arch, half, of_choice(2, ("cap", "marks", "gain", "shift")) | form,
+           steps.product_tile(2, 10 ** 6, 768, False, False, 1))
+    for form in (dict(ACT="relu2", waves=None), dict(ACT="none"))[:1 + every]:
+        yield "step mix_kernel", arch, half, dict(EACH=4, BC=1024) | form, dict(num_warps=4)
     tile = dict(num_warps=4)
     for first in (True, False):
         yield "step leave_kernel", arch, half, dict(FIRST=first, BC=1024), tile

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton o
 @pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS.keys())
 def test_a_step_on_a_card_is_five_launches_a_layer_and_five_outside_or_says_what_it_lacks(arm):
     """Six a layer where units are predicted, gates come first or tokens leave, and a run of one that ponders;
-    seven with a copy of gates, an adapter or the largest inputs of attention; eight with dendrites.
+    seven with a copy of gates, an adapter or the largest inputs of attention; eight with dendrites; seven and
+    what chooses units with compartments.
     Forward takes twice as many and more, or the host decides what it runs."""
     found = launches.counted(arm, **{key: value for key, value in TINY.items() if key != "n_layer"})
     waits = arm.keys() & {*sampling.HOST_DECIDES}
@@ -27,6 +28,7 @@ def test_a_step_on_a_card_is_five_launches_a_layer_and_five_outside_or_says_what
     more = bool(arm.keys() & {"mlp_predict", "gate_first"})
     more += 2 * ("adapters" in arm or (arm.get("act") == "swiglu" and "mlp_screen" in arm))
     more += ("exits" in arm) + 2 * ("attn_topk" in arm) + 3 * ("dendrites" in arm)
+    more += 2 * ("compartments" in arm)
     runs, outside = arm.get("ponder", 1), 3 + 2 * ("hierarchy" in arm)
     assert found["after_layer"] == (5 + more + ("ponder" in arm)) * runs
     assert found["after_outside"] == outside

@@ -256,7 +256,7 @@ def test_attention_of_a_step_equals_torch_at_columns_of_its_own_in_a_ring_and_jo
     tile = steps.product_tile(1 << (rows - 1).bit_length(), C, C, False, True, 1)
     steps.product_kernel[(-(-C // tile["BN"]),)](
         parts, marks, None, None, weight, None, None, None, out, *[None] * 11, rows, C, C, C, splits, 0.0,
-        None, *[None] * 7, INPUT="join", ACT="none", GATED=False, D=D, BITS=16, **PLAIN, **tile)
+        None, *[None] * 9, INPUT="join", ACT="none", GATED=False, D=D, BITS=16, **PLAIN, **tile)
     check(out, torch.stack(made).view(rows, C), atol=1e-5, rtol=1e-5)
 
 
@@ -375,15 +375,17 @@ STEP_ARMS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", 
              "gates' screen": dict(act="swiglu", mlp_screen=16, mlp_live=0.5),
              "dendrites": dict(dendrites=4, dendrites_active=2, act="relu2"),
              "dendrites, rope": dict(dendrites=2, dendrites_active=1, pos="rope", qk_norm=True, window=3),
-             "attn_topk": dict(attn_topk=0.5, norm="rmsnorm")}
+             "attn_topk": dict(attn_topk=0.5, norm="rmsnorm"),
+             "compartments": dict(compartments=4, act="relu2", mlp_topk=0.5),
+             "compartments, osc": dict(compartments=2, act="osc", bias=False)}
 LAUNCHES = {"predict": 6, "adapters": 7, "gate first": 6, "gate first, events": 6, "screened gates": 7,
-            "gates' screen": 6, "dendrites": 8, "dendrites, rope": 8, "attn_topk": 7}     # of a layer; else 5
+            "gates' screen": 6, "dendrites": 8, "dendrites, rope": 8, "attn_topk": 7,
+            "compartments": 8, "compartments, osc": 7}                       # of a layer; 5 of all others
 DEPTH_ARMS = {"exits": dict(exits="1,2", n_layer=3), "exits, windows": dict(
                   exits="1", n_layer=2, window=3, pos="rope", qk_norm=True, act="relu2", adapters="a"),
               "exits, columns": dict(exits="1", n_layer=2, columns=4, columns_active=1, act="relu2"),
               "exits, screen": dict(exits="1,2", n_layer=3, act="relu2", mlp_screen=4, mlp_live=0.25),
               "exits, dendrites": dict(exits="1", n_layer=2, dendrites=4, dendrites_active=2),
-              "exits, attn_topk": dict(exits="1", n_layer=2, attn_topk=0.5, norm="rmsnorm"),
               "ponder": dict(ponder=3, n_layer=1),
               "ponder, windows": dict(ponder=2, n_layer=2, window=3, norm="rmsnorm"),
               "ponder, units": dict(ponder=3, n_layer=1, act="swiglu", mlp_topk=0.5, n_head=4, n_kv_head=2),
@@ -396,7 +398,7 @@ def compared(model, rows, monkeypatch, launches=5):
     the one, of the other), caches. The launches are those that it counts, so many a layer."""
     monkeypatch.setattr(steps, "PRODUCTS", dict.fromkeys((1, 2, 4, 8), (64, 64)))    # interpreted sooner
     launched, pairs = Counter(), []
-    for home, names in ((steps, ("embed", "product", "attend", "input", "down")),
+    for home, names in ((steps, ("embed", "product", "attend", "input", "mix", "down")),
                         (depth, ("leave", "halt", "group", "spread"))):
         for name in names:
             kernel = getattr(home, f"{name}_kernel")
@@ -457,7 +459,7 @@ def test_tokens_part_ways_on_a_card_as_in_forward(arm, rows, monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize(("arm", "rows"), [
-    *zip(STEP_ARMS, (3, 8, 1, 2, 2, 1, 3, 2, 1, 3, 2, 3, 1, 8, 3, 3, 2, 1, 3, 2, 1, 3, 2, 1, 3, 8, 2),
+    *zip(STEP_ARMS, (3, 8, 1, 2, 2, 1, 3, 2, 1, 3, 2, 3, 1, 8, 3, 3, 2, 1, 3, 2, 1, 3, 2, 1, 3, 8, 2, 3, 1),
          strict=True), ("screen", 8), ("dendrites", 1), ("attn_topk", 1),
     ("columns", 1), ("experts", 8), ("predict", 1), ("gates' screen", 3), ("gate first, events", 8)])
 def test_a_step_on_a_card_gives_the_logits_of_forward_in_few_launches_a_layer(arm, rows, monkeypatch):
@@ -566,9 +568,10 @@ def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
                        "qk_norm", "qk_gain", "relu2", "swiglu", "softcap", "zero_init", "untied", "units",
                        "window", "window_pattern", "screen", "event_gate", "topk", "winners", "columns",
                        "experts", "predict", "osc", "ngram", "adapters", "grouped", "gate_first"}
-    assert covered >= {"exits", "hierarchy", "ponder", "dendrites", "attn_topk"}
-    assert "compartments" not in covered
+    assert covered >= {"exits", "hierarchy", "ponder", "dendrites", "attn_topk", "compartments"}
     assert not refusal(build(ARMS["exits"]).use_policy())
+    both = build(dict(exits="1", n_layer=2, attn_topk=0.5)).use_policy()
+    assert "attn_topk chooses" in refusal(both) and not refusal(both.use_policy(False))
     assert "65 groups" in refusal(build(dict(columns=65, columns_active=2, mlp_units=130)))
     model = build({})
     assert "9 rows" in refusal(model, 9)
@@ -675,8 +678,8 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
     found = step_cubins(tmp_path, *words)
     assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 95
     assert {row["kernel"] for row in found} == {
-        f"step {name}_kernel" for name in ("embed", "product", "attend", "input", "down", "sift", "draw",
-                                           "leave", "halt", "group", "spread")}
+        f"step {name}_kernel" for name in ("embed", "product", "attend", "input", "mix", "down", "sift",
+                                           "draw", "leave", "halt", "group", "spread")}
     products = [row for row in found if row["kernel"] == "step product_kernel"]
     assert {row["bits"] for row in products} == {16, 8, 5, 4, 2}
     assert sum(row["chooses"] for row in products) >= 35
@@ -684,5 +687,5 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
         eight_bytes = row["chooses"] and (row["bits"] or 16) < 16     # a lane's share of half the inputs
-        if row["kernel"] not in ("step embed_kernel", "step draw_kernel") and not eight_bytes:
+        if row["kernel"][5:] not in ("embed_kernel", "draw_kernel", "mix_kernel") and not eight_bytes:
             assert row["wide_loads"] >= 1, row
