@@ -171,9 +171,18 @@ def test_a_replayed_step_in_whole_numbers_gives_the_logits_of_forward(arm, dtype
         assert len(step.card.launches) <= 5 * model.config.n_layer + 5
 
 
-@pytest.mark.parametrize("arm", STEPS)
+PARTED = {"exits": dict(exits="1,2", n_layer=4), "ponder": dict(ponder=3),
+          "hierarchy": dict(hierarchy=3, n_layer=3),
+          "dendrites": dict(dendrites=2, dendrites_active=1), "attn_topk": dict(attn_topk=0.5),
+          "compartments": dict(compartments=2)}
+
+
+@pytest.mark.parametrize("arm", [*STEPS, *PARTED])
 def test_generation_on_a_card_gives_the_ids_of_the_step_that_it_replaces(arm):
-    model = build(STEPS[arm], std=0.2, block_size=64).cuda()
+    """Where tokens part ways too, without the host."""
+    shape = dict(n_embd=64, n_head=2) if arm in PARTED else {}
+    model = build((STEPS | PARTED)[arm], std=0.2, block_size=64, **shape).cuda().use_policy()
+    model.choose(leave_at=0.5 if arm == "exits" else None)
     for rows in (1, 8):
         new = [model.choose(forward=why).generate(tokens(rows, 7).cuda(), 50, temperature=0)
                for why in ("", "it is compared")]
