@@ -99,6 +99,13 @@ def table(head, rows):
     return [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *rows, ""] if rows else []
 
 
+def decisive(names, records):
+    """The fronts in time of searches on one trained model."""
+    rows = [f"| {row} | [{name}](results/{name}) |" for name in names if name in records
+            for row in front_rows(records[name])]
+    return "\n".join(table(FRONT, rows)).rstrip("\n")
+
+
 COLUMNS = 0, 1, 2, 3, 4, 7, 8, 10, 14, 17      # of report.HEAD that fit here; the report has the others
 
 
@@ -206,6 +213,20 @@ def sparsify_rows(record):
             size = p["bytes"] + p["kv_bytes"]
             yield (f"{name} | {p['share']:+.2%} ({low:+.2%} to {high:+.2%}) | {fresh} | {size / 1e6:.1f} "
                    f"| {size / first:.0%}")
+
+
+def front_rows(record):
+    """The points of a search whose decode steps were timed in turns, beside the dense model in bf16 and in 8
+    bits."""
+    sides, points = record["measurements"].get("decode", {}).get("sides", {}), record["points"]
+    for name, side in sides.items():
+        loss = statistics.fmean(points[name]["fresh"]) / statistics.fmean(points["dense"]["fresh"]) - 1
+        if points[name]["trained"] is not None:
+            continue                             # its loss stands beside the dense model trained on as long
+        beside = [f"{side['median'] / sides[rival]['median']:.2f}x" if rival in sides else ""
+                  for rival in ("dense", "quantize=int8")]
+        yield (f"{name} | {loss:+.2%} | {(points[name]['bytes'] + points[name]['kv_bytes']) / 1e6:.1f} | "
+               + " | ".join([figure(side), *beside]))
 
 
 def retrofit_rows(record):
@@ -382,6 +403,9 @@ def figure(s):
     return f"{s['median']:,.0f}" if s["median"] >= 1000 else f"{s['median']:.4g}"
 
 
+FRONT = ("a trained run decodes with | loss on windows that chose nothing | MB a step | tokens/s | to bf16 "
+         "| to int8")
+
 # heads, the subcommands whose records have rows here (none named: all), and what gives a record's rows
 TABLES = (
     (" | ".join(report.HEAD[column] for column in COLUMNS), ("table",), arm_rows),
@@ -394,6 +418,7 @@ TABLES = (
      "weights, nats (95%, paired) | % | MB a token | tokens/s", ("screen",), screen_rows),
     ("a trained run made sparse | held-out loss to the run's own (95%, paired) | on windows that chose "
      "nothing | MB a decode step reads | of the run's own", ("sparsify",), sparsify_rows),
+    (FRONT, ("sparsify",), front_rows),
     ("retrofit | untouched | val loss | to dense trained on as long (seeds) | with a teacher | shortcuts on "
      "| MB a token | tokens/s, to dense | in int8 | seeds", ("retrofit",), retrofit_rows),
     (f"one token through an MLP | us | times {DENSE} | times {DENSE_FP32} | weights read", ("mlp",),
@@ -440,7 +465,9 @@ BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, senten
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))
 BLOCKS |= {name: partial(pages.first_minute, pages.LANGUAGES[""], name=record) for name, record in (
     ("pretrained", "compare_smollm2_cpu.json"), ("pretrained_epyc", "compare_smollm2_epyc_cpu.json"))}
+BLOCKS["decides"] = partial(decisive, ("sparsify_63m_cpu.json", "sparsify_63m_2_cpu.json"))
 BLOCKS["launches"] = partial(mechanism, pages.Page((), {"launches_paper.json": ".*"}))
 BLOCKS["retrofits"] = partial(mechanism, pages.Page((), {name: ".*" for name in (
-    pages.RETROFITS, pages.OTHER_RETROFITS, "retrofit_pylib_longer_cpu.json")}))
+    pages.RETROFITS, pages.OTHER_RETROFITS, "retrofit_pylib_shorter_cpu.json",
+    "retrofit_pylib_longer_cpu.json")}))
 BLOCKS["suite"] = partial(mechanism, pages.Page((), {"suite_cpu.json": ".*"}))
