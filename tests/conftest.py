@@ -230,14 +230,15 @@ class Trainer:
 
 
 def in_parallel(trainer, ranks, resume=False, **keys):
-    """Ranks of one run as forks that join over gloo -> their results."""
+    """Ranks of one run as forks that join over gloo, with torchrun's one thread each: sums over other numbers
+    of threads end in other last bits, and without it a rank takes its share of the cores -> their results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     if resume:
         keys = dict(init_from="resume", **keys)
     jobs = [trainer.start(**keys, env={"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ranks),
-                                       "LOCAL_WORLD_SIZE": str(ranks),
+                                       "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
                                        "MASTER_ADDR": "127.0.0.1",
                                        "MASTER_PORT": str(port)}) for r in range(ranks)]
     results = [job.wait() for job in jobs]
