@@ -38,6 +38,9 @@ static inline uint32_t order(float f) {
 }
 static inline float up_f32(float v) { return v; }
 static inline float down_f32(float v) { return v; }
+/* v where `here` is 1, 0 where it is 0. By `and`, or gcc reads v there alone, for which AVX2 has no load of 16 bits. */
+static inline float only_f32(float v, int here) { return here ? v : 0; }
+static inline uint16_t only_bf16(uint16_t v, int here) { return v & -here; }
 
 /* A buffer of `count` elements: a short one on the stack, whose size no width of a model can change, a long
    one on the heap. RELEASE gives it back. */
@@ -80,6 +83,9 @@ static inline int32_t rank_of(float f) {
     union { float f; int32_t i; } c = { f + 0.0f };
     return f != f ? INT32_MAX : c.i ^ (c.i >> 31 & INT32_MAX);
 }
+/* the same of what a dtype can hold: of a bf16 the upper half says it all, and a search ends in half the passes */
+static inline int32_t rank_f32(float f) { return rank_of(f); }
+static inline int32_t rank_bf16(float f) { return rank_of(f) >> 16; }
 
 /* How the k largest of n ranks are told: those above what is returned, and the first `ties` that equal it.
    By halves: a pass counts as many numbers as a register holds at once, and some ten passes find a gap. */
@@ -105,6 +111,15 @@ static int32_t edge_of(const int32_t *rank, long n, long k, long *ties) {
     }
     *ties = k - below;
     return (int32_t)high;
+}
+
+/* won: 1 at the places of the k largest of n ranks, of equal ones the first, 0 elsewhere */
+static inline __attribute__((always_inline)) void largest(uint8_t *restrict won, const int32_t *restrict rank, int32_t n, long k) {
+    long ties;
+    int32_t edge = edge_of(rank, n, k, &ties), behind = 0;      /* from there on those equal to edge lose */
+    for (; behind < n && ties > 0; behind++) ties -= rank[behind] == edge;
+    #pragma omp simd
+    for (int32_t i = 0; i < n; i++) won[i] = (rank[i] > edge) | ((rank[i] == edge) & (i < behind));
 }
 
 /* all of a but those of the k largest sizes become zero; of equal ones the first stay */

@@ -9,32 +9,22 @@ static inline float OF(act2)(float v) { return v <= 0 ? 0 : OF(rounded)(v * v); 
 static void OF(sizes)(const TYPE *restrict v, TYPE *restrict a, int32_t *restrict rank, long n, int act) {
     if (act == 2) {
         #pragma omp simd
-        for (long i = 0; i < n; i++) { a[i] = v[i]; rank[i] = rank_of(fabsf(OF(up)(v[i]))); }
+        for (long i = 0; i < n; i++) { a[i] = v[i]; rank[i] = OF(rank)(fabsf(OF(up)(v[i]))); }
     } else {
         #pragma omp simd
         for (long i = 0; i < n; i++) {
             float s = OF(act2)(OF(up)(v[i]));
             a[i] = OF(down)(s);
-            rank[i] = rank_of(s);
+            rank[i] = OF(rank)(s);
         }
     }
 }
 
 /* all of a but those of the k largest ranks become zero; of equal ones the first stay. won: 1 for these */
 static void OF(leave)(TYPE *restrict a, uint8_t *restrict won, const int32_t *restrict rank, long n, long k) {
-    long ties;
-    int32_t edge = edge_of(rank, n, k, &ties);
-    if (!ties) {
-        #pragma omp simd
-        for (long i = 0; i < n; i++) {
-            a[i] = rank[i] > edge ? a[i] : 0;
-            won[i] = rank[i] > edge;
-        }
-    } else
-        for (long i = 0; i < n; i++) {
-            won[i] = rank[i] > edge || (rank[i] == edge && ties-- > 0);
-            if (!won[i]) a[i] = 0;
-        }
+    largest(won, rank, n, k);
+    #pragma omp simd
+    for (long i = 0; i < n; i++) a[i] = OF(only)(a[i], won[i]);
 }
 
 /* the same of every four, of which two stay */
@@ -73,11 +63,8 @@ void OF(winners)(const TYPE *restrict s, uint8_t *restrict won, long M, long n, 
     for (long m = 0; m < M; m++) {
         BUFFER(int32_t, rank, n);
         #pragma omp simd
-        for (long i = 0; i < n; i++) rank[i] = rank_of(OF(up)(s[m * n + i]));
-        long ties;
-        int32_t edge = edge_of(rank, n, k, &ties);
-        for (long i = 0; i < n; i++)
-            won[m * n + i] = rank[i] > edge || (rank[i] == edge && ties-- > 0);
+        for (long i = 0; i < n; i++) rank[i] = OF(rank)(OF(up)(s[m * n + i]));
+        largest(won + m * n, rank, n, k);
         RELEASE(rank);
     }
 }
@@ -92,12 +79,12 @@ void OF(fire_back)(const TYPE *restrict g, const TYPE *restrict v, const uint8_t
         TYPE *D = dv + m * n;
         if (act == 2) {
             #pragma omp simd
-            for (long i = 0; i < n; i++) D[i] = W[i] ? G[i] : 0;
+            for (long i = 0; i < n; i++) D[i] = OF(only)(G[i], W[i]);
         } else {
             #pragma omp simd
             for (long i = 0; i < n; i++) {
-                float x = OF(up)(V[i]), up = W[i] ? OF(up)(G[i]) : 0;
-                D[i] = x <= 0 ? 0 : OF(down)(up * (2 * x));
+                float x = OF(up)(V[i]), up = OF(up)(OF(only)(G[i], W[i]));
+                D[i] = OF(only)(OF(down)(up * (2 * x)), !(x <= 0));
             }
         }
     }
@@ -243,7 +230,7 @@ void OF(relu2_back)(const TYPE *restrict g, const TYPE *restrict v, TYPE *restri
     #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (long i = 0; i < n; i++) {
         float x = OF(up)(v[i]);
-        dv[i] = x <= 0 ? 0 : OF(down)(OF(up)(g[i]) * (2 * x));
+        dv[i] = OF(only)(OF(down)(OF(up)(g[i]) * (2 * x)), !(x <= 0));
     }
 }
 
