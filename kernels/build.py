@@ -73,9 +73,8 @@ def compiled(compiler):
     """-> (the library in the user's cache, keyed by source, compiler and processor; ""). Where that folder
     cannot be used: (the one in a temporary folder, the words that say so)."""
     # no-trapping-math: nobody reads the flags of exceptions, and a choice between two sums becomes a vector
-    # no-thread-jumps: or gcc copies a loop's body for each outcome of a choice and blends the copies
     flags = ["-O3", "-march=native", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-trapping-math",
-             "-fno-thread-jumps", "-Wall", "-Wextra", *shlex.split(os.environ.get("NANOCORTEX_CFLAGS", ""))]
+             "-Wall", "-Wextra", *shlex.split(os.environ.get("NANOCORTEX_CFLAGS", ""))]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line for line in lines if line.lower().startswith(("flags", "features")))

@@ -87,6 +87,10 @@ static inline int32_t rank_of(float f) {
 static inline int32_t rank_f32(float f) { return rank_of(f); }
 static inline int32_t rank_bf16(float f) { return rank_of(f) >> 16; }
 
+/* Without jump threading: gcc 12 copies the body of a loop for each outcome of a choice in it and blends the
+   copies, which made event_back five times as slow. A decode step is the faster for it. */
+#pragma GCC push_options
+#pragma GCC optimize("no-thread-jumps", "unroll-loops")
 /* How the k largest of n ranks are told: those above what is returned, and the first `ties` that equal it.
    By halves: a pass counts as many numbers as a register holds at once, and some ten passes find a gap. */
 static int32_t edge_of(const int32_t *rank, long n, long k, long *ties) {
@@ -114,13 +118,14 @@ static int32_t edge_of(const int32_t *rank, long n, long k, long *ties) {
 }
 
 /* won: 1 at the places of the k largest of n ranks, of equal ones the first, 0 elsewhere */
-static inline __attribute__((always_inline)) void largest(uint8_t *restrict won, const int32_t *restrict rank, int32_t n, long k) {
+static inline void largest(uint8_t *restrict won, const int32_t *restrict rank, int32_t n, long k) {
     long ties;
     int32_t edge = edge_of(rank, n, k, &ties), behind = 0;      /* from there on those equal to edge lose */
     for (; behind < n && ties > 0; behind++) ties -= rank[behind] == edge;
     #pragma omp simd
     for (int32_t i = 0; i < n; i++) won[i] = (rank[i] > edge) | ((rank[i] == edge) & (i < behind));
 }
+#pragma GCC pop_options
 
 /* all of a but those of the k largest sizes become zero; of equal ones the first stay */
 static void keep_floats(float *a, const uint32_t *size, long n, long k) {
@@ -294,11 +299,17 @@ static inline float step_slope(float size, float theta) {
 #define TYPE float
 #define NAME f32
 #include "cpu_typed.c"
+#pragma GCC push_options
+#pragma GCC optimize("no-thread-jumps")
 #include "train_typed.c"
+#pragma GCC pop_options
 #undef TYPE
 #undef NAME
 #define TYPE uint16_t                            /* the bits of a bf16 */
 #define NAME bf16
 #include "cpu_typed.c"
+#pragma GCC push_options
+#pragma GCC optimize("no-thread-jumps")
 #include "train_typed.c"
+#pragma GCC pop_options
 #include "step.c"
