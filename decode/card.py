@@ -22,14 +22,15 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 class Matrix(NamedTuple):
     """weight (rows, width), one row after the other, and a bias or None; or codes and scales of whole numbers
-    of 8 or 4 bits (kernels.quantize), bits 5: 4 with offsets (on_levels); or values of 2:4 and, for scales,
-    their places (kernels.pack_24), bits 2."""
+    of 8 or 4 bits (kernels.quantize), bits 5: 4 with offsets (on_levels). places: of 2:4 weights, floats or
+    of 8 bits, of which the values that are kept lie here (kernels.pack_24)."""
     weight: torch.Tensor
     bias: torch.Tensor | None
     width: int
     bits: int = 16
     scale: torch.Tensor | None = None
     across: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
 
 class Plain(NamedTuple):
@@ -66,7 +67,7 @@ class Card:
     launches: the kernel and the part of the model of each, in their order. ran: how many of each kernel have
     been launched since it was made. A CUDA graph may record `step`: nothing in it depends on the host.
     """
-    wants = None                                 # every logit is exact
+    wants, packs_whole = None, True              # every logit is exact; 2:4 is read in 8 bits too
     live, left, again = None, False, 0           # the rows that go on, if not all; whether those that do not
     #                                              have left early; the run of a block that ponders
 
@@ -129,9 +130,11 @@ class Card:
             raise NotWritten("weights whose rows do not lie in turn")
         return Matrix(weight.detach(), self.vector(bias), weight.size(1))
 
-    def packed(self, values, meta, bias, width):
-        """See Program.packed."""
-        return self.matrix(values, bias)._replace(width=width, bits=2, scale=meta.contiguous())
+    def packed(self, values, meta, bias, width, scale=None):
+        """See Program.packed; scale: of values of 8 bits, as `whole` has it."""
+        matrix = self.matrix(values, bias) if scale is None else Matrix(
+            values.view(torch.int8), self.vector(bias), width, 8, scale.contiguous().view(torch.float32))
+        return matrix._replace(width=width, places=meta.contiguous())
 
     def whole(self, codes, scale, width, bias, across=None):
         """See Program.whole."""
@@ -183,7 +186,8 @@ class Card:
         """May the last program of the product appended last compute matrix . x too?"""
         size = self.rows * matrix.weight.numel()
         return (bool(self.last) and self.last["out"] is x.x and self.last["x"].kind == "join"
-                and x.kind in ("layernorm", "rmsnorm") and matrix.bits == 16 and matrix.bias is None
+                and x.kind in ("layernorm", "rmsnorm") and matrix.bits == 16 and matrix.places is None
+                and matrix.bias is None
                 and size <= self.k.MOST_ROUTED)
 
     def retaken(self):
@@ -215,8 +219,8 @@ class Card:
             tile["BN"] //= 2
         more = self.k.choice_tile(self.tall, N, M if choice else 0) if ends else dict(BM=1, BT=1, BLOCK=1)
         self.add(self.k.product_kernel, (-(-N // tile["BN"]),), (
-            x.x, x.marks, by.gain, by.shift, matrix.weight, matrix.scale, matrix.bias, onto and onto.x, out,
-            gates, copy and copy.weight, copy and copy.scale,
+            x.x, x.marks, by.gain, by.shift, matrix.weight, matrix.scale, matrix.places, matrix.bias,
+            onto and onto.x, out, gates, copy and copy.weight, copy and copy.scale,
             torch.zeros(1, dtype=torch.int32, device=out.device) if ends else None, router and router.weight,
             out if scores is None else scores, picked, *among, waves, edges, self.rows, N, K,
             matrix.weight.stride(0), x.splits, by.eps, cap, units and units.width,

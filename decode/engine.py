@@ -115,6 +115,7 @@ class Skip(NamedTuple):
 
 class Program:
     """The ops of a model's decode step over a Cache, for `rows` rows at columns of their own."""
+    packs_whole = False                          # 2:4 in 8 bits has a layout of its own: see picked
 
     def __init__(self, model, cache, ids, wants, threads=None, draws=None):
         """ids: how many of the vocabulary's ids logits are computed for; wants: see Sampler.wants. draws: see

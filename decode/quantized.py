@@ -21,8 +21,8 @@ KINDS = BITS | {"own": (OWN,) * 3} | {name: (name,) * 3 for name in GGML}
 class Quantized(nn.Module):
     """A Linear's weights as whole numbers of 8 or 4 bits (kernels.quantize), for inference. forward rounds
     its inputs as a decode step does: the loss of this model is the loss of what decodes.
-    2:4 weights are stored dense; in 8 bits a decode step reads those that are kept, where kernels/picked.py
-    has a form for it."""
+    2:4 weights are stored dense; in 8 bits a decode step reads those that are kept, on a card, and where
+    kernels/picked.py has a form for it."""
 
     def __init__(self, linear, bits, empty=False, moments=None):
         """linear: a Linear or a Packed. bits: 8, 4 or OWN. empty: a state dict is loaded next. moments: see
@@ -83,6 +83,9 @@ class Quantized(nn.Module):
     def emit_matrix(self, p, rows=slice(None)):
         """As Linear.emit_matrix."""
         bias = self.bias if self.bias is None else self.bias[rows]
+        if self.sparse and p.packs_whole:
+            values, meta = kernels.pack_24(self.codes[rows, :self.in_features])
+            return p.packed(values, meta, bias, self.in_features, self.scale[rows])
         if self.laid is not None and picked.wanted(self.codes.device, whole=True):
             return p.picked(self.laid[rows].contiguous(), torch.int8, self.in_features, bias,
                             self.scale[rows].contiguous())

@@ -301,9 +301,9 @@ def in_groups(y, ROWS: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def picked_sums(weight, scale, row, first, here, stride, y, ROWS: tl.constexpr, BK: tl.constexpr):
+def picked_sums(weight, places, row, first, here, stride, y, ROWS: tl.constexpr, BK: tl.constexpr):
     """The products of y (ROWS, 1, BK), numbers from `first` on of an input, with 2:4 rows as pack_24 lays
-    them, places in `scale`: (ROWS, BN, BK / 4), a sum for each four. NaN where the input is not finite, as
+    them, of 8 bits without the row's scale: (ROWS, BN, BK / 4), a sum for each four. NaN where the input is not finite, as
     the dense product has it of the rows that prune what meets it."""
     four = first // 4 + tl.arange(0, BK // 4)[None, None, :]
     both = row.to(tl.int64)[:, :, :, None] * stride + 2 * four[:, :, :, None] + tl.arange(0, 2)[
@@ -311,7 +311,7 @@ def picked_sums(weight, scale, row, first, here, stride, y, ROWS: tl.constexpr, 
     inside = here & (2 * four < stride)
     kept = tl.load(weight + both, mask=inside[:, :, :, None], other=0, eviction_policy="evict_first")
     low, high = tl.split(kept.to(tl.float32))
-    code = tl.load(scale + row.to(tl.int64) * (stride // 16) + four // 8, mask=inside, other=0,
+    code = tl.load(places + row.to(tl.int64) * (stride // 16) + four // 8, mask=inside, other=0,
                    eviction_policy="evict_first") >> (four % 8 * 4)
     one, two = code & 3, (code >> 2) & 3
     even, odd = tl.split(tl.reshape(y, (ROWS, 1, BK // 4, 2, 2)))
@@ -323,10 +323,10 @@ def picked_sums(weight, scale, row, first, here, stride, y, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates, copy, copy_scale, arrived,
-                   router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits, eps, cap,
-                   width, copy_stride, edge, M, best, live, always, fold, length, INPUT: tl.constexpr,
-                   ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+def product_kernel(x, marks, gain, shift, weight, scale, places, bias, onto, out, gates, copy, copy_scale,
+                   arrived, router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits,
+                   eps, cap, width, copy_stride, edge, M, best, live, always, fold, length,
+                   INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
                    COPY: tl.constexpr, ROUTE: tl.constexpr, CHOICE: tl.constexpr, ALIKE: tl.constexpr,
                    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
                    BLOCK: tl.constexpr):
@@ -335,7 +335,7 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
     GATED: W has 2 N rows, and out = act(the first N) * the others. waves (3, N): w, phi and b of an osc,
     which is then the activation. edges (N,): out is zero unless its size exceeds its own. cap: bounds the
     result, where it is not None. BITS: of whole numbers, which meet f(x) as whole_product_reference rounds
-    it, 5: of 4 bits with offsets; 16: floats; 2: floats of which two of four are packed (picked_sums).
+    it, 5: of 4 bits with offsets; 16: floats. places: of floats or 8 bits, two of four are there (picked_sums).
 
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
     multiplied by the gate of its group, zero: not wanted; ALIKE: no more than that. COPY: a copy of W in so
@@ -393,24 +393,24 @@ def product_kernel(x, marks, gain, shift, weight, scale, bias, onto, out, gates,
         gate = tl.where(here & ~(rounded(score, like) <= edge), 1.0, 0.0)
         wanted = tl.max((gate != 0.0).to(tl.int32), axis=0)[None, :, None] > 0
         end = tl.max(wanted.to(tl.int32)) * K
-    SUMS: tl.constexpr = BK // 4 if BITS == 2 else BK
+    SUMS: tl.constexpr = BK // 4 if places is not None else BK
     sums, others = tl.zeros((ROWS, BN, SUMS), tl.float32), tl.zeros((ROWS, BN, SUMS), tl.float32)
     for first in range(0, end, BK):
         k = first + tl.arange(0, BK)[None, None, :]
         inside = k < K
         if COPY > 0 or gates is not None:
             inside = inside & wanted
-        if BITS > 2:
+        if places is None:
             w = numbers(weight, scale, row, k, inside, K, stride, BITS)
         y = input_of(x, marks, gain, shift, mean, by, like, r, k, R, K, splits, INPUT, D)
         if BITS == 8:
             y = whole(y, to_whole)
         if BITS == 4 or BITS == 5:
             y = in_groups(y, ROWS, BK)
-        if BITS == 2:
-            sums += picked_sums(weight, scale, row, first, wanted, stride, y, ROWS, BK)
+        if places is not None:
+            sums += picked_sums(weight, places, row, first, wanted, stride, y, ROWS, BK)
             if GATED:
-                others += picked_sums(weight, scale, row + N, first, n < N, stride, y, ROWS, BK)
+                others += picked_sums(weight, places, row + N, first, n < N, stride, y, ROWS, BK)
         else:
             sums += w * y
             if GATED:

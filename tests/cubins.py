@@ -102,7 +102,7 @@ def some_choosing():
 
 def of_choice(rows, absent):
     """Constants of a product that chooses nothing, or of `rows` rows: a size of 1 is a constant to Triton."""
-    nothing = ("gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
+    nothing = ("places", "gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
                "waves", "edges", "width", "copy_stride", "edge", "M", "best", "live", "always",
                "fold", "length")
     return dict.fromkeys((*nothing, *absent)) | dict(
@@ -112,8 +112,8 @@ def of_choice(rows, absent):
 def jobs_of_a_step(every=False):
     """The same of the kernels of a decode step."""
     some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
-    whole = {16: some, 8: {("join", "none", 8)}, 4: {("layernorm", "gelu", 8)}, 2: {("layernorm", "gelu", 1)},
-             5: {("rmsnorm", "silu", 1)}}
+    whole = {16: some, 8: {("join", "none", 8)}, 4: {("layernorm", "gelu", 8)}, 5: {("rmsnorm", "silu", 1)},
+             -16: {("layernorm", "gelu", 1)}, -8: {("join", "none", 8)}}                # below 0: 2:4
     forms = {(kind, act, rows) for kind in ("layernorm", "rmsnorm") for rows in (1, 2, 4, 8)
              for act in ("none", "gelu", "gelu_tanh", "relu2", "silu")}
     forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
@@ -125,7 +125,8 @@ def jobs_of_a_step(every=False):
                 tile = steps.product_tile(rows, 10 ** 6, 4096, gated, joins, 1)
                 absent = (() if joins else ("marks",)) + ("cap",) + (
                     ("gain", "shift") if kind in ("plain", "join") else ())
-                form = dict(INPUT=kind, ACT=act, GATED=gated, D=64, BITS=bits) | of_choice(rows, absent)
+                form = dict(INPUT=kind, ACT=act, GATED=gated, D=64, BITS=abs(bits)) | of_choice(rows, absent)
+                form |= dict(places="*i32") if bits < 0 else {}
                 yield "step product_kernel", arch, half, form, tile
             for bits, rows, (name, form) in itertools.product(
                     (16, 8, 4), (1, 2, 4, 8), CHOOSING.items()) if every else some_choosing():
@@ -232,8 +233,6 @@ def build(job):
         key: kind.replace("bf16", half) for key, kind in given.items()}
     if constants.get("BITS") in WHOLE:
         types["table" if "table" in types else "weight"], types["scale"] = WHOLE[constants["BITS"]]
-    if constants.get("BITS") == 2:
-        types["scale"] = "*i32"                  # places
     if constants.get("INPUT") == "join":
         types["x"] = "*fp32"                     # parts of sums
     aligned = [i for i, key in enumerate(kernel.arg_names)
@@ -250,6 +249,7 @@ def build(job):
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", path)))
         code = tool("nvdisasm", "-c", path)
     return {"kernel": name, "architecture": arch, "type": half, "bits": constants.get("BITS"), "tile": tile,
+            "packed": "places" in given,
             "chooses": bool(constants.get("COPY") or constants.get("CHOICE") or "gates" in types),
             **{key.lower(): int(value) for key, value in used.items()}, "shared": done.metadata.shared,
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "wide_loads": len(re.findall(WIDE, code)),

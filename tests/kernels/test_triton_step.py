@@ -255,7 +255,7 @@ def test_attention_of_a_step_equals_torch_at_columns_of_its_own_in_a_ring_and_jo
     weight, out = torch.eye(C, device=DEVICE), torch.empty(rows, C, device=DEVICE)
     tile = steps.product_tile(1 << (rows - 1).bit_length(), C, C, False, True, 1)
     steps.product_kernel[(-(-C // tile["BN"]),)](
-        parts, marks, None, None, weight, None, None, None, out, *[None] * 11, rows, C, C, C, splits, 0.0,
+        parts, marks, None, None, weight, *[None] * 4, out, *[None] * 11, rows, C, C, C, splits, 0.0,
         None, *[None] * 9, INPUT="join", ACT="none", GATED=False, D=D, BITS=16, **PLAIN, **tile)
     check(out, torch.stack(made).view(rows, C), atol=1e-5, rtol=1e-5)
 
@@ -515,6 +515,40 @@ def test_a_step_on_a_card_reads_packed_weights(arm, rows, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_packed_product_in_8_bits_is_the_one_of_all_its_whole_numbers(gated):
+    """Those that are not kept are zeros: the same sums, of odd widths and of inputs that are not finite."""
+    codes, scale = kernels.quantize(kernels.prune_24(normal(6, 52, seed=1, dtype=torch.float32)), 8)
+    values, meta = kernels.pack_24(codes[:, :52].cpu().view(torch.int8))
+    x = normal(3, 52, seed=3, dtype=torch.float32)
+    x[1, 7] = torch.inf
+    by = scale.view(torch.float32).to(DEVICE)
+    found = product(x, values.to(DEVICE), scale=by, places=meta.to(DEVICE), bits=8, gated=gated)
+    right = product(x, codes.view(torch.int8).to(DEVICE), scale=by, bits=8, gated=gated)
+    assert values.dtype == torch.int8 and values.size(1) < 52
+    check(found[::2], right[::2], atol=1e-5, rtol=1e-5)
+    assert found[1].isnan().all() and right[1].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize(("arm", "rows"), [("gpt2", 2), ("swiglu", 1), ("llama", 8)])
+def test_a_step_on_a_card_reads_packed_weights_of_8_bits(arm, rows, monkeypatch):
+    places = steps.product_kernel.arg_names.index("places")
+    model = build(STEP_ARMS[arm] | dict(weights="2:4"), std=0.2, n_layer=1, n_embd=40, n_head=4)
+    model = quantize(settle(model), "int8").to(DEVICE).use_policy()
+    pairs, caches = compared(model, rows, monkeypatch)
+    for found, right in pairs:
+        check(found, right, atol=2e-4, rtol=0)
+    for kept, written in caches:
+        check(kept, written, atol=1e-4, rtol=1e-4)
+    history = tokens(rows, 8).to(DEVICE)
+    step = card.Card(model, Cache(model, rows, 8), history, history[:, 0] * 0, 31)
+    packed = [options["BITS"] for kernel, _, arguments, options in step.calls
+              if kernel.fn.__name__ == "product_kernel" and arguments[places] is not None]
+    assert len(packed) >= 2 and set(packed) == {8}
+
+
+@interpreted
 def test_a_product_of_a_step_ends_with_an_osc_of_any_size():
     """sin(w y + phi) tanh(y) + b, where the sine's argument goes through hundreds of turns too."""
     weight, x = normal(7, 20, seed=1, dtype=torch.float32) * 30, normal(3, 20, seed=2, dtype=torch.float32)
@@ -534,7 +568,7 @@ def test_a_packed_product_of_a_step_equals_the_dense_one_of_what_it_unpacks_to(g
     values, meta = kernels.pack_24(weight.cpu())
     x = normal(2, 52, seed=3, dtype=torch.float32)
     x[1, 7] = torch.inf
-    out = product(x, values.to(DEVICE), scale=meta.to(DEVICE), bits=2, gated=gated)
+    out = product(x, values.to(DEVICE), places=meta.to(DEVICE), gated=gated)
     right = x @ weight.t()
     check(out[0], (right[0, :3] * right[0, 3:]) if gated else right[0], atol=1e-5, rtol=1e-5)
     assert not out[1].isfinite().any()
@@ -681,7 +715,8 @@ def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, wo
         f"step {name}_kernel" for name in ("embed", "product", "attend", "input", "mix", "down", "sift",
                                            "draw", "leave", "halt", "group", "spread")}
     products = [row for row in found if row["kernel"] == "step product_kernel"]
-    assert {row["bits"] for row in products} == {16, 8, 5, 4, 2}
+    assert {row["bits"] for row in products} == {16, 8, 5, 4}
+    assert {row["bits"] for row in products if row["packed"]} == {16, 8}
     assert sum(row["chooses"] for row in products) >= 35
     for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
