@@ -303,8 +303,8 @@ def in_groups(y, ROWS: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def picked_sums(weight, places, row, first, here, stride, y, ROWS: tl.constexpr, BK: tl.constexpr):
     """The products of y (ROWS, 1, BK), numbers from `first` on of an input, with 2:4 rows as pack_24 lays
-    them, of 8 bits without the row's scale: (ROWS, BN, BK / 4), a sum for each four. NaN where the input is not finite, as
-    the dense product has it of the rows that prune what meets it."""
+    them, of 8 bits without the row's scale: (ROWS, BN, BK / 4), a sum for each four. NaN where the input is
+    not finite, as the dense product has it of the rows that prune what meets it."""
     four = first // 4 + tl.arange(0, BK // 4)[None, None, :]
     both = row.to(tl.int64)[:, :, :, None] * stride + 2 * four[:, :, :, None] + tl.arange(0, 2)[
         None, None, None, :]
@@ -326,16 +326,17 @@ def picked_sums(weight, places, row, first, here, stride, y, ROWS: tl.constexpr,
 def product_kernel(x, marks, gain, shift, weight, scale, places, bias, onto, out, gates, copy, copy_scale,
                    arrived, router, scores, picked, inhibits, balance, waves, edges, R, N, K, stride, splits,
                    eps, cap, width, copy_stride, edge, M, best, live, always, fold, length,
-                   INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
-                   COPY: tl.constexpr, ROUTE: tl.constexpr, CHOICE: tl.constexpr, ALIKE: tl.constexpr,
-                   ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-                   BLOCK: tl.constexpr):
+                   INPUT: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr,
+                   BITS: tl.constexpr, COPY: tl.constexpr, ROUTE: tl.constexpr, CHOICE: tl.constexpr,
+                   ALIKE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   BM: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr):
     """out[r, BN outputs] = act(W f(x[r]) + bias) + onto, W (N, K) read once for all rows. f by INPUT: plain;
     layernorm or rmsnorm with gain and shift, by every program for itself; join, the splits of attention.
     GATED: W has 2 N rows, and out = act(the first N) * the others. waves (3, N): w, phi and b of an osc,
     which is then the activation. edges (N,): out is zero unless its size exceeds its own. cap: bounds the
     result, where it is not None. BITS: of whole numbers, which meet f(x) as whole_product_reference rounds
-    it, 5: of 4 bits with offsets; 16: floats. places: of floats or 8 bits, two of four are there (picked_sums).
+    it, 5: of 4 bits with offsets; 16: floats. places: of floats or 8 bits two of four are there
+    (picked_sums).
 
     Rows of W that no row of x wants are not read, and out is zero there. gates (R, N / width): out is
     multiplied by the gate of its group, zero: not wanted; ALIKE: no more than that. COPY: a copy of W in so

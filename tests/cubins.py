@@ -102,8 +102,8 @@ def some_choosing():
 
 def of_choice(rows, absent):
     """Constants of a product that chooses nothing, or of `rows` rows: a size of 1 is a constant to Triton."""
-    nothing = ("places", "gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits", "balance",
-               "waves", "edges", "width", "copy_stride", "edge", "M", "best", "live", "always",
+    nothing = ("places", "gates", "copy", "copy_scale", "arrived", "router", "scores", "picked", "inhibits",
+               "balance", "waves", "edges", "width", "copy_stride", "edge", "M", "best", "live", "always",
                "fold", "length")
     return dict.fromkeys((*nothing, *absent)) | dict(
         COPY=0, ROUTE="", CHOICE="", ALIKE=False, BM=1, BT=1, BLOCK=1) | (dict(R=1) if rows == 1 else {})
