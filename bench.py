@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import Bench, record
+from benchmarks import Bench, children, record
 from configurator import close_match, configure, require, run_script
 
 # subcommand: class of its keys in the module benchmarks/subcommand.py, whose function subcommand() measures
@@ -108,6 +108,7 @@ def main(words):
     cfg = keys_of(kind, words[1:])
     if not issubclass(kind, Bench):             # it reads records and makes none
         return function(cfg)
+    children.end_together()
     record.measure(function, cfg, words)
 
 

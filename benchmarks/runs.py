@@ -2,7 +2,6 @@
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT
+from benchmarks.children import run_child
 from benchmarks.timing import measurement
 from configurator import require
 from data import dataset as datasets
@@ -26,8 +26,7 @@ def timed_script(script, words, keys, cwd, cfg):
     env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)} if cfg.threads else os.environ
     command = [sys.executable, str(script), *words, *(f"--{key}={value}" for key, value in keys.items())]
     clock = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True,
-                          encoding="utf-8", errors="replace")
+    done = run_child(command, cwd=cwd, env=env)
     seconds = time.perf_counter() - clock
     last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
     require(done.returncode == 0, f"{script} ended with status {done.returncode}: {last}")
