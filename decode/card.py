@@ -186,9 +186,8 @@ class Card:
         """May the last program of the product appended last compute matrix . x too?"""
         size = self.rows * matrix.weight.numel()
         return (bool(self.last) and self.last["out"] is x.x and self.last["x"].kind == "join"
-                and x.kind in ("layernorm", "rmsnorm") and matrix.bits == 16 and matrix.places is None
-                and matrix.bias is None
-                and size <= self.k.MOST_ROUTED)
+                and x.kind in ("layernorm", "rmsnorm") and matrix.bits == 16
+                and matrix.places is None and matrix.bias is None and size <= self.k.MOST_ROUTED)
 
     def retaken(self):
         """Take the product that was appended last back -> what it was made of."""
