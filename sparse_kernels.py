@@ -309,7 +309,7 @@ def tokens_in_digits(x):
 def multiplies_whole_numbers():
     """Does PyTorch multiply 8 bits fast here, and exactly? Without VNNI its sums of pairs are cut off at 16
     bits (oneDNN), and ONEDNN_MAX_CPU_ISA can take VNNI away: a product that would be cut off tells. Or it
-    multiplies them one by one, which takes 60 times as long as fp32: a product that is timed tells."""
+    multiplies them one by one, which takes 30 times as long as fp32: a product that is timed tells."""
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported() and cpu_library()[0]):
         return False
     q = torch.full((128, 128), 127, dtype=torch.int8)
@@ -319,12 +319,17 @@ def multiplies_whole_numbers():
 
 
 def least_seconds(op, *given):
-    """Of five calls."""
+    """Of five calls, by one thread: on a busy machine two wait for each other, whatever they compute."""
     def once():
         began = time.perf_counter()
         op(*given)
         return time.perf_counter() - began
-    return min(once() for _ in range(5))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return min(once() for _ in range(5))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def multiplies_bf16(x):

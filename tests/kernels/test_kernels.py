@@ -632,6 +632,17 @@ def test_a_torch_that_multiplies_whole_numbers_one_by_one_is_found_out(monkeypat
     assert kernels.multiplies_whole_numbers.__wrapped__() == fast
 
 
+def test_what_is_timed_once_runs_on_one_thread():
+    """Beside another job two threads take 14 ms for a product of 0.04 ms: they wait for each other."""
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        assert 0 < kernels.least_seconds(lambda: seen.append(torch.get_num_threads())) < 60
+        assert seen == [1] * 5 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_levels_of_a_file_are_found(dtype):
     """However many of the 16 a group uses, and where the weights were rounded to bf16; never where there are
