@@ -435,35 +435,6 @@ def unpack_24(values, meta, K):
     return dense.flatten(1)[:, :K]
 
 
-def fragments_24(values, meta):
-    """What pack_24 packed, in the order in which the lanes of a warp hand it to mma.sp.m16n8k32 (PTX ISA,
-    "Matrix fragments for sparse mma"), N a multiple of 16 and K of 64: -> int32 (N/16, K/64, 2, 32, 4), for
-    16 rows and 32 columns four registers of two kept values a lane; and the places (N/16, K/64, 32), where
-    two lanes of four hold the first 32 columns' and two the next."""
-    tiles, blocks = len(values) // 16, meta.size(1) // 2
-    pairs = values.contiguous().view(torch.int32).view(tiles, 2, 8, blocks, 2, 2, 4)
-    fragments = pairs.permute(0, 3, 4, 2, 6, 5, 1).reshape(tiles, blocks, 2, 32, 4)
-    quarters = torch.stack((meta & 0xffff, meta >> 16 & 0xffff), dim=-1).view(tiles, 2, 8, blocks, 4)
-    places = quarters[:, 0] | quarters[:, 1] << 16
-    return fragments.contiguous(), places.transpose(1, 2).reshape(tiles, blocks, 32).contiguous()
-
-
-def mma_24_reference(x, fragments, places):
-    """What a warp computes of x (M, K) and fragments_24, lane by lane as the ISA defines it -> (M, N)."""
-    tiles, blocks = places.shape[:2]
-    weight = torch.zeros(tiles, 16, blocks, 64)
-    for half, lane, register in itertools.product(range(2), range(32), range(4)):
-        row, first = lane // 4 + register % 2 * 8, lane % 4 * 4 + register // 2 * 16
-        # the selector says which two lanes of a quad hold the places: the first those of 16 columns
-        word = places[:, :, lane // 4 * 4 + half * 2 + register // 2]
-        shift = register % 2 * 16 + lane % 4 * 4
-        kept = fragments[:, :, half, lane, register].contiguous()[..., None].view(x.dtype).float()
-        for i in range(2):
-            column = half * 32 + first + (word >> shift + 2 * i & 3)
-            weight[:, row].scatter_(2, column[..., None].long(), kept[..., [i]])
-    return F.linear(x.float(), weight.flatten(2).flatten(0, 1))
-
-
 def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, onto: Tensor | None,
                         act: str) -> Tensor:
     """x (..., K), a packed W (N, K), bias (N,), onto (..., N) -> act(W x + bias) + onto, (..., N). act: a key

@@ -88,7 +88,8 @@ class Card:
         self.k, self.depth, self.ids_of = triton_step, triton_depth, triton_draw
         self.tall = 1 << (self.rows - 1).bit_length()
         self.processors = kernels.triton_kernels().processors(history.device)
-        self.calls, self.launches, self.ran, self.module, self.last = [], [], Counter(), "", None
+        self.calls, self.launches, self.ran, self.module = [], [], Counter(), ""
+        self.last = self.last_sum = None         # what the product, or the sum of rows, appended last is made of
         self.counters, self.begins = [], []      # of modules; what takes over from the cache
         model.emit(self)
 
@@ -145,7 +146,7 @@ class Card:
 
     def add(self, kernel, grid, arguments, options):
         """Append a launch."""
-        self.last = None
+        self.last = self.last_sum = None
         self.calls.append((kernel, grid, arguments, options))
         self.launches.append((kernel.fn.__name__, self.module))
 
@@ -320,20 +321,21 @@ class Card:
             x = self.product(**self.retaken() | dict(edges=x.edges))
         return Units(size, x.x, x.x)
 
-    def rows_sum(self, a, matrix, onto=None, units=None, all=False):
-        """See Program.rows_sum."""
+    def rows_sum(self, a, matrix, onto=None, units=None, all=False, out=None, always=None):
+        """See Program.rows_sum; out, always: see product."""
         if a.kind != "plain":
             raise NotWritten("rows that are chosen by what no product has made")
         N, C, rows = len(matrix.weight), matrix.width, self.rows
         tile, columns, shares, share = self.k.down_tile(self.tall, N, C, self.processors)
-        out = onto.x if onto else self.empty(rows, C)
+        out = onto.x if onto else self.empty(rows, C) if out is None else out
         parts = self.empty(shares, rows, C, dtype=torch.float32)
         arrived = torch.zeros(columns, dtype=torch.int32, device=out.device)
         group, winners = a.winners or (0, 0)
         self.add(self.k.down_kernel, (columns, shares), (a.x, a.edges, matrix.weight, matrix.scale,
                  matrix.bias, matrix.across, onto and onto.x, out, parts, arrived, rows, N, C,
-                 matrix.weight.stride(0), share, winners, self.live),
+                 matrix.weight.stride(0), share, winners, self.live, C if always is None else always),
                  dict(ALL=all, BITS=matrix.bits, GROUP=group, **tile))
+        self.last_sum = dict(a=a, matrix=matrix, onto=onto, units=units, all=all, out=out)
         return onto or Plain(out)
 
     def attend(self, qkv, layer, heads, width, eps, rotation, gain, alone=False):
@@ -353,9 +355,11 @@ class Card:
         """Rows that have left get the outputs from `first` on too, keys and values, of the product that was
         appended last."""
         if self.left:
-            if not self.last or self.last["out"] is not x.x:
-                raise NotWritten("keys and values alone where attn_topk chooses what makes them")
-            self.product(**self.retaken() | dict(always=first))
+            made, again = (self.last, self.product) if self.last else (self.last_sum, self.rows_sum)
+            if not made or made["out"] is not x.x:
+                raise NotWritten("keys and values that the last launch has not made")
+            self.calls.pop(), self.launches.pop()
+            again(**made | dict(always=first))
 
     def attended(self, q, kv, layer, heads, width, eps, rotation, gain, units=None):
         """Attention of queries and new keys and values (rows, ...), of heads of Units alone."""

@@ -3,7 +3,7 @@ import torch
 
 from decode import engine, sampling
 from decode.context import Cache
-from decode.faster import fastest
+from kernels.faster import fastest
 
 
 def choose_way(model, device, threads=0):

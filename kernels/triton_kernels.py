@@ -5,12 +5,15 @@ Every product is summed in fp32 from operands raised to fp32 first (tensor cores
 kernels are exact under Triton's interpreter too, where arithmetic in bf16 is wrong.
 """
 import functools
+import sys
 
 import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from kernels.faster import fastest
 
 SHARED_MEMORY = 101376                           # bytes of a program on sm_86, sm_89 and sm_120
 
@@ -143,73 +146,124 @@ def gemm_24(x, values, meta, bias, onto, out, M, N, K, words, HALF: tl.constexpr
 
 
 @gluon.jit
-def mma_24(x, fragments, places, out, M, N, K, KIND: gl.constexpr, WARPS: gl.constexpr):
-    """y (M, N) fp32 = x W for up to 8 rows of x by sparse tensor cores: a program makes 16 outputs, its warps
-    share K. x holds two elements in an int32; fragments, places: sparse_kernels.fragments_24."""
+def own_four(base, row, first, here, most, other, wide: gl.constexpr, flat: gl.constexpr):
+    """Each thread's four words from base + row + first on, those before base + row + most -> one by one."""
+    register = gl.arange(0, 4, layout=gl.SliceLayout(0, wide))
+    inner = first[:, None] + register[None, :]
+    a = gl.load(base + (row[:, None] + inner), mask=here[:, None] & (inner < most), other=other)
+    even, odd = gl.split(a.reshape([a.shape[0], 2, 2]))
+    a0, a2 = gl.split(even)
+    a1, a3 = gl.split(odd)
+    a0 = gl.convert_layout(a0, flat, assert_trivial=True)
+    a1 = gl.convert_layout(a1, flat, assert_trivial=True)
+    a2 = gl.convert_layout(a2, flat, assert_trivial=True)
+    a3 = gl.convert_layout(a3, flat, assert_trivial=True)
+    return a0, a1, a2, a3
+
+
+@gluon.jit
+def sparse_mma(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, e, HALF: gl.constexpr, KIND: gl.constexpr):
+    """mma.sp of a warp: 16 outputs, 32 inputs (16 are there), 8 tokens. HALF of the lanes say which."""
+    return gl.inline_asm_elementwise(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + KIND + "." + KIND + ".f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, $16, "
+        + ("0x1;" if HALF else "0x0;"), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r",
+        [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, e], is_pure=True, pack=1,
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32))
+
+
+@gluon.jit
+def times_nothing(x, onto, KIND: gl.constexpr):
+    """onto + 0 x of both halves of a word: NaN where x is not finite."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 zero; mov.b32 zero, 0; fma.rn." + KIND + "x2 $0, $1, zero, $2; }", "=r,r,r",
+        [x, onto], is_pure=True, pack=1, dtype=gl.int32)
+
+
+@gluon.jit
+def places_of(first, second, lane):
+    """Two words of places, 64 inputs of a row: the fours lane, lane + 4, lane + 8, lane + 12 in 16 bits."""
+    low, high = (first >> lane * 4) & 0x000f000f, (second >> lane * 4) & 0x000f000f
+    return ((low | (low >> 12)) & 255) | (((high | (high >> 12)) & 255) << 8)
+
+
+@gluon.jit
+def finish_warps(parts, bias, onto, out, n, m, M, N, ACT: gl.constexpr, BIAS: gl.constexpr,
+                 ONTO: gl.constexpr, apart: gl.constexpr):
+    """As finish, of a number for every thread, added up over the warps (parts: warps x 32)."""
+    y = gl.sum(gl.convert_layout(parts, apart), axis=0)
+    here, at = (m < M) & (n < N), m * N + n
+    if BIAS:
+        y += gl.load(bias + n, mask=here, other=0.0).to(gl.float32)
+    if ACT == "relu2":
+        y = gl.where(y < 0.0, 0.0, y)
+        y = y * y
+    if ACT == "gelu":
+        y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
+    if ONTO:
+        y += gl.load(onto + at, mask=here, other=0.0).to(gl.float32)
+    gl.store(out + at, y.to(out.dtype.element_ty), mask=here)
+
+
+@gluon.jit
+def mma_24(x, values, meta, bias, onto, out, M, N, K, words, KIND: gl.constexpr, ACT: gl.constexpr,
+           BIAS: gl.constexpr, ONTO: gl.constexpr, WARPS: gl.constexpr):
+    """The same for a few rows of x, as sparse tensor cores multiply them: a program makes 16 outputs of 8
+    rows, its warps share K, 64 inputs at a time. x and values hold two elements in an int32. The instruction
+    may meet the fours of K in any order: lane 0..3 of a row reads four neighbouring ones at once. Where a row
+    of x is not finite, all of its outputs are NaN."""
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     wide: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     apart: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
-    tile, blocks = gl.program_id(0), K // 64
     thread = gl.arange(0, 32 * WARPS, layout=flat)
-    row = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, wide))
-    register = gl.arange(0, 4, layout=gl.SliceLayout(0, wide))
-    lane = thread % 32
-    token, place = lane // 4, lane % 4
+    lane, warp = thread % 4, thread // 32
+    top = gl.minimum(gl.program_id(1) * 16 + thread % 32 // 4, N - 1).to(gl.int64) * words
+    low = gl.minimum(gl.program_id(1) * 16 + thread % 32 // 4 + 8, N - 1).to(gl.int64) * words
+    own = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(1, wide))
+    own_top = gl.minimum(gl.program_id(1) * 16 + own % 32 // 4, N - 1).to(gl.int64) * words * 8
+    own_low = gl.minimum(gl.program_id(1) * 16 + own % 32 // 4 + 8, N - 1).to(gl.int64) * words * 8
+    token = gl.program_id(0) * 8 + own % 32 // 4
+    nothing = gl.zeros([32 * WARPS], gl.int32, layout=flat)
+    spoilt = nothing
     c0 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
-    c1 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
-    c2 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
-    c3 = gl.zeros([32 * WARPS], gl.float32, layout=flat)
-    for first in range(0, blocks, WARPS):
-        block, own = first + thread // 32, first + row // 32
-        e = gl.load(places + (tile * blocks + block) * 32 + lane, mask=block < blocks, other=0x44444444)
+    c1, c2, c3 = c0, c0, c0
+    for first in range(0, (words + 1) // 2, WARPS):
+        block = first + warp
+        here, more = 2 * block < words, 2 * block + 1 < words
+        e = (places_of(gl.load(meta + top + 2 * block, mask=here, other=0x44444444),
+                       gl.load(meta + top + 2 * block + 1, mask=more, other=0x44444444), lane)
+             | (places_of(gl.load(meta + low + 2 * block, mask=here, other=0x44444444),
+                          gl.load(meta + low + 2 * block + 1, mask=more, other=0x44444444), lane) << 16))
+        at = (first + own // 32) * 16 + own % 4 * 4
+        t0, t1, t2, t3 = own_four(values, own_top, at, own_top >= 0, words * 8, 0, wide, flat)
+        l0, l1, l2, l3 = own_four(values, own_low, at, own_low >= 0, words * 8, 0, wide, flat)
         for half in gl.static_range(2):
-            at = (((tile * blocks + own) * 2 + half) * 32 + row % 32) * 4
-            a = gl.load(fragments + at[:, None] + register[None, :], mask=(own < blocks)[:, None], other=0)
-            even, odd = gl.split(a.reshape([32 * WARPS, 2, 2]))
-            a0, a2 = gl.split(even)
-            a1, a3 = gl.split(odd)
-            a0 = gl.convert_layout(a0, flat, assert_trivial=True)
-            a1 = gl.convert_layout(a1, flat, assert_trivial=True)
-            a2 = gl.convert_layout(a2, flat, assert_trivial=True)
-            a3 = gl.convert_layout(a3, flat, assert_trivial=True)
-            b = x + token * (K // 2) + block * 32 + half * 16 + place
-            known = (block < blocks) & (token < M)
-            b0 = gl.load(b, mask=known, other=0)
-            b1 = gl.load(b + 4, mask=known, other=0)
-            b2 = gl.load(b + 8, mask=known, other=0)
-            b3 = gl.load(b + 12, mask=known, other=0)
-            c0, c1, c2, c3 = gl.inline_asm_elementwise(
-                "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + KIND + "." + KIND + ".f32 "
-                "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, $16, "
-                + ("0x1;" if half else "0x0;"), "=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r",
-                [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, e], is_pure=True, pack=1,
-                dtype=(gl.float32, gl.float32, gl.float32, gl.float32))
+            at = (first + own // 32) * 32 + own % 4 // 2 * 8 + 4 * half
+            x0, x1, x2, x3 = own_four(x, token * (K // 2), at, token < M, K // 2, 0, wide, flat)
+            x4, x5, x6, x7 = own_four(x, token * (K // 2), at + 16, token < M, K // 2, 0, wide, flat)
+            b0, b2 = gl.where(lane % 2 == 0, x0, x1), gl.where(lane % 2 == 0, x2, x3)
+            b1, b3 = gl.where(lane % 2 == 0, x4, x5), gl.where(lane % 2 == 0, x6, x7)
+            spoilt = times_nothing(b0, times_nothing(b1, spoilt, KIND), KIND)
+            spoilt = times_nothing(b2, times_nothing(b3, spoilt, KIND), KIND)
+            if half == 0:
+                c0, c1, c2, c3 = sparse_mma(t0, l0, t1, l1, b0, b1, b2, b3, c0, c1, c2, c3, e, 0, KIND)
+            else:
+                c0, c1, c2, c3 = sparse_mma(t2, l2, t3, l3, b0, b1, b2, b3, c0, c1, c2, c3, e, 1, KIND)
+    # zeros that meet what has become NaN: at even lanes places 0 and 1 of a four, at odd ones 2 and 3
+    for odd in gl.static_range(2):
+        e = gl.full([32 * WARPS], -0x11111112 if odd else 0x44444444, gl.int32, layout=flat)
+        c0, c1, c2, c3 = sparse_mma(nothing, nothing, nothing, nothing, spoilt, nothing, nothing, nothing,
+                                    c0, c1, c2, c3, e, 0, KIND)
     lanes = gl.arange(0, 32, layout=gl.SliceLayout(0, apart))
-    n, m = tile * 16 + lanes // 4, lanes % 4 * 2
-    y0 = gl.sum(gl.convert_layout(c0.reshape([WARPS, 32]), apart), axis=0)
-    y1 = gl.sum(gl.convert_layout(c1.reshape([WARPS, 32]), apart), axis=0)
-    y2 = gl.sum(gl.convert_layout(c2.reshape([WARPS, 32]), apart), axis=0)
-    y3 = gl.sum(gl.convert_layout(c3.reshape([WARPS, 32]), apart), axis=0)
-    gl.store(out + m * N + n, y0, mask=(m < M) & (n < N))
-    gl.store(out + (m + 1) * N + n, y1, mask=(m + 1 < M) & (n < N))
-    gl.store(out + m * N + n + 8, y2, mask=(m < M) & (n + 8 < N))
-    gl.store(out + (m + 1) * N + n + 8, y3, mask=(m + 1 < M) & (n + 8 < N))
+    n, m = gl.program_id(1) * 16 + lanes // 4, gl.program_id(0) * 8 + lanes % 4 * 2
+    finish_warps(c0.reshape([WARPS, 32]), bias, onto, out, n, m, M, N, ACT, BIAS, ONTO, apart)
+    finish_warps(c1.reshape([WARPS, 32]), bias, onto, out, n, m + 1, M, N, ACT, BIAS, ONTO, apart)
+    finish_warps(c2.reshape([WARPS, 32]), bias, onto, out, n + 8, m, M, N, ACT, BIAS, ONTO, apart)
+    finish_warps(c3.reshape([WARPS, 32]), bias, onto, out, n + 8, m + 1, M, N, ACT, BIAS, ONTO, apart)
 
 
-MMA_TILES = [dict(WARPS=warps, num_warps=warps) for warps in (4, 8)]
+MMA_TILES = [dict(WARPS=warps, num_warps=warps) for warps in (4, 8, 16)]
 KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-def linear_24_mma(x, fragments, places, N):
-    """x (M, K), M <= 8, 64 dividing K, and fragments_24 of W (N, K) -> W x, (M, N), sums in fp32, no
-    epilogue. Not chosen by linear_24: the order of the places in a warp has only met an emulator so far."""
-    (M, K), tile = x.shape, MMA_TILES[x.size(1) >= 8192]
-    out = torch.empty(M, N, dtype=torch.float32, device=x.device)
-    mma_24[(triton.cdiv(N, 16),)](x.contiguous().view(torch.int32), fragments, places, out, M, N, K,
-                                  KIND=KINDS[x.dtype], **tile)
-    return out.to(x.dtype)
-
-
 HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 FLOATS = (*HALVES, torch.float32)
 GEMV_ROWS = 1                                    # rows of x up to which gemv_24 reads W again for each
@@ -224,24 +278,87 @@ def gemv_tile(N, processors):
     return (fits or GEMV_TILES[:1])[-1]
 
 
-def linear_24(x, values, meta, bias, onto, act):
-    """See sparse_kernels.linear_24_reference; up to MOST_ROWS rows x of HALVES."""
+def mma_tile(M, N, processors):
+    """The fewest warps that share K of which every multiprocessor still gets 24."""
+    programs = triton.cdiv(M, 8) * triton.cdiv(N, 16)
+    fits = [tile for tile in MMA_TILES if programs * tile["WARPS"] >= 24 * processors]
+    return (fits or MMA_TILES[-1:])[0]
+
+
+def linear_24(x, values, meta, bias, onto, act, form=None):
+    """See sparse_kernels.linear_24_reference; up to MOST_ROWS rows x of HALVES. form: one of FORMS_24."""
     (N, words), K = meta.shape, x.size(-1)
     x = x.contiguous()
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
     M = x.numel() // K
     out = x.new_empty(*x.shape[:-1], N)
     onto = onto if onto is None else onto.contiguous()
-    arguments = (values.view(torch.int32), meta, bias, onto, out, M, N, K, words)
-    flags = dict(HALF=HALVES[x.dtype], ACT=act, BIAS=bias is not None, ONTO=onto is not None)
-    if M <= GEMV_ROWS:
-        tile = gemv_tile(N, processors(x.device))
-        fours = (x if x.data_ptr() % 16 == 0 else x.clone()).view(torch.int64)
-        gemv_24[(triton.cdiv(N, tile["BN"]), M)](fours, *arguments, **flags, **tile)
-    else:
-        tile = next(tile for tile in GEMM_TILES if tile["BM"] >= min(M, MOST_ROWS))
-        grid = (triton.cdiv(N, tile["BN"]), triton.cdiv(M, tile["BM"]))
-        gemm_24[grid](x, *arguments, **flags, EXACT=x.device.type == "cpu", **tile)
+    flags = dict(ACT=act, BIAS=bias is not None, ONTO=onto is not None)
+    form = form or ("gemv_24" if M <= GEMV_ROWS else form_24(M, N, K, x.dtype, x.device))
+    FORMS_24[form](x, values.view(torch.int32), meta, bias, onto, out, M, N, K, words, **flags)
     return out
+
+
+def rows_one_by_one(x, values, *rest, **flags):
+    out, M, N = rest[3:6]
+    tile = gemv_tile(N, processors(x.device))
+    gemv_24[(triton.cdiv(N, tile["BN"]), M)](x.view(torch.int64), values, *rest, HALF=HALVES[out.dtype],
+                                             **flags, **tile)
+
+
+def rows_expanded(x, values, *rest, **flags):
+    out, M, N = rest[3:6]
+    tile = next(tile for tile in GEMM_TILES if tile["BM"] >= min(M, MOST_ROWS))
+    gemm_24[(triton.cdiv(N, tile["BN"]), triton.cdiv(M, tile["BM"]))](
+        x, values, *rest, HALF=HALVES[out.dtype], EXACT=x.device.type == "cpu", **flags, **tile)
+
+
+def rows_by_sparse_units(x, values, *rest, **flags):
+    out, M, N = rest[3:6]
+    mma_24[(triton.cdiv(M, 8), triton.cdiv(N, 16))](x.view(torch.int32), values, *rest, KIND=KINDS[out.dtype],
+                                                    **flags, **mma_tile(M, N, processors(x.device)))
+
+
+FORMS_24 = {"mma_24": rows_by_sparse_units, "gemm_24": rows_expanded, "gemv_24": rows_one_by_one}
+
+
+def form_24(M, N, K, dtype, device):
+    """Which of FORMS_24 multiplies 2 to MOST_ROWS rows fastest on this device: timed at first use, see
+    faster.py. While a CUDA graph is recorded nothing can be timed: a rule decides then."""
+    if not multiplies_sparse(device):
+        return "gemm_24"
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "mma_24" if M <= 16 else "gemm_24"
+    return timed_form_24(max(2, triton.next_power_of_2(M)), N, K, dtype, device)
+
+
+@functools.cache
+def timed_form_24(M, N, K, dtype, device):
+    """The fastest of those forms whose result is gemm_24's; another one is left out, and a line says so."""
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(M, K, generator=make).to(device, dtype)
+    values = torch.randn(N, triton.cdiv(K, 32) * 16, generator=make).to(device, dtype)
+    meta = torch.full((N, triton.cdiv(K, 32)), 0x44444444, dtype=torch.int32, device=device)
+    values[:, triton.cdiv(K, 2):] = 0
+    outs = {form: torch.empty(M, N, dtype=dtype, device=device) for form in FORMS_24}
+    runs = {form: functools.partial(run, x, values.view(torch.int32), meta, None, None, outs[form], M, N, K,
+                                    meta.size(1), ACT="none", BIAS=False, ONTO=False)
+            for form, run in FORMS_24.items() if form != "gemv_24" or M <= 8}
+    for run in runs.values():
+        run()
+    right = outs["gemm_24"].float()
+    for form in [*runs]:
+        error = ((outs[form].float() - right).norm() / right.norm()).item()
+        if not error < 0.02:
+            print(f"note: {form} differs from gemm_24 by {error:.1e} on this card and is not used: please "
+                  "report it", file=sys.stderr)
+            del runs[form]
+    return fastest(f"2:4 product, {M} rows, {N}x{K}, {dtype}", runs, device)[0]
+
+
+def multiplies_sparse(device):
+    """Does this card have mma.sp?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

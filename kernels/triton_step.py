@@ -587,19 +587,21 @@ def input_kernel(x, marks, gain, shift, gates, y, R, K, splits, eps, branch, bes
 
 @triton.jit
 def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived, R, N, C, stride, share,
-                winners, live, ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-                BU: tl.constexpr, BC: tl.constexpr):
+                winners, live, always, ALL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                ROWS: tl.constexpr, BU: tl.constexpr, BC: tl.constexpr):
     """out[r] = the sum of a[r, n] weight[n] over the N units, times across, plus bias and onto. edges: a
     counts as zero unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a|
     count, of equal ones the first. A program adds a share of the units; rows of units that are zero in every
     row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
-    order: whoever it is, the bits are the same."""
+    order: whoever it is, the bits are the same. Outputs from `always` on are stored for rows that are not live
+    too."""
     s, shares = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, ROWS)[:, None, None]
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, None, :]
     alive = r < R
     if live is not None:
-        alive = tl.load(live + r, mask=r < R, other=0) != 0
+        every = (tl.program_id(0) + 1) * BC > always
+        alive = alive & ((tl.load(live + r, mask=r < R, other=0) != 0) | every)
         if tl.max(alive.to(tl.int32)) == 0:
             return
     sums = tl.zeros((ROWS, BU, BC), tl.float32)
@@ -636,7 +638,7 @@ def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived
         if onto is not None:
             y += tl.load(onto + at, mask=here, other=0.0).to(tl.float32)
         if live is not None:
-            here = here & (tl.load(live + r, mask=r < R, other=0) != 0)
+            here = here & ((tl.load(live + r, mask=r < R, other=0) != 0) | (c >= always))
         tl.store(out + at, y.to(out.dtype.element_ty), mask=here)
 
 

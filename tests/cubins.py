@@ -58,7 +58,7 @@ def jobs(architectures):
             for tile in kernels.GEMM_TILES:
                 yield "gemm_24", arch, half, packed | dict(EXACT=False), tile
             for tile in kernels.MMA_TILES:
-                yield "mma_24", arch, half, dict(KIND={"bf16": "bf16", "fp16": "f16"}[half]), tile
+                yield "mma_24", arch, half, packed | dict(KIND={"bf16": "bf16", "fp16": "f16"}[half]), tile
         for width in (96, 1)[:1 + (arch in TWICE)]:
             gathered = dict(WIDTH=width, GROUPED=True)
             for tile in kernels.UP_TILES:
@@ -204,7 +204,7 @@ STEP = dict(history="*i64", start="*i64", arrived="*i32", marks="*fp32", edges="
             layers="*i64", runs="*i64", left="*fp32", ends="*i64", threshold="fp32", epsilon="fp32")
 TYPES = "*fp32", "*bf16", "*u8", "*i8", "*i16", "*i32", "i32", "fp32"
 WHOLE = {8: ("*i8", "*fp32"), 4: ("*u8", "*i16"), 5: ("*u8", "*i16")}     # weights and scales of so many bits
-INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32", out="*fp32")}
+INPUTS = {"gemv_24": dict(x="*i64"), "mma_24": dict(x="*i32")}
 
 
 def kernel_of(name):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from arms import ARMS, build
 
-from decode import card, faster, sampling, way
+from decode import card, sampling, way
+from kernels import faster
 
 CPU = torch.device("cpu")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from triton_here import DEVICE, TOLERANCE, check, gpu, interpreted, normal
+from warps import run as run_warps
 
 import sparse_kernels as kernels
 
@@ -121,20 +122,73 @@ def same_as(run, reference, inputs, bad):
             assert torch.equal(where(found), where(right)), (spoilt, found, right)
 
 
+def by_sparse_units(x, values, meta, bias, onto, act, warps_of_one=4):
+    """mma_24 on a CPU, see warps.py; elsewhere on the card."""
+    (M, K), (N, words) = x.shape, meta.shape
+    if DEVICE == "cuda":
+        return gpu.linear_24(x, values, meta, bias, onto, act, "mma_24")
+    out = x.new_full((M, N), 9.0)
+    run_warps(gpu.mma_24, (-(-M // 8), -(-N // 16)), x.view(torch.int32), values.view(torch.int32), meta,
+              bias, onto, out, M, N, K, words, KIND=gpu.KINDS[x.dtype], ACT=act, BIAS=bias is not None,
+              ONTO=onto is not None, WARPS=warps_of_one)
+    return out
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fragments_mean_to_mma_sp_what_was_packed(dtype):
-    """Lane by lane in pure PyTorch, as the instruction is defined; on a GPU by the instruction."""
-    for seed, (N, K, M) in enumerate(((16, 64, 1), (48, 128, 8), (32, 320, 5))):
+def test_sparse_units_multiply_what_was_packed(dtype):
+    """Any height and width, more rows than one program has, fewer inputs than warps. Where a row of x is not
+    finite it is NaN, as the dense product has it of the rows that prune what meets it."""
+    shapes = (16, 64, 1), (48, 128, 8), (40, 320, 5), (17, 100, 11), (24, 96, 16), (3, 36, 2), (1, 4, 9)
+    for seed, (N, K, M) in enumerate(shapes):
         weight = kernels.prune_24(normal(N, K, seed=seed, dtype=torch.float32) / K ** 0.5).to(dtype)
         values, meta = kernels.pack_24(weight)
-        fragments, places = kernels.fragments_24(values, meta)
-        assert fragments.nbytes + places.nbytes == values.nbytes + meta.nbytes
-        x = normal(M, K, seed=seed + 1, dtype=dtype)
-        right = x.float() @ weight.float().t()
-        check(kernels.mma_24_reference(x.cpu(), fragments.cpu(), places.cpu()).to(DEVICE), right, atol=1e-4,
-              rtol=1e-4)
-        if DEVICE == "cuda":
-            check(gpu.linear_24_mma(x, fragments, places, N).float(), right, atol=2e-2, rtol=2e-2)
+        x, bias, onto = (normal(*shape, seed=seed + 1, dtype=dtype) for shape in ((M, K), (N,), (M, N)))
+        rest = (bias if seed % 2 else None, onto if seed % 3 else None, ACTS[seed % 3])
+        right = exact(kernels.linear_24_reference, x, values, meta, *rest)
+        found = by_sparse_units(x, values, meta, *rest, warps_of_one=4 << seed % 3)
+        check(found.float(), right, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        x[0, -1], x[-1, K // 2] = torch.inf, torch.nan
+        spoilt = by_sparse_units(x, values, meta, *rest)
+        assert spoilt[[0, -1]].isnan().all()
+        assert torch.equal(spoilt[1:-1], by_sparse_units(x[1:-1], values, meta, rest[0], onto[1:-1] if rest[1]
+                                                         is not None else None, rest[2])) or M < 3
+
+
+def test_a_few_rows_take_the_form_that_is_right_and_fastest_on_a_card(monkeypatch, capsys):
+    """Timed once a card and shape; never inside a CUDA graph."""
+    seconds, wrong, timed = {"mma_24": 1.0, "gemm_24": 2.0, "gemv_24": 3.0}, [], []
+
+    def form(name):
+        def run(x, values, meta, bias, onto, out, *rest, **flags):
+            out.fill_(2.0 if name in wrong else 1.0)
+        return run
+
+    def fastest(what, forms, device):
+        timed.append(what)
+        return min(forms, key=seconds.get), seconds
+    monkeypatch.setattr(gpu, "FORMS_24", {name: form(name) for name in seconds})
+    monkeypatch.setattr(gpu, "fastest", fastest)
+    given = 32, 48, torch.bfloat16, torch.device("cpu")
+    assert gpu.form_24(5, *given) == "gemm_24" and not timed                     # no card, no mma.sp
+    monkeypatch.setattr(gpu, "multiplies_sparse", lambda device: True)
+    gpu.timed_form_24.cache_clear()
+    assert gpu.form_24(5, *given) == gpu.form_24(8, *given) == "mma_24" and len(timed) == 1
+    seconds["gemv_24"] = 0.5
+    assert gpu.form_24(2, *given) == "gemv_24" and gpu.form_24(64, *given) == "mma_24" and len(timed) == 3
+    wrong += ["gemv_24", "mma_24"]
+    assert gpu.form_24(3, *given) == "gemm_24"
+    assert "mma_24 differs from gemm_24 by 1.0e+00 on this card and is not used" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [gpu.form_24(M, *given) for M in (2, 16, 17, 64)] == ["mma_24", "mma_24", "gemm_24", "gemm_24"]
+    gpu.timed_form_24.cache_clear()
+    assert len(timed) == 4
+
+
+@pytest.mark.parametrize(("rows", "N", "warps"), [(2, 768, 16), (16, 768, 16), (8, 4096, 16), (16, 4096, 8),
+                                                  (8, 50304, 4)])
+def test_few_outputs_are_shared_by_more_warps(rows, N, warps):
+    assert gpu.mma_tile(rows, N, 132)["WARPS"] == warps
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="no GPU: the interpreter runs the launchers above")
@@ -178,4 +232,5 @@ def test_every_kernel_compiles_for_every_gpu_without_spills(cubins):
         streams = row["kernel"] != "largest_kernel"              # that one reads a few KB of any width
         assert row["reg"] <= 128 and row["wide_loads"] >= streams and row["products"] >= 1, row
         assert row["shared"] <= (232448 if row["architecture"] == 90 else 101376), row
-    assert max(row["reg"] for row in cubins if row["kernel"] == "mma_24") <= 40
+    sparse = [row for row in cubins if row["kernel"] == "mma_24"]
+    assert max(row["reg"] for row in sparse) <= 64 and min(row["wide_loads"] for row in sparse) >= 6

@@ -277,7 +277,7 @@ def test_rows_of_live_units_are_added_up_and_dead_ones_are_not_read(rows):
             poisoned = torch.where((a != 0).any(dim=0)[:, None], weight, weight * 0 + dead)
             steps.down_kernel[(columns, shares)](
                 a, None, poisoned, None, bias, None, onto, out, parts, arrived, rows, N, C, C, share, 0,
-                None, ALL=everything, BITS=16, GROUP=0, **tile)
+                None, C, ALL=everything, BITS=16, GROUP=0, **tile)
             check(out, expected, atol=1e-4, rtol=1e-4)
             assert not arrived.any()                      # ready for the next step
 
@@ -298,7 +298,7 @@ def test_rows_of_units_in_whole_numbers_are_added_up(bits):
         for everything in (True, False):
             steps.down_kernel[(columns, shares)](
                 a, None, read["weight"], read["scale"], bias, across, None, out, parts, arrived, rows, N, C,
-                codes.stride(0), share, 0, None, ALL=everything, BITS=bits, GROUP=0, **tile)
+                codes.stride(0), share, 0, None, C, ALL=everything, BITS=bits, GROUP=0, **tile)
             assert out.isnan().all() == everything
         expected = a @ kernels.dequantize(codes, scale, C).nan_to_num(0)
         check(out, expected * across + bias, atol=1e-4, rtol=1e-4)
@@ -320,7 +320,7 @@ def test_rows_of_units_whose_gate_is_shut_are_not_read_and_nan_passes_a_gate():
 
     def run(a, weight):
         steps.down_kernel[(columns, shares)](a, edges, weight, None, None, None, None, out, parts, arrived, 3,
-                                             40, 9, 9, share, 0, None, ALL=False, BITS=16, GROUP=0, **tile)
+                                             40, 9, 9, share, 0, None, 9, ALL=False, BITS=16, GROUP=0, **tile)
         return out
 
     check(run(a, poisoned), expected, atol=1e-4, rtol=1e-4)
@@ -344,11 +344,11 @@ def test_for_rows_that_do_not_go_on_nothing_is_stored_and_where_none_does_nothin
         check(out, right, atol=1e-5, rtol=1e-5)
         tile_down, columns, shares, share = steps.down_tile(4, 40, 9, 1)
         parts, out = torch.empty(shares, 3, 9, device=DEVICE), torch.full((3, 9), 7.0, device=DEVICE)
-        down = weight.t().contiguous() * (1 if any(going) else torch.nan)
+        down = weight.t().contiguous() * (1 if any(going) or always < 9 else torch.nan)
         steps.down_kernel[(columns, shares)](
             x, None, down, None, None, None, None, out, parts, torch.zeros(columns, dtype=torch.int32,
-            device=DEVICE), 3, 40, 9, 9, share, 0, live, ALL=True, BITS=16, GROUP=0, **tile_down)
-        check(out, torch.where(live[:, None].bool(), x @ weight.t(), 7), atol=1e-5, rtol=1e-5)
+            device=DEVICE), 3, 40, 9, 9, share, 0, live, always, ALL=True, BITS=16, GROUP=0, **tile_down)
+        check(out, right, atol=1e-5, rtol=1e-5)
 
 
 STEP_ARMS = {"gpt2": {}, "modern": dict(norm="rmsnorm", bias=False, pos="rope", act="relu2", qk_norm=True,
@@ -386,6 +386,7 @@ DEPTH_ARMS = {"exits": dict(exits="1,2", n_layer=3), "exits, windows": dict(
               "exits, columns": dict(exits="1", n_layer=2, columns=4, columns_active=1, act="relu2"),
               "exits, screen": dict(exits="1,2", n_layer=3, act="relu2", mlp_screen=4, mlp_live=0.25),
               "exits, dendrites": dict(exits="1", n_layer=2, dendrites=4, dendrites_active=2),
+              "exits, attn_topk": dict(exits="1,2", n_layer=3, attn_topk=0.5, norm="rmsnorm", pos="rope"),
               "ponder": dict(ponder=3, n_layer=1),
               "ponder, windows": dict(ponder=2, n_layer=2, window=3, norm="rmsnorm"),
               "ponder, units": dict(ponder=3, n_layer=1, act="swiglu", mlp_topk=0.5, n_head=4, n_kv_head=2),
@@ -604,8 +605,7 @@ def test_a_model_that_the_card_does_not_cover_says_why_in_a_sentence():
                        "experts", "predict", "osc", "ngram", "adapters", "grouped", "gate_first"}
     assert covered >= {"exits", "hierarchy", "ponder", "dendrites", "attn_topk", "compartments"}
     assert not refusal(build(ARMS["exits"]).use_policy())
-    both = build(dict(exits="1", n_layer=2, attn_topk=0.5)).use_policy()
-    assert "attn_topk chooses" in refusal(both) and not refusal(both.use_policy(False))
+    assert not refusal(build(dict(exits="1", n_layer=2, attn_topk=0.5)).use_policy())
     assert "65 groups" in refusal(build(dict(columns=65, columns_active=2, mlp_units=130)))
     model = build({})
     assert "9 rows" in refusal(model, 9)
