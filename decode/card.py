@@ -89,7 +89,7 @@ class Card:
         self.tall = 1 << (self.rows - 1).bit_length()
         self.processors = kernels.triton_kernels().processors(history.device)
         self.calls, self.launches, self.ran, self.module = [], [], Counter(), ""
-        self.last = self.last_sum = None         # what the product, or the sum of rows, appended last is made of
+        self.last = self.last_sum = None         # what a product or a sum of rows appended last was made of
         self.counters, self.begins = [], []      # of modules; what takes over from the cache
         model.emit(self)
 

@@ -593,8 +593,8 @@ def down_kernel(a, edges, weight, scale, bias, across, onto, out, parts, arrived
     counts as zero unless |a| exceeds its unit's. GROUP: of so many neighbours only the `winners` largest |a|
     count, of equal ones the first. A program adds a share of the units; rows of units that are zero in every
     row of a are not read, unless ALL. The program of a column that arrives last adds the shares up, in their
-    order: whoever it is, the bits are the same. Outputs from `always` on are stored for rows that are not live
-    too."""
+    order: whoever it is, the bits are the same. Outputs from `always` on are stored for all rows, live or
+    not."""
     s, shares = tl.program_id(1), tl.num_programs(1)
     r = tl.arange(0, ROWS)[:, None, None]
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, None, :]
