@@ -6,7 +6,7 @@ from benchmarks.broken import BREAK
 from benchmarks.runs import fixed_loss, trained_model, validation_of
 from data import dataset as datasets
 from decode import calibrate
-from decode.context import takes_shortcuts
+from decode.context import has_policy
 
 JUDGED = 80                                      # validation batches that a run's loss is the mean of
 REPEATED, WARM = 32, 8                           # texts that come twice; tokens before one is known again
@@ -29,7 +29,7 @@ def judge(model, data):
     found = {"sees_the_future": sees_the_future(model, stream.batch(0)[0]),
              "val_loss": fixed_loss(model, data, validation)}
     exact = found["val_loss"]
-    if takes_shortcuts(model.config):
+    if has_policy(model.config):
         exact = fixed_loss(model.use_policy(False), data, validation)
     return found | {"val_loss_exact": exact, "copying": copying(model.use_policy(False), data)}
 

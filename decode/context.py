@@ -40,7 +40,7 @@ class Choices(NamedTuple):
 NO_CHOICES = Choices()
 
 
-def takes_shortcuts(config):
+def has_policy(config):
     """Has a model of this GPTConfig anything that GPT.use_policy switches on?"""
     return bool(config.mlp_predict or config.mlp_screen or config.exits)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from configurator import ConfigError
-from decode.context import takes_shortcuts
+from decode.context import has_policy
 from layers import NeuronMajor
 
 
@@ -63,7 +63,7 @@ def macs_text(macs, whole):
 def sample_command(model, out_dir):
     """What to type to sample from a run, with the shortcuts that the model was trained for."""
     c = model.config
-    sparse = " --sparse_decode=True" * takes_shortcuts(c)
+    sparse = " --sparse_decode=True" * has_policy(c)
     return f"python sample.py --out_dir={shlex.quote(str(out_dir))}{sparse}"
 
 
