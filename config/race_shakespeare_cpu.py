@@ -8,7 +8,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-batch_size = 12
+batch_size = 24
 gradient_accumulation_steps = 1
 
 pos = 'rope'
@@ -16,21 +16,21 @@ qk_norm = True
 act = 'relu2'
 tie_weights = False
 ngram_buckets = 32768
-ngram_order = 5
+ngram_order = 4
 
 optimizer = 'muon'
 muon_learning_rate = 0.02
 muon_momentum = 0.7
-muon_steps = 4
-learning_rate = 5e-3
+muon_steps = 3
+learning_rate = 1.2e-2
 min_lr = 0.0
 lr_schedule = 'linear'
 weight_decay = 0.0
-beta1 = 0.7
+beta1 = 0.6
 beta2 = 0.99
 warmup_iters = 0
-max_iters = 75
-lr_decay_iters = 75
+max_iters = 34
+lr_decay_iters = 34
 
 eval_interval = 1000
 eval_iters = 4

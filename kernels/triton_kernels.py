@@ -335,9 +335,9 @@ def form_24(M, N, K, dtype, device):
 @functools.cache
 def timed_form_24(M, N, K, dtype, device):
     """The fastest of those forms whose result is gemm_24's; another one is left out, and a line says so."""
-    make = torch.Generator().manual_seed(0)
-    x = torch.randn(M, K, generator=make).to(device, dtype)
-    values = torch.randn(N, triton.cdiv(K, 32) * 16, generator=make).to(device, dtype)
+    drawn = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device,
+                              dtype=dtype)
+    x, values = drawn(M, K), drawn(N, triton.cdiv(K, 32) * 16)
     meta = torch.full((N, triton.cdiv(K, 32)), 0x44444444, dtype=torch.int32, device=device)
     values[:, triton.cdiv(K, 2):] = 0
     outs = {form: torch.empty(M, N, dtype=dtype, device=device) for form in FORMS_24}
