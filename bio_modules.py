@@ -1003,7 +1003,7 @@ class DendriticAttention(Attention):
 
     def gated(self, y, gates):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
-        y = F.gelu(y.transpose(1, 2)).unflatten(2, (gates.size(-1), -1))
+        y = F.gelu(y.transpose(1, 2).contiguous()).unflatten(2, (gates.size(-1), -1))   # in one layout: vectors
         return (y * gates[..., None, None]).flatten(2)
 
     def emit(self, p, x, onto):

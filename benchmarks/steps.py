@@ -49,6 +49,7 @@ class Steps(Recipe):
 def steps(cfg):
     data, before = datasets.prepare_if_missing("pylib").resolve(), torch.get_num_threads()
     found = {}
+    runtime.keep_freed_memory()                  # as train.py does
     for case in cfg.cases.split(","):
         shape, _, threads = case.partition(":")
         torch.set_num_threads(int(threads))

@@ -141,6 +141,16 @@ void OF(event_back)(const TYPE *restrict g, const float *restrict of_open, const
     }
 }
 
+/* y = act(v) times a gate, width of them. Eight at a time, for columns are narrow; called with a constant. */
+static inline __attribute__((always_inline)) void OF(one_scaled)(const TYPE *restrict v, TYPE *restrict y, float gate,
+                                                                 long width, const int act) {
+    long i = 0;
+    for (; i + 8 <= width; i += 8)
+        #pragma omp simd
+        for (int j = 0; j < 8; j++) y[i + j] = OF(down)((act == 2 ? OF(up)(v[i + j]) : OF(act2)(OF(up)(v[i + j]))) * gate);
+    for (; i < width; i++) y[i] = OF(down)((act == 2 ? OF(up)(v[i]) : OF(act2)(OF(up)(v[i]))) * gate);
+}
+
 /* y = act(v) times its column's gate, and 0 where that is 0: v (M, N, width), gates (M, N) */
 void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restrict y, long M, long N,
                 long width, int act, int threads) {
@@ -151,47 +161,58 @@ void OF(scale)(const TYPE *restrict v, const TYPE *restrict gates, TYPE *restric
             const TYPE *V = v + c * width;
             TYPE *Y = y + c * width;
             if (gate == 0) memset(Y, 0, width * sizeof(TYPE));
-            else
-                #pragma omp simd
-                for (long i = 0; i < width; i++) {
-                    float x = OF(up)(V[i]);
-                    Y[i] = OF(down)((act == 2 ? x : OF(act2)(x)) * gate);
-                }
+            else if (act == 2) OF(one_scaled)(V, Y, gate, width, 2);
+            else OF(one_scaled)(V, Y, gate, width, 0);
         }
 }
 
-/* The same of one gate: dv (width) -> dgate. Called with constants, which leave a loop of vectors. */
+/* The gradients of one unit: dv -> what it adds to dgate */
+static inline float OF(unit_back)(TYPE g, TYPE v, TYPE *dv, float gate, const int act) {
+    float x = OF(up)(v), up = gate == 0 ? 0 : OF(up)(g), da = OF(rounded)(up * gate), slope = x <= 0 ? 0 : da * (2 * x);
+    *dv = OF(down)(act == 2 ? da : slope);
+    return OF(rounded)(up * (act == 2 ? x : OF(act2)(x)));
+}
+
+/* Those of one gate: dv (width) -> dgate. Eight units at a time, for columns are narrow; called with a constant. */
 static inline __attribute__((always_inline)) float OF(one_back)(const TYPE *restrict g, const TYPE *restrict v,
                                                                 TYPE *restrict dv, float gate, long width,
-                                                                const int act, const int shut) {
-    float sum = 0;
-    #pragma omp simd reduction(+:sum)
-    for (long i = 0; i < width; i++) {
-        float x = OF(up)(v[i]), up = shut ? 0 : OF(up)(g[i]), da = OF(rounded)(up * gate);
-        float slope = x <= 0 ? 0 : da * (2 * x);
-        sum += OF(rounded)(up * (act == 2 ? x : OF(act2)(x)));
-        dv[i] = OF(down)(act == 2 ? da : slope);
-    }
+                                                                const int act) {
+    float sums[8] = {0}, sum = 0;
+    long i = 0;
+    for (; i + 8 <= width; i += 8)
+        #pragma omp simd
+        for (int j = 0; j < 8; j++) sums[j] += OF(unit_back)(g[i + j], v[i + j], dv + i + j, gate, act);
+    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i < width; i++) sum += OF(unit_back)(g[i], v[i], dv + i, gate, act);
     return sum;
 }
 
-/* Its gradients from g: dv (M, N, width), dgates (M, N) */
+/* Is one of n infinite or NaN? */
+static inline int OF(odd)(const TYPE *restrict v, long n) {
+    int odd = 0;
+    #pragma omp simd reduction(|:odd)
+    for (long i = 0; i < n; i++) odd |= !(fabsf(OF(up)(v[i])) <= FLT_MAX);
+    return odd;
+}
+
+/* Its gradients from g: dv (M, N, width), dgates (M, N). Behind a gate that is 0 they are 0 times v: zeros. */
 void OF(scale_back)(const TYPE *restrict g, const TYPE *restrict v, const TYPE *restrict gates,
                      TYPE *restrict dv, TYPE *restrict dgates, long M, long N, long width, int act,
                      int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long m = 0; m < M; m++)
+    for (long m = 0; m < M; m++) {
+        memset(dv + m * N * width, 0, N * width * sizeof(TYPE));
+        memset(dgates + m * N, 0, N * sizeof(TYPE));
+        int odd = OF(odd)(v + m * N * width, N * width);
         for (long c = m * N; c < (m + 1) * N; c++) {
             float gate = OF(up)(gates[c]);
             const TYPE *G = g + c * width, *V = v + c * width;
             TYPE *D = dv + c * width;
-            float sum;
-            if (gate == 0)
-                sum = act == 2 ? OF(one_back)(G, V, D, 0, width, 2, 1) : OF(one_back)(G, V, D, 0, width, 0, 1);
-            else
-                sum = act == 2 ? OF(one_back)(G, V, D, gate, width, 2, 0) : OF(one_back)(G, V, D, gate, width, 0, 0);
-            dgates[c] = OF(down)(sum);
+            if (gate != 0 || odd)
+                dgates[c] = OF(down)(act == 2 ? OF(one_back)(G, V, D, gate, width, 2)
+                                     : OF(one_back)(G, V, D, gate, width, 0));
         }
+    }
 }
 
 /* The cross-entropy of guesses z (M, n) that a unit of a (M, n) is not zero, summed: loss (M) */
@@ -329,11 +350,23 @@ void OF(gates)(const float *restrict s, const float *restrict from, const float 
         long ties;
         BUFFER(int32_t, rank, N);
         memcpy(z, row, N * sizeof(float));
-        for (long d = 0; d < N; d++) {
-            float active = row[d] <= 0 ? 0 : row[d];
+        BUFFER(int32_t, active, N);
+        int32_t count = 0, i = 0;
+        for (long d = 0; d < N; d++) { active[count] = d; count += !(row[d] <= 0); }
+        for (; i + 4 <= count; i += 4) {
+            const int32_t *d = active + i;
+            const float *p = from + d[0] * N, *q = from + d[1] * N, *r = from + d[2] * N, *t = from + d[3] * N;
+            float a = row[d[0]], b = row[d[1]], e = row[d[2]], f = row[d[3]];
             #pragma omp simd
-            for (long c = 0; c < N; c++) z[c] -= active * from[d * N + c];
+            for (long c = 0; c < N; c++) z[c] -= (a * p[c] + b * q[c]) + (e * r[c] + f * t[c]);
         }
+        for (; i < count; i++) {
+            const float *p = from + active[i] * N;
+            float a = row[active[i]];
+            #pragma omp simd
+            for (long c = 0; c < N; c++) z[c] -= a * p[c];
+        }
+        RELEASE(active);
         #pragma omp simd
         for (long c = 0; c < N; c++) rank[c] = rank_of(z[c] + balance[c]);
         int32_t edge = edge_of(rank, N, k, &ties);
@@ -361,12 +394,20 @@ void OF(gates_back)(const TYPE *restrict g, const float *restrict slope, const f
     for (long m = 0; m < M; m++) {
         float *D = ds + m * N;
         BUFFER(float, sum, N);
-        for (long c = 0; c < N; c++) sum[c] = 0;
+        BUFFER(int32_t, winner, N);
+        int32_t count = 0;
         for (long c = 0; c < N; c++) {
+            sum[c] = D[c] = 0;
+            winner[count] = c;
+            count += slope[m * N + c] != 0;
+        }
+        for (int32_t i = 0; i < count; i++) {
+            long c = winner[i];
             float dz = D[c] = OF(up)(g[m * N + c]) * slope[m * N + c];
             #pragma omp simd
             for (long d = 0; d < N; d++) sum[d] += dz * to[c * N + d];
         }
+        RELEASE(winner);
         #pragma omp simd
         for (long d = 0; d < N; d++) D[d] -= s[m * N + d] > 0 ? sum[d] : 0;
         RELEASE(sum);

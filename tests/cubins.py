@@ -1,10 +1,10 @@
 """Compile every Triton kernel in every tile for every GPU it is meant for, on a machine without one, and
 print what the machine code uses: a JSON line for each.
 
-    python tests/cubins.py [ARCHITECTURE...]
-    python tests/cubins.py step [every]
+    python tests/cubins.py [step [every]] [ARCHITECTURE...]
 
-The second: the kernels of a decode step in a few forms of theirs, or in every form, for all architectures.
+step: the kernels of a decode step in a few forms of theirs, and with `every` in every form. Without
+architectures: all, 80 86 89 90 120.
 """
 import importlib
 import itertools
@@ -109,7 +109,7 @@ def of_choice(rows, absent):
         COPY=0, ROUTE="", CHOICE="", ALIKE=False, BM=1, BT=1, BLOCK=1) | (dict(R=1) if rows == 1 else {})
 
 
-def jobs_of_a_step(every=False):
+def jobs_of_a_step(architectures, every=False):
     """The same of the kernels of a decode step."""
     some = {("layernorm", "gelu", 1), ("rmsnorm", "silu", 2), ("join", "none", 8)}
     whole = {16: some, 8: {("join", "none", 8)}, 4: {("layernorm", "gelu", 8)}, 5: {("rmsnorm", "silu", 1)},
@@ -117,7 +117,7 @@ def jobs_of_a_step(every=False):
     forms = {(kind, act, rows) for kind in ("layernorm", "rmsnorm") for rows in (1, 2, 4, 8)
              for act in ("none", "gelu", "gelu_tanh", "relu2", "silu")}
     forms |= {(kind, "none", rows) for kind in ("plain", "join") for rows in (1, 2, 4, 8)}
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         for half in ("bf16", "fp16", "fp32") if every else ("bf16",):
             for bits, kind, act, rows in sorted((each, *form) for each in whole
                                                 for form in (forms if every else whole[each])):
@@ -261,10 +261,9 @@ def tool(name, *words):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["step"]:
-        wanted = jobs_of_a_step("every" in sys.argv)
-    else:
-        wanted = jobs(list(map(int, sys.argv[1:])) or ARCHITECTURES)
+    words = sys.argv[1:]
+    named = [int(word) for word in words if word.isdecimal()] or ARCHITECTURES
+    wanted = jobs_of_a_step(named, "every" in words) if "step" in words else jobs(named)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(build, wanted, chunksize=8):
             print(json.dumps(found), flush=True)

@@ -1,7 +1,12 @@
 """What the tests of Triton kernels share: the kernels, on a GPU or in Triton's interpreter."""
 import functools
 import importlib
+import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import interpreted as in_interpreter
 import pytest
@@ -60,3 +65,23 @@ check = functools.partial(torch.testing.assert_close, equal_nan=False)
 
 def normal(*shape, seed, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+# The architectures that a plain run of the tests compiles for: Ampere, Hopper and Blackwell at home; the slow
+# tests compile for all five.
+SOME = "86", "90", "120"
+compiled_for = pytest.mark.parametrize("architectures", [SOME, pytest.param((), marks=pytest.mark.slow)],
+                                       ids=["some", "all"])
+
+
+def cubins(folder, *words):
+    """What tests/cubins.py prints, one dict a kernel, tile and architecture; its cache lies in a folder."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, str(Path(__file__).parent / "cubins.py"), *words], env=env,
+                         capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check_architectures(found, wanted):
+    assert {row["architecture"] for row in found} == set(map(int, wanted or (80, 86, 89, 90, 120)))

@@ -2,16 +2,22 @@
 every GPU is what it was designed to be."""
 import functools
 import itertools
-import json
-import os
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from triton_here import DEVICE, TOLERANCE, check, gpu, interpreted, normal
+from triton_here import (
+    DEVICE,
+    TOLERANCE,
+    check,
+    check_architectures,
+    compiled_for,
+    cubins,
+    gpu,
+    interpreted,
+    normal,
+)
 from warps import run as run_warps
 
 import sparse_kernels as kernels
@@ -211,26 +217,17 @@ def test_the_ops_run_on_a_gpu_and_in_a_cuda_graph():
     check(captured, plain)
 
 
-@pytest.fixture(scope="module")
-def cubins(tmp_path_factory):
-    """What tests/cubins.py prints, one dict a kernel, tile and architecture."""
-    folder = tmp_path_factory.mktemp("cubins")
-    env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "cubins.py")], env=env,
-                         capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA compiler comes with Linux wheels")
-def test_every_kernel_compiles_for_every_gpu_without_spills(cubins):
-    assert {row["architecture"] for row in cubins} == {80, 86, 89, 90, 120} and len(cubins) >= 70
-    assert {row["kernel"] for row in cubins} == {"gemv_24", "gemm_24", "mma_24", "up_kernel", "down_kernel",
-                                                     "largest_kernel"}
-    for row in cubins:
+@compiled_for
+def test_every_kernel_compiles_for_every_gpu_without_spills(tmp_path, architectures):
+    found = cubins(tmp_path, *architectures)
+    check_architectures(found, architectures)
+    assert {row["kernel"] for row in found} == {"gemv_24", "gemm_24", "mma_24", "up_kernel", "down_kernel",
+                                                "largest_kernel"}
+    for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         streams = row["kernel"] != "largest_kernel"              # that one reads a few KB of any width
         assert row["reg"] <= 128 and row["wide_loads"] >= streams and row["products"] >= 1, row
         assert row["shared"] <= (232448 if row["architecture"] == 90 else 101376), row
-    sparse = [row for row in cubins if row["kernel"] == "mma_24"]
+    sparse = [row for row in found if row["kernel"] == "mma_24"]
     assert max(row["reg"] for row in sparse) <= 64 and min(row["wide_loads"] for row in sparse) >= 6

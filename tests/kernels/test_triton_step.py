@@ -2,19 +2,27 @@
 GPU, or in Triton's interpreter - and compile for every GPU."""
 import functools
 import itertools
-import json
-import os
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from arms import ARMS, build, from_a_file, tokens
 from torch.nn import functional as F
-from triton_here import DEVICE, TOLERANCE, check, depth, ids_of, interpreted, normal, steps
+from triton_here import (
+    DEVICE,
+    TOLERANCE,
+    check,
+    check_architectures,
+    compiled_for,
+    cubins,
+    depth,
+    ids_of,
+    interpreted,
+    normal,
+    steps,
+)
 
 import sparse_kernels as kernels
 from decode import card, draws, sampling
@@ -699,26 +707,18 @@ def test_a_stream_on_a_card_stops_where_logits_are_not_finite(monkeypatch):
         next(stream)
 
 
-def step_cubins(folder, *words):
-    env = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "cubins.py"), "step", *words],
-                         env=env, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's NVIDIA compiler comes with Linux wheels")
-@pytest.mark.parametrize("words", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=str)
-def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, words):
-    found = step_cubins(tmp_path, *words)
-    assert {row["architecture"] for row in found} == {80, 86, 89, 90, 120} and len(found) >= 95
+@compiled_for
+def test_the_kernels_of_a_step_compile_for_every_gpu_without_spills(tmp_path, architectures):
+    found = cubins(tmp_path, "step", *([] if architectures else ["every"]), *architectures)
+    check_architectures(found, architectures)
     assert {row["kernel"] for row in found} == {
         f"step {name}_kernel" for name in ("embed", "product", "attend", "input", "mix", "down", "sift",
                                            "draw", "leave", "halt", "group", "spread")}
     products = [row for row in found if row["kernel"] == "step product_kernel"]
     assert {row["bits"] for row in products} == {16, 8, 5, 4}
     assert {row["bits"] for row in products if row["packed"]} == {16, 8}
-    assert sum(row["chooses"] for row in products) >= 35
+    assert sum(row["chooses"] for row in products) >= 7 * len(architectures or range(5))
     for row in found:
         assert row["stack"] == row["local"] == row["spills"] == 0, row
         assert row["reg"] <= 128 and row["products"] >= 1 and row["shared"] <= 101376, row
