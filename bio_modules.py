@@ -635,7 +635,8 @@ class Experts(Gathered):
         a = kernels.grouped_product(x.flatten(0, -2)[token], up, ends)
         a = plus(a, self.c_fc.bias, rows)
         a = self.select(self.act(a, rows) * gates[token, expert, None], ctx.of_tokens(token), rows)
-        y = kernels.grouped_product(a, down, ends)[order.argsort()].unflatten(0, (-1, k)).sum(dim=1)
+        y = kernels.grouped_product(a, down, ends).index_select(0, order.argsort())
+        y = y.unflatten(0, (-1, k)).sum(dim=1)
         return self.dropout(plus(y, self.c_proj.bias).view_as(x))
 
 

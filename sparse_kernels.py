@@ -692,7 +692,11 @@ gathered_down.register_autograd(gathered_down_backward, setup_context=save_gathe
 #
 # y = a_g W_g for rows that are sorted by group: every row meets its own group's matrix alone, 2 n K N
 # operations. torch's grouped_mm does it in one call. It takes rows of whole multiples of 16 bytes, so others
-# get zeros behind them; before torch 2.15 it traces in bf16 alone, so a compiler sees an op of ours.
+# get zeros behind them; before torch 2.15 it traces in bf16 alone, so a compiler sees an op of ours. On a CPU
+# oneDNN compiles a bf16 product anew for every number of rows, which takes ten times as long as the product:
+# there groups are filled up with rows of zeros to whole multiples of STEP.
+
+STEP = 16
 
 
 def grouped_product_reference(a: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -711,11 +715,27 @@ def grouped_mm(a, weights, ends):
     """grouped_product_reference by torch's kernel, which has a backward of its own."""
     K, N = (-size % (16 // a.element_size()) for size in weights.shape[1:])
     wide = F.pad(weights, (0, N, 0, K)) if K or N else weights
-    return F.grouped_mm(F.pad(a, (0, K)) if K else a, wide, offs=ends)[:, :weights.size(2)]
+    a, places, ends = filled_up(F.pad(a, (0, K)) if K else a, ends)
+    y = F.grouped_mm(a, wide, offs=ends)[:, :weights.size(2)]
+    return y if places is None else y.index_select(0, places)
+
+
+def filled_up(a, ends):
+    """Rows a (n, K) whose groups end at `ends` (E,) -> (rows, places, ends): on a CPU in 16 bits each group has
+    zeros behind it up to a multiple of STEP rows, and row i is at places[i]; elsewhere a, None and ends."""
+    if a.device.type != "cpu" or a.element_size() != 2:
+        return a, None, ends
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    filled = (counts + (STEP - 1)) // STEP * STEP
+    behind = filled.cumsum(0, dtype=ends.dtype)
+    moved = (behind - filled) - (ends - counts)
+    places = torch.arange(len(a)) + moved.repeat_interleave(counts)
+    return a.new_zeros(int(behind[-1]), a.size(1)).index_copy(0, places, a), places, behind
 
 
 def grouped_mm_outer(a, grad, ends):
     """grouped_outer_reference by torch's kernel."""
+    (a, _, _), (grad, _, ends) = filled_up(a, ends), filled_up(grad, ends)
     a_wide, grad_wide = (F.pad(t, (0, -t.size(1) % (16 // t.element_size()))) for t in (a, grad))
     return F.grouped_mm(a_wide.t(), grad_wide, offs=ends)[:, :a.size(1), :grad.size(1)].contiguous()
 
