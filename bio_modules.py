@@ -1004,7 +1004,8 @@ class DendriticAttention(Attention):
 
     def gated(self, y, gates):
         """Branches' answers (B, heads, T, width) by their gates (B, T, n branches) -> (B, T, n * C / D)."""
-        y = F.gelu(y.transpose(1, 2).contiguous()).unflatten(2, (gates.size(-1), -1))   # in one layout: vectors
+        y = y.transpose(1, 2).contiguous()       # for strided values GELU's gradient has no vectors
+        y = F.gelu(y).unflatten(2, (gates.size(-1), -1))
         return (y * gates[..., None, None]).flatten(2)
 
     def emit(self, p, x, onto):

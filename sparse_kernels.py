@@ -721,8 +721,9 @@ def grouped_mm(a, weights, ends):
 
 
 def filled_up(a, ends):
-    """Rows a (n, K) whose groups end at `ends` (E,) -> (rows, places, ends): on a CPU in 16 bits each group has
-    zeros behind it up to a multiple of STEP rows, and row i is at places[i]; elsewhere a, None and ends."""
+    """Rows a (n, K) whose groups end at `ends` (E,) -> (rows, places, ends): on a CPU in 16 bits each group
+    has zeros behind it up to a multiple of STEP rows, and row i is at places[i]; elsewhere a, None and ends.
+    """
     if a.device.type != "cpu" or a.element_size() != 2:
         return a, None, ends
     counts = ends.diff(prepend=ends.new_zeros(1))

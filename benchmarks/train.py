@@ -17,8 +17,11 @@ from data import tokenizer as tokenizers
 from model import GPT, GPTConfig
 from training import runtime
 
-TRAINED = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, dropout=0.0)  # nanoGPT's CPU run
-RECIPE = dict(batch_size=12, gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
+# nanoGPT's CPU run; its GPU run of the same text in batches that a CPU can wait for
+SHAPES = {"small": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12),
+          "baby": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=8)}
+PLAIN = dict(bias=False, dropout=0.0)
+RECIPE = dict(gradient_accumulation_steps=1, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100,
               lr_decay_iters=2000, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0,
               eval_interval=10**9, eval_iters=1, log_interval=1, always_save_checkpoint=False)
 TAIL = 20                                       # iterations whose mean is called the final loss
@@ -30,6 +33,7 @@ class Train(Bench):
     repeats: int = 3  # processes of each side, in turns A B A B
     iters: int = 200  # iterations of each process
     drop: int = 20  # first iterations of each process, left out of its median
+    shape: str = "small"  # small: 4 layers of 128, 12 x 64 tokens; baby: 6 layers of 384, 8 x 256 tokens
     input: str = ""  # train on the characters of this text file; empty: the built-in data (bytes)
     device: str = "cpu"  # of both sides
     dtype: str = "auto"  # of ours; nanoGPT keeps its own default
@@ -39,6 +43,8 @@ class Train(Bench):
     def __post_init__(self):
         super().__post_init__()
         require(1 <= self.drop < self.iters, f"drop={self.drop} must be in 1..{self.iters - 1}, below iters")
+        require(self.shape in SHAPES,
+                f"shape='{self.shape}' must be {' or '.join(SHAPES)}: type --shape=baby")
         runtime.check_compile(self.compile)
 
 
@@ -62,13 +68,19 @@ def train(cfg):
         runs = {name: [] for name in launchers}
         sides = {name: lambda name=name: runs[name].append(launchers[name]()) for name in launchers}
         wall = interleave(sides, cfg.repeats, warm_up=False)       # a process's first iterations warm it up
-    return train_report(cfg, runs, wall, GPT(GPTConfig(**TRAINED, vocab_size=vocab_size), init=False))
+    return train_report(cfg, runs, wall, model_of(cfg.shape, vocab_size))
+
+
+def model_of(shape, vocab_size):
+    """The model of both sides, without values."""
+    keys = {key: value for key, value in SHAPES[shape].items() if key != "batch_size"}
+    return GPT(GPTConfig(**keys, **PLAIN, vocab_size=vocab_size), init=False)
 
 
 def train_report(cfg, runs, wall, model):
     """Print and return what the processes of both sides measured."""
     ms = {name: [statistics.median(run.ms[cfg.drop:]) for run in done] for name, done in runs.items()}
-    tokens = RECIPE["batch_size"] * TRAINED["block_size"]
+    tokens = SHAPES[cfg.shape]["batch_size"] * SHAPES[cfg.shape]["block_size"]
     rates = {name: [1e3 * tokens / value for value in values] for name, values in ms.items()}
     results = {"iteration": measurement("ms", ms), "process": measurement("s", wall),
                "rate": measurement("tokens/s", rates, higher_is_better=True)}
@@ -126,4 +138,5 @@ def train_peer(cfg, folder):
 
 def run_script(script, keys, cwd, cfg):
     """Run a train.py with the shape, recipe, device and threads that both sides share -> its stdout."""
-    return timed_script(script, [], TRAINED | RECIPE | dict(device=cfg.device) | keys, cwd, cfg)[0]
+    keys = SHAPES[cfg.shape] | PLAIN | RECIPE | dict(device=cfg.device) | keys
+    return timed_script(script, [], keys, cwd, cfg)[0]

@@ -76,6 +76,7 @@ def alone(tmp_path_factory):
     (["window", "--cold=-1"], ["cold=-1", "MiB"]),
     (["quality", "--config=config/no.py"], ["config/no.py", "does not exist"]),
     (["train", "--iters=20"], ["drop=20", "1..19"]),
+    (["train", "--shape=large"], ["shape='large'", "small or baby"]),
     (["steps", "--cases=small"], ["cases='small'", "small or baby", "--cases=small:1,baby:2"]),
     (["steps", "--cases=small:0"], ["cases='small:0'"]),
     (["steps", "--threads=2"], ["threads=2", "--cases="]),
@@ -380,7 +381,7 @@ def test_iterations_dropped_at_the_start_do_not_count(capsys):
     def runs(ms):
         return [train.Run([1000.0] * 5 + [ms] * 3, [9.0] * 8, "device cpu")]
     cfg, wall = train.Train(iters=8, drop=5), {PEER: [4.0], OURS: [2.0]}
-    model = GPT(GPTConfig(**train.TRAINED, vocab_size=65), init=False)
+    model = train.model_of("small", 65)
     found = train.train_report(cfg, {PEER: runs(30.0), OURS: runs(10.0)}, wall, model)
     assert found["measurements"]["iteration"]["ratio"] == {OURS: 3.0}
     assert found["measurements"]["rate"]["sides"][OURS]["median"] == pytest.approx(12 * 64 / 0.010)

@@ -129,6 +129,24 @@ def ops(dtype=torch.float32):
         yield kernels.grouped_product_op, kernels.grouped_product_reference, (rows, grad(3, N, K).mT, ends)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_in_16_bits_on_a_cpu_are_filled_up_to_few_numbers_of_rows(dtype):
+    """oneDNN compiles a product for every number of rows it meets: there are to be few."""
+    ends = torch.tensor([5, 5, 21, 38], dtype=torch.int32)
+    a, weights, toward = (normal(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(
+        ((38, 8), (4, 8, 16), (38, 16))))
+    rows, places, behind = kernels.filled_up(a, ends)
+    assert behind.tolist() == [16, 16, 32, 64] and len(rows) == 64 and torch.equal(rows[places], a)
+    assert rows.count_nonzero() == a.count_nonzero()
+    found, right = ((a.clone().requires_grad_(), weights.clone().requires_grad_()) for _ in range(2))
+    y = kernels.grouped_product(*found, ends)
+    exact = kernels.grouped_product_reference(*right, ends)
+    slopes, of = torch.autograd.grad(y, found, toward), torch.autograd.grad(exact, right, toward)
+    for some, others in zip((y, *slopes), (exact, *of)):
+        torch.testing.assert_close(some, others, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert kernels.filled_up(a.float(), ends)[1] is None
+
+
 FREE = (1, 2)                                     # values and meta of linear_24: packed weights do not learn
 
 
