@@ -61,7 +61,7 @@ def cpu_library():
         for kernel, pointers, numbers, flags in (
                 ("fire", 3, 4, 2), ("fire_back", 4, 2, 2), ("winners", 2, 3, 1), ("event", 4, 2, 2),
                 ("event_back", 6, 2, 2),
-                ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 3, 2, 1), ("miss_back", 4, 2, 1),
+                ("scale", 3, 3, 2), ("scale_back", 5, 3, 2), ("miss", 4, 2, 1), ("miss_back", 3, 2, 1),
                 ("relu2", 2, 1, 1), ("relu2_back", 3, 1, 1), ("norm_back", 6, 4, 1),
                 ("gates", 5, 3, 1), ("gates_back", 6, 2, 1), ("rotate", 4, 7, 2)):
             getattr(library, f"{kernel}_{name}").argtypes = ([pointer] * pointers + [number] * numbers

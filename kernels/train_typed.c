@@ -215,31 +215,28 @@ void OF(scale_back)(const TYPE *restrict g, const TYPE *restrict v, const TYPE *
     }
 }
 
-/* The cross-entropy of guesses z (M, n) that a unit of a (M, n) is not zero, summed: loss (M) */
-void OF(miss)(const TYPE *restrict z, const TYPE *restrict a, float *restrict loss, long M, long n,
-               int threads) {
+/* The cross-entropy of guesses z (M, n) that a unit of a (M, n) is not zero, summed: loss (M), and its slope in z */
+void OF(miss)(const TYPE *restrict z, const TYPE *restrict a, float *restrict loss, TYPE *restrict slope, long M,
+               long n, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++) {
         float sum = 0;
         #pragma omp simd reduction(+:sum)
-        for (long i = 0; i < n; i++) {
-            float x = OF(up)(z[m * n + i]), lost = OF(up)(a[m * n + i]) == 0;
-            sum += lost * x + ((x < 0 ? -x : 0) + log1p_of(exp_of(-fabsf(x))));
+        for (long i = m * n; i < (m + 1) * n; i++) {
+            float x = OF(up)(z[i]), lost = OF(up)(a[i]) == 0, e = exp_of(-fabsf(x)), one = x < 0 ? e : 1;
+            sum += lost * x + ((x < 0 ? -x : 0) + log1p_of(e));
+            slope[i] = OF(down)(one / (1 + e) - (1 - lost));
         }
         loss[m] = sum;
     }
 }
 
 /* Its gradient for z from that of the losses, g (M) */
-void OF(miss_back)(const float *restrict g, const TYPE *restrict z, const TYPE *restrict a, TYPE *restrict dz,
-                    long M, long n, int threads) {
+void OF(miss_back)(const float *restrict g, const TYPE *restrict slope, TYPE *restrict dz, long M, long n, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++)
         #pragma omp simd
-        for (long i = m * n; i < (m + 1) * n; i++) {
-            float x = OF(up)(z[i]), won = OF(up)(a[i]) != 0, e = exp_of(-fabsf(x)), one = x < 0 ? e : 1;
-            dz[i] = OF(down)(g[m] * (one / (1 + e) - won));
-        }
+        for (long i = m * n; i < (m + 1) * n; i++) dz[i] = OF(down)(g[m] * OF(up)(slope[i]));
 }
 
 /* y = squared ReLU of v, n of them, and its gradient from g */
