@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ show of the records: which arms and rows belong to which mechanism,
 the main table in few columns, the opening sentences, in both languages."""
+import re
 import statistics
 import textwrap
 from dataclasses import dataclass, field
@@ -19,12 +20,15 @@ class Page:
     elsewhere: dict = field(default_factory=dict)    # {record: pattern of the first cells of its rows}
 
 
-def quality(arms):
-    return {"quality_pylib_cpu.json": f"({arms})(, .*)?", "steps_blocks_cpu.json": arms}
+STEPS = "steps_cpu.json", "steps_avx2_cpu.json"     # training steps on two kinds of processor
+
+
+def quality(arms, record="quality_pylib_cpu.json"):
+    return {record: f"({arms})(, .*)?", STEPS[0]: f"({arms}), .*"}
 
 
 def context(arms):
-    return {"quality_context_cpu.json": f"({arms})(, .*)?", "steps_context_cpu.json": arms}
+    return quality(arms, "quality_context_cpu.json")
 
 
 def at_gpt2s_shape(sides):
@@ -189,6 +193,24 @@ def longer_table(records, folder=ROOT / "results" / "runs"):
     return "\n".join([*report.lines_of(head, rows), "", wrapped(
         f"{LONGER:,} iterations, {LONGER * 1280:,} tokens a run, five a parameter; the rest of the table's "
         f"runs is still to be trained.{seeds}")])
+
+
+def step_table(records):
+    """Training tokens/s of every block beside its dense twin's, a column for each shape, threads and machine.
+    """
+    cases, cells = [], {}
+    for record in (records[name] for name in STEPS if name in records):
+        cpu = re.sub(r"\(R\)| Processor", "", record["hardware"]["cpu"])
+        for title, result in record["measurements"].items():
+            shape, threads = title.removeprefix("training step, ").split(", ")
+            cases.append(f"{shape}, {threads.removesuffix('s') if threads[:2] == '1 ' else threads}, {cpu}")
+            for arm, s in result["sides"].items():
+                cells.setdefault(arm, {})[cases[-1]] = f"{1 / s['to_twin']:.2f}x"
+    rows = [[named(arm), *(of.get(case, "") for case in cases)] for arm, of in cells.items() if arm != TWIN]
+    links = ", ".join(f"[{name}](results/{name})" for name in STEPS if name in records)
+    return "\n".join([*report.lines_of(("arm", *cases), rows), "", wrapped(
+        f"Training tokens/s to the dense twin's; small: 4 x 128, 20 x 64 tokens, baby: 6 x 384, 8 x 256 "
+        f"tokens; medians of rounds in one process ({links}).")])
 
 
 MOST = 10                                        # rows of the README's own table

@@ -459,7 +459,7 @@ BLOCKS = {"all": results_table} | {f"{part}{language}": partial(make, words)
                                                       ("first", pages.first_minute))
                                    for language, words in pages.LANGUAGES.items()}
 BLOCKS |= {name: partial(mechanism, page) for name, page in pages.MECHANISMS.items()}
-BLOCKS["longer"] = pages.longer_table
+BLOCKS |= {"longer": pages.longer_table, "steps": pages.step_table}
 BLOCKS["reliability"] = partial(mechanism, pages.Page((), {"faults_cpu.json": ".*"}))
 BLOCKS |= {f"versions{language}": partial(tested, sentence) for language, sentence in TESTED.items()}
 BLOCKS["scaling"] = partial(mechanism, pages.Page((), {"scaling_paper.json": ".*"}))

@@ -28,6 +28,7 @@ SHORT = {
     "table": RECIPE | dict(arms="osc", seeds=1, train_only=True, runs="KEPT/runs", cache="KEPT/cache"),
     "quality": TIMES | RECIPE | dict(arms="topk"),
     "retrofit": TIMES | RECIPE | dict(more=2, arms="window", teacher=False),
+    "steps": dict(repeats=1, cases="small:1", arms="osc", config=RECIPE["config"]),
     "screen": TIMES | dict(quick=True, windows=2, prompt=4, new=16),
     "sparsify": TIMES | dict(tokens=64, new=4, minutes=0, only="head"),
     "mlp": TIMES | dict(widths="32", cold=1),

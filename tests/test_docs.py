@@ -238,6 +238,18 @@ def test_longer_runs_stand_beside_the_dense_model_of_the_same_seeds(tmp_path):
                           "| [osc](docs/osc.md) | 1.5000 | 1 | -0.5000 |  |  |"] and not lines[4]
 
 
+def test_training_steps_have_a_column_for_each_shape_and_machine():
+    def record(cpu, case, **shares):
+        return {"hardware": {"cpu": cpu}, "measurements": {f"training step, {case}": {"sides": {
+            arm: {"to_twin": share} for arm, share in ({TWIN: 1.0} | shares).items()}}}}
+    found = dict(zip(pages.STEPS, (
+        record("Intel(R) Xeon(R) Processor", "small, 1 threads", osc=1.25, topk=2.0),
+        record("AMD EPYC", "small, 2 threads", osc=0.8))))
+    assert pages.step_table(found).splitlines()[:4] == [
+        "| arm | small, 1 thread, Intel Xeon | small, 2 threads, AMD EPYC |", "|---|---|---|",
+        "| [osc](docs/osc.md) | 0.80x | 1.25x |", "| [topk](docs/mlp_topk.md) | 0.50x |  |"]
+
+
 def test_a_page_takes_the_rows_of_other_records_that_fit_it():
     row = {"layers": 2.0, "val_loss": 1.5, "tokens_per_second": 100.0}
     record = {"subcommand": "ponder", "points": {"dense, 2 layers": row, "ponder, cost 0.1": row},
