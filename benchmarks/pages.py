@@ -210,7 +210,7 @@ def step_table(records):
     links = ", ".join(f"[{name}](results/{name})" for name in STEPS if name in records)
     return "\n".join([*report.lines_of(("arm", *cases), rows), "", wrapped(
         f"Training tokens/s to the dense twin's; small: 4 x 128, 20 x 64 tokens, baby: 6 x 384, 8 x 256 "
-        f"tokens; medians of rounds in one process ({links}).")])
+        "tokens; medians of rounds in one process. Records:"), links + "."])
 
 
 MOST = 10                                        # rows of the README's own table
