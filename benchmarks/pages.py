@@ -209,7 +209,7 @@ def step_table(records):
     rows = [[named(arm), *(of.get(case, "") for case in cases)] for arm, of in cells.items() if arm != TWIN]
     links = ", ".join(f"[{name}](results/{name})" for name in STEPS if name in records)
     return "\n".join([*report.lines_of(("arm", *cases), rows), "", wrapped(
-        f"Training tokens/s to the dense twin's; small: 4 x 128, 20 x 64 tokens, baby: 6 x 384, 8 x 256 "
+        "Training tokens/s to the dense twin's; small: 4 x 128, 20 x 64 tokens, baby: 6 x 384, 8 x 256 "
         "tokens; medians of rounds in one process. Records:"), links + "."])
 
 
@@ -453,10 +453,15 @@ def verdict_line(page, record):
     if not arms:
         return ""
     found = {axis: record["axes"][axis]["to_frontier"] for axis in report.SHOWN}
-    won = {arm: [axis for axis in found if found[axis].get(arm, {}).get("pays")] for arm in arms}
+    won = {arm: listed([axis for axis in found if found[axis].get(arm, {}).get("pays")]) for arm in arms}
     if won[arms[0]]:
-        said = f"pays in {' and '.join(won[arms[0]])} at one small scale"
+        said = f"pays in {won[arms[0]]} at one small scale"
     else:
-        more = [f"as `{arm}` it pays in {' and '.join(won[arm])}" for arm in arms if won[arm]]
+        more = [f"as `{arm}` it pays in {won[arm]}" for arm in arms if won[arm]]
         said = "; ".join(["does not pay alone at one small scale", *more[:1]])
     return f"**Verdict:** {said} ([table](table.md))."
+
+
+def listed(names):
+    """["a", "b", "c"] -> "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
