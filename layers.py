@@ -526,7 +526,7 @@ def attend(q, k, v, mask, dropout):
     causal = mask is None
     if causal and q.size(2) < k.size(2):
         return attend_last(q, k, v)
-    if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= 256:
+    if causal and is_short(q):
         return attend_short(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
@@ -545,12 +545,19 @@ def attend_last(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_short(q, k, v, dropout):
+def is_short(q):
+    """Are three plain matmuls faster than what is fused, or split into blocks?"""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) <= 256
+
+
+def attend_short(q, k, v, dropout, window=math.inf):
     """Causal attention as baddbmm, softmax, bmm over flattened heads; T == S."""
     B, H, T, D = q.shape
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
-    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    weights = kernels.in_fp32(partial(torch.baddbmm, alpha=D ** -0.5), future, q, k.transpose(1, 2))
+    unseen = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    if window < T:
+        unseen += torch.full_like(unseen, -math.inf).tril_(-window)
+    weights = kernels.in_fp32(partial(torch.baddbmm, alpha=D ** -0.5), unseen, q, k.transpose(1, 2))
     weights = weights.softmax(-1)
     weights = F.dropout(weights, dropout) if dropout else weights
     return kernels.in_fp32(torch.bmm, weights, v).view(B, H, T, D)
@@ -571,12 +578,15 @@ def attend_groups(attention, q, k, v, mask, dropout):
 
 
 def attend_window(window, q, k, v, mask, dropout):
-    """attend, where each of T tokens sees itself and the window - 1 before it: exact, in O(T * window).
+    """attend, where each of T tokens sees itself and the window - 1 before it: exact, in O(T * window) beyond
+    a few hundred tokens.
 
     A mask, and a single query, say by themselves what is seen: the cache holds no more than the window.
     """
     if mask is not None or q.size(2) <= min(window, k.size(2)):
         return attend(q, k, v, mask, dropout)
+    if is_short(q) and not kernels.emulated(q):
+        return attend_short(q, k, v, dropout, window)
     y = attend_fused(q, k, v, window) if fused(q.device, q.dtype, q.size(2), q.size(3), dropout) else None
     return attend_blocks(q, k, v, window, dropout) if y is None else y
 

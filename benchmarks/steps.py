@@ -14,6 +14,7 @@ from benchmarks.arms import (
     chosen_arms,
     key_defaults,
     model_defaults,
+    owned,
     settings,
 )
 from benchmarks.timing import interleave, spread
@@ -86,7 +87,8 @@ class Steady:
 
     def __init__(self, cfg, data, shape, arm):
         behind, wider, self.row = SHAPES[shape]
-        keys = key_defaults() | settings(cfg.config, arm) | behind
+        said = settings(cfg.config, arm)         # what a mechanism sizes, the heads of dendrites, stays its own
+        keys = key_defaults() | said | {key: behind[key] for key in behind.keys() - owned(said)}
         keys |= {key: wider * keys[key] for key in WIDENED}
         keys |= {"vocab_size": datasets.meta_of(data)["vocab_size"]}
         self.keys = SimpleNamespace(**keys)

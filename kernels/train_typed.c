@@ -3,6 +3,7 @@
    threads. act: 0 squared ReLU of what is given, 2 none. Values are rounded where torch would store them. */
 
 static inline float OF(rounded)(float f) { return OF(up)(OF(down)(f)); }
+static inline float OF(relu)(float v) { return v <= 0 ? 0 : v; }
 static inline float OF(act2)(float v) { return v <= 0 ? 0 : OF(rounded)(v * v); }
 
 /* a = act(v), n of them, and what they are compared by */
@@ -141,14 +142,18 @@ void OF(event_back)(const TYPE *restrict g, const float *restrict of_open, const
     }
 }
 
+static inline TYPE OF(times)(TYPE v, float gate, const int act) {
+    return OF(down)((act == 2 ? OF(up)(v) : OF(act2)(OF(up)(v))) * gate);
+}
+
 /* y = act(v) times a gate, width of them. Eight at a time, for columns are narrow; called with a constant. */
 static inline __attribute__((always_inline)) void OF(one_scaled)(const TYPE *restrict v, TYPE *restrict y, float gate,
                                                                  long width, const int act) {
     long i = 0;
     for (; i + 8 <= width; i += 8)
         #pragma omp simd
-        for (int j = 0; j < 8; j++) y[i + j] = OF(down)((act == 2 ? OF(up)(v[i + j]) : OF(act2)(OF(up)(v[i + j]))) * gate);
-    for (; i < width; i++) y[i] = OF(down)((act == 2 ? OF(up)(v[i]) : OF(act2)(OF(up)(v[i]))) * gate);
+        for (int j = 0; j < 8; j++) y[i + j] = OF(times)(v[i + j], gate, act);
+    for (; i < width; i++) y[i] = OF(times)(v[i], gate, act);
 }
 
 /* y = act(v) times its column's gate, and 0 where that is 0: v (M, N, width), gates (M, N) */
@@ -232,7 +237,8 @@ void OF(miss)(const TYPE *restrict z, const TYPE *restrict a, float *restrict lo
 }
 
 /* Its gradient for z from that of the losses, g (M) */
-void OF(miss_back)(const float *restrict g, const TYPE *restrict slope, TYPE *restrict dz, long M, long n, int threads) {
+void OF(miss_back)(const float *restrict g, const TYPE *restrict slope, TYPE *restrict dz, long M, long n,
+                    int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++)
         #pragma omp simd
@@ -339,6 +345,7 @@ void OF(rotate)(const TYPE *restrict x, const TYPE *restrict cos, const TYPE *re
    gates = sigmoid(z) of winners, else 0; slope: its derivative there. */
 void OF(gates)(const float *restrict s, const float *restrict from, const float *restrict balance,
                 TYPE *restrict gates, float *restrict slope, long M, long N, long k, int threads) {
+    int odd = odd_f32(from, N * N);                             /* 0 times infinity is NaN, and is to show */
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++) {
         const float *row = s + m * N;
@@ -349,17 +356,17 @@ void OF(gates)(const float *restrict s, const float *restrict from, const float 
         memcpy(z, row, N * sizeof(float));
         BUFFER(int32_t, active, N);
         int32_t count = 0, i = 0;
-        for (long d = 0; d < N; d++) { active[count] = d; count += !(row[d] <= 0); }
+        for (long d = 0; d < N; d++) { active[count] = d; count += odd | !(row[d] <= 0); }
         for (; i + 4 <= count; i += 4) {
             const int32_t *d = active + i;
             const float *p = from + d[0] * N, *q = from + d[1] * N, *r = from + d[2] * N, *t = from + d[3] * N;
-            float a = row[d[0]], b = row[d[1]], e = row[d[2]], f = row[d[3]];
+            float a = OF(relu)(row[d[0]]), b = OF(relu)(row[d[1]]), e = OF(relu)(row[d[2]]), f = OF(relu)(row[d[3]]);
             #pragma omp simd
             for (long c = 0; c < N; c++) z[c] -= (a * p[c] + b * q[c]) + (e * r[c] + f * t[c]);
         }
         for (; i < count; i++) {
             const float *p = from + active[i] * N;
-            float a = row[active[i]];
+            float a = OF(relu)(row[active[i]]);
             #pragma omp simd
             for (long c = 0; c < N; c++) z[c] -= a * p[c];
         }
@@ -387,6 +394,7 @@ void OF(gates)(const float *restrict s, const float *restrict from, const float 
 void OF(gates_back)(const TYPE *restrict g, const float *restrict slope, const float *restrict s,
                      const float *restrict to, float *restrict ds, float *restrict dto, long M, long N,
                      int threads) {
+    int odd = odd_f32(to, N * N);
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (long m = 0; m < M; m++) {
         float *D = ds + m * N;
@@ -394,13 +402,14 @@ void OF(gates_back)(const TYPE *restrict g, const float *restrict slope, const f
         BUFFER(int32_t, winner, N);
         int32_t count = 0;
         for (long c = 0; c < N; c++) {
-            sum[c] = D[c] = 0;
+            sum[c] = 0;
+            D[c] = OF(up)(g[m * N + c]) * slope[m * N + c];
             winner[count] = c;
-            count += slope[m * N + c] != 0;
+            count += odd | (D[c] != 0);
         }
         for (int32_t i = 0; i < count; i++) {
             long c = winner[i];
-            float dz = D[c] = OF(up)(g[m * N + c]) * slope[m * N + c];
+            float dz = D[c];
             #pragma omp simd
             for (long d = 0; d < N; d++) sum[d] += dz * to[c * N + d];
         }
