@@ -551,7 +551,7 @@ def is_short(q):
 
 
 def attend_short(q, k, v, dropout, window=math.inf):
-    """Causal attention as baddbmm, softmax, bmm over flattened heads; T == S."""
+    """Causal attention as baddbmm, softmax, bmm over flattened heads; T == S. window: attend_window's."""
     B, H, T, D = q.shape
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     unseen = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)

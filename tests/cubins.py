@@ -262,7 +262,7 @@ def tool(name, *words):
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    named = [int(word) for word in words if word.isdecimal()] or ARCHITECTURES
+    named = [int(word) for word in words if word not in ("step", "every")] or ARCHITECTURES
     wanted = jobs_of_a_step(named, "every" in words) if "step" in words else jobs(named)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(build, wanted, chunksize=8):

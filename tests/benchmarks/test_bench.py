@@ -550,7 +550,7 @@ def test_a_dry_runs_estimate_of_a_variant_is_that_of_a_model_that_is_not_there(a
     parameters, kept = memory.kept_by(config, rows=5)
     monkeypatch.setattr(sparse_kernels, "NATIVE_BF16", True)
     monkeypatch.setattr(passes, "cpu_library", lambda: (None, "off"))
-    monkeypatch.setattr(sparse_kernels, "filled_up", lambda a, ends: (a, None, ends))       # a CPU's too
+    monkeypatch.setattr(sparse_kernels, "filled_up", lambda a, ends: (a, None, ends))       # a card adds none
     model, idx = GPT(config, seed=0).train(), tokens(5, 16)
     model.compute_dtype = torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -822,6 +822,8 @@ PASSES = {
                     kernels.ACTS[act](v).unflatten(-1, (g.size(-1), -1)), g.unsqueeze(-1)),
                 lambda M, n: (M, n // 4)),
 }
+# 4, 12, 16 and 12 units each: the kernel takes eight at a time
+PASSES["wide columns"] = (*PASSES["columns"][:2], lambda M, n: (M, {64: 4, 516: 43}.get(n, 1)))
 
 
 @built

@@ -11,7 +11,7 @@ import sparse_kernels as kernels
 from configurator import ConfigError
 from decode import engine
 from decode.context import Cache, CachedContext, Context
-from layers import attend_blocks, attend_window
+from layers import attend_blocks, attend_short, attend_window
 from model import GPTConfig
 
 
@@ -26,10 +26,13 @@ def masked(q, k, v, window):
 
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 15, 16, 40])
 @pytest.mark.parametrize("T", [1, 2, 7, 16, 33])
-def test_a_window_is_the_masked_reference_forward_and_backward(T, window):
+@pytest.mark.parametrize("of", ["blocks", "a mask"])
+def test_a_window_is_the_masked_reference_forward_and_backward(of, T, window):
     parts = torch.randn(3, 2, 3, T, 8, dtype=torch.float64)
     found, exact = parts.clone().requires_grad_(), parts.clone().requires_grad_()
-    y, expected = attend_window(window, *found.unbind(0), None, 0.0), masked(*exact.unbind(0), window)
+    q, k, v = found.unbind(0)
+    y = attend_window(window, q, k, v, None, 0.0) if of == "blocks" else attend_short(q, k, v, 0.0, window)
+    expected = masked(*exact.unbind(0), window)
     torch.testing.assert_close(y, expected)
     weights = torch.randn_like(y)
     (y * weights).sum().backward()
@@ -37,12 +40,13 @@ def test_a_window_is_the_masked_reference_forward_and_backward(T, window):
     torch.testing.assert_close(found.grad, exact.grad)
 
 
-def test_a_window_drops_and_rounds_as_plain_attention_does():
+@pytest.mark.parametrize("attend", [attend_blocks, attend_short])
+def test_a_window_drops_and_rounds_as_plain_attention_does(attend):
     q, k, v = torch.randn(3, 2, 3, 40, 8).bfloat16()
     exact = masked(q.float(), k.float(), v.float(), 8)
-    torch.testing.assert_close(attend_blocks(q, k, v, 8, 0.0).float(), exact, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(attend(q, k, v, window=8, dropout=0.0).float(), exact, atol=2e-2, rtol=2e-2)
     torch.manual_seed(0)
-    many = torch.stack([attend_blocks(q, k, v, 8, 0.5) for _ in range(400)]).float().mean(0)
+    many = torch.stack([attend(q, k, v, window=8, dropout=0.5) for _ in range(400)]).float().mean(0)
     assert (many - exact).abs().mean() < 0.05 * exact.abs().mean() + 0.05
 
 
