@@ -87,7 +87,7 @@ class Steady:
 
     def __init__(self, cfg, data, shape, arm):
         behind, wider, self.row = SHAPES[shape]
-        said = settings(cfg.config, arm)         # what a mechanism sizes stays its own: the heads of dendrites
+        said = settings(cfg.config, arm)         # what a mechanism sizes stays as it is: dendrites' heads
         keys = key_defaults() | said | {key: behind[key] for key in behind.keys() - owned(said)}
         keys |= {key: wider * keys[key] for key in WIDENED}
         keys |= {"vocab_size": datasets.meta_of(data)["vocab_size"]}
